@@ -1,0 +1,264 @@
+"""What a model is made of, as frozen dataclasses that are read from YAML and checked field by field.
+
+A wrong value is an error that names the field, what was expected and what was found. Nothing here imports
+JAX, so a configuration can be read, checked and printed anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pydantic
+import yaml
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: says which file and field, what was expected, what was found."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EarConfig:
+    """A Whisper encoder. Defaults: whisper-small."""
+
+    mels: int = Field(80, gt=0)
+    """Mel bins of the log-mel input (M)."""
+    width: int = Field(768, gt=0)
+    layers: int = Field(12, gt=0)
+    heads: int = Field(12, gt=0)
+    ffn: int = Field(3072, gt=0)
+    positions: int = Field(1500, gt=0)
+    """Feature frames of 20 ms the encoder sees at once; its input is always padded to this length."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> EarConfig:
+        if self.width % self.heads or self.width % 2:
+            raise ValueError(f"width must be even and a multiple of heads, found {self.width} and {self.heads}")
+        return self
+
+    @property
+    def samples(self) -> int:
+        """Longest recording in samples at 16 kHz: two mel frames of 160 samples per position."""
+        return self.positions * 320
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AdapterConfig:
+    """The bridge from the ear's features to the trunk's embeddings."""
+
+    kind: Literal["llamamlp", "mlp"] = "llamamlp"
+    """`llamamlp`: gated SiLU MLP without biases. `mlp`: one affine map."""
+    ffn: int = Field(4864, gt=0)
+    """Hidden width of `llamamlp`."""
+    stack: int = Field(1, gt=0)
+    """Neighbouring feature frames joined into one position. 1 is Mini-Omni."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RopeScaling:
+    """Llama 3's stretching of the low rope frequencies to longer contexts."""
+
+    factor: float = Field(gt=0)
+    low_freq_factor: float = Field(gt=0)
+    high_freq_factor: float = Field(gt=0)
+    original_context: int = Field(gt=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrunkConfig:
+    """A Qwen2- or Llama-family decoder. Defaults: Qwen2-0.5B."""
+
+    width: int = Field(896, gt=0)
+    layers: int = Field(24, gt=0)
+    heads: int = Field(14, gt=0)
+    """Query heads (N)."""
+    kv_heads: int = Field(2, gt=0)
+    """Key/value heads (K); each serves heads/kv_heads query heads."""
+    head_size: int = Field(64, gt=0)
+    ffn: int = Field(4864, gt=0)
+    rope_theta: float = Field(1e6, gt=0)
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = Field(1e-6, gt=0)
+    qkv_bias: bool = True
+    tied_head: bool = True
+    """Whether the heads use the embedding tables (Qwen2-0.5B) or tables of their own."""
+    context: int = Field(2048, gt=0)
+    """Positions the trunk may attend to, prompt and answer together."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TrunkConfig:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads, found {self.heads} and {self.kv_heads}")
+        if self.head_size % 2:
+            raise ValueError(f"head_size must be even for rope, found {self.head_size}")
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class VocabConfig:
+    """Sizes of the token layout; `omni_jax.vocab` derives every id from them. Defaults: Mini-Omni."""
+
+    text: int = Field(151936, gt=0)
+    """Rows of the language model's own vocabulary; the text specials follow it."""
+    text_specials: int = Field(64, ge=6)
+    audio: int = Field(4096, gt=0)
+    """Codes per codebook; each audio layer's specials follow it."""
+    audio_specials: int = Field(64, ge=5)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CodecConfig:
+    """A SNAC codec. Defaults: snac_24khz."""
+
+    sample_rate: int = Field(24000, gt=0)
+    encoder_dim: int = Field(48, gt=0)
+    encoder_rates: tuple[int, ...] = (2, 4, 8, 8)
+    decoder_dim: int = Field(1024, gt=0)
+    decoder_rates: tuple[int, ...] = (8, 8, 4, 2)
+    codebook_size: int = Field(4096, gt=0)
+    codebook_dim: int = Field(8, gt=0)
+    strides: tuple[int, ...] = (4, 2, 1)
+    """Latents per code of each codebook, coarse to fine. Seven codes a frame need (4, 2, 1)."""
+    noise: bool = True
+    """Whether the decoder has noise blocks (they are silent unless noise is asked for)."""
+
+    @property
+    def hop(self) -> int:
+        """Samples per latent."""
+        hop = 1
+        for rate in self.decoder_rates:
+            hop *= rate
+        return hop
+
+    @property
+    def frame(self) -> int:
+        """Samples per frame of seven codes."""
+        return self.hop * self.strides[0]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CodecConfig:
+        hop = 1
+        for rate in self.encoder_rates:
+            hop *= rate
+        if hop != self.hop:
+            raise ValueError(f"encoder_rates and decoder_rates must multiply to the same hop, found {hop} and {self.hop}")
+        if self.strides != (4, 2, 1):
+            raise ValueError(f"strides must be (4, 2, 1): seven codes a frame, found {self.strides}")
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelConfig:
+    """The whole model. Defaults: Mini-Omni as published."""
+
+    ear: EarConfig = EarConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    trunk: TrunkConfig = TrunkConfig()
+    vocab: VocabConfig = VocabConfig()
+    codec: CodecConfig = CodecConfig()
+    tts_adapter_layers: int = Field(0, ge=0)
+    """Blocks after the trunk that serve the audio heads only; 0 means no TTS adapter."""
+
+    @model_validator(mode="after")
+    def _one_codebook_size(self) -> ModelConfig:
+        if self.vocab.audio != self.codec.codebook_size:
+            raise ValueError(
+                f"vocab.audio must equal codec.codebook_size, found {self.vocab.audio} and {self.codec.codebook_size}"
+            )
+        return self
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "mini_omni": ModelConfig(),
+    "mini_omni_tts_adapter": ModelConfig(tts_adapter_layers=6),
+    "tiny": ModelConfig(
+        ear=EarConfig(mels=80, width=32, layers=2, heads=2, ffn=64, positions=100),
+        adapter=AdapterConfig(ffn=48),
+        trunk=TrunkConfig(width=48, layers=3, heads=4, kv_heads=2, head_size=16, ffn=96, context=192),
+        vocab=VocabConfig(text=300, audio=64, text_specials=12, audio_specials=8),
+        codec=CodecConfig(
+            encoder_dim=8,
+            encoder_rates=(2, 4, 8, 8),
+            decoder_dim=64,
+            decoder_rates=(8, 8, 4, 2),
+            codebook_size=64,
+        ),
+    ),
+    "nano": ModelConfig(
+        ear=EarConfig(width=192, layers=4, heads=4, ffn=768, positions=400),
+        adapter=AdapterConfig(ffn=512, stack=4),
+        trunk=TrunkConfig(
+            width=256, layers=6, heads=4, kv_heads=2, head_size=64, ffn=1024, rope_theta=1e4, context=512
+        ),
+        vocab=VocabConfig(text=1024, audio=512, text_specials=64, audio_specials=64),
+        codec=CodecConfig(encoder_dim=16, decoder_dim=256, codebook_size=512),
+    ),
+}
+"""Shapes by name. `nano` will be the small trained model that ships with the package; until then its shape may
+change."""
+
+Config = TypeVar("Config")
+
+
+def build(cls: type[Config], values: Any, source: str) -> Config:
+    """Check nested plain values (as YAML gives them) against a config dataclass.
+
+    Args:
+        cls: the config dataclass to build.
+        values: nested dicts, lists and scalars.
+        source: where the values come from, for the error message.
+
+    Raises:
+        ConfigError: one line per wrong field, with its dotted name, what was expected and what was found.
+    """
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(values)
+    except pydantic.ValidationError as error:
+        lines = []
+        for item in error.errors():
+            field = ".".join(str(part) for part in item["loc"]) or "(whole)"
+            found = f", found {item['input']!r}" if item["loc"] else ""
+            lines.append(f"{source}: {field}: {item['msg']}{found}")
+        raise ConfigError("\n".join(lines)) from None
+
+
+def plain(config: Any) -> Any:
+    """A config as nested dicts, lists and scalars, ready for YAML or JSON."""
+    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def load(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config from a YAML file, with `field.sub=value` overrides applied on top.
+
+    Raises:
+        ConfigError: the file is not there, is not YAML, or a field is wrong.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected YAML, found {error}") from None
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"override {override!r}: expected field=value")
+        node = values
+        *parents, last = name.split(".")
+        for part in parents:
+            node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {name} is not a field that has parts")
+        node[last] = yaml.safe_load(text)
+    return build(cls, values, str(path))
+
+
+def save(config: Any, path: str | Path) -> None:
+    """Write a config as YAML."""
+    Path(path).write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
