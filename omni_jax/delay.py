@@ -1,0 +1,71 @@
+"""The delay pattern: text leads, and each audio layer starts one step behind the layer before it.
+
+    step      0    1    2    3  ...            F+1  ...  F+7
+    layer 0   pad  c0   c0   c0 ...            eoa  pad  pad
+    layer 1   pad  pad  c1   c1 ...                 eoa  pad
+    ...
+    layer 6   pad  pad  pad  pad ...  c6 (from step 7)   eoa
+
+F frames take F + 8 steps. Host-side numpy: the scan on the device only needs `LAYERS` and the step number.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from omni_jax.vocab import LAYERS, Vocab
+
+
+def delay(codes: np.ndarray, vocab: Vocab) -> np.ndarray:
+    """Lay frames out over the steps at which each layer speaks them.
+
+    Args:
+        codes: int [F, 7], codes of each frame in slot order.
+        vocab: gives the ids of padding and end of audio.
+
+    Returns:
+        int32 [7, F + 8]: padding, the layer's codes, end of audio, padding.
+    """
+    frames = len(codes)
+    out = np.full((LAYERS, frames + LAYERS + 1), vocab.pad_a, np.int32)
+    for layer in range(LAYERS):
+        out[layer, layer + 1 : layer + 1 + frames] = codes[:, layer]
+        out[layer, layer + 1 + frames] = vocab.eoa
+    return out
+
+
+def undelay(tokens: np.ndarray, vocab: Vocab) -> np.ndarray:
+    """Collect the complete frames of what has been decoded so far.
+
+    The last layer alone says how many there are: its steps before its end of audio, if it has come.
+
+    Args:
+        tokens: int [7, steps], the audio streams as decoded.
+        vocab: gives the id of end of audio.
+
+    Returns:
+        int32 [F, 7], tokens as they are: a model may put a special where a code belongs, see `playable`.
+    """
+    last = tokens[LAYERS - 1, LAYERS:]
+    ends = np.flatnonzero(last == vocab.eoa)
+    frames = int(ends[0]) if len(ends) else len(last)
+    return np.stack([tokens[k, k + 1 : k + 1 + frames] for k in range(LAYERS)], axis=1).astype(np.int32)
+
+
+def playable(frames: np.ndarray, vocab: Vocab) -> np.ndarray:
+    """Replace what is not a code by the code its layer had before (0 if none), so that every frame can be heard.
+
+    A trained model does not need this; an untrained one, or one that ends its layers unevenly, does. It depends
+    on earlier frames only, so a stream and a whole answer agree.
+
+    Args:
+        frames: int [F, 7] from `undelay`.
+        vocab: says which ids are codes.
+
+    Returns:
+        int32 [F, 7], all in 0..audio-1.
+    """
+    valid = frames < vocab.config.audio
+    latest = np.maximum.accumulate(np.where(valid, np.arange(len(frames))[:, None], -1), axis=0)
+    held = np.take_along_axis(frames, np.maximum(latest, 0), axis=0)
+    return np.where(latest >= 0, held, 0).astype(np.int32)
