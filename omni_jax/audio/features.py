@@ -1,0 +1,100 @@
+"""Waveform to log-mel: what the ear is fed. Whisper's recipe (Radford et al. 2022, section 2.2), for XLA.
+
+16 kHz sound, windows of 25 ms every 10 ms, power spectrum, mel bins, log10, and a dynamic range of 80 dB
+below the clip's loudest bin, shifted and scaled to order 1.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from omni_jax.audio.wav import SAMPLE_RATE
+
+WINDOW = 400
+"""Samples per Fourier window (25 ms)."""
+
+HOP = 160
+"""Samples between neighbouring mel frames (10 ms)."""
+
+
+def log_mel(audio: jax.Array, mels: int = 80) -> jax.Array:
+    """Log-mel features of recordings, jittable; `mels` and the shape are static.
+
+    Args:
+        audio: f32 [B, samples] at 16 kHz, padded with zeros by `pad` to the ear's length.
+        mels: mel bins (M).
+
+    Returns:
+        f32 [B, M, frames], frames = samples // 160.
+
+    Raises:
+        ValueError: not [B, samples], or 200 samples or fewer (the reflection at the edges needs more).
+    """
+    if audio.ndim != 2 or audio.shape[1] <= WINDOW // 2:
+        least = WINDOW // 2 + 1
+        raise ValueError(f"expected audio as [B, samples] of at least {least} samples, found {audio.shape}")
+    frames = audio.shape[1] // HOP
+    centred = jnp.pad(audio, ((0, 0), (WINDOW // 2, WINDOW // 2)), mode="reflect")
+    # A window is two and a half hops: lay the sound out in rows of one hop and join neighbouring rows. The
+    # window after the last whole hop, which the recipe drops, is never computed.
+    centred = jnp.pad(centred, ((0, 0), (0, max(0, (frames + 2) * HOP - centred.shape[1]))))
+    rows = centred[:, : (frames + 2) * HOP].reshape(-1, frames + 2, HOP)
+    windows = jnp.concatenate([rows[:, :-2], rows[:, 1:-1], rows[:, 2:, : WINDOW - 2 * HOP]], axis=-1)
+    # Measured on CPU for 30 s: this FFT 5 ms, the same transform as a matmul 12-18 ms, equally accurate.
+    spectrum = jnp.fft.rfft(windows * _hann())
+    power = spectrum.real**2 + spectrum.imag**2
+    # Full float32 on a TPU too: its default of bfloat16 would be audible 80 dB down.
+    energy = jnp.einsum("btf,fm->bmt", power, mel_filters(mels), precision=jax.lax.Precision.HIGHEST)
+    level = jnp.log10(jnp.maximum(energy, 1e-10))
+    level = jnp.maximum(level, level.max(axis=(1, 2), keepdims=True) - 8.0)
+    return (level + 4.0) / 4.0
+
+
+def pad(audio: np.ndarray, samples: int) -> np.ndarray:
+    """Lengthen a recording with zeros; on the host.
+
+    Args:
+        audio: f32 [..., samples].
+        samples: length of the result, as `EarConfig.samples`.
+
+    Returns:
+        f32 [..., samples].
+
+    Raises:
+        ValueError: the recording is longer: cutting is decided in `wav.check_length`, never here.
+    """
+    missing = samples - audio.shape[-1]
+    if missing < 0:
+        raise ValueError(f"expected at most {samples} samples to pad, found {audio.shape[-1]}")
+    return np.pad(audio.astype(np.float32, copy=False), [(0, 0)] * (audio.ndim - 1) + [(0, missing)])
+
+
+@lru_cache
+def mel_filters(mels: int) -> np.ndarray:
+    """Triangles that sum a power spectrum into mel bins, slaney's scale and slaney's area norm.
+
+    The mel scale of Slaney's Auditory Toolbox (1998): linear below 1 kHz (200/3 Hz per mel), above it
+    logarithmic with 27 mels per factor 6.4. Each triangle reaches from its left neighbour's centre to its
+    right neighbour's and has the area 1 over frequency in Hz.
+
+    Returns:
+        f32 [frequencies, M], frequencies = 201, from 0 to 8 kHz.
+    """
+    knee_hz, knee_mel, step = 1000.0, 15.0, np.log(6.4) / 27.0
+    top_mel = knee_mel + np.log(SAMPLE_RATE / 2 / knee_hz) / step
+    mel = np.linspace(0.0, top_mel, mels + 2)
+    corner = np.where(mel < knee_mel, mel * knee_hz / knee_mel, knee_hz * np.exp((mel - knee_mel) * step))
+    left, centre, right = corner[:-2], corner[1:-1], corner[2:]
+    hz = np.linspace(0.0, SAMPLE_RATE / 2, WINDOW // 2 + 1)[:, None]
+    rising, falling = (hz - left) / (centre - left), (right - hz) / (right - centre)
+    return (np.maximum(0.0, np.minimum(rising, falling)) * 2.0 / (right - left)).astype(np.float32)
+
+
+@lru_cache
+def _hann() -> np.ndarray:
+    """The periodic Hann window, f32 [WINDOW]."""
+    return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)).astype(np.float32)
