@@ -1,0 +1,194 @@
+"""The parts a Qwen2- or Llama-family block is made of: RMSNorm, rope, grouped-query attention, gated MLP.
+
+Letters: B batch, T positions, S cache length, D width, N query heads, K key/value heads, G = N/K query heads per
+key/value head, H head size, F ffn width. Every parameter carries logical axis names; `omni_jax.sharding` maps
+them to a mesh. Matrix products run in `dtype`, norms and softmax in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from omni_jax.config import RopeScaling, TrunkConfig
+
+Array = jax.Array
+MOST_DECODE_ROWS = 32
+"""Up to this many rows a matrix product is bound by reading the weight, as in decoding."""
+
+
+def param(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], fan_in: int) -> nnx.Param:
+    """A weight drawn from N(0, 1/fan_in), with a logical name for each of its axes."""
+    value = jax.random.normal(rngs.params(), tuple(shape), jnp.float32) / math.sqrt(fan_in)
+    return nnx.Param(value, axes=tuple(axes))
+
+
+def linear(x: Array, weight: Array, contract: int = 1) -> Array:
+    """Matrix product with weights stored [out, in], either side of one or several axes.
+
+    Args:
+        x: [..., *in].
+        weight: [*out, *in]; cast to x's dtype.
+        contract: how many axes `in` is.
+
+    Returns:
+        [..., *out].
+    """
+    weight = weight.astype(x.dtype)
+    of_weight = tuple(range(weight.ndim - contract, weight.ndim))
+    of_x = tuple(range(x.ndim - contract, x.ndim))
+
+    def product(x: Array, weight: Array) -> Array:
+        return jax.lax.dot_general(x, weight, ((of_x, of_weight), ((), ())))
+
+    def weight_first(x: Array, weight: Array) -> Array:
+        # XLA:CPU reads a row-major weight at full speed only as the left operand with its last axis contracted:
+        # 2 to 8 rows then cost little more than one, otherwise twice to four times as much. The barrier keeps the
+        # compiler from folding the transpose of the (small) result back into the product.
+        transposed = jax.lax.optimization_barrier(jax.lax.dot_general(weight, x, ((of_weight, of_x), ((), ()))))
+        outs = weight.ndim - contract
+        return jnp.moveaxis(transposed, range(outs), range(transposed.ndim - outs, transposed.ndim))
+
+    if math.prod(x.shape[: x.ndim - contract]) > MOST_DECODE_ROWS:
+        return product(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=weight_first, default=product)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale (arXiv 1910.07467), in float32."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=(None,))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        """[..., D] -> [..., D], in x's dtype."""
+        f = x.astype(jnp.float32)
+        f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + self.eps)
+        return (f * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_frequencies(head_size: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Radians per position of each rotated pair, float32 [H/2] (arXiv 2104.09864; scaling: Llama 3.1)."""
+    frequencies = theta ** (-np.arange(0, head_size, 2, dtype=np.float64) / head_size)
+    if scaling is not None:
+        # Wavelengths beyond the original context are stretched by `factor`, short ones kept, and those between
+        # are blended linearly in the number of turns they make within the original context.
+        turns = scaling.original_context * frequencies / (2 * np.pi)
+        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        blend = np.clip(blend, 0.0, 1.0)
+        frequencies = frequencies * (blend + (1 - blend) / scaling.factor)
+    return frequencies.astype(np.float32)
+
+
+def rope(positions: Array, config: TrunkConfig) -> tuple[Array, Array]:
+    """Cosine and sine for `positions` int32 [B, T], each float32 [B, T, 1, H/2]."""
+    frequencies = rope_frequencies(config.head_size, config.rope_theta, config.rope_scaling)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotate the two halves of each head against each other (the NeoX way): [B, T, heads, H] -> same."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
+    """Grouped-query attention with a float32 softmax.
+
+    Args:
+        query: [B, T, N, H].
+        key: [B, S, K, H].
+        value: [B, S, K, H].
+        mask: bool, broadcastable to [B, T, S]; True where a position may look.
+
+    Returns:
+        [B, T, N, H], in query's dtype.
+    """
+    B, T, N, H = query.shape
+    K = key.shape[2]
+    grouped = query.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) / math.sqrt(H)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(B, T, N, H).astype(query.dtype)
+
+
+def attend_cache(query: Array, keys: Array, values: Array, positions: Array) -> Array:
+    """Attention of one position per row to the slots 0..position of its cache.
+
+    Args:
+        query: [R, N, H].
+        keys: [R, K, S, H].
+        values: [R, K, S, H].
+        positions: int32 [R].
+
+    Returns:
+        [R, N, H].
+    """
+    R, N, H = query.shape
+    K, S = keys.shape[1:3]
+    scores = jnp.einsum(
+        "rkgh,rksh->rkgs", query.reshape(R, K, N // K, H), keys, preferred_element_type=jnp.float32
+    ) / math.sqrt(H)
+    seen = jnp.arange(S) <= positions[:, None]
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+    return jnp.einsum("rkgs,rksh->rkgh", weights.astype(values.dtype), values).reshape(R, N, H)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention with rope; q, k, v may have biases, the output has none."""
+
+    def __init__(self, config: TrunkConfig, rngs: nnx.Rngs):
+        D, N, K, H = config.width, config.heads, config.kv_heads, config.head_size
+        self.q = param(rngs, (N, H, D), ("heads", None, "embed"), D)
+        self.k = param(rngs, (K, H, D), ("kv_heads", None, "embed"), D)
+        self.v = param(rngs, (K, H, D), ("kv_heads", None, "embed"), D)
+        self.out = param(rngs, (D, N, H), ("embed", "heads", None), N * H)
+        self.biased = config.qkv_bias
+        if config.qkv_bias:
+            self.q_bias = nnx.Param(jnp.zeros((N, H), jnp.float32), axes=("heads", None))
+            self.k_bias = nnx.Param(jnp.zeros((K, H), jnp.float32), axes=("kv_heads", None))
+            self.v_bias = nnx.Param(jnp.zeros((K, H), jnp.float32), axes=("kv_heads", None))
+
+    def project(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+        """x [B, T, D] -> query [B, T, N, H], key and value [B, T, K, H]; query and key rotated."""
+
+        def heads(weight: nnx.Param, bias: nnx.Param | None) -> Array:
+            y = linear(x, weight[...])
+            return y if bias is None else y + bias[...].astype(y.dtype)
+
+        query = heads(self.q, self.q_bias if self.biased else None)
+        key = heads(self.k, self.k_bias if self.biased else None)
+        value = heads(self.v, self.v_bias if self.biased else None)
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+    def merge(self, heads: Array) -> Array:
+        """[B, T, N, H] -> [B, T, D]."""
+        return linear(heads, self.out[...], contract=2)
+
+
+class GatedMLP(nnx.Module):
+    """down(silu(gate x) * up x) without biases (arXiv 2002.05202), from `width` to `out`."""
+
+    def __init__(
+        self,
+        width: int,
+        ffn: int,
+        out: int,
+        rngs: nnx.Rngs,
+        axes: tuple[str, str, str] = ("embed", "ffn", "embed"),
+    ):
+        self.gate = param(rngs, (ffn, width), (axes[1], axes[0]), width)
+        self.up = param(rngs, (ffn, width), (axes[1], axes[0]), width)
+        self.down = param(rngs, (out, ffn), (axes[2], axes[1]), ffn)
+
+    def __call__(self, x: Array) -> Array:
+        """[..., width] -> [..., out]."""
+        return linear(jax.nn.silu(linear(x, self.gate[...])) * linear(x, self.up[...]), self.down[...])

@@ -1,0 +1,172 @@
+"""The language model: a stack of pre-norm blocks of the Qwen2 or Llama family, with a key/value cache.
+
+The blocks are kept either stacked (one array per weight with a leading layer axis, run by `lax.scan`: compiles
+fast and moves fewest bytes on TPU) or one by one (XLA:CPU would copy every layer's slice out of a stack). Both
+give the same results; `stacked` decides, for the parameters and the cache alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from omni_jax.config import TrunkConfig
+from omni_jax.model.layers import Array, Attention, GatedMLP, RMSNorm, attend, attend_cache, rope
+
+Cache = dict[str, Any]
+"""`k` and `v`: stacked [L, R, K, S, H], or a tuple of L arrays [R, K, S, H]. R rows, S slots (one a position)."""
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: TrunkConfig, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = GatedMLP(config.width, config.ffn, config.width, rngs)
+
+
+class Blocks(nnx.Module):
+    """`count` blocks in a row. The trunk is one such row, the TTS adapter another."""
+
+    def __init__(self, config: TrunkConfig, count: int, *, stacked: bool, dtype: Any, rngs: nnx.Rngs):
+        self.config, self.count, self.stacked, self.dtype = config, count, stacked, dtype
+        if stacked:
+
+            @nnx.split_rngs(splits=count)
+            @nnx.vmap(in_axes=(0,), out_axes=0)
+            def make(rngs: nnx.Rngs) -> Block:
+                return Block(config, rngs)
+
+            self.layers = make(rngs)
+        else:
+            self.layers = nnx.List([Block(config, rngs) for _ in range(count)])
+
+    def cache(self, rows: int, slots: int) -> Cache:
+        """An empty cache for `rows` rows of up to `slots` positions."""
+        shape = (rows, self.config.kv_heads, slots, self.config.head_size)
+        if self.stacked:
+            return {name: jnp.zeros((self.count, *shape), self.dtype) for name in "kv"}
+        return {name: tuple(jnp.zeros(shape, self.dtype) for _ in range(self.count)) for name in "kv"}
+
+    def __call__(self, x: Array, positions: Array, segments: Array | None = None) -> tuple[Array, Cache]:
+        """Run whole sequences: training and prefill.
+
+        Args:
+            x: [B, T, D] embeddings.
+            positions: int32 [B, T], counted from 0 within each sequence.
+            segments: int32 [B, T] when several sequences are packed into a row: each looks only at its own. Pad
+                positions form a segment of their own.
+
+        Returns:
+            [B, T, D] and the keys and values of these T positions as a cache.
+        """
+        T = x.shape[1]
+        cos, sin = rope(positions, self.config)
+        mask = jnp.tril(jnp.ones((1, T, T), bool))
+        if segments is not None:
+            mask = mask & (segments[:, :, None] == segments[:, None, :])
+
+        def block(layer: Block, x: Array) -> tuple[Array, tuple[Array, Array]]:
+            query, key, value = layer.attention.project(layer.attention_norm(x), cos, sin)
+            x = x + layer.attention.merge(attend(query, key, value, mask))
+            return x + layer.mlp(layer.mlp_norm(x)), (key.swapaxes(1, 2), value.swapaxes(1, 2))
+
+        if self.stacked:
+            graph, weights = nnx.split(self.layers)
+            x, (keys, values) = jax.lax.scan(lambda x, w: block(nnx.merge(graph, w), x), x, weights)
+            return x, {"k": keys, "v": values}
+        pairs = []
+        for layer in self.layers:
+            x, pair = block(layer, x)
+            pairs.append(pair)
+        return x, {"k": tuple(k for k, _ in pairs), "v": tuple(v for _, v in pairs)}
+
+    def decode(self, x: Array, positions: Array, caches: Sequence[Cache]) -> tuple[Array, list[Cache]]:
+        """Run one position of many rows against their caches.
+
+        The rows may live in several caches (the batch, and the second rows of batch-parallel decoding); every
+        weight is read once for all of them.
+
+        Args:
+            x: [R, D] embeddings, rows in the order of the caches.
+            positions: int32 [R], the slot each row writes; it looks at slots 0..position.
+            caches: together R rows.
+
+        Returns:
+            [R, D] and the caches with this position in.
+        """
+        cos, sin = rope(positions[:, None], self.config)
+        ends = np.cumsum([cache_rows(cache) for cache in caches])
+        groups = [slice(end - cache_rows(cache), end) for end, cache in zip(ends, caches, strict=True)]
+
+        def block(layer: Block, index: Any, x: Array, caches: list[Cache]) -> tuple[Array, list[Cache]]:
+            query, key, value = (y[:, 0] for y in layer.attention.project(layer.attention_norm(x)[:, None], cos, sin))
+            heads, updated = [], []
+            for rows, cache in zip(groups, caches, strict=True):
+                cache, keys, values = write(cache, index, positions[rows], key[rows], value[rows])
+                heads.append(attend_cache(query[rows], keys, values, positions[rows]))
+                updated.append(cache)
+            x = x + layer.attention.merge(jnp.concatenate(heads))
+            return x + layer.mlp(layer.mlp_norm(x)), updated
+
+        state = list(caches)
+        if self.stacked:
+            graph, weights = nnx.split(self.layers)
+
+            def body(carry: tuple[Array, list[Cache]], xs: tuple[Any, Array]) -> tuple[tuple[Array, list[Cache]], None]:
+                return block(nnx.merge(graph, xs[0]), xs[1], *carry), None
+
+            (x, state), _ = jax.lax.scan(body, (x, state), (weights, jnp.arange(self.count)))
+            return x, state
+        for index, layer in enumerate(self.layers):
+            x, state = block(layer, index, x, state)
+        return x, state
+
+
+def cache_rows(cache: Cache) -> int:
+    """How many rows a cache has (R)."""
+    return cache["k"][0].shape[0] if isinstance(cache["k"], tuple) else cache["k"].shape[1]
+
+
+def cache_slots(cache: Cache) -> int:
+    """How many positions a row of a cache holds (S)."""
+    return cache["k"][0].shape[-2] if isinstance(cache["k"], tuple) else cache["k"].shape[-2]
+
+
+def write(
+    cache: Cache, layer: Any, positions: Array, key: Array, value: Array
+) -> tuple[Cache, Array, Array]:
+    """Put one position of every row into a layer's cache, in place when the cache is donated.
+
+    Args:
+        cache: the whole cache.
+        layer: which layer; a traced index if the cache is stacked.
+        positions: int32 [R].
+        key: [R, K, H].
+        value: [R, K, H].
+
+    Returns:
+        The cache, and the layer's keys and values [R, K, S, H].
+    """
+    R, K, H = key.shape
+    if isinstance(cache["k"], tuple):
+        # Rows and heads are written as one axis: for a single row XLA:CPU would otherwise turn the scatter into
+        # an update that it fuses twice, and copy the whole cache at every layer.
+        at = (jnp.arange(R * K), jnp.repeat(positions, K))
+        new = {}
+        for name, item in (("k", key), ("v", value)):
+            old = cache[name][layer]
+            flat = old.reshape(R * K, -1, H).at[at].set(item.reshape(R * K, H), mode="promise_in_bounds")
+            new[name] = (*cache[name][:layer], flat.reshape(old.shape), *cache[name][layer + 1 :])
+        return new, new["k"][layer], new["v"][layer]
+    where = (layer, jnp.arange(R)[:, None], jnp.arange(K), positions[:, None])
+    keys = cache["k"].at[where].set(key, mode="promise_in_bounds")
+    values = cache["v"].at[where].set(value, mode="promise_in_bounds")
+    return {"k": keys, "v": values}, keys[layer], values[layer]

@@ -1,0 +1,95 @@
+"""Where arrays live: logical axis names to mesh axes. The only file that names a mesh axis.
+
+Every parameter carries logical names for its axes (see `omni_jax.model.layers.param`). `RULES` maps them to the
+mesh `data` x `fsdp` x `tensor`; the compiler does the rest. One device is a mesh of one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    # Rows of a batch share nothing: spread them over every device that does not split a row.
+    "batch": ("data", "fsdp"),
+    # The width of the residual stream is what FSDP cuts weights along: gathered layer by layer, just in time.
+    "embed": ("fsdp",),
+    "ear_embed": ("fsdp",),
+    # Megatron's cut: heads and ffn columns are independent up to the product that sums them again.
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "ffn": ("tensor",),
+    "ear_heads": ("tensor",),
+    "ear_ffn": ("tensor",),
+    # Rows of the tables: each device looks up and scores its own share of the vocabulary.
+    "vocab": ("tensor",),
+    # Stacked layers stay whole on every device: a scan takes them one by one.
+    "layers": (),
+    "mels": (),
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over data * fsdp * tensor devices, partitioned automatically.
+
+    Raises:
+        ValueError: there are not that many devices.
+    """
+    sizes = (data, fsdp, tensor)
+    if math.prod(sizes) > len(jax.devices()):
+        raise ValueError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} needs {math.prod(sizes)} devices, found {len(jax.devices())}"
+        )
+    devices = jax.devices()[: math.prod(sizes)]
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
+    """How an array with these logical axes lies on a mesh; an axis that does not divide evenly stays whole.
+
+    A parameter of stacked layers has one more axis than names, in front.
+
+    Raises:
+        ValueError: the names do not fit the shape, or one has no rule.
+    """
+    if len(shape) == len(axes) + 1:
+        axes = ("layers", *axes)
+    if len(shape) != len(axes):
+        raise ValueError(f"shape {tuple(shape)} has {len(shape)} axes, expected {len(axes)}: {tuple(axes)}")
+    parts: list[tuple[str, ...] | None] = []
+    for size, name in zip(shape, axes, strict=True):
+        if name is not None and name not in RULES:
+            raise ValueError(f"logical axis {name!r} has no rule; expected one of {sorted(RULES)}")
+        target = RULES[name] if name else ()
+        ways = math.prod(mesh.shape[axis] for axis in target)
+        parts.append(target if target and ways > 1 and size % ways == 0 else None)
+    return PartitionSpec(*parts)
+
+
+def of_state(state: Any, mesh: Mesh) -> Any:
+    """The sharding of every parameter of an abstract or real NNX state, as a plain nested dict."""
+    shardings = nnx.map_state(lambda _, v: NamedSharding(mesh, spec(v.shape, v.axes, mesh)), state)
+    return nnx.to_pure_dict(shardings)
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """An array whose first axis is the batch."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def device_count(mesh: Mesh) -> int:
+    """Devices of a mesh."""
+    return int(np.prod(list(mesh.shape.values())))
