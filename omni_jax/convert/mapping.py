@@ -1,7 +1,115 @@
-"""Moving weights between layouts: what all converters share."""
+"""Moving weights between layouts: a table with one entry per published tensor, and its checks.
+
+An entry says how one of their tensors becomes one or several of ours, and back. Tensors are lazy: a table makes
+a mapping of tensors from a mapping of tensors, and nothing is read until the result is.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from omni_jax.tensorfile import LazyTensor, Tensors, differences
+
+FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
+"""Types that weights may have."""
+
+Shape = tuple[int, ...]
 
 
 class ConversionError(ValueError):
     """Weights that cannot be converted: one line per tensor that is missing, unknown or misshapen."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of our tensors, cut out of one of theirs."""
+
+    name: str
+    shape: Shape
+    take: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of their tensors and what it is in ours."""
+
+    theirs: str
+    shape: Shape
+    parts: tuple[Part, ...]
+    join: Callable[..., np.ndarray]
+    """The inverse of the parts' `take`: our arrays in the order of the parts -> theirs."""
+
+
+def same(theirs: str, ours: str, shape: Shape, our_shape: Shape | None = None) -> Entry:
+    """An entry of one tensor that is the same in both worlds, perhaps with its axes split or merged."""
+    our_shape = our_shape or shape
+    if math.prod(shape) != math.prod(our_shape):
+        raise ValueError(f"{theirs} {shape} cannot be {ours} {our_shape}: another number of elements")
+    part = Part(ours, our_shape, lambda array: array.reshape(our_shape))
+    return Entry(theirs, shape, (part,), lambda array: array.reshape(shape))
+
+
+def to_ours(table: Sequence[Entry], tensors: Tensors, source: str) -> dict[str, LazyTensor]:
+    """Their tensors in our layout, each of its own type.
+
+    Raises:
+        ConversionError: names every tensor that is missing, unknown, misshapen or not floating point.
+    """
+    check(tensors, {entry.theirs: entry.shape for entry in table}, source)
+
+    def part_of(tensor: LazyTensor, part: Part) -> LazyTensor:
+        return LazyTensor(part.shape, tensor.dtype, lambda: part.take(tensor.read()))
+
+    return {part.name: part_of(tensors[entry.theirs], part) for entry in table for part in entry.parts}
+
+
+def to_theirs(table: Sequence[Entry], tensors: Tensors, source: str) -> dict[str, LazyTensor]:
+    """Our tensors in their layout; the inverse of `to_ours`.
+
+    Tensors of different types that become one take the type that holds them all.
+
+    Raises:
+        ConversionError: names every tensor that is missing, unknown, misshapen or not floating point.
+    """
+    check(tensors, {part.name: part.shape for entry in table for part in entry.parts}, source)
+
+    def whole(entry: Entry) -> LazyTensor:
+        parts = [tensors[part.name] for part in entry.parts]
+        dtypes = {part.dtype for part in parts}
+        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        return LazyTensor(
+            entry.shape, dtype, lambda: entry.join(*(part.read().astype(dtype, copy=False) for part in parts))
+        )
+
+    return {entry.theirs: whole(entry) for entry in table}
+
+
+def check(found: Tensors, expected: Mapping[str, Shape], source: str) -> None:
+    """Compare what was found with what a layout needs.
+
+    Raises:
+        ConversionError: one line per tensor that is missing, misshapen, unknown or not floating point.
+    """
+    wrong = differences(found, expected)
+    wrong += [
+        f"{name}: expected floating point, found {tensor.dtype}"
+        for name, tensor in found.items()
+        if name in expected and tensor.dtype not in FLOATS
+    ]
+    if wrong:
+        raise ConversionError(f"{source}:\n" + "\n".join(wrong))
+
+
+def identical(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether two tensors of the same shape hold the same bytes; compared a few rows at a time."""
+    a, b = one.read(), other.read()
+    if a.dtype != b.dtype:
+        return False
+    if a.ctypes.data == b.ctypes.data:
+        return True
+    return all(a[row : row + 4096].tobytes() == b[row : row + 4096].tobytes() for row in range(0, len(a), 4096))

@@ -145,9 +145,7 @@ def to_transformers(params: Mapping[str, np.ndarray], config: EarConfig) -> dict
     problems = _problems(found, {tensor.ours: tensor.our_shape for tensor in table})
     if problems:
         raise ConversionError("Whisper encoder to transformers:\n" + "\n".join(problems))
-    state = {
-        PREFIXES[0] + tensor.theirs: tensor.to_theirs(np.asarray(params[tensor.ours])) for tensor in table
-    }
+    state = {PREFIXES[0] + tensor.theirs: tensor.to_theirs(np.asarray(params[tensor.ours])) for tensor in table}
     state[PREFIXES[0] + POSITIONS] = sinusoids(config.positions, config.width)
     return state
 
@@ -202,9 +200,7 @@ def read(folder: str | Path) -> tuple[EarConfig, dict[str, np.ndarray]]:
         index = _read_json(folder / "model.safetensors.index.json")
         files = sorted(set(index.get("weight_map", {}).values()))
     else:
-        raise ConversionError(
-            f"{folder}: expected model.safetensors or model.safetensors.index.json, found neither"
-        )
+        raise ConversionError(f"{folder}: expected model.safetensors or model.safetensors.index.json, found neither")
     state = {}
     for shard in files:
         try:

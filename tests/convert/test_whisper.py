@@ -83,16 +83,12 @@ def test_transformers_loads_what_we_write(model, state):
         for parameter in other.model.encoder.parameters():
             parameter.zero_()
     back = whisper.to_transformers(whisper.from_transformers(state, CONFIG), CONFIG)
-    left = other.load_state_dict(
-        {name: torch.from_numpy(array) for name, array in back.items()}, strict=False
-    )
+    left = other.load_state_dict({name: torch.from_numpy(array) for name, array in back.items()}, strict=False)
     assert left.unexpected_keys == []
     assert not [name for name in left.missing_keys if "encoder." in name and "decoder" not in name]
     mel = torch.randn(1, CONFIG.mels, 2 * CONFIG.positions)
     with torch.no_grad():
-        torch.testing.assert_close(
-            other.model.encoder(mel)[0], model.model.encoder(mel)[0], atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(other.model.encoder(mel)[0], model.model.encoder(mel)[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
@@ -179,8 +175,6 @@ def test_read_refuses(state, tmp_path):
     with pytest.raises(ConversionError, match=r"model\.safetensors: expected safetensors"):
         whisper.read(tmp_path)
     state["adapter.weight"] = np.zeros(3, np.float32)
-    save_file(
-        {name: np.ascontiguousarray(array) for name, array in state.items()}, tmp_path / "model.safetensors"
-    )
+    save_file({name: np.ascontiguousarray(array) for name, array in state.items()}, tmp_path / "model.safetensors")
     with pytest.raises(ConversionError, match=r"\(outside the encoder\) adapter\.weight: unknown"):
         whisper.read(tmp_path)

@@ -1,0 +1,405 @@
+"""Release folders: everything a model needs, read straight onto the devices it will live on.
+
+A release folder holds
+    config.yaml             `omni_jax.config.ModelConfig`
+    model.safetensors       the model, a tensor per layer and weight, named `trunk.layers.0.attention.q` and so on
+    codec.safetensors       the codec, named as `omni_jax.codec.snac.Snac.params` does
+    tokenizer.json, tokenizer_config.json
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+
+from omni_jax import config as configs
+from omni_jax import sharding
+from omni_jax.codec.snac import Snac
+from omni_jax.config import ModelConfig
+from omni_jax.model.omni import OmniModel
+from omni_jax.tensorfile import (
+    CheckpointError,
+    LazyTensor,
+    TensorFile,
+    Tensors,
+    aligned_empty,
+    differences,
+    write,
+)
+
+CONFIG = "config.yaml"
+MODEL = "model.safetensors"
+CODEC = "codec.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+FILES = (CONFIG, MODEL, CODEC, *TOKENIZER_FILES)
+
+ParamPath = tuple[Any, ...]
+"""Where a parameter lives in a module: attribute names and layer numbers."""
+
+
+def fetch(source: str | Path, files: Sequence[str], what: str) -> Path:
+    """A local folder as it is, or the snapshot of a hub repository with the given files in it.
+
+    Args:
+        source: a folder, or a hub id such as `owner/name`.
+        files: names or patterns worth downloading.
+        what: what the folder should be, for the error message.
+
+    Raises:
+        CheckpointError: there is neither such a folder nor such a repository within reach.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    expected = f"{source}: expected {what}: a folder or a hub id such as owner/name"
+    if folder.exists():
+        raise CheckpointError(f"{expected}; found a file")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+        raise CheckpointError(f"{expected}; found no such folder")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(files)))
+    # The hub's client raises a dozen kinds of error for "not there", "no network" and "not allowed".
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise CheckpointError(f"{expected}; found no such folder, and the hub says: {reason}") from None
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to fill, which appears under its name only once it is complete.
+
+    Raises:
+        CheckpointError: `path` exists and is not an empty folder.
+    """
+    path = Path(path)
+    require_free(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_free(path: str | Path) -> None:
+    """Make sure nothing would be overwritten.
+
+    Raises:
+        CheckpointError: `path` exists and is not an empty folder.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise CheckpointError(f"{path}: expected a new or an empty folder, found something there already")
+
+
+def require_files(folder: Path, files: Sequence[str], what: str) -> None:
+    """Make sure a folder is what it should be.
+
+    Raises:
+        CheckpointError: names the files that are not there.
+    """
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise CheckpointError(f"{folder}: expected {what} with {', '.join(files)}; found no {', '.join(missing)}")
+
+
+def open_release(source: str | Path) -> Release:
+    """Open a release folder or hub repository; weights are not read yet.
+
+    Raises:
+        CheckpointError: it is not there, or a file of it is missing or damaged.
+        ConfigError: `config.yaml` is wrong.
+    """
+    folder = fetch(source, FILES, "a release")
+    require_files(folder, FILES, "a release")
+    return Release(folder, configs.load(ModelConfig, folder / CONFIG))
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release folder that has been opened."""
+
+    folder: Path
+    config: ModelConfig
+
+    def tokenizer(self) -> Any:
+        """The text tokenizer, a `tokenizers.Tokenizer`.
+
+        Raises:
+            CheckpointError: the file is not a tokenizer, or has more tokens than the model has rows for.
+        """
+        import tokenizers
+
+        file = self.folder / TOKENIZER_FILES[0]
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises nothing more precise
+            raise CheckpointError(f"{file}: expected a tokenizer, found {error}") from None
+        if tokenizer.get_vocab_size() > self.config.vocab.text:
+            raise CheckpointError(
+                f"{file}: expected at most {self.config.vocab.text} tokens (vocab.text of {CONFIG}), "
+                f"found {tokenizer.get_vocab_size()}"
+            )
+        return tokenizer
+
+    def load_model(self, *, stacked: bool, dtype: Any, param_dtype: Any = None, mesh: Mesh | None = None) -> OmniModel:
+        """Read the weights straight to where they will live.
+
+        Each device's part of each parameter is read on its own, layers are stacked on the way. No parameter
+        ever exists unsharded on a mesh, and memory holds at most one parameter more than the model.
+
+        Args:
+            stacked: see `omni_jax.model.trunk`.
+            dtype: what matrix products run in.
+            param_dtype: what the parameters are kept in, whatever the file has; None is the same as `dtype`.
+            mesh: where the parameters live; None is the first device.
+
+        Raises:
+            CheckpointError: lists every tensor that is missing, unknown or misshapen.
+        """
+        graph, state = nnx.split(abstract(self.config, stacked=stacked, dtype=dtype))
+        file = TensorFile(self.folder / MODEL)
+        self._check(file, _tensor_shapes(state))
+        places = _places(state, mesh)
+        kept = np.dtype(dtype if param_dtype is None else param_dtype)
+
+        def load(path: ParamPath, variable: Any) -> jax.Array:
+            layers = _unstacked(path, variable.shape)
+            stack = layers != [path]
+            names = [dotted(layer) for layer in layers]
+
+            def read(index: tuple[slice, ...]) -> np.ndarray:
+                shape = tuple(len(range(*part.indices(size))) for part, size in zip(index, variable.shape, strict=True))
+                out = aligned_empty(shape, kept)
+                if not stack:
+                    file.read_into(names[0], out, index)
+                    return out
+                for name, row in zip(names[index[0]], out, strict=True):
+                    file.read_into(name, row, index[1:])
+                return out
+
+            return jax.make_array_from_callback(variable.shape, places[path], _once(read))
+
+        arrays = {path: load(path, variable) for path, variable in nnx.to_flat_state(state)}
+        return nnx.merge(graph, traverse_util.unflatten_dict(arrays))
+
+    def load_codec(self) -> Snac:
+        """The codec, in float32.
+
+        Raises:
+            CheckpointError: lists every tensor that is missing, unknown or misshapen.
+        """
+        file = TensorFile(self.folder / CODEC)
+        params = {name: tensor.read().astype(np.float32, copy=False) for name, tensor in file.tensors.items()}
+        try:
+            return Snac.from_params(self.config.codec, params)
+        except ValueError as error:
+            raise CheckpointError(f"{file.path}: {error}") from None
+
+    def model_tensors(self) -> dict[str, LazyTensor]:
+        """The model's tensors as they are in the file, to be read one by one.
+
+        Raises:
+            CheckpointError: lists every tensor that is missing, unknown or misshapen.
+        """
+        file = TensorFile(self.folder / MODEL)
+        self._check(file, parameter_shapes(self.config))
+        return file.tensors
+
+    def codec_tensors(self) -> dict[str, LazyTensor]:
+        """The codec's tensors as they are in the file, to be read one by one."""
+        return TensorFile(self.folder / CODEC).tensors
+
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer's files, to be copied."""
+        return [self.folder / name for name in TOKENIZER_FILES]
+
+    def inspect(self) -> dict[str, LazyTensor]:
+        """Every tensor of the release, the codec's under `codec.`; nothing is read but shapes and types."""
+        codec = {f"codec.{name}": tensor for name, tensor in self.codec_tensors().items()}
+        return {**TensorFile(self.folder / MODEL).tensors, **codec}
+
+    def _check(self, file: TensorFile, expected: Mapping[str, tuple[int, ...]]) -> None:
+        if wrong := differences(file.tensors, expected):
+            raise CheckpointError(f"{file.path} does not fit {CONFIG}:\n" + "\n".join(wrong))
+
+
+def save_release(
+    folder: str | Path,
+    config: ModelConfig,
+    tensors: Tensors,
+    codec_tensors: Tensors,
+    tokenizer_files: Sequence[Path],
+) -> None:
+    """Write a release folder; it appears under its name only when complete.
+
+    With several processes all must call this together, as tensors may be gathered from all; the first writes.
+
+    Args:
+        folder: new or empty.
+        config: the model's shape.
+        tensors: the model, as `model_tensors` gives it; produced one after the other.
+        codec_tensors: the codec, named as `Snac.params` does.
+        tokenizer_files: copied under their names.
+
+    Raises:
+        CheckpointError: `folder` has something in it, tensors do not fit the config, or a tokenizer file is
+            missing.
+    """
+    if wrong := differences(tensors, parameter_shapes(config)):
+        raise CheckpointError(f"{folder}: the tensors do not fit the config:\n" + "\n".join(wrong))
+    if missing := set(TOKENIZER_FILES) - {path.name for path in tokenizer_files if path.is_file()}:
+        raise CheckpointError(f"{folder}: expected {', '.join(TOKENIZER_FILES)}; got no {', '.join(missing)}")
+    if jax.process_index() != 0:
+        for tensor in tensors.values():
+            tensor.read()
+    else:
+        with new_folder(folder) as partial:
+            write(partial / MODEL, tensors)
+            write(partial / CODEC, codec_tensors)
+            for path in tokenizer_files:
+                shutil.copyfile(path, partial / path.name)
+            configs.save(config, partial / CONFIG)
+    multihost_utils.sync_global_devices("save_release")
+
+
+def init_model(config: ModelConfig, *, stacked: bool, dtype: Any, seed: int, mesh: Mesh | None = None) -> OmniModel:
+    """A model with random float32 weights, made where they will live: no unsharded copy ever exists.
+
+    The same seed gives the same weights on any mesh, to float rounding.
+
+    Args:
+        config: the shape.
+        stacked: see `omni_jax.model.trunk`.
+        dtype: what matrix products run in.
+        seed: draws the weights.
+        mesh: where they live; None is the first device.
+    """
+
+    def make(rngs: nnx.Rngs) -> OmniModel:
+        return OmniModel(config, stacked=stacked, dtype=dtype, rngs=rngs)
+
+    if mesh is None:
+        # Compiling hundreds of draws as one program takes longer than running them one by one.
+        return make(nnx.Rngs(seed))
+    graph, state = nnx.split(abstract(config, stacked=stacked, dtype=dtype))
+    # On CPU, optimising a program that runs once takes ten times as long as all the rest.
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    draw = jax.jit(
+        lambda key: nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)))),
+        out_shardings=sharding.of_state(state, mesh),
+        compiler_options=quick if mesh.devices.flat[0].platform == "cpu" else None,
+    )
+    return nnx.merge(graph, draw(jax.random.key(seed)))
+
+
+def model_tensors(model: OmniModel) -> dict[str, LazyTensor]:
+    """The tensors of a model as a release names them, one per layer, fetched from the devices when read.
+
+    With several processes all must read the same tensors in the same order.
+    """
+
+    def tensor(array: jax.Array, layer: int | None) -> LazyTensor:
+        shape = array.shape if layer is None else array.shape[1:]
+        return LazyTensor(shape, np.dtype(array.dtype), lambda: _fetch(array if layer is None else array[layer]))
+
+    tensors = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        paths = _unstacked(path, variable.shape)
+        stack = paths != [path]
+        for layer, part in enumerate(paths):
+            tensors[dotted(part)] = tensor(variable[...], layer if stack else None)
+    return tensors
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a model of this config has in a release."""
+    return _tensor_shapes(nnx.state(abstract(config, stacked=False, dtype=jnp.float32)))
+
+
+def dotted(path: ParamPath) -> str:
+    """The name of a parameter in a release."""
+    return ".".join(str(part) for part in path)
+
+
+class _SameKey:
+    """Stands in for `nnx.Rngs` where only shapes matter: counting draws is most of the time of a long trace."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
+def abstract(config: ModelConfig, *, stacked: bool, dtype: Any) -> OmniModel:
+    """The module without arrays."""
+
+    def make() -> OmniModel:
+        # Stacking by nnx.vmap insists on real ones; its trace is short.
+        rngs: Any = nnx.Rngs(0) if stacked else _SameKey()
+        return OmniModel(config, stacked=stacked, dtype=dtype, rngs=rngs)
+
+    return nnx.eval_shape(make)
+
+
+def _tensor_shapes(state: Any) -> dict[str, tuple[int, ...]]:
+    """Name and shape in a release of every parameter of a state."""
+    shapes = {}
+    for path, variable in nnx.to_flat_state(state):
+        layers = _unstacked(path, variable.shape)
+        for layer in layers:
+            shapes[dotted(layer)] = variable.shape if layers == [path] else variable.shape[1:]
+    return shapes
+
+
+def _unstacked(path: ParamPath, shape: tuple[int, ...]) -> list[ParamPath]:
+    """The paths of each layer of a stacked parameter; the path itself of any other."""
+    if "layers" not in path:
+        return [path]
+    at = path.index("layers") + 1
+    if isinstance(path[at], int):
+        return [path]
+    return [(*path[:at], layer, *path[at:]) for layer in range(shape[0])]
+
+
+def _places(state: Any, mesh: Mesh | None) -> dict[ParamPath, Sharding]:
+    """Where each parameter of an abstract state shall live."""
+    if mesh is None:
+        device = SingleDeviceSharding(jax.local_devices()[0])
+        return {path: device for path, _ in nnx.to_flat_state(state)}
+    return traverse_util.flatten_dict(sharding.of_state(state, mesh))
+
+
+def _once(read: Callable[[tuple[slice, ...]], np.ndarray]) -> Callable[[Any], np.ndarray]:
+    """Devices that hold the same part of an array ask for it one by one: read it for the first only."""
+    parts: dict[Any, np.ndarray] = {}
+
+    def cached(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in parts:
+            parts[key] = read(index)
+        return parts[key]
+
+    return cached
+
+
+def _fetch(array: jax.Array) -> np.ndarray:
+    """A whole array on the host, wherever its parts are."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

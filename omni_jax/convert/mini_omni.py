@@ -1,0 +1,400 @@
+"""Mini-Omni's published format: a folder with lit_model.pth, model_config.yaml and the tokenizer.
+
+`lit_model.pth` is a state dict of the litgpt-style module: one table of all tokens, attention with q, k and v in
+one matrix, whose rows are grouped by key/value head. It has neither Whisper nor SNAC in it.
+
+Letters: D width, N query heads, K key/value heads, H head size, F ffn width, Vt and Va rows of the text table and
+of one audio layer's.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from omni_jax.config import CodecConfig, ConfigError, EarConfig, ModelConfig, TrunkConfig, build
+from omni_jax.convert.mapping import ConversionError, Entry, Part, check, identical, same, to_ours, to_theirs
+from omni_jax.tensorfile import DTYPES, LazyTensor, Tensors
+from omni_jax.vocab import LAYERS, Vocab
+
+WEIGHTS = "lit_model.pth"
+CONFIG = "model_config.yaml"
+
+TEXT_SPECIALS = 64
+"""A constant of the published code, not in its config. A model with another number says so in `hf_config`, the
+one field of the config that is free."""
+
+TABLE, HEAD = "transformer.wte.weight", "lm_head.weight"
+_TTS_ADAPTER = "transformer.post_adapter"
+
+_REQUIRED = ("n_layer", "n_head", "n_embd", "intermediate_size", "padded_vocab_size")
+
+_FIXED: dict[str, tuple[Any, Any]] = {
+    "scale_embeddings": (False, False),
+    "rotary_percentage": (1.0, 0.25),
+    "parallel_residual": (False, True),
+    "bias": (False, True),
+    "lm_head_bias": (False, False),
+    "shared_attention_norm": (False, False),
+    "norm_class_name": ("RMSNorm", "LayerNorm"),
+    "mlp_class_name": ("LLaMAMLP", "GptNeoxMLP"),
+    "rope_condense_ratio": (1, 1),
+    "n_expert": (0, 0),
+    "pos_type": ("rope", "rope"),
+}
+"""Fields with the only value that our model has, and the value that the published code takes when absent."""
+
+_OPTIONAL: dict[str, Any] = {
+    "n_query_groups": None,
+    "head_size": None,
+    "add_qkv_bias": None,
+    "norm_eps": 1e-5,
+    "rope_base": 10000,
+    "block_size": 4096,
+    "text_vocab_size": 152000,
+    "audio_vocab_size": 4160,
+    "cat_audio_vocab_size": 29120,
+    "whisper_adapter_dim": 768,
+    "asr_adapter": "llamamlp",
+    "tie_word_embeddings": False,
+    "post_adapter": False,
+    "post_adapter_layers": 6,
+    "hf_config": None,
+    "name": "",
+}
+"""Fields that we read, with the published code's default."""
+
+_WITHOUT_EFFECT = (
+    "attn_dropout",
+    "force_align",
+    "gelu_approximate",
+    "n_expert_per_token",
+    "padding_multiple",
+    "prompt_vocab_size",
+    "use_pretrain_phoneme_emb",
+    "vocab_size",
+)
+
+
+def config_from_yaml(
+    values: Mapping[str, Any], ear: EarConfig, codec: CodecConfig, *, tts_adapter: bool, source: str
+) -> ModelConfig:
+    """A model's shape from the content of `model_config.yaml`.
+
+    Args:
+        values: the content.
+        ear: Whisper's shape, which the file does not hold.
+        codec: the codec's.
+        tts_adapter: whether the weights have a TTS adapter. A config may announce one that the weights lack:
+            the published code switches it off.
+        source: the file's name, for errors.
+
+    Raises:
+        ConversionError: names every field that is missing, unknown, of a value that our model does not have, or
+            in contradiction to another.
+    """
+    wrong = [f"{name}: missing" for name in _REQUIRED if name not in values]
+    known = {*_REQUIRED, *_FIXED, *_OPTIONAL, *_WITHOUT_EFFECT}
+    wrong += [f"{name}: unknown field" for name in values if name not in known]
+    for name, (only, default) in _FIXED.items():
+        if (found := values.get(name, default)) != only:
+            wrong.append(f"{name}: expected {only!r}, found {found!r}" + ("" if name in values else " (default)"))
+    field = {**_OPTIONAL, **values}
+    if "Gemma" in str(field["name"]):
+        wrong.append(f"name: expected no Gemma, whose norms add one to their scale, found {field['name']!r}")
+    if wrong:
+        raise ConversionError(f"{source}:\n" + "\n".join(wrong))
+
+    sizes = ("text_vocab_size", "audio_vocab_size", "cat_audio_vocab_size", "padded_vocab_size", "n_embd", "n_head")
+    if wrong := [f"{name}: expected a number, found {field[name]!r}" for name in sizes if type(field[name]) is not int]:
+        raise ConversionError(f"{source}:\n" + "\n".join(wrong))
+    text, audio, all_audio = (field[name] for name in sizes[:3])
+    for name, expected in (
+        ("cat_audio_vocab_size", LAYERS * audio),
+        ("padded_vocab_size", text + all_audio),
+        ("whisper_adapter_dim", ear.width),
+    ):
+        if field[name] != expected:
+            wrong.append(f"{name}: expected {expected}, found {field[name]!r}")
+    if wrong:
+        raise ConversionError(f"{source}:\n" + "\n".join(wrong))
+
+    text_specials = (field["hf_config"] or {}).get("text_specials", TEXT_SPECIALS)
+    trunk = {
+        "width": field["n_embd"],
+        "layers": field["n_layer"],
+        "heads": field["n_head"],
+        "kv_heads": field["n_query_groups"] or field["n_head"],
+        "head_size": field["head_size"] or field["n_embd"] // field["n_head"],
+        "ffn": field["intermediate_size"],
+        "rope_theta": field["rope_base"],
+        "norm_eps": field["norm_eps"],
+        "qkv_bias": field["add_qkv_bias"] or False,
+        "tied_head": field["tie_word_embeddings"],
+        "context": field["block_size"],
+    }
+    values = {
+        "ear": ear,
+        "adapter": {"kind": field["asr_adapter"], "ffn": field["intermediate_size"]},
+        "trunk": trunk,
+        "vocab": {
+            "text": text - text_specials,
+            "text_specials": text_specials,
+            "audio": codec.codebook_size,
+            "audio_specials": audio - codec.codebook_size,
+        },
+        "codec": codec,
+        "tts_adapter_layers": field["post_adapter_layers"] if field["post_adapter"] and tts_adapter else 0,
+    }
+    try:
+        return build(ModelConfig, values, source)
+    except ConfigError as error:
+        raise ConversionError(str(error)) from None
+
+
+def config_to_yaml(config: ModelConfig) -> dict[str, Any]:
+    """The content of `model_config.yaml` for a model; the inverse of `config_from_yaml`.
+
+    Raises:
+        ConversionError: names everything about the model that the published code cannot do.
+    """
+    trunk, vocab = config.trunk, Vocab(config.vocab)
+    wrong = []
+    if config.adapter.stack != 1:
+        wrong.append(f"adapter.stack: expected 1, found {config.adapter.stack}")
+    if config.adapter.kind == "llamamlp" and config.adapter.ffn != trunk.ffn:
+        wrong.append(f"adapter.ffn: expected trunk.ffn, which is {trunk.ffn}, found {config.adapter.ffn}")
+    if trunk.rope_scaling is not None:
+        wrong.append(f"trunk.rope_scaling: expected none, found {trunk.rope_scaling}")
+    if wrong:
+        raise ConversionError("the published Mini-Omni code has no such model:\n" + "\n".join(wrong))
+    hf_config: dict[str, Any] = {}
+    if config.vocab.text_specials != TEXT_SPECIALS:
+        hf_config["text_specials"] = config.vocab.text_specials
+    theta = trunk.rope_theta
+    return {
+        "name": "mini-omni",
+        "hf_config": hf_config,
+        "block_size": trunk.context,
+        "vocab_size": config.vocab.text,
+        "padded_vocab_size": vocab.rows,
+        "n_layer": trunk.layers,
+        "n_head": trunk.heads,
+        "n_query_groups": trunk.kv_heads,
+        "n_embd": trunk.width,
+        "head_size": trunk.head_size,
+        "intermediate_size": trunk.ffn,
+        "add_qkv_bias": trunk.qkv_bias,
+        "norm_eps": trunk.norm_eps,
+        "rope_base": int(theta) if theta == int(theta) else theta,
+        **{name: only for name, (only, _) in _FIXED.items()},
+        "text_vocab_size": vocab.text_rows,
+        "audio_vocab_size": vocab.audio_rows,
+        "cat_audio_vocab_size": LAYERS * vocab.audio_rows,
+        "whisper_adapter_dim": config.ear.width,
+        "asr_adapter": config.adapter.kind,
+        "tie_word_embeddings": trunk.tied_head,
+        "post_adapter": config.tts_adapter_layers > 0,
+        "post_adapter_layers": config.tts_adapter_layers or _OPTIONAL["post_adapter_layers"],
+    }
+
+
+def from_state(state: Tensors, config: ModelConfig, source: str) -> dict[str, LazyTensor]:
+    """The tensors of a state dict in our layout, each of its own type; the ear is not among them.
+
+    Raises:
+        ConversionError: names every tensor that is missing, unknown or misshapen; or the head is said to be tied
+            to the embedding and differs from it.
+    """
+    table = _table(config)
+    if config.trunk.tied_head:
+        expected = {entry.theirs: entry.shape for entry in table}
+        check(state, {**expected, HEAD: expected[TABLE]}, source)
+        if not identical(state[TABLE], state[HEAD]):
+            raise ConversionError(
+                f"{source}: {HEAD}: expected the values of {TABLE}, as tie_word_embeddings says, found others"
+            )
+        state = {name: tensor for name, tensor in state.items() if name != HEAD}
+    return to_ours(table, state, source)
+
+
+def to_state(tensors: Tensors, config: ModelConfig, source: str) -> dict[str, LazyTensor]:
+    """A model's tensors as the published state dict; the inverse of `from_state`. The ear is left out.
+
+    A tied head is in the result under both names, as one and the same object.
+
+    Raises:
+        ConversionError: names every tensor that is missing, unknown or misshapen.
+    """
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("ear.")}
+    state = to_theirs(_table(config), tensors, source)
+    if config.trunk.tied_head:
+        state[HEAD] = state[TABLE]
+    return state
+
+
+def has_tts_adapter(state: Tensors) -> bool:
+    """Whether a state dict has a TTS adapter."""
+    return any(name.startswith(_TTS_ADAPTER) for name in state)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of `model_config.yaml`.
+
+    Raises:
+        ConversionError: it is not YAML with named fields.
+    """
+    file = folder / CONFIG
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConversionError(f"{file}: expected YAML, found {error}") from None
+    if not isinstance(values, dict):
+        raise ConversionError(f"{file}: expected fields and values, found {type(values).__name__}")
+    return values
+
+
+def read_state(folder: Path) -> dict[str, LazyTensor]:
+    """The tensors of `lit_model.pth`, mapped from the file: memory holds what is being read.
+
+    Raises:
+        ConversionError: the file is not a state dict, or has more in it than tensors.
+        ImportError: torch is not installed.
+    """
+    file = folder / WEIGHTS
+    torch = _torch(file)
+    try:
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise ConversionError(f"{file}: expected a state dict with tensors only, found {reason}") from None
+    if not isinstance(state, dict):
+        raise ConversionError(f"{file}: expected a state dict, found {type(state).__name__}")
+    strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise ConversionError(f"{file}: expected tensors only, found something else in {', '.join(strange)}")
+    types = {getattr(torch, str(dtype)): dtype for dtype in DTYPES.values()}
+
+    def lazy(tensor: Any) -> LazyTensor:
+        dtype = types.get(tensor.dtype, np.dtype(object))
+
+        def read() -> np.ndarray:
+            # numpy knows bfloat16 only by its bytes.
+            return tensor.detach().contiguous().view(torch.uint8).numpy().view(dtype).reshape(tensor.shape)
+
+        return LazyTensor(tuple(tensor.shape), dtype, read)
+
+    return {name: lazy(tensor) for name, tensor in state.items()}
+
+
+def write(folder: Path, config: ModelConfig, state: Tensors) -> None:
+    """Write `lit_model.pth` and `model_config.yaml`. torch wants the whole state in memory, once.
+
+    Raises:
+        ConversionError: the published code has no such model.
+        ImportError: torch is not installed.
+    """
+    torch = _torch(folder / WEIGHTS)
+    values = config_to_yaml(config)
+
+    def tensor(lazy: LazyTensor) -> Any:
+        array = np.require(lazy.read(), requirements=["C", "W"]).reshape(-1)
+        return torch.from_numpy(array.view(np.uint8)).view(getattr(torch, str(lazy.dtype))).reshape(lazy.shape)
+
+    made: dict[int, Any] = {}
+    for lazy in state.values():
+        if id(lazy) not in made:
+            made[id(lazy)] = tensor(lazy)
+    torch.save({name: made[id(lazy)] for name, lazy in state.items()}, folder / WEIGHTS)
+    (folder / CONFIG).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def _table(config: ModelConfig) -> list[Entry]:
+    """Every tensor but Whisper's and a tied head."""
+    trunk, vocab = config.trunk, Vocab(config.vocab)
+    D, Vt, Va = trunk.width, vocab.text_rows, vocab.audio_rows
+
+    def rows(theirs: str, ours: str) -> Entry:
+        return Entry(
+            theirs,
+            (vocab.rows, D),
+            (
+                Part(f"{ours}.text", (Vt, D), lambda array: array[:Vt]),
+                Part(f"{ours}.audio", (LAYERS, Va, D), lambda array: array[Vt:].reshape(LAYERS, Va, D)),
+            ),
+            lambda text, audio: np.concatenate([text, audio.reshape(-1, D)]),
+        )
+
+    table = [rows(TABLE, "embed"), same("transformer.ln_f.weight", "norm.scale", (D,))]
+    if not trunk.tied_head:
+        table.append(rows(HEAD, "head"))
+    if config.adapter.kind == "llamamlp":
+        E, F = config.ear.width, config.adapter.ffn
+        table += _gated_mlp("whisper_adapter", "adapter.map", E, F, D)
+    else:
+        table.append(same("whisper_adapter.weight", "adapter.map.weight", (D, config.ear.width)))
+        table.append(same("whisper_adapter.bias", "adapter.map.bias", (D,)))
+    for layer in range(trunk.layers):
+        table += _block(f"transformer.h.{layer}", f"trunk.layers.{layer}", trunk)
+    for layer in range(config.tts_adapter_layers):
+        table += _block(f"{_TTS_ADAPTER}.{layer}", f"tts_adapter.blocks.layers.{layer}", trunk)
+    if config.tts_adapter_layers:
+        table.append(same(f"{_TTS_ADAPTER}_audio_ln.weight", "tts_adapter.norm.scale", (D,)))
+        head = (LAYERS * Va, D)
+        table.append(same(f"{_TTS_ADAPTER}_audio_lm_head.weight", "tts_adapter.head", head, (LAYERS, Va, D)))
+    return table
+
+
+def _block(theirs: str, ours: str, trunk: TrunkConfig) -> list[Entry]:
+    D, N, H = trunk.width, trunk.heads, trunk.head_size
+    return [
+        same(f"{theirs}.norm_1.weight", f"{ours}.attention_norm.scale", (D,)),
+        _fused(f"{theirs}.attn.attn.weight", f"{ours}.attention", "", trunk, (D,)),
+        *([_fused(f"{theirs}.attn.attn.bias", f"{ours}.attention", "_bias", trunk, ())] if trunk.qkv_bias else []),
+        same(f"{theirs}.attn.proj.weight", f"{ours}.attention.out", (D, N * H), (D, N, H)),
+        same(f"{theirs}.norm_2.weight", f"{ours}.mlp_norm.scale", (D,)),
+        *_gated_mlp(f"{theirs}.mlp", f"{ours}.mlp", D, trunk.ffn, D),
+    ]
+
+
+def _fused(theirs: str, ours: str, suffix: str, trunk: TrunkConfig, inputs: tuple[int, ...]) -> Entry:
+    """Rows [(K, N/K + 2, H)]: of each key/value head its query heads, its key, its value."""
+    N, K, H = trunk.heads, trunk.kv_heads, trunk.head_size
+    G = N // K
+    grouped = (K, G + 2, H, *inputs)
+
+    def join(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
+        query = query.reshape(K, G, H, *inputs)
+        return np.concatenate([query, key[:, None], value[:, None]], axis=1).reshape(-1, *inputs)
+
+    return Entry(
+        theirs,
+        ((N + 2 * K) * H, *inputs),
+        (
+            Part(f"{ours}.q{suffix}", (N, H, *inputs), lambda a: a.reshape(grouped)[:, :G].reshape(N, H, *inputs)),
+            Part(f"{ours}.k{suffix}", (K, H, *inputs), lambda a: a.reshape(grouped)[:, G]),
+            Part(f"{ours}.v{suffix}", (K, H, *inputs), lambda a: a.reshape(grouped)[:, G + 1]),
+        ),
+        join,
+    )
+
+
+def _gated_mlp(theirs: str, ours: str, width: int, ffn: int, out: int) -> list[Entry]:
+    return [
+        same(f"{theirs}.fc_1.weight", f"{ours}.gate", (ffn, width)),
+        same(f"{theirs}.fc_2.weight", f"{ours}.up", (ffn, width)),
+        same(f"{theirs}.proj.weight", f"{ours}.down", (out, ffn)),
+    ]
+
+
+def _torch(file: Path) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(f"{file}: this format needs PyTorch: pip install omni-jax[torch]") from None
+    return torch

@@ -1,0 +1,41 @@
+import os
+from pathlib import Path
+
+# Before anything imports jax. Eight devices, so that sharded code can be tested on any machine; no network.
+# Tests compile hundreds of programs and run each a few times: optimising them would take twice as long as all the rest.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+from omni_jax.config import ModelConfig
+from tests import builders
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> ModelConfig:
+    """The preset `tiny`, with the adapter as wide as the trunk's MLP: the published format has one width for both."""
+    return builders.tiny_config()
+
+
+@pytest.fixture(scope="session")
+def tiny_parts(tmp_path_factory: pytest.TempPathFactory, tiny_config: ModelConfig) -> Path:
+    """A folder with `mini_omni`, `whisper` and `snac` in it, float32, random."""
+    folder = tmp_path_factory.mktemp("parts")
+    builders.whisper_folder(folder / "whisper", tiny_config.ear)
+    builders.snac_folder(folder / "snac", tiny_config.codec)
+    builders.mini_omni_folder(folder / "mini_omni", tiny_config)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_release(tmp_path_factory: pytest.TempPathFactory, tiny_config: ModelConfig) -> Path:
+    """A release folder with random float32 weights and a byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("release") / "tiny"
+    builders.release_folder(folder, tiny_config)
+    return folder

@@ -1,0 +1,327 @@
+import pickle
+import shutil
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import WhisperModel
+
+from omni_jax import checkpoint
+from omni_jax.audio.features import log_mel
+from omni_jax.config import AdapterConfig, RopeScaling, VocabConfig
+from omni_jax.convert import mini_omni
+from omni_jax.convert.mapping import ConversionError
+from omni_jax.convert.release import export_mini_omni, import_mini_omni
+from omni_jax.tensorfile import LazyTensor
+from omni_jax.vocab import Vocab
+from tests import builders
+from tests.reference_mini_omni import MiniOmni
+
+# Tied or not, which adapter, blocks of the TTS adapter.
+KINDS = [(True, "llamamlp", 0), (False, "mlp", 2), (True, "mlp", 1), (False, "llamamlp", 0)]
+
+
+def config_of(kind):
+    tied, adapter, blocks = kind
+    config = builders.tiny_config(tts_adapter_layers=blocks)
+    adapter = AdapterConfig(kind=adapter, ffn=config.trunk.ffn)
+    return replace(config, trunk=replace(config.trunk, tied_head=tied), adapter=adapter)
+
+
+def import_(source, parts, out):
+    import_mini_omni(str(source), out, whisper_source=str(parts / "whisper"), snac_source=str(parts / "snac"))
+    return checkpoint.open_release(out)
+
+
+def state_of(folder):
+    return torch.load(folder / "lit_model.pth", weights_only=True)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_logits_of_the_published_model(kind, tiny_parts, tmp_path):
+    """From the sound to all eight heads, a spoken and a written prompt."""
+    config = config_of(kind)
+    vocab = Vocab(config.vocab)
+    builders.mini_omni_folder(tmp_path / "theirs", config)
+    release = import_(tmp_path / "theirs", tiny_parts, tmp_path / "release")
+    reference = MiniOmni(yaml.safe_load((tmp_path / "theirs" / "model_config.yaml").read_text())).eval()
+    reference.load_state_dict(state_of(tmp_path / "theirs"), strict=True)
+    encoder = WhisperModel.from_pretrained(tiny_parts / "whisper").encoder.eval()
+
+    B, T, heard = 2, 14, 6
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, vocab.audio_rows, (B, 8, T))
+    tokens[:, 7] = generator.integers(0, vocab.text_rows, (B, T))
+    sound = jnp.asarray(builders.sound(config.ear, B))
+    mel = torch.from_numpy(np.array(log_mel(sound, config.ear.mels)))
+    with torch.no_grad():
+        features = encoder(mel).last_hidden_state[:, :heard]
+        spoken = reference(torch.from_numpy(tokens), features)
+        written = reference(torch.from_numpy(tokens))
+
+    index = np.full((B, T), -1)
+    index[:, 1 : 1 + heard] = np.arange(heard)
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    nowhere = np.full((B, T), -1)
+    for stacked, where, expected in ((False, index, spoken), (True, index, spoken), (True, nowhere, written)):
+        model = release.load_model(stacked=stacked, dtype=jnp.float32)
+        text, audio = logits(model, tokens, positions, sound, where)
+        np.testing.assert_allclose(text, expected[0].numpy(), atol=1e-4, rtol=0)
+        np.testing.assert_allclose(audio, expected[1].numpy(), atol=1e-4, rtol=0)
+
+
+@partial(jax.jit, compiler_options=builders.QUICK)
+def logits(model, tokens, positions, sound=None, index=None):
+    text, audio, _ = model(tokens, positions, None if sound is None else model.hear(sound), index)
+    return model.text_logits(text), model.audio_logits(audio)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_import_then_export_is_bit_exact(kind, dtype, tiny_parts, tmp_path):
+    config = config_of(kind)
+    builders.mini_omni_folder(tmp_path / "theirs", config, dtype)
+    release = import_(tmp_path / "theirs", tiny_parts, tmp_path / "release")
+    assert release.config == config
+    export_mini_omni(release, tmp_path / "back")
+    before, after = state_of(tmp_path / "theirs"), state_of(tmp_path / "back")
+    assert set(before) == set(after)
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype == getattr(torch, dtype)
+        assert after[name].shape == tensor.shape
+        assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    for name in checkpoint.TOKENIZER_FILES:
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+    values = yaml.safe_load((tmp_path / "back" / "model_config.yaml").read_text())
+    assert values == yaml.safe_load((tmp_path / "theirs" / "model_config.yaml").read_text())
+    tied = after["lm_head.weight"].data_ptr() == after["transformer.wte.weight"].data_ptr()
+    assert tied == config.trunk.tied_head
+
+
+def test_a_model_of_ours_goes_out(tmp_path):
+    config = config_of((False, "llamamlp", 2))
+    builders.release_folder(tmp_path / "release", config)
+    release = checkpoint.open_release(tmp_path / "release")
+    export_mini_omni(release, tmp_path / "out")
+    values = yaml.safe_load((tmp_path / "out" / "model_config.yaml").read_text())
+    model = MiniOmni(values).eval()
+    model.load_state_dict(state_of(tmp_path / "out"), strict=True)
+    tokens = np.random.default_rng(0).integers(0, Vocab(config.vocab).audio_rows, (1, 8, 9))
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens))
+    text, audio = logits(release.load_model(stacked=True, dtype=jnp.float32), tokens, jnp.arange(9)[None])
+    np.testing.assert_allclose(text, expected[0].numpy(), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(audio, expected[1].numpy(), atol=1e-4, rtol=0)
+
+
+def test_layout_of_the_fused_matrix_and_of_the_table(tiny_config):
+    """Worked out by hand: 2 key/value heads with 2 query heads each, 16 rows a head."""
+    numbers = np.arange(8 * 16, dtype=np.float32)
+    expected = {"q": [0, 1, 4, 5], "k": [2, 6], "v": [3, 7]}
+    state = published_state(tiny_config)
+    name = "transformer.h.1.attn.attn.bias"
+    state[name] = LazyTensor.of(numbers)
+    rows = np.zeros((Vocab(tiny_config.vocab).rows, 48), np.float32)
+    rows[:, 0] = np.arange(len(rows))
+    state["transformer.wte.weight"] = state["lm_head.weight"] = LazyTensor.of(rows)
+    ours = mini_omni.from_state(state, tiny_config, "test")
+    for letter, heads in expected.items():
+        found = ours[f"trunk.layers.1.attention.{letter}_bias"].read()
+        np.testing.assert_array_equal(found, numbers.reshape(8, 16)[heads])
+    assert ours["embed.text"].read()[311, 0] == 311
+    # 312 text rows, then 72 of each layer.
+    assert ours["embed.audio"].read()[3, 5, 0] == 312 + 3 * 72 + 5
+
+
+def published_state(config):
+    model = MiniOmni(mini_omni.config_to_yaml(config))
+    return {name: LazyTensor.of(tensor.numpy()) for name, tensor in model.state_dict().items()}
+
+
+# Configs.
+
+
+def test_published_config_gives_the_preset():
+    from omni_jax.config import PRESETS
+
+    preset = PRESETS["mini_omni_tts_adapter"]
+    values = mini_omni.config_to_yaml(preset)
+    expected = {
+        "n_layer": 24,
+        "n_head": 14,
+        "n_query_groups": 2,
+        "n_embd": 896,
+        "head_size": 64,
+        "intermediate_size": 4864,
+        "padded_vocab_size": 181120,
+        "text_vocab_size": 152000,
+        "audio_vocab_size": 4160,
+        "cat_audio_vocab_size": 29120,
+        "whisper_adapter_dim": 768,
+        "asr_adapter": "llamamlp",
+        "add_qkv_bias": True,
+        "bias": False,
+        "lm_head_bias": False,
+        "norm_eps": 1e-6,
+        "rope_base": 1000000,
+        "rotary_percentage": 1.0,
+        "rope_condense_ratio": 1,
+        "scale_embeddings": False,
+        "tie_word_embeddings": True,
+        "post_adapter": True,
+        "post_adapter_layers": 6,
+        "block_size": 2048,
+        "norm_class_name": "RMSNorm",
+        "mlp_class_name": "LLaMAMLP",
+        "parallel_residual": False,
+        "hf_config": {},
+    }
+    assert {name: values[name] for name in expected} == expected
+    again = mini_omni.config_from_yaml(values, preset.ear, preset.codec, tts_adapter=True, source="x")
+    assert again == preset
+
+
+def read_values(values, config, **options):
+    return mini_omni.config_from_yaml(
+        values, config.ear, config.codec, **{"tts_adapter": True, "source": "model_config.yaml", **options}
+    )
+
+
+def test_an_announced_adapter_that_is_not_there_is_left_out(tiny_config):
+    values = {**mini_omni.config_to_yaml(tiny_config), "post_adapter": True}
+    assert read_values(values, tiny_config, tts_adapter=False) == tiny_config
+    assert read_values(values, tiny_config).tts_adapter_layers == 6
+
+
+def test_absent_fields_are_what_the_published_code_takes(tiny_config):
+    values = mini_omni.config_to_yaml(tiny_config)
+    del values["rotary_percentage"], values["n_query_groups"], values["head_size"], values["add_qkv_bias"]
+    with pytest.raises(ConversionError, match=r"rotary_percentage: expected 1.0, found 0.25 \(default\)"):
+        read_values(values, tiny_config)
+    trunk = read_values({**values, "rotary_percentage": 1}, tiny_config).trunk
+    assert (trunk.kv_heads, trunk.head_size, trunk.qkv_bias) == (4, 12, False)
+
+
+def test_all_wrong_fields_at_once(tiny_config):
+    values = mini_omni.config_to_yaml(tiny_config)
+    del values["n_layer"]
+    values |= {"scale_embeddings": True, "norm_class_name": "LayerNorm", "colour": "red", "name": "Gemma-2b"}
+    with pytest.raises(ConversionError) as error:
+        read_values(values, tiny_config)
+    assert str(error.value).splitlines() == [
+        "model_config.yaml:",
+        "n_layer: missing",
+        "colour: unknown field",
+        "scale_embeddings: expected False, found True",
+        "norm_class_name: expected 'RMSNorm', found 'LayerNorm'",
+        "name: expected no Gemma, whose norms add one to their scale, found 'Gemma-2b'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"padded_vocab_size": 900}, "padded_vocab_size: expected 816, found 900"),
+        ({"whisper_adapter_dim": 768}, "whisper_adapter_dim: expected 32, found 768"),
+        ({"n_embd": "wide"}, "n_embd: expected a number, found 'wide'"),
+        ({"asr_adapter": "lstm"}, "adapter.kind"),
+        ({"n_query_groups": 3}, "heads must be a multiple of kv_heads"),
+        ({"audio_vocab_size": 66, "cat_audio_vocab_size": 462, "padded_vocab_size": 774}, "audio_specials"),
+    ],
+)
+def test_wrong_values(tiny_config, change, message):
+    values = {**mini_omni.config_to_yaml(tiny_config), **change}
+    with pytest.raises(ConversionError, match=message):
+        read_values(values, tiny_config)
+
+
+def test_what_the_published_code_cannot_do(tiny_config, tiny_parts, tmp_path):
+    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
+    config = replace(
+        tiny_config,
+        adapter=AdapterConfig(ffn=50, stack=2),
+        trunk=replace(tiny_config.trunk, rope_scaling=scaling),
+    )
+    with pytest.raises(ConversionError) as error:
+        mini_omni.config_to_yaml(config)
+    assert [line.split(":")[0] for line in str(error.value).splitlines()[1:]] == [
+        "adapter.stack",
+        "adapter.ffn",
+        "trunk.rope_scaling",
+    ]
+
+
+def test_specials_as_published_need_no_hint():
+    vocab = VocabConfig(text=300, audio=64, text_specials=64, audio_specials=8)
+    config = replace(builders.tiny_config(), vocab=vocab)
+    values = mini_omni.config_to_yaml(config)
+    assert values["hf_config"] == {}
+    assert read_values(values, config) == config
+
+
+# Wrong files.
+
+
+@pytest.fixture
+def folder(tiny_parts, tmp_path):
+    """A copy of the checkpoint to break."""
+    return shutil.copytree(tiny_parts / "mini_omni", tmp_path / "mini_omni")
+
+
+def test_all_wrong_tensors_at_once(folder, tiny_parts, tmp_path):
+    state = state_of(folder)
+    state["strange"] = state.pop("transformer.ln_f.weight")
+    state["transformer.h.0.attn.attn.bias"] = torch.zeros(3)
+    state["transformer.h.0.norm_1.weight"] = torch.zeros(48, dtype=torch.int32)
+    torch.save(state, folder / "lit_model.pth")
+    with pytest.raises(ConversionError) as error:
+        import_(folder, tiny_parts, tmp_path / "out")
+    assert str(error.value).splitlines() == [
+        f"{folder / 'lit_model.pth'}:",
+        "transformer.ln_f.weight: missing, expected (48,)",
+        "transformer.h.0.attn.attn.bias: expected (128,), found (3,)",
+        "strange: unknown, found (48,)",
+        "transformer.h.0.norm_1.weight: expected floating point, found int32",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tied_head_that_differs(folder, tiny_parts, tmp_path):
+    state = state_of(folder)
+    state["lm_head.weight"] = state["lm_head.weight"].clone()
+    torch.save(state, folder / "lit_model.pth")
+    import_(folder, tiny_parts, tmp_path / "equal")
+    state["lm_head.weight"][-1, -1] += 1
+    torch.save(state, folder / "lit_model.pth")
+    with pytest.raises(ConversionError, match=r"lm_head\.weight: expected the values of transformer\.wte"):
+        import_(folder, tiny_parts, tmp_path / "out")
+
+
+class Trap:
+    def __reduce__(self):
+        return (print, ("this must never be printed",))
+
+
+@pytest.mark.parametrize("content", [{"a": Trap()}, {"a": [1, 2]}, [1, 2], {"model": {"a": torch.zeros(2)}}])
+def test_tensors_only(content, folder, tiny_parts, tmp_path, capfd):
+    torch.save(content, folder / "lit_model.pth")
+    with pytest.raises(ConversionError, match=r"lit_model\.pth: expected"):
+        import_(folder, tiny_parts, tmp_path / "out")
+    assert "never be printed" not in capfd.readouterr().out
+
+
+def test_a_bare_pickle(folder, tiny_parts, tmp_path):
+    (folder / "lit_model.pth").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(ConversionError, match=r"lit_model\.pth: expected a state dict"):
+        import_(folder, tiny_parts, tmp_path / "out")
+
+
+def test_yaml_that_is_none(folder, tiny_parts, tmp_path):
+    (folder / "model_config.yaml").write_text("- 1")
+    with pytest.raises(ConversionError, match=r"model_config\.yaml: expected fields and values, found list"):
+        import_(folder, tiny_parts, tmp_path / "out")

@@ -1,0 +1,259 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import convert_weights
+from omni_jax.checkpoint import open_release
+from omni_jax.config import EarConfig, TrunkConfig, VocabConfig
+from tests import builders
+
+ROOT = Path(convert_weights.__file__).parent
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def run(*arguments):
+    return CliRunner().invoke(convert_weights.app, [str(argument) for argument in arguments])
+
+
+def parts(folder):
+    return "--whisper", folder / "whisper", "--snac", folder / "snac"
+
+
+def test_import_export_import(tiny_parts, tmp_path, tiny_config):
+    done = run("import", tiny_parts / "mini_omni", tmp_path / "release", *parts(tiny_parts))
+    assert done.exit_code == 0, done.output
+    assert open_release(tmp_path / "release").config == tiny_config
+    assert run("export", tmp_path / "release", tmp_path / "back").exit_code == 0
+    again = run("import", tmp_path / "back", tmp_path / "again", *parts(tiny_parts))
+    assert again.exit_code == 0, again.output
+    for file in (tmp_path / "release").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_init_then_export_both_ways(tiny_parts, tmp_path):
+    builders.language_model_folder(tmp_path / "lm", "qwen2", tied=False)
+    arguments = ("--tts-adapter-layers", 2, "--adapter", "mlp", "--seed", 3, *parts(tiny_parts))
+    done = run("init", tmp_path / "release", "--lm", tmp_path / "lm", *arguments)
+    assert done.exit_code == 0, done.output
+    config = open_release(tmp_path / "release").config
+    assert (config.tts_adapter_layers, config.adapter.kind, config.trunk.tied_head) == (2, "mlp", False)
+    assert run("export", tmp_path / "release", tmp_path / "theirs").exit_code == 0
+    assert run("export", tmp_path / "release", tmp_path / "trunk", "--to", "transformers").exit_code == 0
+    assert names(tmp_path / "theirs") == [
+        "lit_model.pth",
+        "model_config.yaml",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert json.loads((tmp_path / "trunk" / "config.json").read_text())["model_type"] == "qwen2"
+
+
+def test_inspect(tiny_parts, tiny_release):
+    ours = run("inspect", tiny_release)
+    assert ours.exit_code == 0, ours.output
+    lines = [line.split() for line in ours.output.splitlines()]
+    assert ["trunk.layers.*.attention.q", "3", "x", "4x16x48", "float32", "9,216"] in lines
+    assert ["embed.audio", "7x72x48", "float32", "24,192"] in lines
+    sizes = {line[0]: int(line[1].replace(",", "")) for line in lines if len(line) == 2}
+    assert set(sizes) == {"adapter", "codec", "ear", "embed", "norm", "trunk", "total"}
+    assert sizes["total"] == sum(sizes.values()) / 2
+    release = open_release(tiny_release)
+    files = ("model.safetensors", "codec.safetensors")
+    held = sum((tiny_release / name).stat().st_size for name in files)
+    assert 0 <= held - 4 * sizes["total"] < 50_000, release
+
+    # The tied head is counted once.
+    theirs = run("inspect", tiny_parts / "mini_omni")
+    assert "lm_head" not in theirs.output
+    assert theirs.exit_code == 0, theirs.output
+    lines = [line.split() for line in theirs.output.splitlines()]
+    assert ["transformer.h.*.attn.attn.weight", "3", "x", "128x48", "float32", "18,432"] in lines
+
+
+# Errors: one clear text, exit code 2, no traceback, nothing left behind.
+
+
+def fails(*arguments):
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert isinstance(done.exception, SystemExit)
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.output
+    return done.stderr.removeprefix("error: ").rstrip("\n")
+
+
+def test_out_in_use(tiny_parts, tiny_release, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    (tmp_path / "file").touch()
+    builders.language_model_folder(tmp_path / "lm", "llama", tied=True)
+    for out in (tmp_path / "out", tmp_path / "file"):
+        for arguments in (
+            ("import", tiny_parts / "mini_omni", out, *parts(tiny_parts)),
+            ("export", tiny_release, out),
+            ("export", tiny_release, out, "--to", "transformers"),
+            ("init", out, "--lm", tmp_path / "lm", *parts(tiny_parts)),
+        ):
+            message = fails(*arguments)
+            assert message == f"{out}: expected a new or an empty folder, found something there already"
+    assert names(tmp_path / "out") == ["precious"]
+
+
+def test_an_empty_out_is_welcome(tiny_release, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert run("export", tiny_release, tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["lit_model.pth", "model_config.yaml", "tokenizer.json"])
+def test_missing_file(name, tiny_parts, tmp_path):
+    folder = shutil.copytree(tiny_parts / "mini_omni", tmp_path / "mini_omni")
+    (folder / name).unlink()
+    message = fails("import", folder, tmp_path / "out", *parts(tiny_parts))
+    assert message.startswith(f"{folder}: expected a Mini-Omni checkpoint with ")
+    assert message.endswith(f"found no {name}")
+
+
+def test_missing_parts(tiny_parts, tmp_path):
+    source = tiny_parts / "mini_omni"
+    assert "expected a Whisper" in fails(
+        "import", source, tmp_path / "out", "--whisper", tmp_path / "no", "--snac", tiny_parts / "snac"
+    )
+    assert "config.json" in fails(
+        "import", source, tmp_path / "out", "--whisper", tiny_parts / "whisper", "--snac", source
+    )
+    assert "expected a release" in fails("export", tmp_path / "no", tmp_path / "out")
+    assert "expected a language model" in fails("init", tmp_path / "out", "--lm", source, *parts(tiny_parts))
+    assert "expected a release with config.yaml or" in fails("inspect", tiny_parts / "snac")
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_wrong_tensors_are_listed(tiny_parts, tmp_path):
+    folder = shutil.copytree(tiny_parts / "mini_omni", tmp_path / "mini_omni")
+    state = torch.load(folder / "lit_model.pth", weights_only=True)
+    state["strange"] = state.pop("transformer.ln_f.weight")
+    torch.save(state, folder / "lit_model.pth")
+    message = fails("import", folder, tmp_path / "out", *parts(tiny_parts))
+    assert message.splitlines()[1:] == [
+        "transformer.ln_f.weight: missing, expected (48,)",
+        "strange: unknown, found (48,)",
+    ]
+
+
+def test_a_model_the_published_code_has_not(tmp_path):
+    from omni_jax.config import AdapterConfig
+
+    builders.release_folder(tmp_path / "release", replace(builders.tiny_config(), adapter=AdapterConfig(ffn=50)))
+    message = fails("export", tmp_path / "release", tmp_path / "out")
+    assert message.endswith("adapter.ffn: expected trunk.ffn, which is 96, found 50")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_torch(tiny_parts, tiny_release, tmp_path):
+    """Only what reads or writes torch's files needs it."""
+    builders.language_model_folder(tmp_path / "lm", "qwen2", tied=True)
+    script = """
+import sys
+sys.modules["torch"] = None
+import convert_weights
+try:
+    convert_weights.app(sys.argv[1:])
+except SystemExit as end:
+    sys.exit(end.code)
+"""
+
+    def without(*arguments):
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+    done = without("export", tiny_release, tmp_path / "trunk", "--to", "transformers")
+    assert done.returncode == 0, done.stderr
+    done = without("export", tiny_release, tmp_path / "theirs")
+    assert done.returncode == 2
+    assert "this format needs PyTorch: pip install omni-jax[torch]" in done.stderr
+    assert not (tmp_path / "theirs").exists()
+
+
+# Memory.
+
+MEASURE = """
+import sys, threading, time
+import psutil
+import convert_weights, torch
+import jax, numpy
+from omni_jax.convert import release
+
+# The libraries and the compiler take their own share before the count starts.
+jax.random.normal(jax.random.key(0), (64, 64)).block_until_ready()
+process = psutil.Process()
+start = peak = process.memory_info().rss
+stop = threading.Event()
+
+def watch():
+    global peak
+    while not stop.wait(0.001):
+        peak = max(peak, process.memory_info().rss)
+
+thread = threading.Thread(target=watch)
+thread.start()
+try:
+    if sys.argv[1] == "load":
+        model = release.open_release(sys.argv[2]).load_model(stacked=sys.argv[3] == "stacked", dtype="float32")
+    else:
+        convert_weights.app(sys.argv[1:], standalone_mode=False)
+finally:
+    stop.set()
+    thread.join()
+print(peak - start)
+"""
+
+
+@pytest.fixture(scope="module")
+def bigger(tmp_path_factory):
+    """Some 150 MB of weights in the proportions of the real model: a third are the tables."""
+    folder = tmp_path_factory.mktemp("bigger")
+    config = replace(
+        builders.tiny_config(),
+        ear=EarConfig(width=192, layers=6, heads=6, ffn=768, positions=100),
+        trunk=TrunkConfig(width=448, layers=9, heads=7, kv_heads=1, ffn=2048, context=192),
+        vocab=VocabConfig(text=24000, audio=64, text_specials=64, audio_specials=64),
+    )
+    config = replace(config, adapter=replace(config.adapter, ffn=config.trunk.ffn))
+    builders.whisper_folder(folder / "whisper", config.ear)
+    builders.snac_folder(folder / "snac", config.codec)
+    builders.mini_omni_folder(folder / "mini_omni", config)
+    assert run("import", folder / "mini_omni", folder / "release", *parts(folder)).exit_code == 0
+    assert run("export", folder / "release", folder / "lm", "--to", "transformers").exit_code == 0
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["import", "export", "transformers", "init", "load stacked", "load single"])
+def test_memory(action, bigger, tmp_path):
+    arguments = {
+        "import": ("import", bigger / "mini_omni", tmp_path / "out", *parts(bigger)),
+        "export": ("export", bigger / "release", tmp_path / "out"),
+        "transformers": ("export", bigger / "release", tmp_path / "out", "--to", "transformers"),
+        "init": ("init", tmp_path / "out", "--lm", bigger / "lm", "--tts-adapter-layers", 1, *parts(bigger)),
+        "load stacked": ("load", bigger / "release", "stacked"),
+        "load single": ("load", bigger / "release", "single"),
+    }[action]
+    command = [sys.executable, "-c", MEASURE, *map(str, arguments)]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    size = (bigger / "release" / "model.safetensors").stat().st_size
+    assert size > 120e6
+    ratio = int(done.stdout.split()[-1]) / size
+    print(f"{action}: {ratio:.2f} times the weights")
+    assert ratio < 1.5
