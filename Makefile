@@ -1,0 +1,57 @@
+# make demo and make test do the whole set-up on a fresh machine: a virtual environment in .venv, the pinned
+# packages, omni_jax itself. Another Python: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Processes that share the fast tests; the slow ones need the memory and the cores for themselves.
+WORKERS ?= 2
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := -c constraints.txt
+DEMO := omni_jax/assets/questions/name.wav
+
+.PHONY: help demo test lint format bench
+# Two targets at once would install into the same environment.
+.NOTPARALLEL:
+
+help:
+	@echo 'make demo     ask a recorded question; the spoken answer is demo/answer.wav'
+	@echo 'make test     all tests, the slow ones last'
+	@echo 'make lint     ruff and mypy'
+	@echo 'make format   let ruff lay out the code'
+	@echo 'make bench    measure speed and memory'
+
+demo: $(VENV)/.base
+	@mkdir -p demo
+	@echo 'Asking $(DEMO): "What is your name?"'
+	$(BIN)/omni-jax ask $(DEMO) --out demo/answer.wav --max-steps 100
+	@echo 'The spoken answer is demo/answer.wav. Now ask your own: $(BIN)/omni-jax ask my.wav'
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile
+	@if grep -rqs --include='*.py' 'mark\.slow' tests; then $(BIN)/python -m pytest -m slow; fi
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "omni_jax needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+# What users have: no torch, no tools. What developers have is that and more, so it counts as both.
+$(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q $(CONSTRAINTS) -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q $(CONSTRAINTS) -e '.[dev]'
+	@touch $(VENV)/.base $@

@@ -1,0 +1,646 @@
+"""`omni-jax`: ask a question, or a folder of them, from the shell.
+
+Answers go to stdout and to files; everything said about them (progress, timings, warnings, errors) goes to stderr.
+Exit codes: 0 all well, 1 some rows of a batch failed, 2 it could not be done as asked, 130 interrupted.
+
+Whatever imports JAX is imported inside the functions, so that `--help` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import sys
+import time
+import unicodedata
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic.dataclasses import dataclass
+
+from omni_jax.config import ConfigError, build
+from omni_jax.prompts import Task
+
+if TYPE_CHECKING:
+    from omni_jax.api import Omni, Options, Reply
+
+RECORDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
+"""Endings by which `batch` knows the recordings of a folder. A manifest may name files of any ending."""
+WINDOW = 8
+"""Rows per slot that `batch` takes on at a time: what is in memory at once, and what a kill loses at most."""
+ANSWERS = "answers.jsonl"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Option(help="`nano`, a release folder, or a hub id.", show_default=True)]
+Codec = Annotated[Literal["jax", "torch"], typer.Option(help="What turns audio tokens into sound.")]
+TaskName = Annotated[
+    Task | None,
+    typer.Option(
+        help="What goes in and what comes out: A1 speech or T1 text in; A2 both, T2 text out; A1T1 transcribes, "
+        "T1A1 reads aloud. Default: answer in text and speech.",
+        case_sensitive=False,
+        show_default=False,
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same answer.")]
+MaxSteps = Annotated[
+    int | None,
+    typer.Option(min=1, help="Stop after so many steps. Default: when the context is full.", show_default=False),
+]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the most probable token.")]
+TopK = Annotated[int, typer.Option(min=0, help="Draw from the k most probable tokens; 0: from all.")]
+TopP = Annotated[float, typer.Option(max=1, help="Draw from the fewest tokens that have this probability.")]
+Cut = Annotated[bool, typer.Option("--cut", help="Hear the beginning of a recording that is too long.")]
+NoParallel = Annotated[
+    bool, typer.Option("--no-batch-parallel", help="A1A2: no second row that writes the text and leads.")
+]
+NoDelay = Annotated[
+    bool, typer.Option("--no-enforce-delay", help="Leave it to the model when each audio layer begins.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            version = importlib.metadata.version("omni-jax")
+        except importlib.metadata.PackageNotFoundError:
+            version = "(not installed, run from its source)"
+        typer.echo(f"omni-jax {version}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Ask a speech-to-speech language model: speech or text in, text and speech out."""
+
+
+@app.command()
+def ask(
+    question: Annotated[
+        Path | None, typer.Argument(help="A recording: wav, flac, ogg, mp3; any rate.", show_default=False)
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Ask this instead of a recording.", show_default=False)] = None,
+    task: TaskName = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where the spoken answer goes. Default: answer.wav.", show_default=False),
+    ] = None,
+    model: Model = "nano",
+    codec: Codec = "jax",
+    seed: Seed = 0,
+    max_steps: MaxSteps = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    cut: Cut = False,
+    no_batch_parallel: NoParallel = False,
+    no_enforce_delay: NoDelay = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
+) -> None:
+    """Ask one question; the text appears while it is made, the sound is in a wav file."""
+    with _plain_errors():
+        if (question is None) == (text is None):
+            raise ConfigError(f"expected either a recording or --text, found {'neither' if text is None else 'both'}")
+        task = task or (Task.T1A2 if question is None else Task.A1A2)
+        if task.hears != (question is not None):
+            takes, found = ("a recording", "--text") if task.hears else ("--text", "a recording")
+            raise ConfigError(f"task {task}: expected {takes}, found {found}")
+        if task.speaks:
+            out = out or Path("answer.wav")
+            _check_out(out, question)
+        elif out is not None:
+            raise ConfigError(f"--out: task {task} answers in text only, there is no sound to write")
+        sound = None
+        if question is not None:
+            from omni_jax.audio import wav
+
+            # Read before the model is loaded: a bad file is reported at once.
+            sound = wav.read(question)
+
+        omni = _load(model, codec)
+        options: Options = {
+            "max_steps": max_steps,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+            "enforce_delay": not no_enforce_delay,
+            "batch_parallel": not no_batch_parallel,
+        }
+        rate = wav.SAMPLE_RATE if sound is not None else None
+        try:
+            parts = omni.stream(sound, text=text, task=task, sample_rate=rate, cut=cut, **options)
+        except ValueError as error:
+            raise _named(error, question) from None
+        for part in parts:
+            if part.text and not as_json:
+                typer.echo(printable(part.text), nl=False)
+            reply = part.reply
+        assert reply is not None, "a stream ends with the whole answer"
+        if task.writes and not as_json:
+            typer.echo()
+        if task.speaks:
+            assert out is not None
+            reply.save(out)
+        heard = None if sound is None else len(sound) / wav.SAMPLE_RATE
+        if as_json:
+            typer.echo(json.dumps(_as_dict(reply, omni, model, heard, out), ensure_ascii=False))
+        else:
+            _say(_summary(reply, heard, out))
+
+
+@app.command()
+def batch(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MANIFEST.jsonl|FOLDER",
+            help="JSON lines with id, audio or text, and optionally task, cut and the options of this command; or a "
+            "folder of recordings.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help=f"The folder that {ANSWERS} and the wavs go to.", show_default=False)],
+    task: TaskName = None,
+    model: Model = "nano",
+    codec: Codec = "jax",
+    slots: Annotated[int, typer.Option(min=1, max=1024, help="Rows answered at once.")] = 8,
+    seed: Seed = 0,
+    max_steps: MaxSteps = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    cut: Cut = False,
+    no_batch_parallel: NoParallel = False,
+    no_enforce_delay: NoDelay = False,
+) -> None:
+    """Answer many questions; run again, it goes on where it stopped and tries failed rows once more."""
+    with _plain_errors():
+        defaults: dict[str, Any] = {
+            "task": task,
+            "cut": cut,
+            "max_steps": max_steps,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+            "enforce_delay": not no_enforce_delay,
+            "batch_parallel": not no_batch_parallel,
+        }
+        rows = _read_folder(source, out) if source.is_dir() else _read_manifest(source)
+        failed = _run_batch(rows, Answers(out), defaults, model=model, codec=codec, slots=slots)
+        raise typer.Exit(1 if failed else 0)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class ManifestRow:
+    """One line of a manifest. What is not given comes from the command line."""
+
+    id: StrictStr = Field(min_length=1)
+    """Unique in the manifest."""
+    audio: StrictStr | None = None
+    """A recording, relative to the manifest."""
+    text: StrictStr | None = None
+    task: Literal["A1A2", "A1T2", "A1T1", "T1A2", "T1T2", "T1A1"] | None = None
+    cut: StrictBool | None = None
+    max_steps: StrictInt | None = None
+    temperature: StrictFloat | None = None
+    top_k: StrictInt | None = None
+    top_p: StrictFloat | None = None
+    seed: StrictInt | None = None
+    enforce_delay: StrictBool | None = None
+    batch_parallel: StrictBool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a batch: what was asked for, or why that is not known."""
+
+    id: str | None
+    place: str
+    """Where it stands, for messages."""
+    wav: str = ""
+    """File name of its spoken answer."""
+    audio: Path | None = None
+    given: ManifestRow | None = None
+    error: str = ""
+
+    def settings(self, defaults: dict[str, Any]) -> dict[str, Any]:
+        """Its task, cut and options: its own, else the command line's."""
+        assert self.given is not None
+        own = {name: getattr(self.given, name) for name in defaults}
+        return {name: defaults[name] if value is None else value for name, value in own.items()}
+
+    def fingerprint(self, settings: dict[str, Any], model: str, codec: str) -> str:
+        """Tells whether an answer written earlier is the answer to the same request."""
+        assert self.given is not None
+        try:
+            size = self.audio.stat().st_size if self.audio else None
+        except OSError:
+            size = None
+        request = [self.given.audio, size, self.given.text, settings, model, codec]
+        return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Answers:
+    """The folder a batch writes to: one JSON line per row, one wav per spoken answer.
+
+    A row's wav is there, whole, before its line is. A half-written line, as a kill leaves it, is dropped.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.path = folder / ANSWERS
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # What a kill in the middle of `wav.write` leaves.
+            for left_over in folder.glob(".*.wav.????????.part"):
+                left_over.unlink()
+            lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: expected a folder to write to, found {error.strerror}") from None
+        self.earlier: dict[str, dict[str, Any]] = {}
+        for line in lines:
+            try:
+                record = json.loads(line)
+                if "error" not in record:
+                    self.earlier[record["id"]] = record
+            except (ValueError, KeyError, TypeError):
+                continue
+
+    def done(self, row: Row, fingerprint: str) -> dict[str, Any] | None:
+        """The answer of an earlier run to the same request, if it is complete."""
+        record = self.earlier.get(row.id or "")
+        if record is None or record.get("request") != fingerprint:
+            return None
+        return record if record.get("audio") is None or (self.folder / record["audio"]).is_file() else None
+
+    def write_all(self, records: Sequence[dict[str, Any]]) -> None:
+        """Replace the file, whole or not at all."""
+        partial = self.path.with_name(f".{ANSWERS}.part")
+        partial.write_bytes(b"".join(_line(record) for record in records))
+        partial.replace(self.path)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line; it is with the system when this returns."""
+        with self.path.open("ab") as file:
+            file.write(_line(record))
+
+
+def _run_batch(
+    rows: Sequence[Row], answers: Answers, defaults: dict[str, Any], *, model: str, codec: Any, slots: int
+) -> int:
+    """Answer the rows that have no answer yet; how many failed."""
+    from tqdm import tqdm
+
+    rows = _not_over_questions(rows, answers.folder)
+    records: dict[int, dict[str, Any]] = {}
+    asked: dict[int, tuple[dict[str, Any], str]] = {}
+    for index, row in enumerate(rows):
+        if row.error:
+            continue
+        settings = row.settings(defaults)
+        asked[index] = settings, row.fingerprint(settings, model, codec)
+        if record := answers.done(row, asked[index][1]):
+            records[index] = record
+    kept = len(records)
+    answers.write_all([records[index] for index in sorted(records)])
+    omni = None
+    if kept < len(asked):
+        omni = _load(model, codec)
+        # The command line's own options are checked once, not reported in every row.
+        options = {name: value for name, value in defaults.items() if name not in ("task", "cut")}
+        omni.prepare({"text": "a"}, **options)
+
+    failed = 0
+    waiting = [index for index in range(len(rows)) if index not in records]
+    with tqdm(total=len(rows), initial=kept, unit="row", file=sys.stderr, dynamic_ncols=True) as bar:
+        for start in range(0, len(waiting), WINDOW * slots):
+            window = waiting[start : start + WINDOW * slots]
+            requests: dict[int, Any] = {}
+            errors = {index: rows[index].error for index in window if rows[index].error}
+            for index in window:
+                if index in errors:
+                    continue
+                assert omni is not None
+                try:
+                    requests[index] = _prepare(omni, rows[index], asked[index][0])
+                except _user_errors() as error:
+                    errors[index] = str(_named(error, rows[index].audio))
+            replies = {}
+            if requests:
+                assert omni is not None
+                replies = dict(zip(requests, omni.run(list(requests.values()), slots), strict=True))
+            for index in window:
+                row = rows[index]
+                record = {"id": row.id}
+                if index in errors:
+                    record["error"] = errors[index]
+                    failed += 1
+                else:
+                    reply = replies.pop(index)
+                    if reply.audio is not None:
+                        reply.save(answers.folder / row.wav)
+                    record |= _answer(reply, row, asked[index][1])
+                answers.append(record)
+                records[index] = record
+                bar.update()
+    # A row that failed earlier and was tried again stands at the end so far.
+    answers.write_all([records[index] for index in range(len(rows))])
+    _say(
+        f"{len(rows)} rows: {len(waiting) - failed} answered, {kept} from an earlier run, {failed} failed; "
+        f"see {answers.path}"
+    )
+    return failed
+
+
+def _prepare(omni: Omni, row: Row, settings: dict[str, Any]) -> Any:
+    from omni_jax.api import Ask
+
+    assert row.given is not None
+    options: Any = {name: value for name, value in settings.items() if name not in ("task", "cut")}
+    return omni.prepare(Ask(row.audio, row.given.text, settings["task"], None, settings["cut"], options))
+
+
+def _answer(reply: Reply, row: Row, fingerprint: str) -> dict[str, Any]:
+    return {
+        "task": str(reply.task),
+        "text": reply.text,
+        "audio": None if reply.audio is None else row.wav,
+        "seconds": None if reply.audio is None else round(reply.seconds, 4),
+        "finish_reason": reply.finish_reason,
+        "repaired_codes": reply.repaired_codes,
+        "request": fingerprint,
+    }
+
+
+def _read_folder(folder: Path, out: Path) -> list[Row]:
+    """A row per recording, sorted by name. Its id is its name without the ending; with it, if two would be alike."""
+    if folder.resolve() == out.resolve():
+        raise ConfigError(f"--out: expected another folder than that of the questions, found {out}")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in RECORDINGS and path.is_file())
+    if not files:
+        raise ConfigError(f"{folder}: expected recordings ({', '.join(RECORDINGS)}), found none")
+    stems = [path.stem for path in files]
+    ids = [path.name if stems.count(path.stem) > 1 else path.stem for path in files]
+    rows = zip(ids, files, strict=True)
+    return _distinct([Row(id, path.name, "", path, ManifestRow(id, audio=path.name)) for id, path in rows])
+
+
+def _read_manifest(path: Path) -> list[Row]:
+    """A row per line that is not blank; a line that cannot be used becomes a row that says why."""
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a manifest or a folder, found {error.strerror}") from None
+    rows = [_read_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise ConfigError(f"{path}: expected a manifest of JSON lines, found an empty file")
+    return _distinct(rows)
+
+
+def _read_row(path: Path, number: int, line: bytes) -> Row:
+    place = f"{path.name} line {number}"
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        return Row(None, place, error=f"{place}: expected a JSON object, found {error}")
+    id = values.get("id") if isinstance(values, dict) else None
+    id = id if isinstance(id, str) else None
+    try:
+        given = build(ManifestRow, values, place)
+        if (given.audio is None) == (given.text is None):
+            found = "neither" if given.text is None else "both"
+            raise ConfigError(f"{place}: expected either audio or text, found {found}")
+    except ConfigError as error:
+        return Row(id, place, error=str(error).replace("\n", "; "))
+    return Row(id, place, "", path.parent / given.audio if given.audio else None, given)
+
+
+def _distinct(rows: Sequence[Row]) -> list[Row]:
+    """Give each row a wav file of its own; a second row of the same id becomes an error.
+
+    Names are told apart regardless of case, because some file systems do not know it.
+    """
+    first: dict[str, str] = {}
+    names: set[str] = set()
+    return [_distinct_row(row, first, names) for row in rows]
+
+
+def _distinct_row(row: Row, first: dict[str, str], names: set[str]) -> Row:
+    if row.id is None or row.error:
+        return row
+    if row.id in first:
+        error = f"{row.place}: id {row.id!r} was used before, by {first[row.id]}"
+        return Row(row.id, row.place, error=error)
+    first[row.id] = row.place
+    name = file_name(row.id)
+    if name.casefold() in names:
+        name = file_name(row.id, tell_apart=True)
+    names.add(name.casefold())
+    return dataclasses.replace(row, wav=f"{name}.wav")
+
+
+def _not_over_questions(rows: Sequence[Row], folder: Path) -> list[Row]:
+    """Refuse rows whose spoken answer would replace a recording that some row asks."""
+    questions = {row.audio.resolve(): row.audio for row in rows if row.audio}
+    result = []
+    for row in rows:
+        question = questions.get((folder / row.wav).resolve()) if row.wav else None
+        if question is not None:
+            error = f"{row.place}: its answer would replace the recording {question}: choose another --out or id"
+            row = Row(row.id, row.place, error=error)
+        result.append(row)
+    return result
+
+
+def file_name(id: str, *, tell_apart: bool = False) -> str:
+    """An id as a file name: letters, digits, `._-`, at most 100 of them, not hidden.
+
+    Where something had to be replaced, or `tell_apart` is set, a hash of the id follows.
+    """
+    safe = re.sub(r"[^\w.-]", "_", unicodedata.normalize("NFC", id)).lstrip(".")[:100]
+    # A name of 100 letters may take more bytes than a file system allows.
+    while len(safe.encode()) > 200:
+        safe = safe[:-1]
+    if safe == id and not tell_apart:
+        return safe
+    return f"{safe}-{hashlib.sha256(id.encode(errors='surrogatepass')).hexdigest()[:8]}"
+
+
+def printable(text: str) -> str:
+    """Text without the control characters that a terminal would obey."""
+    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    # Ids from JSON may hold lone surrogates, which only ASCII escapes can carry.
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(record).encode() + b"\n"
+
+
+def _check_out(out: Path, question: Path | None) -> None:
+    """Find out before the answer is made that it could not be written."""
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: expected a file to write to, found a folder")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: expected a file in an existing folder, found no folder {out.parent}")
+    if question is not None and out.exists() and question.exists() and out.samefile(question):
+        raise ConfigError(f"--out {out}: expected another file than the question")
+
+
+def _load(model: str, codec: Any) -> Omni:
+    """Load a model, and say so; that it is untrained too."""
+    _say(f"loading {model} ...")
+    start = time.perf_counter()
+    from omni_jax.api import Omni, UntrainedWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UntrainedWarning)
+        omni = Omni.load(model, codec=codec)
+    for warning in caught:
+        _say(f"note: {warning.message}")
+    _say(f"loaded in {time.perf_counter() - start:.1f} s")
+    return omni
+
+
+def _as_dict(reply: Reply, omni: Omni, model: str, heard: float | None, out: Path | None) -> dict[str, Any]:
+    timing = reply.timing
+    return {
+        "text": reply.text,
+        "task": str(reply.task),
+        "model": model,
+        "trained": omni.trained,
+        "finish_reason": reply.finish_reason,
+        "steps": reply.tokens.shape[1],
+        "repaired_codes": reply.repaired_codes,
+        "question_seconds": heard,
+        "answer_seconds": None if reply.audio is None else reply.seconds,
+        "out": None if reply.audio is None else str(out),
+        "first_token_seconds": timing.first_token,
+        "first_sound_seconds": timing.first_sound,
+        "total_seconds": timing.total,
+        "steps_per_second": timing.steps_per_second,
+        "real_time_factor": timing.real_time_factor,
+        "tokens": reply.tokens.tolist(),
+    }
+
+
+FINISH = {
+    "stop": "came to its end",
+    "length": "stopped at --max-steps",
+    "context": "stopped because the context is full",
+}
+
+
+def _summary(reply: Reply, heard: float | None, out: Path | None) -> str:
+    timing = reply.timing
+    asked = "text" if heard is None else f"{heard:.2f} s of speech"
+    lines = [
+        f"{reply.task}: {asked} in, {reply.tokens.shape[1]} steps; the answer {FINISH[reply.finish_reason]}",
+        f"first token after {timing.first_token:.2f} s",
+    ]
+    if timing.first_sound is not None:
+        lines[-1] += f", first sound after {timing.first_sound:.2f} s"
+    lines[-1] += f", all after {timing.total:.2f} s ({timing.steps_per_second:.1f} steps/s"
+    if timing.real_time_factor is not None:
+        lines[-1] += f", {timing.real_time_factor:.2f} x the duration of the sound"
+    lines[-1] += ")"
+    if reply.audio is not None:
+        lines.append(f"{reply.seconds:.2f} s of sound in {out}")
+    if reply.repaired_codes:
+        lines.append(f"{reply.repaired_codes} audio tokens were no codes; the code before was played")
+    return "\n".join(lines)
+
+
+def _say(message: str) -> None:
+    typer.echo("\n".join(f"omni-jax: {line}" for line in message.splitlines()), err=True)
+
+
+def _named(error: Exception, file: Path | None) -> Exception:
+    """The error with the name of its file in front, if it has none, and options as the shell spells them."""
+    message = str(error).replace("cut=True", "--cut")
+    if file is not None and str(file) not in message:
+        message = f"{file}: {message}".replace(": array:", ":")
+    return type(error)(message)
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """What is raised when something asked for cannot be done; anything else is a fault of ours."""
+    from omni_jax.audio.wav import AudioError
+    from omni_jax.tensorfile import CheckpointError
+
+    return AudioError, CheckpointError, ConfigError
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Report what cannot be done in words, with exit code 2."""
+    try:
+        yield
+    except Exception as error:
+        missing_extra = isinstance(error, ImportError) and "omni-jax[" in str(error)
+        if not (missing_extra or isinstance(error, _user_errors())):
+            raise
+        _say(str(error))
+        raise typer.Exit(2) from None
+
+
+def _keep_compiled_programs() -> None:
+    """Let JAX keep what it compiles in the user's cache folder, so that the next run need not compile it again.
+
+    JAX's own variables come first: JAX_COMPILATION_CACHE_DIR names another folder, empty means none.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "omni_jax" / "compiled"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return
+    if os.access(cache, os.W_OK):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def main() -> None:
+    """The entry point of `omni-jax`."""
+    # Ctrl-C ends the process there and then, as the shell's 130. Python's own handler would wait for a compilation
+    # to end and raise in whatever JAX was doing, which may swallow it. Nothing is lost: files appear whole or not
+    # at all.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _keep_compiled_programs()
+    for stream in (sys.stdout, sys.stderr):
+        # An answer in any script must not fail on a terminal that knows only some.
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    app(prog_name="omni-jax")
+
+
+if __name__ == "__main__":
+    main()
