@@ -1,0 +1,1 @@
+"""Spoken exchanges on disk, and the batches that training draws from them."""

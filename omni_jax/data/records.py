@@ -1,0 +1,525 @@
+"""One spoken exchange on disk: a record of an ArrayRecord file, and the folders that hold many of them.
+
+A record is a header (magic, version, length and CRC-32 of the rest) and a msgpack map of the fields. The question
+is 16-bit audio at 16 kHz in FLAC, which gives back every sample; the answer is its codec codes, 14 bytes a frame.
+
+A folder holds `00000.array_record`, `00001.array_record`, ... and, once its writer is done, `index.json`: what is in
+it, and the sign that nothing is missing. Every file appears whole under its name or not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgpack
+import numpy as np
+import soundfile
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from numpy.typing import ArrayLike
+
+from omni_jax.audio import wav
+from omni_jax.config import CodecConfig
+from omni_jax.prompts import Task
+from omni_jax.vocab import LAYERS
+
+VERSION = 1
+"""Of records and of the index; a reader accepts its own only."""
+
+INDEX = "index.json"
+SUFFIX = ".array_record"
+
+_MAGIC = b"OMNI"
+_HEADER = struct.Struct("<4sBII")
+_TEXTS = ("question_text", "answer_text", "source", "voice")
+_BYTES = ("question_audio", "answer_codes")
+_ROW = {
+    "question_text": str,
+    "question_audio": str,
+    "answer_text": str,
+    "answer_audio": str,
+    "source": str,
+    "voice": str,
+}
+"""Fields of a manifest's row."""
+
+# One record to a chunk, so that any one is read without its neighbours; FLAC and codes do not compress further.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+_FRAME_STEP = 32
+"""Answers are padded to multiples of this many frames before encoding, so that few programs are compiled."""
+_WINDOW = 8
+"""Batches of a manifest that are sorted by length together, so that a batch holds answers of like length."""
+
+
+class RecordError(ValueError):
+    """A record, or a folder of them, that cannot be used: says what is wrong, what was expected and what was found."""
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """A question and its answer, each as text, as speech, or as both. What is missing is empty or None."""
+
+    question_text: str = ""
+    question_audio: np.ndarray | None = None
+    """int16 [samples] at 16 kHz."""
+    answer_text: str = ""
+    answer_codes: np.ndarray | None = None
+    """int [F, 7], codes of each frame in slot order, not delayed."""
+    source: str = ""
+    """The corpus it comes from."""
+    voice: str = ""
+    """Who speaks the answer."""
+
+
+def serves(exchange: Exchange) -> set[Task]:
+    """The tasks an exchange has everything for."""
+    heard = exchange.question_audio is not None
+    asked = bool(exchange.question_text.strip())
+    answered = bool(exchange.answer_text.strip())
+    spoken = exchange.answer_codes is not None
+    has = {
+        Task.A1A2: heard and answered and spoken,
+        Task.A1T2: heard and answered,
+        Task.A1T1: heard and asked,
+        Task.T1A2: asked and answered and spoken,
+        Task.T1T2: asked and answered,
+        Task.T1A1: answered and spoken,
+    }
+    return {task for task, yes in has.items() if yes}
+
+
+def to_bytes(exchange: Exchange) -> bytes:
+    """An exchange as the bytes of a record.
+
+    Raises:
+        RecordError: a field of another type, shape or range than `Exchange` says.
+    """
+    fields: dict[str, Any] = {}
+    for name in _TEXTS:
+        text = getattr(exchange, name)
+        if not isinstance(text, str):
+            raise RecordError(f"{name}: expected text, found {type(text).__name__}")
+        fields[name] = text
+    fields["question_audio"] = None if exchange.question_audio is None else _to_flac(exchange.question_audio)
+    fields["answer_codes"] = None if exchange.answer_codes is None else _pack_codes(exchange.answer_codes)
+    try:
+        body = msgpack.packb(fields)
+    except UnicodeEncodeError as error:
+        raise RecordError(f"expected text that UTF-8 can hold, found {error}") from None
+    return _HEADER.pack(_MAGIC, VERSION, len(body), zlib.crc32(body)) + body
+
+
+def from_bytes(data: bytes, *, codebook_size: int = 4096, audio: bool = True) -> Exchange:
+    """The exchange that a record's bytes hold.
+
+    Args:
+        data: from `to_bytes`.
+        codebook_size: every code must lie below it.
+        audio: whether to decode the question's audio, which is most of the work; without it, it is None.
+
+    Raises:
+        RecordError: truncated, damaged, of another version, a field is missing, unknown or of a wrong type, codes
+            out of shape or range, or audio that cannot be decoded.
+    """
+    fields = _open(data)
+    if set(fields) != {*_TEXTS, *_BYTES}:
+        raise RecordError(f"expected the fields {', '.join((*_TEXTS, *_BYTES))}, found {', '.join(map(str, fields))}")
+    for names, kinds in ((_TEXTS, str), (_BYTES, (bytes, type(None)))):
+        for name in names:
+            if not isinstance(fields[name], kinds):
+                expected = "text" if kinds is str else "bytes or nothing"
+                raise RecordError(f"{name}: expected {expected}, found {type(fields[name]).__name__}")
+    flac, packed = fields["question_audio"], fields["answer_codes"]
+    fields["question_audio"] = None if flac is None or not audio else _from_flac(flac)
+    fields["answer_codes"] = None if packed is None else _unpack_codes(packed, codebook_size)
+    return Exchange(**fields)
+
+
+class Writer:
+    """Writes a new folder of exchanges; a context manager.
+
+    A shard is written under a temporary name and gets its own when it is complete; `index.json` comes last, and
+    only when the `with` block ends without an exception.
+    """
+
+    def __init__(self, folder: str | Path, *, shard_size: int = 2048):
+        """Start a folder.
+
+        Args:
+            folder: made if need be. May hold what a killed writer left under temporary names, which is removed.
+            shard_size: exchanges per file, at about 100 kB each.
+
+        Raises:
+            RecordError: the folder holds records already, or cannot be written to.
+        """
+        self.folder = Path(folder)
+        self.shard_size = shard_size
+        self._shards: list[dict[str, Any]] = []
+        self._count = 0
+        self._samples = 0
+        self._frames = 0
+        self._sources: Counter[str] = Counter()
+        self._tasks: Counter[str] = Counter()
+        self._open: tuple[Path, ArrayRecordWriter] | None = None
+        self._in_shard = 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(".*.part"):
+                left.unlink()
+        except OSError as error:
+            raise RecordError(f"{self.folder}: expected a folder to write to, found {error.strerror}") from None
+        if any(self.folder.glob(f"*{SUFFIX}")) or (self.folder / INDEX).exists():
+            raise RecordError(
+                f"{self.folder}: expected a folder without records, found some: choose another or empty it"
+            )
+
+    def write(self, exchange: Exchange) -> None:
+        """Append an exchange.
+
+        Raises:
+            RecordError: see `to_bytes`; nothing is written then.
+        """
+        data = to_bytes(exchange)
+        if self._open is None:
+            partial = self.folder / f".{len(self._shards):05d}{SUFFIX}.part"
+            self._open = partial, ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
+        self._open[1].write(data)
+        self._in_shard += 1
+        self._count += 1
+        self._samples += 0 if exchange.question_audio is None else len(exchange.question_audio)
+        self._frames += 0 if exchange.answer_codes is None else len(exchange.answer_codes)
+        self._sources[exchange.source] += 1
+        self._tasks.update(task.value for task in serves(exchange))
+        if self._in_shard == self.shard_size:
+            self._finish_shard()
+
+    def close(self) -> None:
+        """Complete the last shard and write the index."""
+        self._finish_shard()
+        index = {
+            "version": VERSION,
+            "exchanges": self._count,
+            "question_hours": round(self._samples / wav.SAMPLE_RATE / 3600, 4),
+            "answer_frames": self._frames,
+            "sources": dict(sorted(self._sources.items())),
+            "tasks": {task.value: self._tasks[task.value] for task in Task},
+            "shards": self._shards,
+        }
+        partial = self.folder / f".{INDEX}.part"
+        partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self.folder / INDEX)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif self._open is not None:
+            partial, writer = self._open
+            self._open = None
+            writer.close()
+            partial.unlink(missing_ok=True)
+
+    def _finish_shard(self) -> None:
+        if self._open is None:
+            return
+        partial, writer = self._open
+        writer.close()
+        name = f"{len(self._shards):05d}{SUFFIX}"
+        partial.replace(self.folder / name)
+        self._shards.append({"file": name, "exchanges": self._in_shard})
+        self._open, self._in_shard = None, 0
+
+
+class Records:
+    """A finished folder of records, read in any order; can be sent to another process.
+
+    Attributes:
+        folder: where it is.
+        index: what `index.json` says.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Open a folder.
+
+        Raises:
+            RecordError: there is no such folder, its writer has not finished, a shard is missing, it is of another
+                version, or it is empty.
+        """
+        self.folder = Path(folder)
+        path = self.folder / INDEX
+        try:
+            self.index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            version = self.index["version"]
+            shards = [(shard["file"], int(shard["exchanges"])) for shard in self.index["shards"]]
+            self._tasks = {task: int(self.index["tasks"][task.value]) for task in Task}
+        except FileNotFoundError:
+            raise RecordError(
+                f"{self.folder}: expected a folder of records, found no {INDEX}, which their writer leaves when done"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RecordError(f"{path}: expected the index of a folder of records, found {error!r}") from None
+        if version != VERSION:
+            raise RecordError(f"{path}: version: expected {VERSION}, found {version!r}")
+        missing = [name for name, _ in shards if not (self.folder / name).is_file()]
+        if missing:
+            raise RecordError(f"{self.folder}: expected {len(shards)} shards, found {', '.join(missing)} missing")
+        if not shards:
+            raise RecordError(f"{self.folder}: expected at least one exchange, found none")
+        self._shards = shards
+        # The range saves opening every shard only to count its records.
+        self._data = ArrayRecordDataSource([f"{self.folder / name}[0:{count}]" for name, count in shards])
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> bytes:
+        """The bytes of a record.
+
+        Raises:
+            RecordError: the file does not give them back.
+        """
+        try:
+            return self._data[index]
+        except RuntimeError as error:
+            raise RecordError(str(error)) from None
+
+    def name(self, index: int) -> str:
+        """File and number of a record, for messages."""
+        for file, count in self._shards:
+            if index < count:
+                return f"{self.folder / file}, record {index}"
+            index -= count
+        raise IndexError(index)
+
+    def count(self, task: Task) -> int:
+        """How many of the exchanges can serve a task, by the index."""
+        return self._tasks[task]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of a manifest."""
+
+    written: int
+    rejected: tuple[str, ...]
+    """One line per bad row: manifest, line, field, what was expected and what was found."""
+
+
+def write_manifest(
+    manifest: str | Path,
+    out: str | Path,
+    codec_encode: Callable[..., ArrayLike],
+    codec: CodecConfig,
+    *,
+    batch: int = 8,
+    shard_size: int = 2048,
+) -> Summary:
+    """Make a folder of records from a manifest: one JSON object a line, every field optional, empty or null.
+
+    The fields are question_text, question_audio (path of a recording), answer_text, answer_audio (likewise), source
+    and voice; relative paths are taken from the manifest's folder. Recordings of any format and rate are read. The
+    answers are encoded by the codec in batches; records keep the order of the manifest. A bad row is left out and
+    reported.
+
+    Args:
+        manifest: JSON lines.
+        out: the folder to write.
+        codec_encode: `omni_jax.codec.snac.make_encoder`, or like it: audio f32 [B, samples] at the codec's rate and
+            lengths int32 [B] -> codes int [B, F, 7].
+        codec: its rate and frame.
+        batch: answers encoded at once.
+        shard_size: exchanges per file.
+
+    Raises:
+        RecordError: the manifest cannot be read, or the folder cannot be written to.
+    """
+    manifest = Path(manifest)
+    written, rejected = 0, []
+    with Writer(out, shard_size=shard_size) as writer:
+        for window in _windows(_lines(manifest), batch * _WINDOW):
+            rows: list[tuple[str, Exchange, np.ndarray | None]] = []
+            for place, line in window:
+                try:
+                    rows.append((place, *_read_row(line, manifest.parent, codec)))
+                except RecordError as error:
+                    rejected.append(f"{place}: {error}")
+            spoken = _encode([answer for _, _, answer in rows], codec_encode, codec, batch)
+            for (place, exchange, _), codes in zip(rows, spoken, strict=True):
+                try:
+                    writer.write(replace(exchange, answer_codes=codes))
+                    written += 1
+                except RecordError as error:
+                    rejected.append(f"{place}: {error}")
+    return Summary(written, tuple(rejected))
+
+
+def _open(data: bytes) -> dict[str, Any]:
+    """The fields of a record, after the header's checks."""
+    if len(data) < _HEADER.size:
+        raise RecordError(f"truncated: expected at least {_HEADER.size} bytes, found {len(data)}")
+    magic, version, length, crc = _HEADER.unpack_from(data)
+    if magic != _MAGIC:
+        raise RecordError(f"expected a record that begins with {_MAGIC!r}, found {magic!r}")
+    if version != VERSION:
+        raise RecordError(f"version: expected {VERSION}, found {version}")
+    body = data[_HEADER.size :]
+    if len(body) != length:
+        what = "truncated" if len(body) < length else "too long"
+        raise RecordError(f"{what}: expected {length} bytes after the header, found {len(body)}")
+    if zlib.crc32(body) != crc:
+        raise RecordError(f"damaged: expected CRC-32 {crc:08x}, found {zlib.crc32(body):08x}")
+    try:
+        fields = msgpack.unpackb(body)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise RecordError(f"expected a msgpack map of fields, found {error!r}") from None
+    if not isinstance(fields, dict):
+        raise RecordError(f"expected a map of fields, found {type(fields).__name__}")
+    return fields
+
+
+def _to_flac(audio: np.ndarray) -> bytes:
+    audio = np.asarray(audio)
+    if audio.dtype != np.int16 or audio.ndim != 1 or not len(audio):
+        raise RecordError(
+            f"question_audio: expected int16 [samples], at least one, found {audio.dtype} {list(audio.shape)}"
+        )
+    file = io.BytesIO()
+    soundfile.write(file, audio, wav.SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return file.getvalue()
+
+
+def _from_flac(flac: bytes) -> np.ndarray:
+    try:
+        with soundfile.SoundFile(io.BytesIO(flac)) as file:
+            kind = (file.format, file.subtype, file.channels, file.samplerate)
+            promised = file.frames
+            audio = file.read(dtype="int16")
+    except soundfile.LibsndfileError as error:
+        raise RecordError(
+            f"question_audio: expected FLAC, found {len(flac)} bytes that cannot be decoded: {error.error_string}"
+        ) from None
+    if kind != ("FLAC", "PCM_16", 1, wav.SAMPLE_RATE):
+        raise RecordError(f"question_audio: expected FLAC of 16 bits, one channel, {wav.SAMPLE_RATE} Hz, found {kind}")
+    if len(audio) != promised or not promised:
+        raise RecordError(f"question_audio: expected {promised} samples, at least one, found {len(audio)}")
+    return audio
+
+
+def _pack_codes(codes: np.ndarray) -> bytes:
+    codes = np.asarray(codes)
+    if not np.issubdtype(codes.dtype, np.integer) or codes.ndim != 2 or codes.shape[1] != LAYERS or not len(codes):
+        raise RecordError(
+            f"answer_codes: expected integers [F, {LAYERS}], at least one frame, "
+            f"found {codes.dtype} {list(codes.shape)}"
+        )
+    if codes.min() < 0 or codes.max() > 65535:
+        raise RecordError(f"answer_codes: expected codes of 0 to 65535, found {codes.min()} to {codes.max()}")
+    return codes.astype("<u2").tobytes()
+
+
+def _unpack_codes(packed: bytes, codebook_size: int) -> np.ndarray:
+    if not packed or len(packed) % (2 * LAYERS):
+        raise RecordError(
+            f"answer_codes: expected frames of {LAYERS} codes, {2 * LAYERS} bytes each, found {len(packed)} bytes"
+        )
+    codes = np.frombuffer(packed, "<u2").reshape(-1, LAYERS).astype(np.int32)
+    if codes.max() >= codebook_size:
+        raise RecordError(f"answer_codes: expected codes below {codebook_size}, found {codes.max()}")
+    return codes
+
+
+def _lines(manifest: Path) -> Iterator[tuple[str, bytes]]:
+    """Every line that is not blank, and its name."""
+    try:
+        with manifest.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{manifest} line {number}", line
+    except OSError as error:
+        raise RecordError(f"{manifest}: expected a manifest, found {error.strerror}") from None
+
+
+def _windows(lines: Iterable[tuple[str, bytes]], size: int) -> Iterator[list[tuple[str, bytes]]]:
+    window: list[tuple[str, bytes]] = []
+    for line in lines:
+        window.append(line)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def _read_row(line: bytes, folder: Path, codec: CodecConfig) -> tuple[Exchange, np.ndarray | None]:
+    """A row as an exchange that still lacks its codes, and its answer's audio f32 [samples] at the codec's rate."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise RecordError(f"expected a JSON object, found {error}") from None
+    if not isinstance(row, dict):
+        raise RecordError(f"expected a JSON object, found {type(row).__name__}")
+    unknown = sorted(set(row) - set(_ROW))
+    if unknown:
+        raise RecordError(f"expected some of the fields {', '.join(_ROW)}, found {', '.join(unknown)}")
+    for name, value in row.items():
+        if value is not None and not isinstance(value, str):
+            raise RecordError(f"{name}: expected text, found {type(value).__name__}")
+    values = {name: row.get(name) or "" for name in _ROW}
+    question = _recording("question_audio", values["question_audio"], folder, wav.SAMPLE_RATE)
+    answer = _recording("answer_audio", values["answer_audio"], folder, codec.sample_rate)
+    exchange = Exchange(
+        question_text=values["question_text"],
+        question_audio=None if question is None else wav.to_pcm16(question),
+        answer_text=values["answer_text"],
+        source=values["source"],
+        voice=values["voice"],
+    )
+    to_come = None if answer is None else np.zeros((1, LAYERS), np.int32)
+    if not serves(replace(exchange, answer_codes=to_come)):
+        given = ", ".join(name for name in _ROW if values[name]) or "nothing"
+        raise RecordError(f"expected enough for at least one task, found {given}")
+    return exchange, answer
+
+
+def _recording(name: str, path: str, folder: Path, sample_rate: int) -> np.ndarray | None:
+    """The recording that a field names, f32 [samples]; None for an empty field."""
+    if not path:
+        return None
+    try:
+        return wav.read(folder / path, sample_rate)
+    except wav.AudioError as error:
+        raise RecordError(f"{name}: {error}") from None
+
+
+def _encode(
+    answers: list[np.ndarray | None], codec_encode: Callable[..., ArrayLike], codec: CodecConfig, batch: int
+) -> list[np.ndarray | None]:
+    """Codes int [F, 7] of each answer, in batches of one size and few lengths."""
+    spoken: list[np.ndarray | None] = [None] * len(answers)
+    order = sorted((len(answer), index) for index, answer in enumerate(answers) if answer is not None)
+    step = _FRAME_STEP * codec.frame
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        audio = np.zeros((batch, -(-rows[-1][0] // step) * step), np.float32)
+        # Rows that are left over hold a frame of silence: a batch has one size, and one program.
+        lengths = np.full(batch, codec.frame, np.int32)
+        for row, (length, index) in enumerate(rows):
+            audio[row, :length] = answers[index]
+            lengths[row] = length
+        codes = np.asarray(codec_encode(audio, lengths=lengths))
+        for row, (length, index) in enumerate(rows):
+            spoken[index] = codes[row, : -(-length // codec.frame)]
+    return spoken

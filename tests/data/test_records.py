@@ -1,0 +1,403 @@
+"""Records: every sample and code comes back, and whatever is wrong is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+import soundfile
+from flax import nnx
+from numpy.typing import ArrayLike
+
+from omni_jax.audio import wav
+from omni_jax.codec.snac import Snac, make_encoder
+from omni_jax.config import CodecConfig
+from omni_jax.data.records import (
+    INDEX,
+    Exchange,
+    RecordError,
+    Records,
+    Writer,
+    from_bytes,
+    serves,
+    to_bytes,
+    write_manifest,
+)
+from omni_jax.prompts import Task
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def noise(seed: int, samples: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-32768, 32768, samples).astype(np.int16)
+
+
+FULL = Exchange(
+    question_text="Wie heißt du?",
+    question_audio=noise(0, 1234),
+    answer_text="Ich heiße Omni. 🙂",
+    answer_codes=np.random.default_rng(1).integers(0, 4096, (5, 7)),
+    source="tests",
+    voice="nobody",
+)
+
+
+def assert_equal(found: Exchange, expected: Exchange) -> None:
+    for field in dataclasses.fields(Exchange):
+        a, b = getattr(found, field.name), getattr(expected, field.name)
+        if isinstance(b, np.ndarray):
+            np.testing.assert_array_equal(a, b)
+        else:
+            assert a == b
+
+
+def packed(body: bytes, version: int = 1, magic: bytes = b"OMNI") -> bytes:
+    return struct.pack("<4sBII", magic, version, len(body), zlib.crc32(body)) + body
+
+
+def changed(**fields: object) -> bytes:
+    """A well-formed record of FULL with other values in it."""
+    return packed(msgpack.packb(msgpack.unpackb(to_bytes(FULL)[13:]) | fields))
+
+
+def flac(samples: np.ndarray, rate: int = 16000, subtype: str = "PCM_16", kind: str = "FLAC") -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=kind, subtype=subtype)
+    return file.getvalue()
+
+
+# Round trip
+
+
+@pytest.mark.parametrize(
+    "exchange",
+    [
+        FULL,
+        Exchange(),
+        Exchange(question_text="only text", answer_text="here"),
+        Exchange(question_audio=np.array([7], np.int16), question_text="one sample"),
+        Exchange(question_audio=np.array([-32768, 32767] * 900, np.int16)),
+        Exchange(answer_codes=np.array([[0, 4095, 1, 2, 3, 4, 5]], np.uint16)),
+    ],
+)
+def test_everything_comes_back(exchange: Exchange) -> None:
+    back = from_bytes(to_bytes(exchange))
+    assert_equal(back, exchange)
+    assert back.question_audio is None or back.question_audio.dtype == np.int16
+    assert back.answer_codes is None or back.answer_codes.dtype == np.int32
+
+
+def test_sound_is_left_encoded_on_request() -> None:
+    assert_equal(from_bytes(to_bytes(FULL), audio=False), dataclasses.replace(FULL, question_audio=None))
+
+
+def test_compact() -> None:
+    t = np.arange(16000 * 4) / 16000
+    tone = (6000 * np.sin(2 * np.pi * 220 * t) * np.sin(3 * t)).astype(np.int16)
+    codes = np.zeros((50, 7), int)
+    size = len(to_bytes(Exchange(question_audio=tone, answer_codes=codes)))
+    assert size < 0.6 * tone.nbytes + 14 * 50
+
+
+def test_tasks() -> None:
+    heard, codes = np.zeros(9, np.int16), np.zeros((2, 7), int)
+    assert serves(FULL) == set(Task)
+    assert serves(Exchange()) == set()
+    assert serves(Exchange(question_audio=heard, question_text="hi")) == {Task.A1T1}
+    assert serves(Exchange(question_audio=heard, answer_text="hi")) == {Task.A1T2}
+    assert serves(Exchange(question_text="hi", answer_text="ho")) == {Task.T1T2}
+    assert serves(Exchange(answer_text="ho", answer_codes=codes)) == {Task.T1A1}
+    assert serves(Exchange(question_text="hi", answer_text="ho", answer_codes=codes)) == {
+        Task.T1A2,
+        Task.T1T2,
+        Task.T1A1,
+    }
+    assert serves(Exchange(question_text=" ", answer_text="\n", answer_codes=codes)) == set()
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("exchange", "message"),
+    [
+        (Exchange(question_text=3), "question_text: expected text, found int"),
+        (Exchange(question_text="\ud800"), "expected text that UTF-8 can hold"),
+        (Exchange(question_audio=np.zeros(4, np.float32)), "question_audio: expected int16 .* found float32"),
+        (Exchange(question_audio=np.zeros((2, 4), np.int16)), r"question_audio: .* found int16 \[2, 4\]"),
+        (Exchange(question_audio=np.zeros(0, np.int16)), r"question_audio: .* found int16 \[0\]"),
+        (Exchange(answer_codes=np.zeros((3, 6), int)), r"answer_codes: .* found int64 \[3, 6\]"),
+        (Exchange(answer_codes=np.zeros((0, 7), int)), r"answer_codes: .* found int64 \[0, 7\]"),
+        (Exchange(answer_codes=np.zeros((3, 7))), "answer_codes: .* found float64"),
+        (Exchange(answer_codes=np.full((3, 7), -1)), "answer_codes: .* found -1 to -1"),
+        (Exchange(answer_codes=np.full((3, 7), 65536)), "answer_codes: .* found 65536"),
+    ],
+)
+def test_what_cannot_be_written(exchange: Exchange, message: str) -> None:
+    with pytest.raises(RecordError, match=message):
+        to_bytes(exchange)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "truncated: expected at least 13 bytes, found 0"),
+        (to_bytes(FULL)[:-1], "truncated: expected .* bytes after the header"),
+        (to_bytes(FULL) + b"\0", "too long"),
+        (packed(b"", magic=b"RIFF"), "begins with b'OMNI', found b'RIFF'"),
+        (packed(b"", version=2), "version: expected 1, found 2"),
+        (packed(b"\xc1"), "expected a msgpack map"),
+        (packed(msgpack.packb([1])), "expected a map of fields, found list"),
+        (packed(msgpack.packb({"source": "x"})), "expected the fields .*, found source"),
+        (changed(extra=1), "expected the fields .*, found .*extra"),
+        (changed(voice=None), "voice: expected text, found NoneType"),
+        (changed(answer_codes="text"), "answer_codes: expected bytes or nothing, found str"),
+        (changed(answer_codes=b""), "answer_codes: expected frames of 7 codes, 14 bytes each, found 0 bytes"),
+        (changed(answer_codes=bytes(15)), "answer_codes: .* found 15 bytes"),
+        (changed(answer_codes=b"\xff" * 14), "answer_codes: expected codes below 4096, found 65535"),
+        (changed(question_audio=b"junk"), "question_audio: expected FLAC, found 4 bytes"),
+        (changed(question_audio=flac(noise(0, 99))[:80]), "question_audio: "),
+        (changed(question_audio=flac(noise(0, 99), rate=8000)), "question_audio: .* 16000 Hz, found .*8000"),
+        (changed(question_audio=flac(noise(0, 99), subtype="PCM_24")), "question_audio: .* found .*PCM_24"),
+        (changed(question_audio=flac(noise(0, 98).reshape(-1, 2))), "question_audio: .* one channel"),
+        (changed(question_audio=flac(noise(0, 99), kind="WAV")), "question_audio: .* found .*WAV"),
+    ],
+)
+def test_what_cannot_be_read(data: bytes, message: str) -> None:
+    with pytest.raises(RecordError, match=message):
+        from_bytes(data)
+
+
+def test_any_flipped_bit_and_any_cut_is_noticed() -> None:
+    data = to_bytes(dataclasses.replace(FULL, question_audio=noise(3, 40)))
+    for at in range(len(data)):
+        with pytest.raises(RecordError):
+            from_bytes(data[:at])
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << at % 8
+        with pytest.raises(RecordError):
+            from_bytes(bytes(flipped))
+
+
+def test_codes_of_another_codec() -> None:
+    with pytest.raises(RecordError, match="expected codes below 64, found"):
+        from_bytes(to_bytes(FULL), codebook_size=64)
+
+
+# Folders
+
+
+def numbered(n: int) -> Exchange:
+    return Exchange(question_text=f"question {n}", answer_text="yes", source="odd" if n % 2 else "even")
+
+
+def test_folder(tmp_path: Path) -> None:
+    with Writer(tmp_path / "a" / "b", shard_size=3) as writer:
+        for n in range(7):
+            writer.write(numbered(n))
+        writer.write(FULL)
+    assert names(writer.folder) == [
+        "00000.array_record",
+        "00001.array_record",
+        "00002.array_record",
+        INDEX,
+    ]
+    index = json.loads((writer.folder / INDEX).read_text())
+    assert index == {
+        "version": 1,
+        "exchanges": 8,
+        "question_hours": 0.0,
+        "answer_frames": 5,
+        "sources": {"even": 4, "odd": 3, "tests": 1},
+        "tasks": {"A1A2": 1, "A1T2": 1, "A1T1": 1, "T1A2": 1, "T1T2": 8, "T1A1": 1},
+        "shards": [{"file": f"0000{n}.array_record", "exchanges": k} for n, k in enumerate([3, 3, 2])],
+    }
+    records = Records(writer.folder)
+    assert len(records) == 8
+    assert [from_bytes(records[n]).question_text for n in range(7)] == [f"question {n}" for n in range(7)]
+    assert_equal(from_bytes(records[7]), FULL)
+    assert records.name(0) == f"{writer.folder / '00000.array_record'}, record 0"
+    assert records.name(7) == f"{writer.folder / '00002.array_record'}, record 1"
+    assert (records.count(Task.T1T2), records.count(Task.A1A2)) == (8, 1)
+
+
+def test_shard_boundary_leaves_no_empty_shard(tmp_path: Path) -> None:
+    with Writer(tmp_path, shard_size=2) as writer:
+        for n in range(4):
+            writer.write(numbered(n))
+    assert names(tmp_path) == ["00000.array_record", "00001.array_record", INDEX]
+
+
+def test_an_exception_leaves_whole_shards_only(tmp_path: Path) -> None:
+    def write() -> None:
+        with Writer(tmp_path, shard_size=2) as writer:
+            for n in range(3):
+                writer.write(numbered(n))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write()
+    assert names(tmp_path) == ["00000.array_record"]
+    with pytest.raises(RecordError, match=r"found no index\.json"):
+        Records(tmp_path)
+    with pytest.raises(RecordError, match="without records, found some"):
+        Writer(tmp_path)
+
+
+def test_a_kill_leaves_nothing_under_a_final_name(tmp_path: Path) -> None:
+    code = (
+        "import os, sys\n"
+        "from omni_jax.data.records import Exchange, Writer\n"
+        "writer = Writer(sys.argv[1]).__enter__()\n"
+        "for n in range(50): writer.write(Exchange(question_text='x' * 9999, answer_text='y'))\n"
+        "os._exit(9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 9
+    assert names(tmp_path) == [".00000.array_record.part"]
+    with Writer(tmp_path) as writer:
+        writer.write(numbered(0))
+    assert names(tmp_path) == ["00000.array_record", INDEX]
+
+
+def test_a_bad_exchange_does_not_spoil_the_folder(tmp_path: Path) -> None:
+    with Writer(tmp_path) as writer:
+        writer.write(numbered(0))
+        with pytest.raises(RecordError):
+            writer.write(Exchange(answer_codes=np.zeros((2, 3), int)))
+        writer.write(numbered(1))
+    assert len(Records(tmp_path)) == 2
+
+
+def test_what_is_not_a_folder_of_records(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"nowhere: .* found no index\.json"):
+        Records(tmp_path / "nowhere")
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(RecordError, match="expected a folder to write to"):
+        Writer(file)
+    with Writer(tmp_path / "empty"):
+        pass
+    with pytest.raises(RecordError, match="expected at least one exchange, found none"):
+        Records(tmp_path / "empty")
+    with Writer(tmp_path / "a") as writer:
+        writer.write(numbered(0))
+    index = tmp_path / "a" / INDEX
+    text = index.read_text()
+    for wrong, message in (
+        (text.replace('"version": 1', '"version": 2'), "version: expected 1, found 2"),
+        ("{", "expected the index"),
+        ("[]", "expected the index"),
+        (text.replace('"T1T2"', '"T2T2"'), "expected the index"),
+    ):
+        index.write_text(wrong)
+        with pytest.raises(RecordError, match=message):
+            Records(tmp_path / "a")
+    index.write_text(text)
+    (tmp_path / "a" / "00000.array_record").unlink()
+    with pytest.raises(RecordError, match=r"expected 1 shards, found 00000\.array_record missing"):
+        Records(tmp_path / "a")
+
+
+# Manifests
+
+
+# Two blocks and frames of 60 samples: small programs, and answers of many frames.
+CODEC = CodecConfig(
+    encoder_dim=4, encoder_rates=(3, 5), decoder_dim=8, decoder_rates=(5, 3), codebook_size=64, noise=False
+)
+
+
+@pytest.fixture(scope="module")
+def encode() -> Callable[..., ArrayLike]:
+    rng = np.random.default_rng(0)
+    shapes = nnx.eval_shape(lambda: Snac(CODEC, rngs=nnx.Rngs(0))).params()
+    params = {name: rng.uniform(-0.5, 0.5, like.shape).astype(np.float32) for name, like in shapes.items()}
+    return make_encoder(Snac.from_params(CODEC, params))
+
+
+def speech(seed: int, seconds: float, rate: int) -> np.ndarray:
+    return (0.1 * np.random.default_rng(seed).standard_normal(int(seconds * rate))).astype(np.float32)
+
+
+def test_manifest(tmp_path: Path, encode: Callable[..., ArrayLike]) -> None:
+    """Recordings of several rates; answers encoded in batches are those of each answer alone."""
+    (tmp_path / "in").mkdir()
+    seconds = [0.05, 0.08, 0.04]
+    rows = []
+    for n, length in enumerate(seconds):
+        wav.write(tmp_path / "in" / f"q{n}.wav", speech(n, 0.4, 22050), 22050)
+        wav.write(tmp_path / "in" / f"a{n}.wav", speech(10 + n, length, 24000), 24000)
+        texts = {"question_text": f"q {n}", "answer_text": f"a {n}", "source": "made", "voice": "v"}
+        rows.append({**texts, "question_audio": f"q{n}.wav", "answer_audio": str(tmp_path / "in" / f"a{n}.wav")})
+    rows.append({"question_text": "only", "answer_text": "text", "question_audio": None})
+    manifest = tmp_path / "in" / "manifest.jsonl"
+    manifest.write_text("\n\n".join(map(json.dumps, rows)))
+    summary = write_manifest(manifest, tmp_path / "out", encode, CODEC, batch=2, shard_size=3)
+    assert (summary.written, summary.rejected) == (4, ())
+    records = Records(tmp_path / "out")
+    made = [from_bytes(records[n], codebook_size=CODEC.codebook_size) for n in range(4)]
+    assert [exchange.question_text for exchange in made] == [*(f"q {n}" for n in range(3)), "only"]
+    for n, exchange in enumerate(made[:3]):
+        audio = wav.read(tmp_path / "in" / f"a{n}.wav", CODEC.sample_rate)
+        # Alone, beside a row of silence: of a shape that is compiled already.
+        alone = np.stack([np.pad(audio, (0, 32 * CODEC.frame - len(audio))), np.zeros(32 * CODEC.frame)])
+        codes = np.asarray(encode(alone.astype(np.float32), lengths=np.array([len(audio), CODEC.frame])))[0]
+        np.testing.assert_array_equal(exchange.answer_codes, codes[: -(-len(audio) // CODEC.frame)])
+        assert len(np.unique(exchange.answer_codes)) > 5
+        asked = wav.read(tmp_path / "in" / f"q{n}.wav")
+        np.testing.assert_array_equal(exchange.question_audio, wav.to_pcm16(asked))
+        assert (exchange.answer_text, exchange.source, exchange.voice) == (f"a {n}", "made", "v")
+    assert made[3].answer_codes is None
+
+
+def test_bad_rows_are_reported_and_the_rest_is_written(tmp_path: Path, encode: Callable[..., ArrayLike]) -> None:
+    (tmp_path / "junk.wav").write_text("not sound")
+    wav.write(tmp_path / "good.wav", speech(0, 0.05, 24000), 24000)
+    good = {"question_text": "q", "answer_text": "a", "answer_audio": "good.wav"}
+    lines = [
+        "{",
+        json.dumps(good),
+        "[]",
+        json.dumps({**good, "colour": "red"}),
+        json.dumps({**good, "voice": 3}),
+        json.dumps({**good, "answer_audio": "junk.wav"}),
+        json.dumps({**good, "question_audio": "missing.wav"}),
+        json.dumps({"question_text": "alone"}),
+        json.dumps({**good, "answer_text": "\ud800"}),
+        json.dumps(good),
+    ]
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("\n".join(lines))
+    summary = write_manifest(manifest, tmp_path / "out", encode, CODEC, batch=2)
+    assert summary.written == len(Records(tmp_path / "out")) == 2
+    starts = [
+        "1: expected a JSON object",
+        "3: expected a JSON object, found list",
+        "4: expected some of the fields",
+        "5: voice: expected text, found int",
+        "6: answer_audio: ",
+        "7: question_audio: ",
+        "8: expected enough for at least one task, found question_text",
+        "9: expected text that UTF-8 can hold",
+    ]
+    found = sorted(summary.rejected)
+    assert len(found) == len(starts)
+    for line, start in zip(found, starts, strict=True):
+        assert line.startswith(f"{manifest} line {start}")
+
+
+def test_no_manifest(tmp_path: Path, encode: Callable[..., ArrayLike]) -> None:
+    with pytest.raises(RecordError, match="expected a manifest, found No such file"):
+        write_manifest(tmp_path / "none", tmp_path / "out", encode, CODEC)
