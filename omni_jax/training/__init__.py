@@ -1,0 +1,1 @@
+"""Training: which parts learn, the loss, the step, the run."""

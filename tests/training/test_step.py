@@ -1,0 +1,212 @@
+"""The step: what it computes, what it leaves alone, the same on one device and on eight."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx, traverse_util
+
+from omni_jax import config as configs
+from omni_jax import sharding
+from omni_jax.checkpoint import init_model
+from omni_jax.config import LossConfig, RunConfig
+from omni_jax.training.loss import head_sums, total
+from omni_jax.training.stages import divide
+from omni_jax.training.step import TrainState, optimizer, train_step
+from tests.builders import tiny_config
+
+TINY = tiny_config(tts_adapter_layers=1)
+# Programs of this size are compiled a dozen times here.
+MODEL = replace(TINY, ear=replace(TINY.ear, layers=1), trunk=replace(TINY.trunk, layers=2))
+EVERYTHING = ("adapter", "trunk", "text_embedding", "audio_embedding", "tts_adapter")
+ROWS, LENGTH, CLIPS = 8, 40, 2
+# A large eps: the gradient of a key bias is nothing but rounding, which AdamW would blow up to whole steps.
+OPTIMIZER = {"steps": 50, "peak": 3e-3, "warmup": 2, "eps": 1e-3}
+
+
+def run_config(**changes) -> RunConfig:
+    values = {
+        "out": "unused",
+        "start": "preset:tiny",
+        "learn": EVERYTHING,
+        "data": {"sources": [{"path": "unused"}], "tasks": {"A1A2": 1}, "batch": ROWS, "length": LENGTH},
+        "optimizer": OPTIMIZER,
+        "loss": {"chunk": 16},
+        "remat": "none",
+    }
+    return configs.build(RunConfig, {**values, **changes}, "test")
+
+
+def batch(seed: int = 0) -> dict[str, np.ndarray]:
+    """Rows of two packed examples, the second of which hears the second clip."""
+    rng = np.random.default_rng(seed)
+    half = LENGTH // 2
+    local = np.concatenate([np.arange(half), np.arange(half)]).astype(np.int32)
+    per_clip = MODEL.ear.positions
+    index = np.where((local >= 1) & (local <= 8), local - 1, -1) + np.where(np.arange(LENGTH) < half, 0, per_clip)
+    index = np.where((local >= 1) & (local <= 8), index, -1).astype(np.int32)
+    segments = np.where(np.arange(LENGTH) < half, 1, 2).astype(np.int32)
+    return {
+        "tokens": rng.integers(0, MODEL.vocab.audio, (ROWS, 8, LENGTH), dtype=np.int32),
+        "targets": rng.integers(0, MODEL.vocab.audio, (ROWS, 8, LENGTH), dtype=np.int32),
+        "mask": rng.random((ROWS, 8, LENGTH)) < 0.4,
+        "positions": np.tile(local, (ROWS, 1)),
+        "segments": np.tile(segments, (ROWS, 1)),
+        "speech_index": np.tile(index, (ROWS, 1)),
+        "sound": rng.integers(-3000, 3000, (ROWS, CLIPS, MODEL.ear.samples), dtype=np.int16),
+    }
+
+
+class Trainer:
+    """A model and its compiled step on a mesh."""
+
+    def __init__(self, config: RunConfig, mesh=None, stacked: bool = True):
+        self.config, self.mesh = config, mesh
+        model = init_model(MODEL, stacked=stacked, dtype=jnp.float32, seed=0, mesh=mesh)
+        graph, state = nnx.split(model)
+        self.graph = graph
+        self.learning, self.frozen = divide(nnx.to_pure_dict(state), config.learn)
+        self.step = jax.jit(partial(train_step, graph, config))
+
+    def begin(self) -> TrainState:
+        zero = jnp.int32(0)
+        if self.mesh is not None:
+            zero = jax.device_put(zero, sharding.replicated(self.mesh))
+        return TrainState(zero, self.learning, optimizer(self.config.optimizer).init(self.learning), zero, zero)
+
+    def place(self, arrays):
+        return arrays if self.mesh is None else jax.device_put(arrays, sharding.rows(self.mesh))
+
+    def go(self, steps: int) -> tuple[TrainState, list[dict]]:
+        state, metrics = self.begin(), []
+        for number in range(steps):
+            state, found = self.step(state, self.frozen, self.place(batch(number)))
+            metrics.append(jax.device_get(found))
+        return state, metrics
+
+
+def flat(tree) -> dict[str, np.ndarray]:
+    return {".".join(map(str, k)): np.asarray(v) for k, v in traverse_util.flatten_dict(tree).items()}
+
+
+@pytest.fixture(scope="module")
+def one_device() -> tuple[TrainState, list[dict]]:
+    return Trainer(run_config()).go(3)
+
+
+def test_the_loss_is_cross_entropy_per_head_whatever_the_chunk():
+    """Against logits made whole and a log-softmax taken in numpy."""
+    model = init_model(MODEL, stacked=False, dtype=jnp.float32, seed=0)
+    arrays = batch()
+    rng = np.random.default_rng(1)
+    text, audio = (rng.standard_normal((ROWS, LENGTH, MODEL.trunk.width)).astype(np.float32) for _ in range(2))
+    logits = [np.asarray(model.audio_logits(jnp.asarray(audio)))[..., k, :] for k in range(7)]
+    logits.append(np.asarray(model.text_logits(jnp.asarray(text))))
+    expected, right, squares = np.zeros(8), np.zeros(8), np.zeros(8)
+    for k, scores in enumerate(logits):
+        scores = scores.astype(np.float64)
+        normaliser = np.log(np.exp(scores).sum(-1))
+        said = np.take_along_axis(scores, arrays["targets"][:, k, :, None], -1)[..., 0]
+        where = arrays["mask"][:, k]
+        expected[k] = (normaliser - said)[where].sum()
+        squares[k] = (normaliser**2)[where].sum()
+        right[k] = (scores.argmax(-1) == arrays["targets"][:, k])[where].sum()
+    counts = arrays["mask"].sum((0, 2))
+    for chunk in (LENGTH, 16, 7):
+        config = LossConfig(chunk=chunk, z=0.1, text=2.0, audio=(1.0, 0.5, 0.0, 1.0, 1.0, 1.0, 1.0))
+        sums = head_sums(model, text, audio, arrays["targets"], arrays["mask"], config)
+        np.testing.assert_allclose(sums["loss"], expected, rtol=1e-5)
+        np.testing.assert_allclose(sums["z"], squares, rtol=1e-5)
+        np.testing.assert_array_equal(sums["correct"], right)
+        np.testing.assert_array_equal(sums["count"], counts)
+        weights = np.array([*config.audio, config.text])
+        whole = (weights * (expected + 0.1 * squares) / counts).sum()
+        np.testing.assert_allclose(total(sums, counts.astype(np.float32), config), whole, rtol=1e-5)
+
+
+def test_a_head_without_targets_costs_nothing():
+    sums = {"loss": jnp.zeros(8), "z": jnp.zeros(8)}
+    assert float(total(sums, jnp.zeros(8), LossConfig())) == 0.0
+
+
+def test_it_learns_a_batch():
+    trainer = Trainer(run_config(optimizer={"steps": 60, "peak": 1e-2, "warmup": 2, "weight_decay": 0.0}))
+    state, losses = trainer.begin(), []
+    for _ in range(40):
+        state, metrics = trainer.step(state, trainer.frozen, batch())
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.25 * losses[0]
+    assert int(state.step) == 40
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in [(8, 1, 1), (1, 8, 1), (1, 4, 2)])]
+)
+def test_eight_devices_do_what_one_does(one_device, sizes):
+    assert len(jax.devices()) == 8
+    state, metrics = Trainer(run_config(), sharding.make_mesh(*sizes)).go(3)
+    for mine, theirs in zip(metrics, one_device[1], strict=True):
+        np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-5)
+    for name, value in flat(one_device[0].learning).items():
+        np.testing.assert_allclose(flat(state.learning)[name], value, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("changes", [{"remat": "full"}, pytest.param({"remat": "dots"}, marks=pytest.mark.slow)])
+def test_recomputing_changes_nothing(one_device, changes):
+    _, metrics = Trainer(run_config(**changes)).go(2)
+    for mine, theirs in zip(metrics, one_device[1], strict=False):
+        np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-5)
+
+
+def test_a_batch_in_parts_is_the_whole_batch(one_device):
+    """The parts hold different numbers of targets, so a mean of their means would be another loss."""
+    optimizer = {**OPTIMIZER, "accumulate": 4}
+    state, metrics = Trainer(run_config(optimizer=optimizer)).go(3)
+    for mine, theirs in zip(metrics, one_device[1], strict=True):
+        np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-5)
+        np.testing.assert_allclose(mine["heads"], theirs["heads"], rtol=1e-5)
+    for name, value in flat(one_device[0].learning).items():
+        np.testing.assert_allclose(flat(state.learning)[name], value, atol=1e-5, err_msg=name)
+
+
+def test_what_is_frozen_has_no_moments_and_what_learns_moves():
+    trainer = Trainer(run_config(learn=("adapter", "tts_adapter")))
+    state, _ = trainer.go(2)
+    size = sum(x.size for x in jax.tree.leaves(state.learning))
+    moments = sum(x.size for x in jax.tree.leaves(state.moments) if x.ndim)
+    assert moments == 2 * size
+    assert set(state.learning) == {"adapter", "tts_adapter"}
+    before = flat(trainer.learning)
+    for name, value in flat(state.learning).items():
+        assert not np.array_equal(value, before[name]), name
+
+
+def test_norms_and_biases_do_not_decay():
+    config = run_config().optimizer
+    learning = {"a": {"scale": jnp.ones(3), "q_bias": jnp.ones(3), "q": jnp.ones((3, 3))}}
+    transformation = optimizer(replace(config, warmup=0, weight_decay=0.5))
+    zeros = jax.tree.map(jnp.zeros_like, learning)
+    updates, _ = transformation.update(zeros, transformation.init(learning), learning)
+    assert float(abs(updates["a"]["scale"]).max()) == 0.0
+    assert float(abs(updates["a"]["q_bias"]).max()) == 0.0
+    assert float(updates["a"]["q"].max()) < 0.0
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted():
+    trainer = Trainer(run_config())
+    poisoned = jax.tree.map(lambda x: x, trainer.learning)
+    poisoned["norm"]["scale"] = poisoned["norm"]["scale"].at[0].set(jnp.nan)
+    state = replace(trainer.begin(), learning=poisoned)
+    after, metrics = trainer.step(state, trainer.frozen, batch())
+    after, metrics = trainer.step(after, trainer.frozen, batch())
+    assert not np.isfinite(metrics["loss"])
+    assert (int(after.skipped), int(after.skipped_in_a_row), int(after.step)) == (2, 2, 2)
+    for name, value in flat(after.learning).items():
+        np.testing.assert_array_equal(value, flat(poisoned)[name], err_msg=name)
+    assert all(not np.asarray(x).any() for x in jax.tree.leaves(after.moments))
+    healed = replace(after, learning=trainer.learning)
+    after, _ = trainer.step(healed, trainer.frozen, batch())
+    assert (int(after.skipped), int(after.skipped_in_a_row)) == (2, 0)

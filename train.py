@@ -1,0 +1,50 @@
+"""Train a stage: `python train.py configs/STAGE.yaml [field=value ...]`.
+
+On a TPU pod start the same command on every host; JAX finds the others by itself. On other machines several
+processes are told of each other by --coordinator, --processes and --process.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+
+def main(
+    config: Annotated[str, typer.Argument(help="YAML file of the run")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="field=value, e.g. optimizer.peak=1e-4")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would do, and stop")] = False,
+    profile: Annotated[str | None, typer.Option(help="Folder for a profiler trace of a few steps")] = None,
+    coordinator: Annotated[str | None, typer.Option(help="host:port of the first process")] = None,
+    processes: Annotated[int | None, typer.Option(help="Processes in all")] = None,
+    process: Annotated[int | None, typer.Option(help="Number of this process, from 0")] = None,
+) -> None:
+    """Train a model, or go on with a run that was interrupted."""
+    import jax
+
+    from omni_jax import config as configs
+    from omni_jax.data.pipeline import PipelineError
+    from omni_jax.tensorfile import CheckpointError
+    from omni_jax.training import loop
+
+    try:
+        run = configs.load(configs.RunConfig, config, overrides or ())
+        if coordinator is not None:
+            jax.distributed.initialize(coordinator, processes, process)
+        elif not dry_run and loop.on_pod():
+            jax.distributed.initialize()
+        if dry_run:
+            print(loop.describe(run))
+            return
+        release = loop.train(run, profile=profile)
+        if release is not None and jax.process_index() == 0:
+            print(f"trained: {release}")
+    except (configs.ConfigError, PipelineError, CheckpointError, loop.TrainingError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)
