@@ -1,7 +1,7 @@
 """omni_jax: a speech-to-speech language model in JAX/Flax.
 
-    from omni_jax import Omni
-    reply = Omni.load().reply("question.wav")
+from omni_jax import Omni
+reply = Omni.load().reply("question.wav")
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from omni_jax.audio import wav
 from omni_jax.codec.snac import DecodeFn, Snac, StreamDecoder, make_decoder
 from omni_jax.config import PRESETS, ConfigError, ModelConfig
 from omni_jax.delay import playable, undelay
-from omni_jax.inference.decode import LONGEST_CHUNK, Programs
+from omni_jax.inference.decode import Programs
 from omni_jax.inference.engine import Engine, Progress, Request
 from omni_jax.prompts import Prompt, Task, speech_positions, speech_prompt, text_prompt
 from omni_jax.vocab import TEXT, Vocab
@@ -32,6 +32,10 @@ Audio = str | Path | BinaryIO | np.ndarray
 
 SHORTEST_DECODE = 8
 """Frames the codec decodes at least; longer answers are padded to 1, 1.5, 2, 3, 4, ... times as many."""
+
+
+LONGEST_STREAM_CHUNK = 16
+"""Steps after which a stream looks for news at the latest."""
 
 
 class UntrainedWarning(UserWarning):
@@ -171,9 +175,10 @@ class Omni:
         Raises:
             ConfigError: there is no such model, or a file of it cannot be used; names the file.
         """
-        stacked, dtype = default_layout()
         if str(name) in PRESETS:
-            return cls.untrained(str(name), codec=codec, mesh=mesh)
+            return cls._untrained(str(name), 0, codec, mesh)
+        _check_codec(codec)
+        stacked, dtype = default_layout()
         from omni_jax.checkpoint import open_release
 
         release = open_release(name)
@@ -190,8 +195,15 @@ class Omni:
         mesh: jax.sharding.Mesh | None = None,
     ) -> Omni:
         """A model with random weights and one token per byte: runs like a trained one, says nothing sensible."""
+        return cls._untrained(preset, seed, codec, mesh)
+
+    @classmethod
+    def _untrained(cls, preset: str, seed: int, codec: str, mesh: jax.sharding.Mesh | None) -> Omni:
         from omni_jax.checkpoint import init_model
 
+        _check_codec(codec)
+        if preset not in PRESETS:
+            raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, found {preset!r}")
         warnings.warn(
             f"the model {preset!r} is untrained: its weights are random (seed {seed}), its answers mean nothing",
             UntrainedWarning,
@@ -282,7 +294,8 @@ class Omni:
         elif isinstance(ask, Mapping):
             unknown = set(ask) - set(Ask.__dataclass_fields__)
             if unknown:
-                raise ConfigError(f"ask: expected fields of {sorted(Ask.__dataclass_fields__)}, found {sorted(unknown)}")
+                known = ", ".join(Ask.__dataclass_fields__)
+                raise ConfigError(f"ask: expected some of {known}, found {', '.join(map(str, unknown))}")
             ask = Ask(**ask)
         if (ask.audio is None) == (ask.text is None):
             raise ConfigError(f"ask: expected either audio or text, found {'neither' if ask.text is None else 'both'}")
@@ -410,11 +423,12 @@ class Omni:
         tokens = np.zeros((TEXT + 1, 0), np.int32)
         sound: list[np.ndarray] = []
         text, frames = "", 0
-        steps = 1
+        steps = 2
         while engine.busy:
             news = engine.advance(steps)
             # Short chunks until the first sound is out, so that nothing waits; longer ones later cost less.
-            steps = min(steps * 2, LONGEST_CHUNK) if frames else 2
+            if not speaks or clock.first_sound is not None:
+                steps = min(steps * 2, LONGEST_STREAM_CHUNK)
             for progress in news:
                 clock.hear(progress)
                 tokens = np.concatenate([tokens, progress.tokens], axis=1)
@@ -483,11 +497,14 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def _check_codec(name: str) -> None:
+    if name not in ("jax", "torch"):
+        raise ConfigError(f"codec: expected jax or torch, found {name!r}")
+
+
 def _decoder(codec: Snac, name: str) -> DecodeFn:
     if name == "jax":
         return make_decoder(codec)
-    if name == "torch":
-        from omni_jax.codec.torch_snac import TorchSnac
+    from omni_jax.codec.torch_snac import TorchSnac
 
-        return TorchSnac.from_params(codec.config, codec.params()).decode
-    raise ConfigError(f"codec: expected jax or torch, found {name!r}")
+    return TorchSnac.from_params(codec.config, codec.params()).decode

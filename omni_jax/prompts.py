@@ -115,11 +115,6 @@ def text_prompt(task: Task, text: Sequence[int], vocab: Vocab) -> Prompt:
     return Prompt(task, tokens, 0)
 
 
-def shadow_column(vocab: Vocab) -> np.ndarray:
-    """int32 [8]: the last prompt column of the second row of batch-parallel decoding, which answers as A1T2."""
-    return speech_prompt(Task.A1T2, 1, vocab).tokens[:, -1]
-
-
 def answer(task: Task, text: Sequence[int], codes: np.ndarray | None, vocab: Vocab) -> tuple[np.ndarray, np.ndarray]:
     """The eight streams of an answer, step by step, and where the loss counts.
 

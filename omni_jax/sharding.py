@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -80,6 +79,19 @@ def of_state(state: Any, mesh: Mesh) -> Any:
     return nnx.to_pure_dict(shardings)
 
 
+def of_array(array: jax.Array) -> Mesh | None:
+    """The mesh an array is spread over; None for one that lives on a single device."""
+    place = array.sharding
+    if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh) and place.num_devices > 1:
+        return place.mesh
+    return None
+
+
+def constrain(array: jax.Array, axes: Sequence[str | None], mesh: Mesh) -> jax.Array:
+    """Inside a jitted function, settle how an array with these logical axes lies on a mesh; see `spec`."""
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec(array.shape, axes, mesh)))
+
+
 def rows(mesh: Mesh) -> NamedSharding:
     """An array whose first axis is the batch."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
@@ -88,8 +100,3 @@ def rows(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def device_count(mesh: Mesh) -> int:
-    """Devices of a mesh."""
-    return int(np.prod(list(mesh.shape.values())))

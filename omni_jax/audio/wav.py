@@ -99,9 +99,7 @@ def as_mono(array: Any, rate: int, sample_rate: int = SAMPLE_RATE) -> np.ndarray
     return _checked(np.asarray(array), rate, sample_rate, "array")
 
 
-def check_length(
-    audio: np.ndarray, max_samples: int, *, cut: bool, sample_rate: int = SAMPLE_RATE
-) -> np.ndarray:
+def check_length(audio: np.ndarray, max_samples: int, *, cut: bool, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
     """Hold a recording to a length limit.
 
     Args:
@@ -217,9 +215,7 @@ def _checked(samples: np.ndarray, rate: int, sample_rate: int, name: str) -> np.
     if samples.size == 0:
         raise AudioError(f"{name}: expected at least {MIN_SECONDS * 1000:.0f} ms of sound, found no samples")
     if samples.ndim == 2 and samples.shape[1] > samples.shape[0]:
-        raise AudioError(
-            f"{name}: expected [samples, channels], found more channels than samples, {samples.shape}"
-        )
+        raise AudioError(f"{name}: expected [samples, channels], found more channels than samples, {samples.shape}")
     if not np.isfinite(samples).all():
         raise AudioError(f"{name}: expected finite samples, found NaN or infinity")
     peak = float(np.abs(samples).max())

@@ -1,0 +1,1 @@
+"""Decoding: sampling, the jitted delay-pattern loop, the running batch."""

@@ -21,10 +21,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
+from omni_jax import sharding
 from omni_jax.inference.sampling import Sampling, sample
 from omni_jax.model.omni import OmniModel
-from omni_jax.model.trunk import Cache, cache_rows, cache_slots
+from omni_jax.model.trunk import Cache, cache_slots
 from omni_jax.vocab import LAYERS, STREAMS, TEXT, Vocab
 
 Array = jax.Array
@@ -274,17 +276,34 @@ def empty(model: OmniModel, slots: int, length: int) -> DecodeState:
     )
 
 
+CACHE_AXES = ("batch", "kv_heads", None, None)
+"""Logical axes of a layer's keys or values [R, K, S, H]."""
+
+
+def spread(tree: Any, mesh: Mesh) -> Any:
+    """Settle where caches and everything else that has a row per request live: each row on its own devices."""
+
+    def place(x: Array) -> Array:
+        return sharding.constrain(x, CACHE_AXES if x.ndim >= 4 else ("batch", *[None] * (x.ndim - 1)), mesh)
+
+    return jax.tree.map(place, tree)
+
+
 class Programs:
     """The compiled programs of one model, over its weights as a plain dict (cheap to dispatch).
 
     Each is compiled once per shape: `hear` per batch of recordings, `prefill` per rows and padded length, `chunk`
-    per slots, cache length and routing sizes.
+    per slots, cache length and routing sizes. If the weights are spread over a mesh, so is the running batch.
     """
 
     def __init__(self, model: OmniModel):
         graph, state = nnx.split(model)
         self.config = model.config
         self.weights: Any = nnx.to_pure_dict(state)
+        mesh = sharding.of_array(jax.tree.leaves(self.weights)[0])
+
+        def settle(out: Any) -> Any:
+            return out if mesh is None else spread(out, mesh)
 
         def bind(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
             def call(weights: Any, *args: Any, **kwargs: Any) -> Any:
@@ -292,13 +311,20 @@ class Programs:
 
             return jax.jit(call, **options)
 
+        def settled_chunk(model: OmniModel, *args: Any) -> tuple[DecodeState, Array, Array]:
+            state, tokens, status = chunk(model, *args)
+            return settle(state), tokens, status
+
+        def settled(function: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: settle(function(*args, **kwargs))
+
         self.hear = bind(OmniModel.hear)
-        self.prefill = bind(prefill, static_argnames="audio")
-        self.chunk = bind(chunk, donate_argnums=1)
-        self.empty = bind(empty, static_argnums=(1, 2))
-        self.shadows = bind(lambda model, rows, length: model.trunk.cache(rows, length), static_argnums=(1, 2))
-        self.join = jax.jit(join, donate_argnums=0)
-        self.keep_shadows = jax.jit(take_rows)
+        self.prefill = bind(settled(prefill), static_argnames="audio")
+        self.chunk = bind(settled_chunk, donate_argnums=1)
+        self.empty = bind(settled(empty), static_argnums=(1, 2))
+        self.shadows = bind(settled(lambda model, *shape: model.trunk.cache(*shape)), static_argnums=(1, 2))
+        self.join = jax.jit(settled(join), donate_argnums=0)
+        self.keep_shadows = jax.jit(settled(take_rows))
 
 
 def take_rows(cache: Cache, rows: Array) -> Cache:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,15 +58,17 @@ class Request:
     """A1A2 only: take the text from a second row that answers in text alone."""
 
     def __post_init__(self) -> None:
-        def check(fits: bool, name: str, expected: str) -> None:
-            if not fits:
-                raise ConfigError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+        def check(name: str, kind: type, fits: Callable[[Any], bool], expected: str) -> None:
+            value = getattr(self, name)
+            if not isinstance(value, kind) or not fits(value):
+                raise ConfigError(f"{name}: expected {expected}, found {value!r}")
 
-        check(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1")
-        check(self.temperature >= 0 and np.isfinite(self.temperature), "temperature", "0 or more")
-        check(self.top_k >= 0, "top_k", "0 (all) or more")
-        check(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        check(0 <= self.seed < 2**32, "seed", "0..2^32-1")
+        if self.max_steps is not None:
+            check("max_steps", Integral, lambda steps: steps >= 1, "a whole number, at least 1")
+        check("temperature", Real, lambda t: t >= 0 and np.isfinite(t), "a number, 0 or more")
+        check("top_k", Integral, lambda k: k >= 0, "a whole number, 0 (all) or more")
+        check("top_p", Real, lambda p: 0 < p <= 1, "a number above 0 and at most 1")
+        check("seed", Integral, lambda seed: 0 <= seed < 2**32, "a whole number, 0..2^32-1")
         if (self.speech is not None) != self.prompt.task.hears:
             raise ConfigError(f"task {self.prompt.task}: expected speech exactly when the task hears")
 
@@ -134,7 +138,8 @@ class Engine:
             )
         if request.cache_length(self.context) > self.length:
             raise ConfigError(
-                f"the request needs a cache of {request.cache_length(self.context)} positions, this batch has {self.length}"
+                f"the request needs a cache of {request.cache_length(self.context)} positions, "
+                f"this batch has {self.length}"
             )
         self.queue.append((key, request))
 
@@ -145,6 +150,8 @@ class Engine:
 
     def advance(self, steps: int = LONGEST_CHUNK) -> list[Progress]:
         """Seat who waits, start a chunk of up to `steps` steps, and return what the chunk before it said."""
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, found {steps}")
         self._seat_waiting()
         read, self.unread = self.unread, None
         if any(seat is not None and seat.running for seat in self.seats):
@@ -284,7 +291,8 @@ class Engine:
             jnp.asarray(tokens),
             speech,
             positions,
-            audio=any(ask.prompt.task.speaks for ask in asks),
+            # Only a TTS adapter's cache depends on it: without one there is one program less per shape.
+            audio=self.programs.config.tts_adapter_layers > 0 and any(ask.prompt.task.speaks for ask in asks),
         )
         last = np.zeros((rows, STREAMS), np.int32)
         last[:count] = [ask.prompt.tokens[:, -1] for ask in asks]

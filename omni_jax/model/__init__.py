@@ -1,0 +1,1 @@
+"""The model: ear, adapter, trunk, heads."""

@@ -22,7 +22,19 @@ MOST_DECODE_ROWS = 32
 """Up to this many rows a matrix product is bound by reading the weight, as in decoding."""
 
 
-def param(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], fan_in: int) -> nnx.Param:
+class Keys:
+    """Draws from one key, as `nnx.Rngs` does, but counts on the host: its counter costs milliseconds in a trace."""
+
+    def __init__(self, key: Array):
+        self._key, self._drawn = key, 0
+
+    def params(self) -> Array:
+        """A new key."""
+        self._drawn += 1
+        return jax.random.fold_in(self._key, self._drawn)
+
+
+def param(rngs: nnx.Rngs | Keys, shape: Sequence[int], axes: Sequence[str | None], fan_in: int) -> nnx.Param:
     """A weight drawn from N(0, 1/fan_in), with a logical name for each of its axes."""
     value = jax.random.normal(rngs.params(), tuple(shape), jnp.float32) / math.sqrt(fan_in)
     return nnx.Param(value, axes=tuple(axes))
@@ -145,7 +157,7 @@ def attend_cache(query: Array, keys: Array, values: Array, positions: Array) -> 
 class Attention(nnx.Module):
     """Grouped-query self-attention with rope; q, k, v may have biases, the output has none."""
 
-    def __init__(self, config: TrunkConfig, rngs: nnx.Rngs):
+    def __init__(self, config: TrunkConfig, rngs: nnx.Rngs | Keys):
         D, N, K, H = config.width, config.heads, config.kv_heads, config.head_size
         self.q = param(rngs, (N, H, D), ("heads", None, "embed"), D)
         self.k = param(rngs, (K, H, D), ("kv_heads", None, "embed"), D)
@@ -158,7 +170,7 @@ class Attention(nnx.Module):
             self.v_bias = nnx.Param(jnp.zeros((K, H), jnp.float32), axes=("kv_heads", None))
 
     def project(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
-        """x [B, T, D] -> query [B, T, N, H], key and value [B, T, K, H]; query and key rotated."""
+        """X [B, T, D] -> query [B, T, N, H], key and value [B, T, K, H]; query and key rotated."""
 
         def heads(weight: nnx.Param, bias: nnx.Param | None) -> Array:
             y = linear(x, weight[...])
@@ -182,7 +194,7 @@ class GatedMLP(nnx.Module):
         width: int,
         ffn: int,
         out: int,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | Keys,
         axes: tuple[str, str, str] = ("embed", "ffn", "embed"),
     ):
         self.gate = param(rngs, (ffn, width), (axes[1], axes[0]), width)

@@ -15,7 +15,7 @@ from flax import nnx
 from omni_jax.audio.features import log_mel
 from omni_jax.config import ModelConfig
 from omni_jax.model.layers import Array, GatedMLP, RMSNorm, linear, param
-from omni_jax.model.trunk import Blocks, Cache
+from omni_jax.model.trunk import Blocks, Cache, Remat
 from omni_jax.model.whisper import Whisper
 from omni_jax.vocab import LAYERS, STREAMS, TEXT, Vocab
 
@@ -29,7 +29,7 @@ class Tables(nnx.Module):
         self.audio = param(rngs, (LAYERS, vocab.audio_rows, D), (None, "vocab", "embed"), D)
 
     def lookup(self, tokens: Array, dtype: Any) -> tuple[Array, Array]:
-        """tokens int32 [..., 8] -> sum of the audio embeddings and text embedding, each [..., D]."""
+        """Tokens int32 [..., 8] -> sum of the audio embeddings and text embedding, each [..., D]."""
         audio = self.audio[...][jnp.arange(LAYERS), tokens[..., :TEXT]].astype(dtype).sum(-2)
         return audio, self.text[...][tokens[..., TEXT]].astype(dtype)
 
@@ -102,7 +102,7 @@ class OmniModel(nnx.Module):
         return self.adapter(self.ear(log_mel(sound, self.config.ear.mels)).astype(self.dtype))
 
     def embed_tokens(self, tokens: Array) -> Array:
-        """tokens int32 [..., 8] -> their averaged embedding [..., D]."""
+        """Tokens int32 [..., 8] -> their averaged embedding [..., D]."""
         audio, text = self.embed.lookup(tokens, self.dtype)
         return (audio + text) / STREAMS
 
@@ -133,6 +133,7 @@ class OmniModel(nnx.Module):
         segments: Array | None = None,
         *,
         audio: bool = True,
+        remat: Remat = "none",
     ) -> tuple[Array, Array, Cache]:
         """Whole sequences through trunk and TTS adapter: training and prefill.
 
@@ -143,16 +144,17 @@ class OmniModel(nnx.Module):
             speech_index: see `embed_prompt`.
             segments: see `Blocks.__call__`.
             audio: whether the audio heads will be asked; False skips the TTS adapter.
+            remat: see `Blocks.__call__`.
 
         Returns:
             Normed hidden states for the text head and for the audio heads, each [B, T, D] (the same array without
             TTS adapter), and the cache: `trunk`, and `tts_adapter` where it ran.
         """
-        x, cache = self.trunk(self.embed_prompt(tokens, speech, speech_index), positions, segments)
+        x, cache = self.trunk(self.embed_prompt(tokens, speech, speech_index), positions, segments, remat)
         text_hidden = self.norm(x)
         if self.tts_adapter is None or not audio:
             return text_hidden, text_hidden, {"trunk": cache}
-        y, tts_cache = self.tts_adapter.blocks(x, positions, segments)
+        y, tts_cache = self.tts_adapter.blocks(x, positions, segments, remat)
         return text_hidden, self.tts_adapter.norm(y), {"trunk": cache, "tts_adapter": tts_cache}
 
     def text_logits(self, hidden: Array) -> Array:

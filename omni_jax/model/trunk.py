@@ -8,7 +8,7 @@ give the same results; `stacked` decides, for the parameters and the cache alike
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,9 @@ import numpy as np
 from flax import nnx
 
 from omni_jax.config import TrunkConfig
-from omni_jax.model.layers import Array, Attention, GatedMLP, RMSNorm, attend, attend_cache, rope
+from omni_jax.model.layers import Array, Attention, GatedMLP, Keys, RMSNorm, attend, attend_cache, rope
 
+Remat = Literal["none", "dots", "full"]
 Cache = dict[str, Any]
 """`k` and `v`: stacked [L, R, K, S, H], or a tuple of L arrays [R, K, S, H]. R rows, S slots (one a position)."""
 
@@ -25,7 +26,7 @@ Cache = dict[str, Any]
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: TrunkConfig, rngs: nnx.Rngs):
+    def __init__(self, config: TrunkConfig, rngs: Keys):
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.attention = Attention(config, rngs)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
@@ -37,16 +38,13 @@ class Blocks(nnx.Module):
 
     def __init__(self, config: TrunkConfig, count: int, *, stacked: bool, dtype: Any, rngs: nnx.Rngs):
         self.config, self.count, self.stacked, self.dtype = config, count, stacked, dtype
-        if stacked:
+        # Drawn from the same keys either way, so that a seed means the same weights on every backend.
+        keys = jax.random.split(rngs.params(), count)
 
-            @nnx.split_rngs(splits=count)
-            @nnx.vmap(in_axes=(0,), out_axes=0)
-            def make(rngs: nnx.Rngs) -> Block:
-                return Block(config, rngs)
+        def make(key: Array) -> Block:
+            return Block(config, Keys(key))
 
-            self.layers = make(rngs)
-        else:
-            self.layers = nnx.List([Block(config, rngs) for _ in range(count)])
+        self.layers: Any = nnx.vmap(make)(keys) if stacked else nnx.List([make(key) for key in keys])
 
     def cache(self, rows: int, slots: int) -> Cache:
         """An empty cache for `rows` rows of up to `slots` positions."""
@@ -55,7 +53,9 @@ class Blocks(nnx.Module):
             return {name: jnp.zeros((self.count, *shape), self.dtype) for name in "kv"}
         return {name: tuple(jnp.zeros(shape, self.dtype) for _ in range(self.count)) for name in "kv"}
 
-    def __call__(self, x: Array, positions: Array, segments: Array | None = None) -> tuple[Array, Cache]:
+    def __call__(
+        self, x: Array, positions: Array, segments: Array | None = None, remat: Remat = "none"
+    ) -> tuple[Array, Cache]:
         """Run whole sequences: training and prefill.
 
         Args:
@@ -63,6 +63,7 @@ class Blocks(nnx.Module):
             positions: int32 [B, T], counted from 0 within each sequence.
             segments: int32 [B, T] when several sequences are packed into a row: each looks only at its own. Pad
                 positions form a segment of their own.
+            remat: what a backward pass computes again: nothing, all but matrix products, or whole blocks.
 
         Returns:
             [B, T, D] and the keys and values of these T positions as a cache.
@@ -78,13 +79,20 @@ class Blocks(nnx.Module):
             x = x + layer.attention.merge(attend(query, key, value, mask))
             return x + layer.mlp(layer.mlp_norm(x)), (key.swapaxes(1, 2), value.swapaxes(1, 2))
 
+        def run(graph: nnx.GraphDef, weights: Any, x: Array) -> tuple[Array, tuple[Array, Array]]:
+            return block(nnx.merge(graph, weights), x)
+
+        if remat != "none":
+            # Inside a scan the compiler cannot undo the recomputation, so it needs no barriers against that.
+            policy = None if remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            run = jax.checkpoint(run, policy=policy, prevent_cse=not self.stacked, static_argnums=0)
         if self.stacked:
             graph, weights = nnx.split(self.layers)
-            x, (keys, values) = jax.lax.scan(lambda x, w: block(nnx.merge(graph, w), x), x, weights)
+            x, (keys, values) = jax.lax.scan(lambda x, w: run(graph, w, x), x, weights)
             return x, {"k": keys, "v": values}
         pairs = []
         for layer in self.layers:
-            x, pair = block(layer, x)
+            x, pair = run(*nnx.split(layer), x)
             pairs.append(pair)
         return x, {"k": tuple(k for k, _ in pairs), "v": tuple(v for _, v in pairs)}
 
@@ -140,9 +148,7 @@ def cache_slots(cache: Cache) -> int:
     return cache["k"][0].shape[-2] if isinstance(cache["k"], tuple) else cache["k"].shape[-2]
 
 
-def write(
-    cache: Cache, layer: Any, positions: Array, key: Array, value: Array
-) -> tuple[Cache, Array, Array]:
+def write(cache: Cache, layer: Any, positions: Array, key: Array, value: Array) -> tuple[Cache, Array, Array]:
     """Put one position of every row into a layer's cache, in place when the cache is donated.
 
     Args:

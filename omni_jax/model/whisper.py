@@ -32,9 +32,7 @@ class Whisper(nnx.Module):
             weights and the same results in both.
     """
 
-    def __init__(
-        self, config: EarConfig, *, stacked: bool, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: EarConfig, *, stacked: bool, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         self.stacked = stacked
         self.dtype = dtype

@@ -42,9 +42,7 @@ def test_reads_every_format(tmp_path, container, subtype, suffix):
         assert found.shape == audio.shape
         # Lossy codecs disturb the edges of a clip that begins and ends at once.
         inner = slice(2000, -2000) if suffix in (".ogg", ".mp3") else slice(None)
-        np.testing.assert_allclose(
-            found[inner], audio[inner], atol=FORMATS[container, subtype, suffix], rtol=0
-        )
+        np.testing.assert_allclose(found[inner], audio[inner], atol=FORMATS[container, subtype, suffix], rtol=0)
 
 
 @pytest.mark.parametrize("rate", [8000, 22_050, 44_100, 48_000])
@@ -210,9 +208,7 @@ def test_write_and_read_back(tmp_path):
     wav.write(path, sine(24_000, peak=1.5), 24_000)
     assert soundfile.info(path).subtype == "PCM_16"
     assert soundfile.info(path).samplerate == 24_000
-    np.testing.assert_allclose(
-        wav.read(path, 24_000), np.clip(sine(24_000, peak=1.5), -1, 32767 / 32768), atol=1e-4
-    )
+    np.testing.assert_allclose(wav.read(path, 24_000), np.clip(sine(24_000, peak=1.5), -1, 32767 / 32768), atol=1e-4)
     assert [file.name for file in tmp_path.iterdir()] == ["out.wav"]
 
 

@@ -71,9 +71,7 @@ def test_encoder_is_whispers(reference, mel, stacked):
 
 
 def test_layouts_agree_and_share_their_seed(mel):
-    one, other = (
-        jax.jit(Whisper(CONFIG, stacked=stacked, rngs=nnx.Rngs(3)))(mel) for stacked in (False, True)
-    )
+    one, other = (jax.jit(Whisper(CONFIG, stacked=stacked, rngs=nnx.Rngs(3)))(mel) for stacked in (False, True))
     np.testing.assert_allclose(one, other, atol=1e-5, rtol=0)
     assert np.abs(one - jax.jit(Whisper(CONFIG, stacked=True, rngs=nnx.Rngs(4)))(mel)).max() > 0.1
 
@@ -113,9 +111,7 @@ def test_every_parameter_names_its_axes():
         "down.kernel": ("ear_ffn", "ear_embed"),
         "down.bias": (None,),
     }
-    listed = {
-        f"layers.{layer}.{name}": axes for layer in range(CONFIG.layers) for name, axes in block.items()
-    }
+    listed = {f"layers.{layer}.{name}": axes for layer in range(CONFIG.layers) for name, axes in block.items()}
     stacked = {f"layers.{name}": ("layers", *axes) for name, axes in block.items()}
     for layout, layers in ((False, listed), (True, stacked)):
         # Abstract: nothing is allocated, as when a checkpoint is about to fill the shapes.

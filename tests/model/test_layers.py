@@ -1,0 +1,177 @@
+"""The parts of a block against literal values and plain numpy."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from omni_jax.config import RopeScaling, TrunkConfig
+from omni_jax.model.layers import (
+    MOST_DECODE_ROWS,
+    Attention,
+    GatedMLP,
+    RMSNorm,
+    attend,
+    attend_cache,
+    linear,
+    rope,
+    rope_frequencies,
+    rotate,
+)
+from tests.model.randomised import randomised
+
+RANDOM = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RANDOM.normal(size=shape).astype(np.float32)
+
+
+def close(ours: object, theirs: object, tolerance: float = 1e-5) -> None:
+    np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), atol=tolerance, rtol=0)
+
+
+def test_rms_norm_literal() -> None:
+    norm = RMSNorm(2, eps=0.0)
+    norm.scale[...] = jnp.array([1.0, 10.0])
+    # The root mean square of 3 and 4 is sqrt(12.5).
+    close(norm(jnp.array([[3.0, 4.0]])), [[3 / math.sqrt(12.5), 40 / math.sqrt(12.5)]])
+
+
+def test_rms_norm_eps_stands_inside_the_root() -> None:
+    close(RMSNorm(2, eps=4.0)(jnp.zeros((1, 2))), [[0.0, 0.0]])
+    close(RMSNorm(1, eps=3.0)(jnp.ones((1, 1))), [[0.5]])
+
+
+def test_rms_norm_keeps_the_dtype_and_computes_in_float32() -> None:
+    x = jnp.full((1, 4), 3e20, jnp.bfloat16)  # its square overflows bfloat16's sums only if not normed first
+    y = RMSNorm(4, 1e-6)(x * 1e-4)
+    assert y.dtype == jnp.bfloat16
+    close(y.astype(jnp.float32), np.ones((1, 4)), 1e-2)
+
+
+def test_rope_frequencies_literal() -> None:
+    close(rope_frequencies(8, 10000.0, None), [1.0, 0.1, 0.01, 0.001], 1e-7)
+
+
+def test_llama3_scaling_literal() -> None:
+    """Turns within the original context of 2 pi * 100: 100, 10, 1, 0.1; kept above 20, stretched below 5."""
+    scaling = RopeScaling(factor=4, low_freq_factor=5, high_freq_factor=20, original_context=round(200 * math.pi))
+    turns = round(200 * math.pi) / (2 * math.pi) * np.array([1.0, 0.1, 0.01, 0.001])
+    kept = (turns[1] - 5) / 15
+    expected = [1.0, 0.1 * kept + 0.1 / 4 * (1 - kept), 0.01 / 4, 0.001 / 4]
+    close(rope_frequencies(8, 10000.0, scaling), expected, 1e-7)
+
+
+def test_rope_and_rotation_literal() -> None:
+    config = TrunkConfig(head_size=4, rope_theta=100.0)
+    cos, sin = rope(jnp.array([[0, 3]]), config)
+    assert cos.shape == sin.shape == (1, 2, 1, 2)
+    x = jnp.array([[[[1.0, 2.0, 3.0, 4.0]], [[1.0, 2.0, 3.0, 4.0]]]])
+    turned = rotate(x, cos, sin)
+    # Halves, not neighbours: (1, 3) turn by 3 radians, (2, 4) by 0.3.
+    pairs = [
+        complex(1, 3) * complex(math.cos(3), math.sin(3)),
+        complex(2, 4) * complex(math.cos(0.3), math.sin(0.3)),
+    ]
+    close(turned[0, 0, 0], [1, 2, 3, 4])
+    close(turned[0, 1, 0], [pairs[0].real, pairs[1].real, pairs[0].imag, pairs[1].imag])
+
+
+@pytest.mark.parametrize("rows", [1, 2, MOST_DECODE_ROWS, MOST_DECODE_ROWS + 1])
+def test_linear(rows: int) -> None:
+    x, weight = normal(rows, 5), normal(3, 5)
+    close(jax.jit(linear)(x, weight), x @ weight.T)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (40, 1), (7, 9)])
+def test_linear_of_several_axes(shape: tuple[int, int]) -> None:
+    x, weight = normal(*shape, 5), normal(4, 6, 5)
+    close(jax.jit(linear)(x, weight), np.einsum("abi,nhi->abnh", x, weight))
+    x, weight = normal(*shape, 4, 6), normal(5, 4, 6)
+    close(linear(x, weight, contract=2), np.einsum("abnh,onh->abo", x, weight))
+
+
+@pytest.mark.parametrize("rows", [2, 100])
+def test_linear_computes_in_the_dtype_of_its_input(rows: int) -> None:
+    y = linear(jnp.ones((rows, 4), jnp.bfloat16), jnp.ones((3, 4), jnp.float32))
+    assert y.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("rows", [2, 100])
+def test_linear_has_gradients(rows: int) -> None:
+    x, weight = normal(rows, 5), normal(3, 5)
+    gradients = jax.grad(lambda x, w: linear(x, w).sum(), argnums=(0, 1))(x, weight)
+    close(gradients[0], np.broadcast_to(weight.sum(0), x.shape))
+    close(gradients[1], np.broadcast_to(x.sum(0), weight.shape), 1e-4)
+
+
+def reference_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """One query head at a time; [B, T, N, H]."""
+    out = np.zeros_like(query)
+    B, T, N, H = query.shape
+    serves = N // key.shape[2]
+    for b, t, n in itertools.product(range(B), range(T), range(N)):
+        seen = np.flatnonzero(mask[b, t])
+        scores = key[b, seen, n // serves] @ query[b, t, n] / math.sqrt(H)
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights / weights.sum() @ value[b, seen, n // serves]
+    return out
+
+
+def test_attention_looks_only_where_the_mask_lets_it() -> None:
+    query, key, value = normal(2, 4, 6, 3), normal(2, 5, 2, 3), normal(2, 5, 2, 3)
+    mask = RANDOM.random((2, 4, 5)) < 0.5
+    mask[:, :, 1] = True
+    close(attend(query, key, value, mask), reference_attention(query, key, value, mask))
+
+
+def test_attention_with_one_place_to_look_copies_its_value() -> None:
+    value = jnp.arange(6.0).reshape(1, 3, 1, 2)
+    mask = jnp.eye(3, dtype=bool)[None]
+    close(attend(jnp.ones((1, 3, 2, 2)), jnp.ones((1, 3, 1, 2)), value, mask), jnp.repeat(value, 2, axis=2))
+
+
+def test_attention_to_a_cache_sees_its_own_slot_and_those_before() -> None:
+    query, keys, values = normal(3, 6, 4), normal(3, 2, 5, 4), normal(3, 2, 5, 4)
+    positions = np.array([0, 2, 4])
+    mask = np.arange(5) <= positions[:, None]
+    expected = reference_attention(query[:, None], keys.swapaxes(1, 2), values.swapaxes(1, 2), mask[:, None])
+    close(attend_cache(query, keys, values, positions), expected[:, 0])
+
+
+def test_gated_mlp() -> None:
+    mlp = randomised(lambda: GatedMLP(4, 7, 3, nnx.Rngs(0)))
+    gate, up, down = (np.asarray(w[...]) for w in (mlp.gate, mlp.up, mlp.down))
+    assert (gate.shape, up.shape, down.shape) == ((7, 4), (7, 4), (3, 7))
+    x = normal(2, 5, 4)
+    gated = x @ gate.T
+    close(mlp(x), (gated / (1 + np.exp(-gated)) * (x @ up.T)) @ down.T)
+
+
+def test_attention_projects_adds_biases_and_rotates() -> None:
+    config = TrunkConfig(width=8, heads=4, kv_heads=2, head_size=6, rope_theta=100.0)
+    layer = randomised(lambda: Attention(config, nnx.Rngs(0)))
+    x, positions = normal(2, 3, 8), jnp.array([[0, 1, 2], [5, 6, 9]])
+    cos, sin = rope(positions, config)
+    query, key, value = layer.project(x, cos, sin)
+
+    def projected(weight: nnx.Param, bias: nnx.Param) -> np.ndarray:
+        return np.einsum("btd,nhd->btnh", x, np.asarray(weight[...])) + np.asarray(bias[...])
+
+    close(value, projected(layer.v, layer.v_bias))
+    close(query, rotate(jnp.asarray(projected(layer.q, layer.q_bias)), cos, sin))
+    close(key, rotate(jnp.asarray(projected(layer.k, layer.k_bias)), cos, sin))
+    close(layer.merge(query), np.einsum("btnh,dnh->btd", np.asarray(query), np.asarray(layer.out[...])))
+
+
+def test_attention_without_biases_has_none() -> None:
+    config = TrunkConfig(width=8, heads=2, kv_heads=1, head_size=4, qkv_bias=False)
+    layer = nnx.eval_shape(lambda: Attention(config, nnx.Rngs(0)))
+    assert not any("bias" in "".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(layer)))

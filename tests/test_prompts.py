@@ -1,0 +1,161 @@
+"""Every task's prompt and training example against arrays written out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from omni_jax.config import VocabConfig
+from omni_jax.prompts import (
+    Task,
+    answer,
+    example,
+    speech_positions,
+    speech_prompt,
+    text_prompt,
+)
+from omni_jax.vocab import Vocab
+
+V = Vocab(VocabConfig(text=100, text_specials=6, audio=10, audio_specials=5))
+# Text specials: end 100, padding 101, input 102, answer 103, asr 104, tts 105.
+# Audio specials: end 10, padding 11, input 12, answer 13.
+
+
+def rows(audio: list[int], text: list[int]) -> np.ndarray:
+    return np.array([audio] * 7 + [text])
+
+
+SPEECH = {
+    Task.A1A2: rows([12, 11, 11, 10, 13], [102, 101, 101, 100, 103]),
+    Task.A1T2: rows([12, 11, 11, 10, 11], [102, 101, 101, 100, 103]),
+    Task.A1T1: rows([12, 11, 11, 10, 11], [102, 101, 101, 100, 104]),
+}
+TEXT = {
+    Task.T1A2: rows([11, 11, 11, 11, 13], [102, 5, 6, 100, 103]),
+    Task.T1T2: rows([11, 11, 11, 11, 11], [102, 5, 6, 100, 103]),
+    Task.T1A1: rows([11, 11, 11, 11, 13], [102, 5, 6, 100, 105]),
+}
+
+
+def test_the_tasks() -> None:
+    assert [task.value for task in Task] == ["A1A2", "A1T2", "A1T1", "T1A2", "T1T2", "T1A1"]
+    assert [task.hears for task in Task] == [True, True, True, False, False, False]
+    assert [task.writes for task in Task] == [True, True, True, True, True, False]
+    assert [task.speaks for task in Task] == [True, False, False, True, False, True]
+
+
+@pytest.mark.parametrize("task", SPEECH)
+def test_speech_prompts(task: Task) -> None:
+    prompt = speech_prompt(task, 2, V)
+    np.testing.assert_array_equal(prompt.tokens, SPEECH[task])
+    assert (prompt.task, prompt.tokens.dtype, prompt.speech_positions, len(prompt)) == (task, np.int32, 2, 5)
+
+
+@pytest.mark.parametrize("task", TEXT)
+def test_text_prompts(task: Task) -> None:
+    prompt = text_prompt(task, [5, 6], V)
+    np.testing.assert_array_equal(prompt.tokens, TEXT[task])
+    assert (prompt.task, prompt.tokens.dtype, prompt.speech_positions, len(prompt)) == (task, np.int32, 0, 5)
+
+
+@pytest.mark.parametrize("task", Task)
+def test_a_task_takes_its_own_input_only(task: Task) -> None:
+    with pytest.raises(ValueError, match=str(task)):
+        text_prompt(task, [1], V) if task.hears else speech_prompt(task, 1, V)
+
+
+def test_an_empty_input_is_an_error() -> None:
+    with pytest.raises(ValueError, match="found none"):
+        text_prompt(Task.T1T2, [], V)
+    with pytest.raises(ValueError, match="at least 1"):
+        speech_prompt(Task.A1A2, 0, V)
+
+
+def test_speech_positions() -> None:
+    """floor(ms / 20) + 1 of the unpadded recording: 20 ms are 320 samples."""
+    assert [speech_positions(n, 1500) for n in (1, 319, 320, 639, 640)] == [1, 1, 2, 2, 3]
+    assert speech_positions(16000, 1500) == 51
+    assert speech_positions(479_999, 1500) == 1500
+    assert speech_positions(480_000, 1500) == 1500, "a full-length recording has no frame after its last"
+    assert [speech_positions(n, 100, stack=4) for n in (1, 3 * 320, 4 * 320, 32000)] == [1, 1, 2, 25]
+
+
+CODES = np.array([[1, 2, 3, 4, 5, 6, 7]])
+SPOKEN = [
+    [11, 1, 10, 11, 11, 11, 11, 11, 11],
+    [11, 11, 2, 10, 11, 11, 11, 11, 11],
+    [11, 11, 11, 3, 10, 11, 11, 11, 11],
+    [11, 11, 11, 11, 4, 10, 11, 11, 11],
+    [11, 11, 11, 11, 11, 5, 10, 11, 11],
+    [11, 11, 11, 11, 11, 11, 6, 10, 11],
+    [11, 11, 11, 11, 11, 11, 11, 7, 10],
+]
+WRITTEN = [8, 9, 100, 101, 101, 101, 101, 101, 101]
+
+
+@pytest.mark.parametrize("task", [Task.A1A2, Task.T1A2])
+def test_example_of_text_and_speech(task: Task) -> None:
+    prompt = speech_prompt(task, 2, V) if task.hears else text_prompt(task, [5, 6], V)
+    out = example(prompt, [8, 9], CODES, V)
+    said = np.array([*SPOKEN, WRITTEN])
+    before = (SPEECH | TEXT)[task]
+    np.testing.assert_array_equal(out.tokens, np.concatenate([before, said[:, :-1]], axis=1))
+    np.testing.assert_array_equal(
+        out.targets, np.concatenate([rows([11, 11, 11, 11], [101, 101, 101, 101]), said], axis=1)
+    )
+    no, yes = [False] * 4, [True] * 9
+    expected = [no + yes] * 7 + [[*no, True, True, True, False, False, False, False, False, False]]
+    np.testing.assert_array_equal(out.mask, expected)
+    assert out.mask.dtype == bool
+    assert out.tokens.shape == out.targets.shape == out.mask.shape == (8, 13)
+    assert out.speech_positions == (2 if task.hears else 0)
+
+
+@pytest.mark.parametrize("task", [Task.A1T2, Task.A1T1, Task.T1T2])
+def test_example_of_text_alone(task: Task) -> None:
+    prompt = speech_prompt(task, 2, V) if task.hears else text_prompt(task, [5, 6], V)
+    out = example(prompt, [8, 9], None, V)
+    before = (SPEECH | TEXT)[task]
+    np.testing.assert_array_equal(out.tokens, np.concatenate([before, rows([11, 11], [8, 9])], axis=1))
+    np.testing.assert_array_equal(out.targets, rows([11] * 7, [101, 101, 101, 101, 8, 9, 100]))
+    expected = [[False] * 7] * 7 + [[False, False, False, False, True, True, True]]
+    np.testing.assert_array_equal(out.mask, expected)
+
+
+def test_example_of_reading_aloud() -> None:
+    """Speech alone counts; the text stream is padding throughout."""
+    out = example(text_prompt(Task.T1A1, [5, 6], V), [5, 6], CODES, V)
+    np.testing.assert_array_equal(out.tokens[:7, 5:], np.array(SPOKEN)[:, :-1])
+    np.testing.assert_array_equal(out.tokens[:, :5], TEXT[Task.T1A1])
+    np.testing.assert_array_equal(out.tokens[7, 5:], [101] * 8)
+    np.testing.assert_array_equal(out.targets[:7], np.concatenate([np.full((7, 4), 11), SPOKEN], axis=1))
+    np.testing.assert_array_equal(out.targets[7], [101] * 13)
+    np.testing.assert_array_equal(out.mask, [[False] * 4 + [True] * 9] * 7 + [[False] * 13])
+
+
+def test_an_example_of_no_words() -> None:
+    out = example(text_prompt(Task.T1T2, [5], V), [], None, V)
+    np.testing.assert_array_equal(out.tokens, rows([11] * 4, [102, 5, 100, 103]))
+    np.testing.assert_array_equal(out.targets[7], [101, 101, 101, 100])
+    np.testing.assert_array_equal(out.mask[7], [False, False, False, True])
+
+
+def test_an_example_without_frames() -> None:
+    tokens, mask = answer(Task.T1A1, [], np.zeros((0, 7), np.int32), V)
+    assert tokens.shape == mask.shape == (8, 8)
+    assert [tokens[k, k + 1] for k in range(7)] == [10] * 7
+
+
+def test_codes_exactly_when_the_task_speaks() -> None:
+    with pytest.raises(ValueError, match="expected codes"):
+        answer(Task.A1A2, [1], None, V)
+    with pytest.raises(ValueError, match="expected no codes"):
+        answer(Task.A1T2, [1], CODES, V)
+
+
+def test_text_may_fill_the_speech_but_not_outlast_it() -> None:
+    tokens, mask = answer(Task.A1A2, [1] * 8, CODES, V)
+    np.testing.assert_array_equal(tokens[7], [1] * 8 + [100])
+    assert mask[7].all()
+    with pytest.raises(ValueError, match="10 steps but its speech only 9"):
+        answer(Task.A1A2, [1] * 9, CODES, V)
