@@ -85,8 +85,8 @@ def spawn(config: dict, folder: Path, *extra: str) -> subprocess.Popen:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{len(list(folder.glob('*.yaml')))}.yaml"
     file.write_text(yaml.safe_dump(config))
-    log = (folder / f"{file.stem}.log").open("w")
-    return subprocess.Popen([sys.executable, "train.py", str(file), *extra], cwd=ROOT, stdout=log, stderr=log)
+    with (folder / f"{file.stem}.log").open("w") as log:
+        return subprocess.Popen([sys.executable, "train.py", str(file), *extra], cwd=ROOT, stdout=log, stderr=log)
 
 
 def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
@@ -207,8 +207,8 @@ def test_two_processes_do_what_one_does_and_stop_together(finished: Path, record
     for index in range(2):
         command = [sys.executable, "train.py", str(file), "--coordinator", "localhost:12357"]
         command += ["--processes", "2", "--process", str(index)]
-        log = (tmp_path / f"{index}.log").open("w")
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+        with (tmp_path / f"{index}.log").open("w") as log:
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
     wait_for_step(out, 2, processes[0])
     processes[1].send_signal(signal.SIGTERM)
     for index, process in enumerate(processes):
