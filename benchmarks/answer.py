@@ -26,6 +26,7 @@ from omni_jax.codec.torch_snac import TorchSnac
 from omni_jax.config import PRESETS
 from omni_jax.delay import playable, undelay
 from omni_jax.inference.decode import DecodeState, Programs, Requests, Routing
+from omni_jax.inference.engine import PROMPT_BUCKETS
 from omni_jax.inference.sampling import Sampling
 from omni_jax.model.omni import OmniModel
 from omni_jax.prompts import Task, speech_prompt
@@ -58,7 +59,7 @@ class Ours:
         start, first = time.perf_counter(), None
         state = programs.empty(weights, 1, SLOTS)
         state = dataclasses.replace(state, shadows=programs.shadows(weights, 1, SLOTS))
-        bucket = 192
+        bucket = next(size for size in PROMPT_BUCKETS if size >= PROMPT - 1)
         tokens = np.zeros((1, 8, bucket), np.int32)
         tokens[0, :, : PROMPT - 1] = self.prompt.tokens[:, :-1]
         positions = jnp.full(1, PROMPT - 3, jnp.int32)
@@ -108,7 +109,8 @@ class Published:
 
     def __init__(self, codec: Snac):
         config = PRESETS["mini_omni"]
-        self.torch = TorchOmni(config, SLOTS)
+        # Its cache is always that of the whole context.
+        self.torch = TorchOmni(config, config.trunk.context)
         self.codec = TorchSnac.from_params(config.codec, codec.params())
 
     def answer(self) -> tuple[float, float]:

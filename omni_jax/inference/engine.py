@@ -24,8 +24,8 @@ from omni_jax.inference.sampling import Sampling
 from omni_jax.prompts import Prompt, Task
 from omni_jax.vocab import STREAMS, TEXT, Vocab
 
-PROMPT_BUCKETS = tuple(sorted({int(base * 2**power) for base in (16, 24) for power in range(12)}))
-"""Lengths prompts are padded to: 16, 24, 32, 48, ..., so that at most a third is padding."""
+PROMPT_BUCKETS = tuple(sorted({int(base * 2**power) for base in (16, 20, 24, 28) for power in range(12)}))
+"""Lengths prompts are padded to: 16, 20, 24, 28, 32, 40, ..., so that at most a fifth is padding."""
 CACHE_STEP = 256
 """Cache lengths are multiples of this, up to the trunk's context."""
 MOST_PREFILL_ROWS = 8
