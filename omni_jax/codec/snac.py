@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -335,8 +336,7 @@ class Snake(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[..., D] -> [..., D]."""
-        alpha = self.alpha[...]
-        return x + sine_squared(alpha * x) * (1 / (alpha + 1e-9))
+        return _snake(x, self.alpha[...])
 
 
 class Depthwise(nnx.Module):
@@ -354,13 +354,10 @@ class Depthwise(nnx.Module):
 
     def __call__(self, x: Array, ends: Array | None) -> Array:
         """[B, T, D] -> [B, T, D]."""
-        T, reach = x.shape[1], TAPS // 2 * self.dilation
-        x = jnp.pad(_silence_from(x, ends), ((0, 0), (reach, reach), (0, 0)))
         weight = self.weight[...]
-        total = x[:, :T] * weight[0]
-        for tap in range(1, TAPS):
-            total = total + x[:, tap * self.dilation :][:, :T] * weight[tap]
-        return total + self.bias[...]
+        # One channel in, as in the encoder's first layer, is heard by all.
+        x = jnp.broadcast_to(_silence_from(x, ends), (*x.shape[:2], weight.shape[1]))
+        return _add_bias(_shifted_sum(x, weight, self.dilation), self.bias[...])
 
 
 class Mixdown(nnx.Module):
@@ -400,7 +397,7 @@ class Pointwise(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[..., D_in] -> [..., D_out]."""
-        return _matmul(x, self.weight[...]) + self.bias[...]
+        return _add_bias(_matmul(x, self.weight[...]), self.bias[...])
 
 
 class Downsample(nnx.Module):
@@ -692,6 +689,78 @@ def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
     # Every size that is drawn is compiled, which takes most of the time: rounded up, there are few of them.
     drawn = jax.random.uniform(rngs.params(), (1 << (size - 1).bit_length(),), jnp.float32, -1, 1)
     return nnx.Param(drawn[:size].reshape(shape) / math.sqrt(fan_in))
+
+
+# The gradients below are written out: those that JAX derives sum over all positions within the loop that computes
+# the terms, which XLA:CPU does not vectorise. Training is three times as fast with them.
+
+
+@jax.custom_vjp
+def _snake(x: Array, alpha: Array) -> Array:
+    """Snake activation, x + sin^2(alpha x) / alpha; x [..., D], alpha [D]."""
+    return x + sine_squared(alpha * x) * (1 / (alpha + 1e-9))
+
+
+def _snake_forward(x: Array, alpha: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _snake(x, alpha), (x, alpha)
+
+
+def _snake_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, alpha = saved
+    # sin(2 u), the slope of sin^2(u), by the same polynomial: sin(2 u) = 1 - 2 sin^2(pi/4 - u).
+    slope = 1 - 2 * sine_squared(math.pi / 4 - alpha * x)
+    by_alpha = gradient * (x * slope - sine_squared(alpha * x) / (alpha + 1e-9)) / (alpha + 1e-9)
+    return gradient * (1 + slope), _sum_positions(by_alpha)
+
+
+_snake.defvjp(_snake_forward, _snake_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _shifted_sum(x: Array, weight: Array, dilation: int) -> Array:
+    """The sum over taps k of weight[k] times x shifted by k dilations; x [B, T, D], weight [7, D]."""
+    T, padded = x.shape[1], _pad_time(x, dilation)
+    total = padded[:, :T] * weight[0]
+    for tap in range(1, TAPS):
+        total = total + padded[:, tap * dilation :][:, :T] * weight[tap]
+    return total
+
+
+def _shifted_sum_forward(x: Array, weight: Array, dilation: int) -> tuple[Array, tuple[Array, Array]]:
+    return _shifted_sum(x, weight, dilation), (x, weight)
+
+
+def _shifted_sum_backward(dilation: int, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    T, padded = x.shape[1], _pad_time(x, dilation)
+
+    # In a loop, so that the seven sums are not fused into one slow one.
+    def of_tap(tap: Array) -> Array:
+        return _sum_positions(jax.lax.dynamic_slice_in_dim(padded, tap * dilation, T, axis=1) * gradient)
+
+    return _shifted_sum(gradient, weight[::-1], dilation), jax.lax.map(of_tap, jnp.arange(TAPS))
+
+
+_shifted_sum.defvjp(_shifted_sum_forward, _shifted_sum_backward)
+
+
+def _pad_time(x: Array, dilation: int) -> Array:
+    reach = TAPS // 2 * dilation
+    return jnp.pad(x, ((0, 0), (reach, reach), (0, 0)))
+
+
+@jax.custom_vjp
+def _add_bias(x: Array, bias: Array) -> Array:
+    return x + bias
+
+
+_add_bias.defvjp(lambda x, bias: (x + bias, None), lambda _, gradient: (gradient, _sum_positions(gradient)))
+
+
+def _sum_positions(x: Array) -> Array:
+    """[..., D] -> [D], as a product with ones."""
+    x = x.reshape(-1, x.shape[-1])
+    return _matmul(jnp.ones((len(x),)), x)
 
 
 def _matmul(x: Array, weight: Array) -> Array:
