@@ -45,6 +45,8 @@ MODEL = "model.safetensors"
 CODEC = "codec.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 FILES = (CONFIG, MODEL, CODEC, *TOKENIZER_FILES)
+RUN, RELEASE = "checkpoints", "release"
+"""Folders in that of a training run; the second is there once the run has finished."""
 
 ParamPath = tuple[Any, ...]
 """Where a parameter lives in a module: attribute names and layer numbers."""
@@ -121,12 +123,16 @@ def require_files(folder: Path, files: Sequence[str], what: str) -> None:
 
 
 def open_release(source: str | Path) -> Release:
-    """Open a release folder or hub repository; weights are not read yet.
+    """Open a release folder, the folder of a finished training run, or a hub repository; weights are not read yet.
 
     Raises:
-        CheckpointError: it is not there, or a file of it is missing or damaged.
+        CheckpointError: it is not there, a file of it is missing or damaged, or the run has not finished.
         ConfigError: `config.yaml` is wrong.
     """
+    if (Path(source) / RUN).is_dir():
+        if not (Path(source) / RELEASE).is_dir():
+            raise CheckpointError(f"{source}: a training run that has not finished: there is no release in it yet")
+        source = Path(source) / RELEASE
     folder = fetch(source, FILES, "a release")
     require_files(folder, FILES, "a release")
     return Release(folder, configs.load(ModelConfig, folder / CONFIG))

@@ -189,7 +189,7 @@ PRESETS: dict[str, ModelConfig] = {
     "mini_omni_tts_adapter": ModelConfig(tts_adapter_layers=6),
     "tiny": ModelConfig(
         ear=EarConfig(mels=80, width=32, layers=2, heads=2, ffn=64, positions=100),
-        adapter=AdapterConfig(ffn=48),
+        adapter=AdapterConfig(ffn=96),
         trunk=TrunkConfig(width=48, layers=3, heads=4, kv_heads=2, head_size=16, ffn=96, context=192),
         vocab=VocabConfig(text=300, audio=64, text_specials=12, audio_specials=8),
         codec=CodecConfig(

@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from omni_jax.config import PRESETS, AdapterConfig, CodecConfig, EarConfig, ModelConfig
+from omni_jax.config import PRESETS, CodecConfig, EarConfig, ModelConfig
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Compiler options for programs that run once."""
@@ -17,8 +17,7 @@ SENTENCES = ["What is your name?", "The weather is fine today.", "I can hear and
 
 
 def tiny_config(**changes) -> ModelConfig:
-    tiny = PRESETS["tiny"]
-    return replace(tiny, adapter=AdapterConfig(ffn=tiny.trunk.ffn), **changes)
+    return replace(PRESETS["tiny"], **changes)
 
 
 def tokenizer_files(folder: Path, size: int = 280) -> list[Path]:

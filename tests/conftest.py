@@ -19,7 +19,7 @@ from tests import builders
 
 @pytest.fixture(scope="session")
 def tiny_config() -> ModelConfig:
-    """The preset `tiny`, with the adapter as wide as the trunk's MLP: the published format has one width for both."""
+    """The preset `tiny`."""
     return builders.tiny_config()
 
 

@@ -62,20 +62,15 @@ class Start:
         """Open `preset:NAME`, a release folder, or the run folder of a finished stage.
 
         Raises:
-            ConfigError: there is no such preset, or the run has not finished.
-            CheckpointError: it is not a release.
+            ConfigError: there is no such preset.
+            CheckpointError: it is not a release, or the run has not finished.
         """
         if name.startswith(PRESET):
             preset = name.removeprefix(PRESET)
             if preset not in PRESETS:
                 raise ConfigError(f"start: expected one of {', '.join(PRESETS)} after {PRESET}, found {preset!r}")
             return cls(PRESETS[preset], byte_tokenizer(), None, seed)
-        folder = Path(name)
-        if (folder / "checkpoints").is_dir():
-            if not (folder / "release").is_dir():
-                raise ConfigError(f"start: {folder} is a run that has not finished: it has no release yet")
-            folder = folder / "release"
-        release = checkpoint.open_release(str(folder) if folder.exists() else name)
+        release = checkpoint.open_release(name)
         return cls(release.config, release.tokenizer(), release, seed)
 
     def model(self, *, stacked: bool, dtype: Any, mesh: Mesh) -> Any:
@@ -191,8 +186,8 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
     setup = Setup.of(config)
     out = Path(config.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "release").exists():
-        return out / "release"
+    if (out / checkpoint.RELEASE).exists():
+        return out / checkpoint.RELEASE
     if jax.process_index() == 0:
         save(config, out / "run.yaml")
     stop = Stop()
@@ -254,8 +249,8 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
     finally:
         manager.close()
         report.close()
-    release(setup, unite(state.learning, frozen), out / "release")
-    return out / "release"
+    release(setup, unite(state.learning, frozen), out / checkpoint.RELEASE)
+    return out / checkpoint.RELEASE
 
 
 def on_pod() -> bool:
@@ -368,7 +363,7 @@ def checkpoint_manager(config: RunConfig, out: Path) -> ocp.CheckpointManager:
         enable_async_checkpointing=True,
         cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager(out / "checkpoints", options=options)
+    return ocp.CheckpointManager(out / checkpoint.RUN, options=options)
 
 
 def write(manager: ocp.CheckpointManager, step: int, state: TrainState, frozen: Params, point: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from omni_jax import config as configs
 from omni_jax.checkpoint import open_release
 from omni_jax.config import PRESETS, ConfigError, RunConfig
 from omni_jax.data.records import Exchange, Writer
+from omni_jax.tensorfile import CheckpointError
 from omni_jax.training import loop
 
 ROOT = Path(__file__).parents[2]
@@ -139,7 +141,7 @@ def test_the_next_stage_starts_from_a_run(finished: Path, records: Path, tmp_pat
 
 def test_a_run_that_has_not_finished_is_no_start(tmp_path: Path, records: Path):
     (tmp_path / "half" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="not finished"):
+    with pytest.raises(CheckpointError, match="not finished"):
         loop.Setup.of(run_config(tmp_path / "next", records, start=str(tmp_path / "half")))
 
 
@@ -165,6 +167,21 @@ def test_describe_counts_what_learns(tmp_path: Path, records: Path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_run_goes_on_on_another_mesh(finished: Path, records: Path, tmp_path: Path):
+    out = tmp_path / "moved"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("release", "6", "tensorboard"))
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 4))
+    assert dict(loop.mesh_of(run_config(finished, records)).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    loop.train(run_config(out, records, mesh={"data": 2, "fsdp": 2, "tensor": 2}, samples=0))
+    mine, theirs = losses(out), losses(finished)
+    assert sorted(mine) == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose([mine[5], mine[6]], [theirs[5], theirs[6]], rtol=1e-5)
+    tensors = (open_release(folder / "release").model_tensors() for folder in (out, finished))
+    for moved, whole in zip(*(x.values() for x in tensors), strict=True):
+        np.testing.assert_allclose(moved.read(), whole.read(), atol=1e-5)
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_is_the_same_run_bit_for_bit(finished: Path, records: Path, tmp_path: Path):
     out = tmp_path / "killed"
@@ -179,6 +196,31 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(finished: Path, records:
     mine, whole = (open_release(folder / "release").model_tensors() for folder in (out, finished))
     for name, tensor in whole.items():
         np.testing.assert_array_equal(mine[name].read(), tensor.read(), err_msg=name)
+
+
+@pytest.mark.slow
+def test_killed_during_a_save_loses_no_more_than_the_steps_since_the_last(
+    finished: Path, records: Path, tmp_path: Path
+):
+    out = tmp_path / "killed"
+    values = run_values(out, records, steps=6, checkpoint={"every": 1, "keep": 2})
+    first = spawn(values, tmp_path / "logs")
+    deadline = time.monotonic() + 240
+    saved, half = out / "checkpoints" / "2", []
+    while not half:
+        # A save has another name until it is whole.
+        half = [path for path in (out / "checkpoints").glob("*tmp*") if saved.exists()]
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert list((out / "checkpoints").glob("*tmp*")), "the save was over before the process was killed"
+    second = spawn(values, tmp_path / "logs")
+    assert second.wait(timeout=280) == 0, (tmp_path / "logs" / "1.log").read_text()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps.count(1) == steps.count(2) == 1, "began before its last checkpoint"
+    assert losses(out) == losses(finished)
 
 
 @pytest.mark.slow

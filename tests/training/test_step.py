@@ -1,7 +1,12 @@
 """The step: what it computes, what it leaves alone, the same on one device and on eight."""
 
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +23,14 @@ from omni_jax.training.stages import divide
 from omni_jax.training.step import TrainState, optimizer, train_step
 from tests.builders import tiny_config
 
+ROOT = Path(__file__).parents[2]
 TINY = tiny_config(tts_adapter_layers=1)
 # Programs of this size are compiled a dozen times here.
 MODEL = replace(TINY, ear=replace(TINY.ear, layers=1), trunk=replace(TINY.trunk, layers=2))
 EVERYTHING = ("adapter", "trunk", "text_embedding", "audio_embedding", "tts_adapter")
 ROWS, LENGTH, CLIPS = 8, 40, 2
+STEPS = 3
+TWO_PROCESS_MESHES = ((8, 1, 1), (2, 2, 2))
 # A large eps: the gradient of a key bias is nothing but rounding, which AdamW would blow up to whole steps.
 OPTIMIZER = {"steps": 50, "peak": 3e-3, "warmup": 2, "eps": 1e-3}
 
@@ -73,12 +81,18 @@ class Trainer:
 
     def begin(self) -> TrainState:
         zero = jnp.int32(0)
+        moments = jax.jit(optimizer(self.config.optimizer).init)(self.learning)
         if self.mesh is not None:
-            zero = jax.device_put(zero, sharding.replicated(self.mesh))
-        return TrainState(zero, self.learning, optimizer(self.config.optimizer).init(self.learning), zero, zero)
+            zero = jax.device_put(np.int32(0), sharding.replicated(self.mesh))
+        return TrainState(zero, self.learning, moments, zero, zero)
 
     def place(self, arrays):
-        return arrays if self.mesh is None else jax.device_put(arrays, sharding.rows(self.mesh))
+        if self.mesh is None:
+            return arrays
+        spot = sharding.rows(self.mesh)
+        return {
+            name: jax.make_array_from_callback(x.shape, spot, lambda index, x=x: x[index]) for name, x in arrays.items()
+        }
 
     def go(self, steps: int) -> tuple[TrainState, list[dict]]:
         state, metrics = self.begin(), []
@@ -94,7 +108,7 @@ def flat(tree) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def one_device() -> tuple[TrainState, list[dict]]:
-    return Trainer(run_config()).go(3)
+    return Trainer(run_config()).go(STEPS)
 
 
 def test_the_loss_is_cross_entropy_per_head_whatever_the_chunk():
@@ -147,11 +161,35 @@ def test_it_learns_a_batch():
 )
 def test_eight_devices_do_what_one_does(one_device, sizes):
     assert len(jax.devices()) == 8
-    state, metrics = Trainer(run_config(), sharding.make_mesh(*sizes)).go(3)
+    state, metrics = Trainer(run_config(), sharding.make_mesh(*sizes)).go(STEPS)
     for mine, theirs in zip(metrics, one_device[1], strict=True):
         np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-5)
     for name, value in flat(one_device[0].learning).items():
         np.testing.assert_allclose(flat(state.learning)[name], value, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_do_what_one_device_does(one_device, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=4")}
+    environment |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "training" / "one_of_two.py"), coordinator]
+    processes, logs = [], [tmp_path / "0.log", tmp_path / "1.log"]
+    for number, log in enumerate(logs):
+        with log.open("w") as file:
+            arguments = [*command, str(number), str(tmp_path / "found.npz")]
+            processes.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=file, stderr=file))
+    for process, log in zip(processes, logs, strict=True):
+        assert process.wait(timeout=400) == 0, log.read_text()
+    with np.load(tmp_path / "found.npz") as found:
+        for sizes in TWO_PROCESS_MESHES:
+            name = "x".join(map(str, sizes))
+            losses = [step["loss"] for step in one_device[1]]
+            np.testing.assert_allclose(found[f"{name}/loss"], losses, rtol=1e-5)
+            for key, value in flat(one_device[0].learning).items():
+                np.testing.assert_allclose(found[f"{name}/{key}"], value, atol=1e-5, err_msg=f"{name} {key}")
 
 
 @pytest.mark.parametrize("changes", [{"remat": "full"}, pytest.param({"remat": "dots"}, marks=pytest.mark.slow)])
@@ -164,7 +202,7 @@ def test_recomputing_changes_nothing(one_device, changes):
 def test_a_batch_in_parts_is_the_whole_batch(one_device):
     """The parts hold different numbers of targets, so a mean of their means would be another loss."""
     optimizer = {**OPTIMIZER, "accumulate": 4}
-    state, metrics = Trainer(run_config(optimizer=optimizer)).go(3)
+    state, metrics = Trainer(run_config(optimizer=optimizer)).go(STEPS)
     for mine, theirs in zip(metrics, one_device[1], strict=True):
         np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-5)
         np.testing.assert_allclose(mine["heads"], theirs["heads"], rtol=1e-5)
