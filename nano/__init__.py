@@ -1,0 +1,1 @@
+"""The small model that ships with omni_jax, made from nothing: its texts, its voices, its parts and its lessons."""

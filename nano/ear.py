@@ -1,0 +1,371 @@
+"""Teaches nano its ear: a Whisper-shaped encoder that learns to hear by writing down letters.
+
+    python -m nano.ear                              # reads build/nano/questions, writes build/nano/ear
+
+A linear head over the encoder's features names a letter every 20 ms, trained by CTC (Graves et al. 2006); the head is
+thrown away afterwards, its features are what the language model listens to. The recordings are by many voices, noisy
+and in rooms already; every time one is used it is played at another speed, its spectrum is warped as by a longer or
+shorter throat, and stripes are cut out of it (SpecAugment, Park et al. 2019, arXiv 1904.08779).
+
+An ear always hears its full length, silence included. Most questions are short, so most of the training hears less
+silence, and only the last part all of it.
+
+The run saves itself every two minutes and goes on from there when it is started again. Its result,
+`ear.safetensors`, is the moving average of the encoder's parameters, named as in a release.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import typer
+from flax import nnx
+
+from nano import facts, run
+from nano.synthesize import recordings
+from omni_jax import tensorfile
+from omni_jax.audio import wav
+from omni_jax.audio.features import log_mel
+from omni_jax.checkpoint import dotted
+from omni_jax.config import EarConfig
+from omni_jax.model.whisper import Linear, Whisper
+
+CONFIG = EarConfig(width=192, layers=4, heads=4, ffn=768, positions=400)
+PARTS = ("questions/train", "questions/dictation_train")
+TESTS = (
+    "questions/held_out_seen",
+    "questions/held_out_unseen",
+    "questions/dictation_seen",
+    "questions/dictation_unseen",
+)
+
+LETTERS = " 'abcdefghijklmnopqrstuvwxyz"
+"""What can be written; their numbers begin at 1, 0 is CTC's blank."""
+LONGEST_TEXT = 160
+"""Letters."""
+
+BATCH = 16
+PEAK = 1e-3
+"""Learning rate after the warm-up."""
+WARMUP = 200
+SHORT = 0.6
+"""Length that is heard at first, as a share of the full one."""
+FULL_FROM = 0.75
+"""Share of the run after which the full length is heard."""
+AVERAGE_DECAY = 0.998
+"""Of the parameters' moving average, per step."""
+
+SPEED = (0.85, 1.15)
+WARP = (0.9, 1.1)
+"""The mel axis is stretched by this."""
+STRIPES = 2
+"""Cut out of the time and as many of the mel axis."""
+STRIPE_FRAMES = 25
+STRIPE_BINS = 12
+"""Widest stripes."""
+
+Array = jax.Array
+
+
+class Listener(nnx.Module):
+    """The ear and the head that writes down what it hears."""
+
+    def __init__(self, config: EarConfig, *, rngs: nnx.Rngs):
+        self.ear = Whisper(config, stacked=False, rngs=rngs)
+        axes = (None, None)
+        self.head = Linear((config.width,), (len(LETTERS) + 1,), axes=axes, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, mel: Array) -> Array:
+        """F32 [B, M, 2 positions] -> logits f32 [B, positions, letters + 1]."""
+        return self.head(self.ear(mel))
+
+
+class State(NamedTuple):
+    """All that changes in training."""
+
+    step: Array
+    params: Any
+    average: Any
+    optimizer: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A recording and what is said in it."""
+
+    audio: np.ndarray
+    """int16 [samples] at 16 kHz."""
+    text: str
+
+
+def load(folder: Path, parts: Sequence[str], limit: int | None = None) -> list[Clip]:
+    """The first recordings of each part that is there, up to `limit` of each; texts as they are written down."""
+    clips: list[Clip] = []
+    for part in parts:
+        if list(folder.glob(f"{part}-*.jsonl")):
+            found = (Clip(one.audio, facts.normalise(one.utterance.text)) for one in recordings(folder, part))
+            clips += [clip for _, clip in zip(range(limit or 10**9), found, strict=False)]
+    return clips
+
+
+def numbers(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Letters as numbers.
+
+    Returns:
+        int32 [B, LONGEST_TEXT], and f32 of the same shape, 1 where the text has ended: as `optax.ctc_loss` wants
+        them.
+
+    Raises:
+        ValueError: a text is too long or has another letter.
+    """
+    labels = np.zeros((len(texts), LONGEST_TEXT), np.int32)
+    padding = np.ones((len(texts), LONGEST_TEXT), np.float32)
+    for row, text in enumerate(texts):
+        if len(text) > LONGEST_TEXT or set(text) - set(LETTERS):
+            raise ValueError(f"expected at most {LONGEST_TEXT} of {LETTERS!r}, found {text!r}")
+        labels[row, : len(text)] = [LETTERS.index(letter) + 1 for letter in text]
+        padding[row, : len(text)] = 0
+    return labels, padding
+
+
+def written(logits: np.ndarray) -> list[str]:
+    """The likeliest letter of every position, repetitions joined, blanks left out: f32 [B, T, letters + 1]."""
+    best = np.argmax(logits, axis=-1)
+    changes = np.diff(best, axis=1, prepend=0) != 0
+    return [
+        "".join(LETTERS[number - 1] for number in row[kept & (row > 0)])
+        for row, kept in zip(best, changes, strict=True)
+    ]
+
+
+def edits(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Fewest insertions, deletions and replacements that make `a` into `b`."""
+    row = np.arange(len(b) + 1)
+    others = np.array(list(b), dtype=object)
+    for index, item in enumerate(a, 1):
+        new = np.concatenate([[index], np.minimum(row[1:] + 1, row[:-1] + (others != item))])
+        # Insertions run along the row: the least of all that came before, one more for every place.
+        row = np.minimum.accumulate(new - np.arange(len(new))) + np.arange(len(new))
+    return int(row[-1])
+
+
+def batch(clips: Sequence[Clip], samples: int, size: int, seed: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Clips drawn and played at random speeds.
+
+    Args:
+        clips: to draw from.
+        samples: of every row; longer clips are not drawn.
+        size: rows.
+        seed: the same gives the same batch.
+
+    Returns:
+        f32 [size, samples], and the texts as `numbers` gives them.
+    """
+    rng = np.random.default_rng(seed)
+    fitting = [clip for clip in clips if len(clip.audio) <= samples]
+    drawn = [fitting[index] for index in rng.integers(0, len(fitting), size)]
+    audio = np.zeros((size, samples), np.float32)
+    for row, clip in enumerate(drawn):
+        # One that fits just so is played no slower than it still does.
+        speed = max(rng.uniform(*SPEED), len(clip.audio) / samples)
+        places = np.arange(0, len(clip.audio) - 1, speed)
+        audio[row, : len(places)] = np.interp(places, np.arange(len(clip.audio)), clip.audio) / 32768
+    return audio, *numbers([clip.text for clip in drawn])
+
+
+def augment(mel: Array, key: Array) -> Array:
+    """Warp the mel axis and cut out stripes; f32 [B, M, frames], every row its own way."""
+    B, M, frames = mel.shape
+    warp_key, width_key, place_key = jax.random.split(key, 3)
+    factor = jax.random.uniform(warp_key, (B, 1), minval=WARP[0], maxval=WARP[1])
+    place = jnp.clip(jnp.arange(M) * factor, 0, M - 1)
+    below = jnp.clip(jnp.floor(place).astype(jnp.int32), 0, M - 2)
+    share = (place - below)[..., None]
+    lower, upper = (jnp.take_along_axis(mel, (below + step)[..., None], axis=1) for step in (0, 1))
+    mel = lower * (1 - share) + upper * share
+
+    sizes, widest = jnp.array([frames, M]), jnp.array([STRIPE_FRAMES, STRIPE_BINS])
+    widths = jax.random.uniform(width_key, (B, STRIPES, 2)) * widest
+    starts = jax.random.uniform(place_key, (B, STRIPES, 2)) * (sizes - widths)
+
+    def cut(axis: int) -> Array:
+        at = jnp.arange(mel.shape[2 - axis])
+        begin, width = starts[..., axis, None], widths[..., axis, None]
+        return ((at >= begin) & (at < begin + width)).any(1)
+
+    silent = cut(0)[:, None, :] | cut(1)[:, :, None]
+    return jnp.where(silent, mel.mean(axis=(1, 2), keepdims=True), mel)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The compiled steps of a run; equal ones share their programs."""
+
+    config: EarConfig
+    steps: int
+    seed: int
+
+    @cached_property
+    def rate(self) -> optax.Schedule:
+        """The learning rate by step."""
+        return optax.warmup_cosine_decay_schedule(0.0, PEAK, min(WARMUP, self.steps // 10), self.steps, PEAK / 100)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW; norms and biases don't decay."""
+        return optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.adamw(
+                self.rate, b2=0.98, weight_decay=0.05, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+            ),
+        )
+
+    def start(self) -> State:
+        """A state before the first step."""
+        _, variables = nnx.split(Listener(self.config, rngs=nnx.Rngs(self.seed)))
+        params = nnx.to_pure_dict(variables)
+        average = jax.tree.map(jnp.copy, params)
+        return State(jnp.zeros((), jnp.int32), params, average, self.optimizer.init(params))
+
+    def logits(self, params: Any, mel: Array) -> Array:
+        """What a listener with these parameters writes, for any length of mel: no parameter depends on it."""
+        config = dataclasses.replace(self.config, positions=mel.shape[2] // 2)
+        graph, _ = nnx.split(nnx.eval_shape(lambda: Listener(config, rngs=nnx.Rngs(0))))
+        listener: Listener = nnx.merge(graph, params)
+        return listener(mel)
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def step(self, state: State, audio: Array, labels: Array, padding: Array) -> tuple[State, dict[str, Array]]:
+        """One step on f32 [B, samples] and `numbers`."""
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        mel = augment(log_mel(audio, self.config.mels), key)
+
+        def loss(params: Any) -> Array:
+            logits = self.logits(params, mel)
+            return optax.ctc_loss(logits, jnp.zeros(logits.shape[:2]), labels, padding).sum() / (1 - padding).sum()
+
+        value, gradients = jax.value_and_grad(loss)(state.params)
+        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(AVERAGE_DECAY, (1 + state.step) / (10 + state.step))
+        average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.average, params)
+        values = {"loss": value, "gradient": optax.tree.norm(gradients)}
+        return State(state.step + 1, params, average, optimizer), values
+
+    @partial(jax.jit, static_argnums=0)
+    def listen(self, params: Any, audio: Array) -> Array:
+        """Logits for f32 [B, samples]."""
+        return self.logits(params, log_mel(audio, self.config.mels))
+
+    def evaluate(self, params: Any, clips: Sequence[Clip]) -> dict[str, float]:
+        """Share of wrong letters, of wrong words, and of texts without a fault."""
+        totals = np.zeros(5)
+        for first in range(0, len(clips), BATCH):
+            rows = clips[first : first + BATCH]
+            audio = np.zeros((BATCH, self.config.samples), np.float32)
+            for row, clip in enumerate(rows):
+                audio[row, : len(clip.audio)] = clip.audio / 32768
+            heard = [text.strip() for text in written(np.asarray(self.listen(params, audio)))]
+            for clip, text in zip(rows, heard, strict=False):
+                said, got = clip.text.split(), text.split()
+                totals += [edits(clip.text, text), len(clip.text), edits(said, got), len(said), said == got]
+        return {
+            "letters_wrong": totals[0] / totals[1],
+            "words_wrong": totals[2] / totals[3],
+            "exact": totals[4] / len(clips),
+        }
+
+
+def export(path: Path, params: Any) -> None:
+    """Write the encoder as a release's tensors, `ear.conv1.kernel` and so on."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path({"ear": params["ear"]})
+    named = {dotted(tuple(key.key for key in keys)): np.asarray(leaf) for keys, leaf in leaves}
+    tensorfile.write(path, {name: tensorfile.LazyTensor.of(array) for name, array in named.items()})
+
+
+def train(
+    folder: Path,
+    out: Path,
+    *,
+    config: EarConfig = CONFIG,
+    steps: int,
+    seed: int = 0,
+    log_every: int = 50,
+    validate_every: int = 500,
+    validated: int = 128,
+    save_seconds: float = 120,
+) -> None:
+    """Train, or go on training; at the end all held-out recordings are listened to.
+
+    Args:
+        folder: with `questions`, from `nano.synthesize`.
+        out: of the run.
+        config: the ear's shape.
+        steps: of the whole run; the learning rate falls to its end.
+        seed: of the parameters, the batches and the augmentation.
+        log_every: steps.
+        validate_every: steps.
+        validated: recordings of each held-out part.
+        save_seconds: between states on disk.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    clips = [clip for clip in load(folder, PARTS) if len(clip.audio) <= config.samples]
+    tests = {part.partition("/")[2]: load(folder, [part]) for part in TESTS}
+    tests = {name: held_out for name, held_out in tests.items() if held_out}
+    if not clips:
+        raise SystemExit(f"{folder}: expected recordings of {', '.join(PARTS)}, found none: python -m nano.synthesize")
+    trainer = Trainer(config, steps, seed)
+    state = trainer.start()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params["ear"]))
+    hours = sum(len(clip.audio) for clip in clips) / wav.SAMPLE_RATE / 3600
+    print(f"{parameters} parameters, {len(clips)} recordings, {hours:.1f} hours, {steps} steps", flush=True)
+    state = run.restore(out, state) or state
+    short = int(SHORT * config.positions) * 320
+    saved = last = time.monotonic()
+    since: list[dict[str, Array]] = []
+    for step in range(int(state.step), steps):
+        samples = short if step < FULL_FROM * steps else config.samples
+        state, values = trainer.step(state, *batch(clips, samples, BATCH, [seed, step]))
+        since.append(values)
+        done = step + 1
+        if done % log_every == 0 or done == steps:
+            seconds, last = (time.monotonic() - last) / log_every, time.monotonic()
+            means = {name: float(np.mean([entry[name] for entry in since])) for name in values}
+            run.log(out, {"step": done, "rate": float(trainer.rate(step)), "seconds": seconds} | means)
+            since = []
+        if done % validate_every == 0 or done == steps:
+            names = []
+            for name, held_out in tests.items():
+                chosen = held_out if done == steps else held_out[:validated]
+                outcome = trainer.evaluate(state.average, chosen)
+                run.log(out, {"step": done} | {f"{name}_{measure}": value for measure, value in outcome.items()})
+                print(f"step {done}: {name}: " + ", ".join(f"{m} {v:.2%}" for m, v in outcome.items()), flush=True)
+                names.append(f"{name}_letters_wrong")
+            run.draw(out, ["loss", *names])
+        if time.monotonic() - saved > save_seconds or done == steps:
+            run.save(out, state)
+            export(out / "ear.safetensors", state.average)
+            saved = time.monotonic()
+
+
+def main(
+    folder: Annotated[Path, typer.Option(help="What nano.synthesize wrote.")] = Path("build/nano"),
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("build/nano/ear"),
+    steps: Annotated[int, typer.Option(help="Steps of the whole run.")] = 3000,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+) -> None:
+    """Teach nano its ear."""
+    train(folder, out, steps=steps, seed=seed)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,227 @@
+"""Turns the recordings into what training reads: exchanges whose answers are the trained codec's codes.
+
+    python -m nano.records --codec build/nano/codec/codec.safetensors
+
+Folders of records, under build/nano/records:
+
+    train                                   questions said aloud, and their answers
+    typed_train                             for every spoken answer of training a question in writing
+    read_train, read_held_out               sentences to be read aloud
+    dictation_train, dictation_seen, dictation_unseen       sentences to be written down
+    held_out_seen, held_out_unseen          questions never trained on, by voices that training hears and others
+
+Codes are kept beside them in pieces, so that an interrupted run goes on, and are made anew for another codec.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from tqdm import tqdm
+
+from nano import facts, synthesize
+from omni_jax import checkpoint
+from omni_jax.codec.snac import Snac, make_encoder
+from omni_jax.data.records import INDEX, Exchange, Writer
+from omni_jax.vocab import LAYERS
+
+FOLDER = Path("build/nano/records")
+
+Encode = Callable[[list[np.ndarray]], list[np.ndarray]]
+"""Recordings, f32 [samples] each, to codes, int32 [F, 7] each."""
+
+_PIECE = 250
+"""Recordings whose codes are kept in one file."""
+_BATCH = 16
+_FRAME_STEP = 16
+"""Batches are padded to multiples of this many frames, so that few programs are compiled."""
+
+
+def encoder(codec: Snac) -> Encode:
+    """The codec's encoder for recordings of any length, in batches of like length."""
+    run, frame = make_encoder(codec), codec.config.frame
+
+    def encode(recordings: list[np.ndarray]) -> list[np.ndarray]:
+        codes = [np.zeros((0, LAYERS), np.int32)] * len(recordings)
+        order = sorted(range(len(recordings)), key=lambda index: len(recordings[index]))
+        for start in range(0, len(order), _BATCH):
+            rows = order[start : start + _BATCH]
+            step = _FRAME_STEP * frame
+            audio = np.zeros((_BATCH, -(-len(recordings[rows[-1]]) // step) * step), np.float32)
+            lengths = np.full(_BATCH, frame, np.int32)
+            for row, index in enumerate(rows):
+                lengths[row] = len(recordings[index])
+                audio[row, : lengths[row]] = recordings[index]
+            found = np.asarray(run(audio, lengths=lengths))
+            for row, index in enumerate(rows):
+                codes[index] = found[row, : -(-lengths[row] // frame)]
+        return codes
+
+    return encode
+
+
+def spoken(corpora: Path, part: str, keep: Path, encode: Encode, mark: int) -> dict[str, np.ndarray]:
+    """The codes of every text of a part that nano's own voice speaks.
+
+    Args:
+        corpora: what `nano.synthesize` wrote.
+        part: `answers/train` and the like.
+        keep: folder of the codes that are made already.
+        encode: from `encoder`.
+        mark: of the codec; kept codes with another mark are made anew.
+    """
+    made: dict[str, np.ndarray] = {}
+    keep.mkdir(parents=True, exist_ok=True)
+    recordings = list(synthesize.recordings(corpora, part))
+    pieces = range(0, len(recordings), _PIECE)
+    for start in tqdm(pieces, desc=part, unit="piece"):
+        piece = recordings[start : start + _PIECE]
+        texts = [recording.utterance.text for recording in piece]
+        path = keep / f"{part.replace('/', '-')}-{start // _PIECE:05d}.npz"
+        codes = _kept(path, texts, mark)
+        if codes is None:
+            codes = encode([recording.audio.astype(np.float32) / 32768 for recording in piece])
+            partial = path.with_name(f".{path.name}.part")
+            with partial.open("wb") as file:
+                lengths = [len(code) for code in codes]
+                np.savez(file, mark=mark, texts=np.array(texts), codes=np.concatenate(codes), lengths=lengths)
+            partial.replace(path)
+        made.update(zip(texts, codes, strict=True))
+    return made
+
+
+def _kept(path: Path, texts: list[str], mark: int) -> list[np.ndarray] | None:
+    """The codes of these texts by this codec, if they are there."""
+    if not path.exists():
+        return None
+    with np.load(path) as file:
+        if int(file["mark"]) != mark or file["texts"].tolist() != texts:
+            return None
+        return np.split(file["codes"], np.cumsum(file["lengths"])[:-1])
+
+
+def asked(corpora: Path, part: str, codes: dict[str, np.ndarray]) -> Iterator[Exchange]:
+    """Questions said aloud; the source of each says its kind and why it is held out, if it is."""
+    for recording in synthesize.recordings(corpora, part):
+        said = recording.utterance
+        yield Exchange(
+            question_text=said.text,
+            question_audio=recording.audio,
+            answer_text=said.answer,
+            answer_codes=codes[said.answer],
+            source=f"nano {said.kind} {said.held_out}".strip(),
+            voice=synthesize.ANSWER_VOICE,
+        )
+
+
+def typed(codes: dict[str, np.ndarray], seed: int = 0) -> Iterator[Exchange]:
+    """A training question in writing for each of the answers."""
+    rng = random.Random(f"typed {seed}")
+    choices: dict[str, list[facts.Item]] = {}
+    for item in facts.questions("train"):
+        choices.setdefault(item.answer, []).append(item)
+    for answer, code in codes.items():
+        item = rng.choice(choices[answer])
+        yield Exchange(item.question, None, answer, code, f"nano {item.kind}", synthesize.ANSWER_VOICE)
+
+
+def read(codes: dict[str, np.ndarray]) -> Iterator[Exchange]:
+    """Sentences to be read aloud."""
+    for text, code in codes.items():
+        yield Exchange(answer_text=text, answer_codes=code, source="nano sentence", voice=synthesize.ANSWER_VOICE)
+
+
+def dictated(corpora: Path, part: str) -> Iterator[Exchange]:
+    """Sentences to be written down."""
+    for recording in synthesize.recordings(corpora, part):
+        yield Exchange(question_text=recording.utterance.text, question_audio=recording.audio, source="nano sentence")
+
+
+def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
+    """Write every folder that is not there yet, or not whole.
+
+    Args:
+        corpora: what `nano.synthesize` wrote.
+        out: folder of the folders.
+        codec: the trained codec.
+
+    Returns:
+        How many exchanges went into each folder written now.
+
+    Raises:
+        nano.synthesize.SynthesisError: recordings are missing.
+        omni_jax.data.records.RecordError: a folder cannot be written to.
+    """
+    encode, mark = encoder(codec), _mark(codec)
+
+    def answers(part: str) -> dict[str, np.ndarray]:
+        return spoken(corpora, f"answers/{part}", out / "codes", encode, mark)
+
+    own = answers("train")
+    known = own | answers("held_out")
+    folders: dict[str, Iterator[Exchange]] = {
+        "train": asked(corpora, "questions/train", own),
+        "typed_train": typed(own),
+        "held_out_seen": asked(corpora, "questions/held_out_seen", known),
+        "held_out_unseen": asked(corpora, "questions/held_out_unseen", known),
+        "read_train": read(answers("read_train")),
+        "read_held_out": read(answers("read_held_out")),
+        "dictation_train": dictated(corpora, "questions/dictation_train"),
+        "dictation_seen": dictated(corpora, "questions/dictation_seen"),
+        "dictation_unseen": dictated(corpora, "questions/dictation_unseen"),
+    }
+    written = {}
+    for name, exchanges in folders.items():
+        folder = out / name
+        note = folder / "codec.txt"
+        if (folder / INDEX).exists() and note.exists() and note.read_text() == f"{mark}\n":
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        with Writer(folder) as writer:
+            count = 0
+            for exchange in tqdm(exchanges, desc=name, unit="exchange"):
+                writer.write(exchange)
+                count += 1
+        note.write_text(f"{mark}\n")
+        written[name] = count
+    return written
+
+
+def _mark(codec: Snac) -> int:
+    """A number that another codec will hardly have."""
+    mark = 0
+    for name, values in sorted(codec.params().items()):
+        mark = zlib.crc32(np.asarray(values).tobytes(), zlib.crc32(name.encode(), mark))
+    return mark
+
+
+def _codec(path: Path) -> Snac:
+    """A trained codec: what `nano.codec` wrote, or a release's."""
+    if path.is_dir():
+        return checkpoint.open_release(path).load_codec()
+    from nano import codec
+
+    return codec.read(path)
+
+
+def main(
+    codec: Annotated[Path, typer.Option(help="codec.safetensors as trained, or a release folder")] = Path(
+        "build/nano/codec/codec.safetensors"
+    ),
+    corpora: Annotated[Path, typer.Option(help="Folder of the recordings")] = synthesize.FOLDER,
+    out: Annotated[Path, typer.Option(help="Folder to write")] = FOLDER,
+) -> None:
+    """Write the records that training and evaluation read."""
+    for name, count in write(corpora, out, _codec(codec)).items():
+        typer.echo(f"{name}: {count} exchanges")
+
+
+if __name__ == "__main__":
+    typer.run(main)

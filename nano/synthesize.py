@@ -1,0 +1,377 @@
+"""Gives nano's texts their voices: questions by many, answers and sentences by the one that nano is to have.
+
+    python -m nano.synthesize                       # everything, into build/nano
+    python -m nano.synthesize --shards 20           # twenty more shards, then stop; go on later
+    python -m nano.synthesize --only answers/train
+
+What is to be said, by whom and how, is planned first, from seeds alone. A part of the plan is cut into shards, each
+one FLAC file with its recordings end to end and one file of JSON lines that tells them apart; the lines come last,
+so a shard that has them is whole. Run it again after an interruption and only what is missing is made.
+
+Needs the Debian packages espeak-ng and flite, and hibari-tts from PyPI.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import soundfile
+import soxr
+import typer
+from tqdm import tqdm
+
+from nano import facts
+from omni_jax.audio import wav
+from omni_jax.data import speech
+
+FOLDER = Path("build/nano")
+ANSWER_RATE = 24_000
+"""Samples per second of answers and sentences, the codec's."""
+MAX_QUESTION_SECONDS = 8.0
+"""What the ear can hear at once."""
+SHARD = 250
+"""Recordings per file."""
+
+ANSWER_VOICE = "heart"
+ANSWER_LEVEL = -20.0
+"""RMS of every answer, in dB of full scale."""
+ANSWER_SILENCE = (0.05, 0.15)
+"""Seconds before and after an answer."""
+QUESTION_SILENCE = (0.1, 0.3)
+"""Shortest and longest silence on each side of a question, in seconds."""
+
+SEEN_ACCENTS = ("en-us", "en-gb", "en-gb-x-rp", "en-us-nyc", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029")
+UNSEEN_ACCENT = "en-gb-scotland"
+SEEN_VARIANTS = """
+    Alex Andrea Andy Annie Denis Diogo Gene Gene2 Henrique Jacky Lee Mario Michael Mike Nguyen RicishayMax Storm adam
+    anika announcer antonio aunty boris caleb croak david ed edward edward2 f1 f2 f4 f5 grandma grandpa gustave iven
+    iven2 iven3 iven4 john klatt klatt2 klatt3 klatt4 klatt5 klatt6 m1 m2 m3 m4 m5 m7 m8 marcelo max michel miguel
+    norbert pablo rob robert robosoft2 robosoft4 robosoft6 robosoft8 sandro shelby whisper zac
+""".split()  # noqa: SIM905 - a list of this length is easier to read so
+UNSEEN_VARIANTS = "Hugo Marco belinda benjamin f3 linda m6 quincy steph steph2 steph3 travis victor".split()  # noqa: SIM905
+"""espeak-ng has more; those that an independent recogniser misunderstands in a third of the words are left out."""
+SEEN_FLITE = ("awb", "kal16", "slt")
+UNSEEN_FLITE = ("rms",)
+
+
+class SynthesisError(RuntimeError):
+    """Recordings that cannot be made or read: says what was expected and what was found."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many there are of everything."""
+
+    questions: int = 6000
+    """Drawn for training; each is said `voicings` times."""
+    voicings: int = 2
+    held_out_seen: int = 1000
+    """Held-out questions by voices that training hears."""
+    held_out_unseen: int = 500
+    """Held-out questions by voices that it never hears."""
+    answers: int = 6000
+    """Distinct training answers that are spoken, those of the spoken questions among them."""
+    sentences: int = 3000
+    """To be read aloud in training."""
+    held_out_sentences: int = 300
+    dictations: int = 2400
+    """Sentences said by many voices, to be written down in training."""
+    held_out_dictations: int = 200
+    """By voices that training hears; half as many again by others."""
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """Something to be said, by whom and how."""
+
+    text: str
+    kind: str
+    """Of the question, or `sentence`."""
+    engine: str
+    voice: str
+    speed: float = 1.0
+    pitch: float = 0.0
+    answer: str = ""
+    """To the question."""
+    held_out: str = ""
+    """See `nano.facts.Item`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """An utterance as it sounds."""
+
+    utterance: Utterance
+    audio: np.ndarray
+    """int16 [samples]."""
+    rate: int
+    """Samples per second: 16,000 of questions, 24,000 of answers."""
+    varied: dict[str, float]
+    """What `omni_jax.data.speech.augment` drew; empty for answers."""
+
+
+def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
+    """What is to be said, by part; the part's name is the folder and the beginning of its files' names.
+
+    questions/train, held_out_seen, held_out_unseen: by many voices, with the answers.
+    questions/dictation_train, dictation_seen, dictation_unseen: sentences by many voices.
+    answers/train, held_out, read_train, read_held_out: answers and sentences by nano's own voice.
+    """
+    rng = random.Random(f"voices {seed}")
+    asked = facts.sample("train", sizes.questions, seed)
+    tested = {
+        "held_out_seen": facts.sample("held_out", sizes.held_out_seen, seed),
+        "held_out_unseen": facts.sample("held_out", sizes.held_out_unseen, seed + 1),
+    }
+    dictations = facts.sentences("train", sizes.dictations, seed + 1)
+    unseen = sizes.held_out_dictations // 2
+    tests = facts.sentences("held_out", sizes.held_out_dictations + unseen, seed + 1)
+
+    answers = dict.fromkeys(item.answer for item in asked)
+    more = dict.fromkeys(item.answer for item in facts.questions("train"))
+    for answer in rng.sample(list(more), len(more)):
+        if len(answers) >= sizes.answers:
+            break
+        answers.setdefault(answer)
+    held_out = dict.fromkeys(item.answer for items in tested.values() for item in items)
+    mixed = rng.sample(list(answers), len(answers))
+
+    parts = {
+        "questions/train": [_asked(item, rng, "seen") for item in asked for _ in range(sizes.voicings)],
+        "questions/held_out_seen": [_asked(item, rng, "seen") for item in tested["held_out_seen"]],
+        "questions/held_out_unseen": [_asked(item, rng, "unseen") for item in tested["held_out_unseen"]],
+        "questions/dictation_train": [_dictated(text, rng, "seen") for text in dictations],
+        "questions/dictation_seen": [_dictated(text, rng, "seen") for text in tests[unseen:]],
+        "questions/dictation_unseen": [_dictated(text, rng, "unseen") for text in tests[:unseen]],
+        "answers/train": [_own(text, "answer") for text in mixed],
+        "answers/held_out": [_own(text, "answer") for text in held_out if text not in answers],
+        "answers/read_train": [_own(text, "sentence") for text in facts.sentences("train", sizes.sentences, seed)],
+        "answers/read_held_out": [
+            _own(text, "sentence") for text in facts.sentences("held_out", sizes.held_out_sentences, seed)
+        ],
+    }
+    # Shuffled, so that any few shards are like all of them.
+    parts["questions/train"] = rng.sample(parts["questions/train"], len(parts["questions/train"]))
+    return parts
+
+
+def recordings(folder: str | Path, part: str) -> Iterator[Recording]:
+    """The finished shards of a part, in order.
+
+    Args:
+        folder: what `python -m nano.synthesize` wrote.
+        part: see `plan`.
+
+    Raises:
+        SynthesisError: there is no finished shard of that part.
+    """
+    indices = sorted(Path(folder).glob(f"{part}-*.jsonl"))
+    if not indices:
+        raise SynthesisError(f"{folder}: expected recordings of {part}, found none: python -m nano.synthesize")
+    for path in indices:
+        audio, rate = soundfile.read(path.with_suffix(".flac"), dtype="int16")
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if "dropped" not in entry:
+                start, samples = entry.pop("start"), entry.pop("samples")
+                varied = entry.pop("varied")
+                yield Recording(Utterance(**entry), audio[start : start + samples], rate, varied)
+
+
+def say(utterance: Utterance, seed: int, *, own: bool) -> tuple[np.ndarray, dict[str, float]]:
+    """Speak, trim, vary.
+
+    Args:
+        utterance: what and how.
+        seed: of the variation.
+        own: nano's own voice, kept clean at `ANSWER_RATE`; else as if recorded somewhere, at 16 kHz.
+
+    Returns:
+        int16 [samples] and what was varied.
+
+    Raises:
+        omni_jax.data.speech.SpeechError: the engine fails.
+    """
+    samples, rate = _engine(utterance.engine).speak(utterance.text, utterance.voice, utterance.speed, utterance.pitch)
+    samples = speech.trim(samples, rate)
+    wanted = ANSWER_RATE if own else wav.SAMPLE_RATE
+    if rate != wanted:
+        samples = soxr.resample(samples, rate, wanted, quality="HQ")
+    if own:
+        before, after = ANSWER_SILENCE
+        varied: dict[str, float] = {}
+        samples = speech.level(samples, ANSWER_LEVEL)
+    else:
+        before, after = np.random.default_rng([seed, 1]).uniform(*QUESTION_SILENCE, 2)
+    silences = [np.zeros(round(seconds * wanted), np.float32) for seconds in (before, after)]
+    samples = np.concatenate([silences[0], samples, silences[1]])
+    if not own:
+        samples, varied = speech.augment(samples, wanted, [seed, 0])
+    return wav.to_pcm16(samples), varied
+
+
+def make_shard(path: str, utterances: Sequence[Utterance], first: int) -> Counter[str]:
+    """Write one shard, whole or not at all.
+
+    Args:
+        path: of the shard, without an ending.
+        utterances: what is said in it.
+        first: number of its first utterance in its part.
+
+    Returns:
+        How many were `made` or dropped, and why.
+    """
+    part = Path(path).parent.name + "/" + Path(path).name.rpartition("-")[0]
+    own = part.startswith("answers/")
+    rate = ANSWER_RATE if own else wav.SAMPLE_RATE
+    pieces, lines, start, outcome = [], [], 0, Counter[str]()
+    for number, utterance in enumerate(utterances, first):
+        entry: dict[str, Any] = asdict(utterance)
+        audio, varied = say(utterance, zlib.crc32(f"{part} {number}".encode()), own=own)
+        if not own and len(audio) > MAX_QUESTION_SECONDS * rate:
+            entry["dropped"] = f"{len(audio) / rate:.1f} s long"
+            outcome["too long"] += 1
+        else:
+            entry.update(start=start, samples=len(audio), varied=varied)
+            pieces.append(audio)
+            start += len(audio)
+            outcome["made"] += 1
+        lines.append(json.dumps(entry))
+    sound, index = Path(f"{path}.flac"), Path(f"{path}.jsonl")
+    for file in (sound, index):
+        file.unlink(missing_ok=True)
+    partial = sound.with_name(f".{sound.name}.part")
+    soundfile.write(partial, np.concatenate(pieces), rate, format="FLAC", subtype="PCM_16")
+    partial.replace(sound)
+    partial = index.with_name(f".{index.name}.part")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial.replace(index)
+    return outcome
+
+
+def synthesize(
+    folder: Path,
+    parts: dict[str, list[Utterance]],
+    *,
+    workers: int = 2,
+    shards: int | None = None,
+) -> tuple[Counter[str], int]:
+    """Make the shards of a plan that are missing.
+
+    Args:
+        folder: where to.
+        parts: from `plan`.
+        workers: processes.
+        shards: stop after this many.
+
+    Returns:
+        How many recordings were made or dropped this time, and how many shards are still missing.
+
+    Raises:
+        SynthesisError: the folder holds shards of another plan.
+    """
+    missing: list[tuple[str, list[Utterance], int]] = []
+    for name, utterances in parts.items():
+        _same_plan(folder / f"{name}.plan", utterances)
+        for first in range(0, len(utterances), SHARD):
+            path = folder / f"{name}-{first // SHARD:05d}"
+            if not path.with_name(path.name + ".jsonl").exists():
+                missing.append((str(path), utterances[first : first + SHARD], first))
+    now = missing[:shards]
+    outcome: Counter[str] = Counter()
+    # Fresh processes: a forked one would inherit the threads of whatever the caller has loaded.
+    with (
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+        tqdm(total=sum(len(utterances) for _, utterances, _ in now), unit="recording", smoothing=0) as bar,
+    ):
+        jobs = {pool.submit(make_shard, *shard): len(shard[1]) for shard in now}
+        try:
+            for job in as_completed(jobs):
+                outcome += job.result()
+                bar.update(jobs[job])
+        except BaseException:
+            # Otherwise an interruption or an error would wait until all the rest is made.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return outcome, len(missing) - len(now)
+
+
+@cache
+def _engine(name: str) -> speech.Engine:
+    return speech.engine(name)
+
+
+def _asked(item: facts.Item, rng: random.Random, voices: str) -> Utterance:
+    return _voiced(item.question, item.kind, rng, voices, item.answer, item.held_out)
+
+
+def _dictated(text: str, rng: random.Random, voices: str) -> Utterance:
+    return _voiced(text, "sentence", rng, voices)
+
+
+def _own(text: str, kind: str) -> Utterance:
+    return Utterance(text, kind, "hibari", ANSWER_VOICE)
+
+
+def _voiced(text: str, kind: str, rng: random.Random, voices: str, answer: str = "", held_out: str = "") -> Utterance:
+    """By any of the seen or unseen voices, at any pace and pitch."""
+    if voices == "seen":
+        # Formant voices have the numbers, the others sound more like people.
+        engine = rng.choices(("espeak", "flite", "hibari"), (5, 3, 2))[0]
+        espeak = f"{rng.choice(SEEN_ACCENTS)}+{rng.choice(SEEN_VARIANTS)}"
+        voice = {"espeak": espeak, "flite": rng.choice(SEEN_FLITE), "hibari": ANSWER_VOICE}[engine]
+    else:
+        engine = rng.choices(("espeak", "flite"), (2, 1))[0]
+        accent = rng.choice((UNSEEN_ACCENT, rng.choice(SEEN_ACCENTS)))
+        voice = f"{accent}+{rng.choice(UNSEEN_VARIANTS)}" if engine == "espeak" else rng.choice(UNSEEN_FLITE)
+    speed = round(rng.uniform(0.85, 1.25), 2)
+    low, high = {"espeak": (-2.5, 2.5), "flite": (-2.0, 3.0), "hibari": (-5.0, 2.0)}[engine]
+    return Utterance(text, kind, engine, voice, speed, round(rng.uniform(low, high), 1), answer, held_out)
+
+
+def _same_plan(path: Path, utterances: Sequence[Utterance]) -> None:
+    """Note what a part is made from, or see that it is what it was."""
+    digest = hashlib.sha256(json.dumps([asdict(utterance) for utterance in utterances]).encode()).hexdigest()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(digest + "\n", encoding="utf-8")
+    elif path.read_text(encoding="utf-8").strip() != digest:
+        raise SynthesisError(
+            f"{path}: expected the plan that its recordings were begun with, found another: remove "
+            f"{path.with_suffix('').name}* there, or choose another folder"
+        )
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder to write")] = FOLDER,
+    workers: Annotated[int, typer.Option(help="Processes", min=1)] = 2,
+    shards: Annotated[int | None, typer.Option(help="Make at most this many shards now", min=1)] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A part, e.g. answers/train; may be repeated")] = None,
+) -> None:
+    """Make all recordings that nano is taught and tested with, or those that are missing."""
+    parts = plan(Sizes())
+    if unknown := set(only or ()) - set(parts):
+        raise typer.BadParameter(f"--only: expected some of {', '.join(parts)}, found {', '.join(sorted(unknown))}")
+    try:
+        outcome, left = synthesize(out, {name: parts[name] for name in only or parts}, workers=workers, shards=shards)
+    except (SynthesisError, speech.SpeechError) as error:
+        typer.echo(f"nano.synthesize: {error}", err=True)
+        raise typer.Exit(2) from None
+    made = ", ".join(f"{count} {what}" for what, count in outcome.most_common()) or "nothing to do"
+    typer.echo(f"{made}; {left} shards left" if left else f"{made}; complete")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,137 @@
+"""The ear's training, at a size of seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+from nano import ear as ears
+from nano import run
+from omni_jax.checkpoint import parameter_shapes
+from omni_jax.config import EarConfig, ModelConfig
+from omni_jax.tensorfile import TensorFile
+
+TINY = EarConfig(mels=16, width=16, layers=1, heads=2, ffn=32, positions=40)
+
+
+@pytest.fixture
+def voices(tmp_path: Path) -> Path:
+    """Shards as nano.synthesize writes them; every letter is a tone."""
+    folder = tmp_path / "made"
+    (folder / "questions").mkdir(parents=True)
+    for part in ("questions/train", "questions/held_out_seen"):
+        pieces, lines, start = [], [], 0
+        for number in range(20):
+            text = "abcd"[number % 4] + "abcd"[number // 4 % 4]
+            pitches = np.repeat([200 + 400 * "abcd".index(letter) for letter in text], 3200)
+            sound = 0.3 * np.sin(2 * np.pi * np.cumsum(pitches) / 16_000)
+            entry = {"text": text.upper() + ".", "kind": "tone", "engine": "none", "voice": "tone"}
+            lines.append(json.dumps({**entry, "start": start, "samples": len(sound), "varied": {}}))
+            pieces.append((sound * 32767).astype(np.int16))
+            start += len(sound)
+        soundfile.write(folder / f"{part}-00000.flac", np.concatenate(pieces), 16_000, subtype="PCM_16")
+        (folder / f"{part}-00000.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [("", "", 0), ("abc", "abc", 0), ("abc", "", 3), ("", "abc", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2)],
+)
+def test_edits(a: str, b: str, expected: int):
+    assert ears.edits(a, b) == expected
+
+
+def test_edits_of_words():
+    assert ears.edits(["what", "is", "two", "plus", "two"], ["what's", "two", "plus", "too"]) == 3
+
+
+def test_letters_and_back():
+    labels, padding = ears.numbers(["it's", ""])
+    assert labels[0, :5].tolist() == [ears.LETTERS.index(letter) + 1 for letter in "it's"] + [0]
+    assert padding.sum(1).tolist() == [ears.LONGEST_TEXT - 4, ears.LONGEST_TEXT]
+    # A blank between two of the same letter keeps both.
+    a, b = ears.LETTERS.index("a") + 1, ears.LETTERS.index("b") + 1
+    path = np.array([[0, a, a, 0, a, b, b, 0]])
+    assert ears.written(np.eye(len(ears.LETTERS) + 1)[path]) == ["aab"]
+
+
+@pytest.mark.parametrize("text", ["a" * (ears.LONGEST_TEXT + 1), "3"])
+def test_a_text_that_cannot_be_written_is_refused(text: str):
+    with pytest.raises(ValueError, match="expected at most"):
+        ears.numbers([text])
+
+
+def test_a_batch_is_drawn_from_its_seed_and_fits():
+    rng = np.random.default_rng(0)
+    clips = [ears.Clip(rng.integers(-9, 9, length).astype(np.int16), "a") for length in (4000, 5000, 9000)]
+    audio, labels, padding = ears.batch(clips, 5000, 6, [1, 2])
+    again, _, _ = ears.batch(clips, 5000, 6, [1, 2])
+    other, _, _ = ears.batch(clips, 5000, 6, [1, 3])
+    np.testing.assert_array_equal(audio, again)
+    assert not np.array_equal(audio, other)
+    assert audio.shape == (6, 5000)
+    assert labels.shape == padding.shape == (6, ears.LONGEST_TEXT)
+    lengths = [np.flatnonzero(row)[-1] + 1 for row in audio]
+    assert 4000 / 1.15 - 9 < min(lengths) < max(lengths) <= 5000
+
+
+def test_augmentation_cuts_stripes_and_warps_each_row_its_own_way():
+    mel = jax.random.normal(jax.random.key(0), (3, 80, 300))
+    varied = np.asarray(ears.augment(mel, jax.random.key(1)))
+    assert varied.shape == mel.shape
+    assert np.isfinite(varied).all()
+    for row, original in zip(varied, np.asarray(mel), strict=True):
+        cut = np.isclose(row, original.mean(), atol=0.2 * row.std()) & np.isclose(row, np.median(row), atol=1e-6)
+        assert cut.all(0).sum() <= ears.STRIPES * (ears.STRIPE_FRAMES + 1)
+        assert cut.all(1).sum() <= ears.STRIPES * (ears.STRIPE_BINS + 1)
+    same = np.broadcast_to(np.asarray(mel)[:1], mel.shape)
+    rows = np.asarray(ears.augment(same, jax.random.key(1)))
+    assert not np.array_equal(rows[0], rows[1])
+
+
+def test_training_learns_resumes_and_exports(voices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ears, "BATCH", 4)
+    monkeypatch.setattr(ears, "PEAK", 1e-2)
+    options = {"config": TINY, "steps": 12, "log_every": 2, "validate_every": 6, "save_seconds": 0}
+    ears.train(voices, tmp_path / "whole", **options)
+    entries = run.metrics(tmp_path / "whole")
+    losses = [entry["loss"] for entry in entries if "loss" in entry]
+    # Up to there the length is the same; more silence is more to be lost.
+    assert losses[3] < losses[0]
+    assert [entry["step"] for entry in entries if "held_out_seen_exact" in entry] == [6, 12]
+
+    saves = []
+    save = run.save
+
+    def save_and_stop(folder: Path, state: ears.State) -> None:
+        save(folder, state)
+        saves.append(int(state.step))
+        if len(saves) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        ears.train(voices, tmp_path / "parts", **options)
+    ears.train(voices, tmp_path / "parts", **options)
+    assert saves == list(range(1, 13))
+    whole, parts = ((tmp_path / name / run.STATE).read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+
+    named = {name: tensor.shape for name, tensor in TensorFile(tmp_path / "whole" / "ear.safetensors").tensors.items()}
+    release = parameter_shapes(ModelConfig(ear=TINY))
+    assert named == {name: shape for name, shape in release.items() if name.startswith("ear.")}
+
+
+def test_all_of_a_length_hear_the_same(voices: Path):
+    """A clip is heard alike in a batch of one length or another, but for the silence that follows it."""
+    trainer = ears.Trainer(TINY, 10, 0)
+    params = trainer.start().params
+    audio = np.random.default_rng(0).standard_normal((1, TINY.samples)).astype(np.float32)
+    assert trainer.listen(params, audio).shape == (1, 40, len(ears.LETTERS) + 1)
+    assert trainer.listen(params, audio[:, : 24 * 320]).shape == (1, 24, len(ears.LETTERS) + 1)
