@@ -414,7 +414,7 @@ SOUND = {"audio": recording(), "sample_rate": 16000}
         ({"text": "Hi", "options": {"seed": -1}}, ConfigError, "seed: .*found -1"),
         ({"text": "x" * 62}, ConfigError, "65 positions.*context of 64"),
         ({"audio": recording()}, ConfigError, "sample_rate"),
-        ({"audio": recording(), "sample_rate": 0}, AudioError, "sample rate of at least 1 Hz"),
+        ({"audio": recording(), "sample_rate": 0}, AudioError, "sample rate of at least 1000 Hz"),
         ({"audio": recording(0, LONGEST + 1), "sample_rate": 16000}, AudioError, "at most 0.40 s.*cut=True"),
         ({"audio": "nowhere.wav"}, AudioError, r"nowhere\.wav: .*no such file"),
         ({"audio": np.zeros(3000, np.float32), "sample_rate": 16000}, AudioError, "silence"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import secrets
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,10 @@ SAMPLE_RATE = 16_000
 
 MIN_SECONDS = 0.02
 """Shortest recording: one feature frame of the ear, 20 ms (320 samples at 16 kHz)."""
+
+MIN_RATE = 1000
+"""Fewest samples per second. Below it no speech survives: such a number is a damaged header, and would make of a
+small file an enormous recording."""
 
 SILENCE_PEAK = 1e-4
 """A recording whose peak lies below this (-80 dB of full scale, three steps of 16-bit audio) holds no sound:
@@ -69,15 +74,17 @@ def read(path_or_file: str | Path | BinaryIO, sample_rate: int = SAMPLE_RATE) ->
         raise AudioError(f"{name}: expected a recording, found an empty file (0 bytes)")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            rate, promised = file.samplerate, file.frames
+            rate, promised = file.samplerate, 0 if _length_is_guessed(data, file.format) else file.frames
             samples = file.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise AudioError(
             f"{name}: expected audio (wav, flac, ogg, mp3, ...), "
             f"found {len(data)} bytes that libsndfile cannot decode: {error.error_string}"
         ) from None
-    if len(samples) < promised or _ends_early(data):
-        raise AudioError(f"{name}: expected all the sound its header promises, found a file that ends early")
+    if len(samples) < promised or _ends_early(data) or not _is_intact_ogg(data):
+        raise AudioError(
+            f"{name}: expected all the sound its header promises, found a file that is damaged or ends early"
+        )
     return _checked(samples, rate, sample_rate, name)
 
 
@@ -93,7 +100,7 @@ def as_mono(array: Any, rate: int, sample_rate: int = SAMPLE_RATE) -> np.ndarray
         f32 [samples]; the channels' average, resampled by soxr (HQ) when the rates differ.
 
     Raises:
-        AudioError: another dtype or shape, more channels than samples, a rate below 1, no samples, NaN or
+        AudioError: another dtype or shape, more channels than samples, a rate below `MIN_RATE`, no samples, NaN or
             infinity, a peak beyond `MAX_PEAK`, less than `MIN_SECONDS`, or a peak below `SILENCE_PEAK`.
     """
     return _checked(np.asarray(array), rate, sample_rate, "array")
@@ -202,6 +209,44 @@ def _ends_early(data: bytes) -> bool:
     return size < 0x7FFF0000 and chunk + 8 + size > len(data)
 
 
+def _length_is_guessed(data: bytes, format: str) -> bool:
+    """Whether a file's length is an estimate from its size, which goes wrong where bitrates vary.
+
+    So it is with MP3, unless its first frame holds a Xing table (called Info where the bitrate is constant).
+    """
+    if format != "MP3":
+        return False
+    start = 0
+    if data[:3] == b"ID3":
+        # A tag of names and pictures comes first; its size has seven bits a byte.
+        start = 10 + sum((byte & 127) << 7 * place for place, byte in enumerate(reversed(data[6:10])))
+    first = data[start : start + 256]
+    return b"Xing" not in first and b"Info" not in first
+
+
+_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+def _is_intact_ogg(data: bytes) -> bool:
+    """Whether every page of an Ogg file is there and as it was written; libsndfile leaves out those that are not.
+
+    True for other files. The layout and the checksum of a page: RFC 3533, section 6.
+    """
+    page = 0
+    while data[:4] == b"OggS" and page < len(data):
+        segments = data[page + 27 : page + 27 + (data[page + 26] if page + 26 < len(data) else 0)]
+        size = 27 + len(segments) + sum(segments)
+        if data[page : page + 4] != b"OggS" or page + size > len(data):
+            return False
+        whole = data[page : page + 22] + bytes(4) + data[page + 26 : page + size]
+        # Ogg's CRC takes the bits of each byte in the other order than zlib's, and starts and ends without inversion.
+        crc = zlib.crc32(whole.translate(_MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+        if int(f"{crc:032b}"[::-1], 2) != int.from_bytes(data[page + 22 : page + 26], "little"):
+            return False
+        page += size
+    return True
+
+
 def _checked(samples: np.ndarray, rate: int, sample_rate: int, name: str) -> np.ndarray:
     """[samples] or [samples, channels] as f32 mono [samples] at `sample_rate`, or an `AudioError`."""
     if samples.ndim not in (1, 2):
@@ -210,8 +255,8 @@ def _checked(samples: np.ndarray, rate: int, sample_rate: int, name: str) -> np.
         samples = samples.astype(np.float32) / 32768.0
     elif not np.issubdtype(samples.dtype, np.floating):
         raise AudioError(f"{name}: expected floating point or int16 samples, found {samples.dtype}")
-    if rate < 1:
-        raise AudioError(f"{name}: expected a sample rate of at least 1 Hz, found {rate}")
+    if rate < MIN_RATE:
+        raise AudioError(f"{name}: expected a sample rate of at least {MIN_RATE} Hz, found {rate}")
     if samples.size == 0:
         raise AudioError(f"{name}: expected at least {MIN_SECONDS * 1000:.0f} ms of sound, found no samples")
     if samples.ndim == 2 and samples.shape[1] > samples.shape[0]:

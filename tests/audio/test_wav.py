@@ -78,6 +78,16 @@ def broken(audio, value):
 
 FLAC = encode(sine(16_000), format="FLAC", subtype="PCM_16")
 MP3 = encode(sine(16_000), format="MP3", subtype="MPEG_LAYER_III")
+VORBIS = encode(sine(16_000, seconds=4.0), format="OGG", subtype="VORBIS")
+OPUS = encode(sine(16_000, seconds=4.0), format="OGG", subtype="OPUS")
+
+
+def holed(data, part):
+    """Eight bytes overwritten at this part of a file."""
+    at = int(len(data) * part)
+    return data[:at] + b"damaged!" + data[at + 8 :]
+
+
 BAD = {
     "empty": (b"", r"found an empty file \(0 bytes\)"),
     "no samples": (encode(np.zeros(0, np.float32)), "at least 20 ms of sound, found no samples"),
@@ -90,6 +100,12 @@ BAD = {
     "wav cut in the data": (encode(sine(16_000), subtype="PCM_16")[:8000], "ends early"),
     "flac cut in the data": (FLAC[: len(FLAC) // 2], "cannot decode"),
     "mp3 cut in the data": (MP3[: len(MP3) // 2], "ends early"),
+    "vorbis cut within a page": (VORBIS[:-100], "damaged or ends early"),
+    "vorbis cut in a page's header": (VORBIS[: VORBIS.rindex(b"OggS") + 20], "damaged or ends early"),
+    "opus cut within a page": (OPUS[:-100], "damaged or ends early"),
+    "vorbis with a hole": (holed(VORBIS, 0.5), "damaged or ends early"),
+    "opus with a hole in its last page": (holed(OPUS, 0.99), "damaged or ends early"),
+    "1 Hz": (encode(sine(16_000), 1), "sample rate of at least 1000 Hz, found 1"),
     "NaN": (encode(broken(sine(16_000), np.nan)), "expected finite samples, found NaN or infinity"),
     "infinity": (encode(broken(sine(16_000), -np.inf)), "expected finite samples, found NaN or infinity"),
     "zero signal": (encode(np.zeros(16_000, np.float32)), "expected sound, found silence"),
@@ -148,6 +164,26 @@ def test_wav_of_unknown_length_is_read():
         assert wav.read(io.BytesIO(data[:at] + size + data[at + 4 :])).shape == (8000,)
 
 
+def test_mp3_whose_length_is_a_guess_is_read():
+    """Without the first frame, where the table of contents is, libsndfile takes a length from the first bitrate."""
+    # Nothing, which takes few bits, then noise, which takes many: the first frame says little about the others.
+    sound = 0.1 * np.random.default_rng(0).standard_normal(64_000).astype(np.float32) * (np.arange(64_000) > 8_000)
+    whole = encode(sound, format="MP3", subtype="MPEG_LAYER_III")
+    bare = whole[288:]  # a frame of 64 kbit/s and 576 samples at 16 kHz
+    assert whole[288:290] == whole[:2]
+    assert b"Xing" in whole
+    assert b"Xing" not in bare
+    with soundfile.SoundFile(io.BytesIO(bare)) as file:
+        assert file.frames > len(file.read()), "else this tests nothing"
+    assert len(wav.read(io.BytesIO(bare))) >= len(sound)
+    # A tag in front changes nothing; in a file that has its table, the length is a promise.
+    tag = b"ID3\4\0\0" + bytes([0, 0, 2, 3]) + b"Xing".ljust(2 * 128 + 3, b"\0")
+    assert len(wav.read(io.BytesIO(tag + bare))) >= len(sound)
+    assert len(wav.read(io.BytesIO(tag + whole))) == len(sound)
+    with pytest.raises(AudioError, match="ends early"):
+        wav.read(io.BytesIO(tag + whole[: len(whole) // 2]))
+
+
 def test_as_mono_takes_what_python_has():
     audio = sine(16_000)
     np.testing.assert_array_equal(wav.as_mono(audio, 16_000), audio)
@@ -173,7 +209,8 @@ def test_as_mono_takes_what_python_has():
         (np.ones((2, 8000), np.float32), 16_000, "found more channels than samples"),
         (np.ones(8000, np.int32), 16_000, "expected floating point or int16 samples, found int32"),
         (np.ones(8000, np.complex64), 16_000, "found complex64"),
-        (sine(16_000), 0, "expected a sample rate of at least 1 Hz, found 0"),
+        (sine(16_000), 0, "expected a sample rate of at least 1000 Hz, found 0"),
+        (sine(16_000), 999, "expected a sample rate of at least 1000 Hz, found 999"),
         (np.zeros((0, 2), np.float32), 16_000, "found no samples"),
         (np.zeros(8000, np.int16), 16_000, "found silence"),
         (broken(sine(16_000), np.nan), 16_000, "found NaN or infinity"),
