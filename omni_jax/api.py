@@ -27,7 +27,7 @@ from omni_jax.vocab import TEXT, Vocab
 if TYPE_CHECKING:
     from omni_jax.model.omni import OmniModel
 
-Audio = str | Path | BinaryIO | np.ndarray
+Audio = str | Path | BinaryIO | np.ndarray | jax.Array
 """A file in any common format, or samples: float within -1..1 or int16, [samples] or [samples, channels]."""
 
 SHORTEST_DECODE = 8
@@ -70,7 +70,7 @@ class Ask:
     text: str | None = None
     task: str | None = None
     sample_rate: int | None = None
-    """Samples per second, needed when `audio` is an array."""
+    """Samples per second, when `audio` is an array; a file says its own."""
     cut: bool = False
     """Hear only the beginning of a recording that is too long for the ear, instead of refusing it."""
     options: Options = field(default_factory=Options)
@@ -168,19 +168,20 @@ class Omni:
         """Load a model.
 
         Args:
-            name: `nano`, a release folder, or a hub id.
+            name: a release folder, the folder of a finished training run, a hub id, or `nano`. The other presets'
+                names are understood too, and give untrained models; a folder of that name comes first.
             codec: decode sound by the native codec, or by the torch one in a host callback.
             mesh: spread the model over devices; see `omni_jax.sharding.make_mesh`.
 
         Raises:
             ConfigError: there is no such model, or a file of it cannot be used; names the file.
         """
-        if str(name) in PRESETS:
-            return cls._untrained(str(name), 0, codec, mesh)
         _check_codec(codec)
         stacked, dtype = default_layout()
-        from omni_jax.checkpoint import open_release
+        from omni_jax.checkpoint import is_release, open_release
 
+        if str(name) in PRESETS and not is_release(name):
+            return cls._untrained(str(name), 0, codec, mesh)
         release = open_release(name)
         model = release.load_model(stacked=stacked, dtype=dtype, param_dtype=dtype, mesh=mesh)
         return cls(model, _decoder(release.load_codec(), codec), release.tokenizer())
@@ -261,9 +262,15 @@ class Omni:
             The replies, in the order asked.
 
         Raises:
-            AudioError, ConfigError: one of them cannot be asked; none is, then.
+            AudioError, ConfigError: one of them cannot be asked, says which and why; none is, then.
         """
-        return self.run([self.prepare(ask, **options) for ask in asks])
+        requests = []
+        for number, ask in enumerate(asks):
+            try:
+                requests.append(self.prepare(ask, **options))
+            except (wav.AudioError, ConfigError) as error:
+                raise type(error)(f"asks[{number}]: {error}") from None
+        return self.run(requests)
 
     def stream(
         self,
@@ -350,6 +357,8 @@ class Omni:
 
     def _prompt(self, task: Task, ask: Ask) -> tuple[Prompt, np.ndarray | None]:
         if ask.text is not None:
+            if not isinstance(ask.text, str):
+                raise ConfigError(f"text: expected a string, found {type(ask.text).__name__}")
             ids = self.tokenizer.encode(ask.text, add_special_tokens=False).ids
             if not ids:
                 raise ConfigError("text: expected some text, found none")
@@ -359,15 +368,19 @@ class Omni:
                     f"{self.config.vocab.text}"
                 )
             return text_prompt(task, ids, self.vocab), None
-        assert ask.audio is not None
-        if isinstance(ask.audio, np.ndarray):
+        source: Any = ask.audio
+        if isinstance(source, (str, Path)) or hasattr(source, "read"):
+            name = wav.name_of(source)
+            if ask.sample_rate is not None:
+                raise ConfigError(f"sample_rate: expected none, as {name} says its own, found {ask.sample_rate}")
+            sound = wav.read(source)
+        else:
+            name = "array"
             if ask.sample_rate is None:
                 raise ConfigError("sample_rate: expected the samples per second of the array, found none")
-            sound = wav.as_mono(ask.audio, ask.sample_rate)
-        else:
-            sound = wav.read(ask.audio)
+            sound = wav.as_mono(source, ask.sample_rate)
         ear = self.config.ear
-        sound = wav.check_length(sound, ear.samples, cut=ask.cut)
+        sound = wav.check_length(sound, ear.samples, cut=ask.cut, name=name)
         positions = speech_positions(len(sound), ear.positions, self.config.adapter.stack)
         return speech_prompt(task, positions, self.vocab), sound
 

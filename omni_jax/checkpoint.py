@@ -86,7 +86,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """A folder to fill, which appears under its name only once it is complete.
 
     Raises:
-        CheckpointError: `path` exists and is not an empty folder.
+        CheckpointError: as `require_free`.
     """
     path = Path(path)
     require_free(path)
@@ -102,12 +102,14 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 def require_free(path: str | Path) -> None:
-    """Make sure nothing would be overwritten.
+    """Make sure that a new folder can take this place and overwrites nothing.
 
     Raises:
-        CheckpointError: `path` exists and is not an empty folder.
+        CheckpointError: `path` exists and is not an empty folder, or is the current one.
     """
     path = Path(path)
+    if path.resolve() == Path.cwd():
+        raise CheckpointError(f"{path}: expected a new folder, found the current one, which cannot be replaced")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise CheckpointError(f"{path}: expected a new or an empty folder, found something there already")
 
@@ -120,6 +122,11 @@ def require_files(folder: Path, files: Sequence[str], what: str) -> None:
     """
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise CheckpointError(f"{folder}: expected {what} with {', '.join(files)}; found no {', '.join(missing)}")
+
+
+def is_release(source: str | Path) -> bool:
+    """Whether there is a folder here that `open_release` is meant for, whole or not."""
+    return (Path(source) / CONFIG).is_file() or (Path(source) / RUN).is_dir()
 
 
 def open_release(source: str | Path) -> Release:

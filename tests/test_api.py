@@ -8,11 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
 from flax import nnx
 
+import omni_jax
 from omni_jax import checkpoint
 from omni_jax.api import Ask, Omni, Part, Reply, UntrainedWarning, byte_tokenizer
 from omni_jax.audio.wav import AudioError
@@ -21,6 +23,7 @@ from omni_jax.config import ConfigError
 from omni_jax.delay import playable, undelay
 from omni_jax.inference.engine import Progress, Request
 from omni_jax.prompts import Task, speech_positions, speech_prompt, text_prompt
+from omni_jax.tensorfile import CheckpointError
 from tests.inference.slow_decoder import SlowDecoder, random_model, small_config
 from tests.inference.test_engine import quick_compile
 from tests.model.randomised import randomised
@@ -209,6 +212,7 @@ def test_a_recording_may_come_in_any_form(omni: Omni, tmp_path: Path) -> None:
         lambda: omni.prepare(Ask(tmp_path / "q.wav"), **options),
         lambda: omni.prepare(str(tmp_path / "q.wav"), **options),
         lambda: omni.prepare({"audio": data}, **options),
+        lambda: omni.prepare(Ask(jnp.asarray(pcm), sample_rate=16000), **options),
     ]
     first = forms[0]()
     assert len(first.prompt) == 3000 // 320 + 1 + 3
@@ -394,6 +398,7 @@ def test_saving(omni: Omni, tmp_path: Path) -> None:
     assert not (tmp_path / "none.wav").exists()
 
 
+QUESTION = Path(omni_jax.__file__).parent / "assets" / "questions" / "name.wav"
 SOUND = {"audio": recording(), "sample_rate": 16000}
 
 
@@ -416,12 +421,17 @@ SOUND = {"audio": recording(), "sample_rate": 16000}
         ({"audio": recording()}, ConfigError, "sample_rate"),
         ({"audio": recording(), "sample_rate": 0}, AudioError, "sample rate of at least 1000 Hz"),
         ({"audio": recording(0, LONGEST + 1), "sample_rate": 16000}, AudioError, "at most 0.40 s.*cut=True"),
+        ({"audio": QUESTION}, AudioError, r"name\.wav: expected a recording of at most 0\.40 s, found 1\.06 s"),
+        ({"audio": QUESTION, "sample_rate": 8000}, ConfigError, r"sample_rate: .*name\.wav says its own, found 8000"),
+        ({"audio": object(), "sample_rate": 16000}, AudioError, "found"),
+        ({"text": 7}, ConfigError, "text: expected a string, found int"),
+        ({"text": "Hi", "options": {"enforce_delay": "no"}}, ConfigError, "enforce_delay: .*found 'no'"),
         ({"audio": "nowhere.wav"}, AudioError, r"nowhere\.wav: .*no such file"),
         ({"audio": np.zeros(3000, np.float32), "sample_rate": 16000}, AudioError, "silence"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_words(omni: Omni, ask: Any, error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=rf"^asks\[1\]: .*{says}"):
         omni.batch([{"text": "fine"}, ask])
 
 
@@ -478,6 +488,22 @@ def test_untrained_tiny_says_so_and_hears_two_seconds() -> None:
     reply = omni.answer(text="Hello", max_steps=4)
     assert reply.tokens.shape == (8, 4)
     assert reply.finish_reason in ("length", "stop")
+
+
+def test_a_release_comes_before_a_preset_of_its_name(
+    tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`convert_weights.py import ... mini_omni` makes a folder called as a preset is."""
+    monkeypatch.chdir(tiny_release.parent)
+    assert tiny_release.name == "tiny"
+    assert Omni.load("tiny").trained  # and no warning, which would be an error
+    (tmp_path / "tiny" / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="a training run that has not finished"):
+        Omni.load("tiny")
+    (tmp_path / "tiny" / "checkpoints").rmdir()
+    with pytest.warns(UntrainedWarning):
+        assert not Omni.load("tiny").trained
 
 
 def test_untrained_by_its_own_name_blames_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,11 +56,10 @@ def read(path_or_file: str | Path | BinaryIO, sample_rate: int = SAMPLE_RATE) ->
         AudioError: there is no such file, it is a directory, it cannot be read, it is empty, it is not audio
             or is damaged, or its samples fail the checks of `as_mono`.
     """
+    name = name_of(path_or_file)
     if isinstance(path_or_file, (str, Path)):
-        path = Path(path_or_file)
-        name = str(path)
         try:
-            data = path.read_bytes()
+            data = Path(path_or_file).read_bytes()
         except FileNotFoundError:
             raise AudioError(f"{name}: expected a recording, there is no such file") from None
         except IsADirectoryError:
@@ -68,7 +67,6 @@ def read(path_or_file: str | Path | BinaryIO, sample_rate: int = SAMPLE_RATE) ->
         except OSError as error:
             raise AudioError(f"{name}: expected a readable file, found {error.strerror}") from None
     else:
-        name = str(getattr(path_or_file, "name", None) or "recording")
         data = path_or_file.read()
     if not data:
         raise AudioError(f"{name}: expected a recording, found an empty file (0 bytes)")
@@ -86,6 +84,13 @@ def read(path_or_file: str | Path | BinaryIO, sample_rate: int = SAMPLE_RATE) ->
             f"{name}: expected all the sound its header promises, found a file that is damaged or ends early"
         )
     return _checked(samples, rate, sample_rate, name)
+
+
+def name_of(path_or_file: str | Path | BinaryIO) -> str:
+    """What messages call a recording: its path, or `recording` for a file object that has no name."""
+    if isinstance(path_or_file, (str, Path)):
+        return str(path_or_file)
+    return str(getattr(path_or_file, "name", None) or "recording")
 
 
 def as_mono(array: Any, rate: int, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
@@ -106,13 +111,16 @@ def as_mono(array: Any, rate: int, sample_rate: int = SAMPLE_RATE) -> np.ndarray
     return _checked(np.asarray(array), rate, sample_rate, "array")
 
 
-def check_length(audio: np.ndarray, max_samples: int, *, cut: bool, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
+def check_length(
+    audio: np.ndarray, max_samples: int, *, cut: bool, name: str = "array", sample_rate: int = SAMPLE_RATE
+) -> np.ndarray:
     """Hold a recording to a length limit.
 
     Args:
         audio: f32 [samples].
         max_samples: the limit.
         cut: whether to keep only the first `max_samples` of a longer recording.
+        name: what the message calls it, as `name_of`.
         sample_rate: samples per second, for the message.
 
     Returns:
@@ -125,7 +133,7 @@ def check_length(audio: np.ndarray, max_samples: int, *, cut: bool, sample_rate:
         return audio
     if not cut:
         raise AudioError(
-            f"expected a recording of at most {max_samples / sample_rate:.2f} s, "
+            f"{name}: expected a recording of at most {max_samples / sample_rate:.2f} s, "
             f"found {len(audio) / sample_rate:.2f} s: shorten it, or ask for its beginning with cut=True"
         )
     return audio[:max_samples]

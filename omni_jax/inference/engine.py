@@ -69,6 +69,8 @@ class Request:
         check("top_k", Integral, lambda k: k >= 0, "a whole number, 0 (all) or more")
         check("top_p", Real, lambda p: 0 < p <= 1, "a number above 0 and at most 1")
         check("seed", Integral, lambda seed: 0 <= seed < 2**32, "a whole number, 0..2^32-1")
+        for name in ("enforce_delay", "batch_parallel"):
+            check(name, bool, lambda _: True, "True or False")
         if (self.speech is not None) != self.prompt.task.hears:
             raise ConfigError(f"task {self.prompt.task}: expected speech exactly when the task hears")
 

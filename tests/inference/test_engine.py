@@ -407,7 +407,16 @@ def test_a_setting_out_of_range_is_named(setting: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("max_steps", "5"), ("temperature", "hot"), ("top_k", 2.5), ("top_p", None), ("seed", 1.5), ("seed", "x")],
+    [
+        ("max_steps", "5"),
+        ("temperature", "hot"),
+        ("top_k", 2.5),
+        ("top_p", None),
+        ("seed", 1.5),
+        ("seed", "x"),
+        ("enforce_delay", "no"),
+        ("batch_parallel", 0),
+    ],
 )
 def test_a_setting_of_another_type_is_named(setting: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"^{setting}: expected"):
