@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -61,7 +61,15 @@ class LazyTensor:
 Tensors = Mapping[str, LazyTensor]
 
 
-def differences(found: Tensors, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+class HasShape(Protocol):
+    """A `LazyTensor`, or an array of any library."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Length of each axis."""
+
+
+def differences(found: Mapping[str, HasShape], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
     """One line per tensor that is missing, misshapen or unknown."""
     missing = [f"{name}: missing, expected {shape}" for name, shape in expected.items() if name not in found]
     wrong = [

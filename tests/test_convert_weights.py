@@ -110,6 +110,15 @@ def test_out_in_use(tiny_parts, tiny_release, tmp_path):
     assert names(tmp_path / "out") == ["precious"]
 
 
+def test_the_current_folder_cannot_be_replaced(tiny_release, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        fails("export", tiny_release, ".")
+        == ".: expected a new folder, found the current one, which cannot be replaced"
+    )
+    assert not names(tmp_path)
+
+
 def test_an_empty_out_is_welcome(tiny_release, tmp_path):
     (tmp_path / "out").mkdir()
     assert run("export", tiny_release, tmp_path / "out").exit_code == 0
@@ -131,6 +140,16 @@ def test_missing_parts(tiny_parts, tmp_path):
     )
     assert "config.json" in fails(
         "import", source, tmp_path / "out", "--whisper", tiny_parts / "whisper", "--snac", source
+    )
+    swapped = "--whisper", tiny_parts / "snac", "--snac", tiny_parts / "snac"
+    message = fails("import", source, tmp_path / "out", *swapped)
+    assert message.startswith(
+        f"{tiny_parts / 'snac' / 'config.json'}, expected to be a Whisper's:\nnum_mel_bins: missing"
+    )
+    doubled = "--whisper", tiny_parts / "whisper", "--snac", tiny_parts / "whisper"
+    message = fails("import", source, tmp_path / "out", *doubled)
+    assert message.startswith(
+        f"{tiny_parts / 'whisper' / 'config.json'}, expected to be a snac's:\nsampling_rate: missing"
     )
     assert "expected a release" in fails("export", tmp_path / "no", tmp_path / "out")
     assert "expected a language model" in fails("init", tmp_path / "out", "--lm", source, *parts(tiny_parts))

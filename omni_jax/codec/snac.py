@@ -26,6 +26,7 @@ from flax import nnx, traverse_util
 from numpy.typing import ArrayLike
 
 from omni_jax.config import CodecConfig
+from omni_jax.tensorfile import differences
 
 Array = jax.Array
 
@@ -84,7 +85,7 @@ class Snac(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs)
 
     @classmethod
-    def from_params(cls, config: CodecConfig, params: Mapping[str, ArrayLike]) -> Snac:
+    def from_params(cls, config: CodecConfig, params: Mapping[str, Array | np.ndarray]) -> Snac:
         """A codec with given parameters, as `params()` names them.
 
         Raises:
@@ -93,14 +94,7 @@ class Snac(nnx.Module):
         graph, state = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))))
         paths = traverse_util.flatten_dict(nnx.to_pure_dict(state))
         expected = {_dotted(path): value.shape for path, value in paths.items()}
-        wrong = [f"{name}: missing" for name in expected if name not in params]
-        wrong += [f"{name}: unknown" for name in params if name not in expected]
-        wrong += [
-            f"{name}: expected {shape}, found {np.shape(params[name])}"
-            for name, shape in expected.items()
-            if name in params and np.shape(params[name]) != shape
-        ]
-        if wrong:
+        if wrong := differences(params, expected):
             raise ValueError("codec parameters:\n" + "\n".join(wrong))
         values = {path: jnp.asarray(params[_dotted(path)]) for path in paths}
         return nnx.merge(graph, traverse_util.unflatten_dict(values))

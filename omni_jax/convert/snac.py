@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from omni_jax.config import CodecConfig, build
 from omni_jax.convert.mapping import ConversionError
+from omni_jax.tensorfile import differences
 
 _FIELDS = {
     "sampling_rate": "sample_rate",
@@ -71,12 +72,15 @@ class _Entry:
         return np.ascontiguousarray(whole.transpose(np.argsort(order)))
 
 
-def from_torch(state: Mapping[str, np.ndarray], config: CodecConfig) -> dict[str, np.ndarray]:
+def from_torch(
+    state: Mapping[str, np.ndarray], config: CodecConfig, source: str = "snac's tensors"
+) -> dict[str, np.ndarray]:
     """Torch's state dict to our parameters, weight norm folded.
 
     Args:
         state: arrays by torch's names.
         config: the codec's.
+        source: where they come from, for errors.
 
     Returns:
         Arrays by our names, see `omni_jax.codec.snac.Snac.params`.
@@ -97,7 +101,8 @@ def from_torch(state: Mapping[str, np.ndarray], config: CodecConfig) -> dict[str
         else:
             names[entry.ours] = (entry.theirs,)
             expected[entry.theirs] = entry.shape
-    _check("snac state dict", expected, state)
+    if wrong := differences(state, expected):
+        raise ConversionError(f"{source}:\n" + "\n".join(wrong))
     params = {}
     for entry in _table(config):
         arrays = [np.asarray(state[name]) for name in names[entry.ours]]
@@ -119,7 +124,8 @@ def to_torch(params: Mapping[str, np.ndarray], config: CodecConfig) -> dict[str,
         ConversionError: lists every parameter that is missing, unknown or misshapen.
     """
     table = _table(config)
-    _check("codec parameters", {entry.ours: entry.our_shape for entry in table}, params)
+    if wrong := differences(params, {entry.ours: entry.our_shape for entry in table}):
+        raise ConversionError("codec parameters:\n" + "\n".join(wrong))
     state = {}
     for entry in table:
         array = entry.to_theirs(np.asarray(params[entry.ours]))
@@ -131,8 +137,8 @@ def to_torch(params: Mapping[str, np.ndarray], config: CodecConfig) -> dict[str,
     return state
 
 
-def config_from_json(values: Mapping[str, Any]) -> CodecConfig:
-    """The content of snac's config.json to a CodecConfig.
+def config_from_json(values: Mapping[str, Any], source: str = "config.json") -> CodecConfig:
+    """The content of snac's config.json to a CodecConfig; `source` is the file's name for errors.
 
     Raises:
         ConversionError: lists the fields that are missing or unknown, or that ask for what we don't have:
@@ -154,8 +160,8 @@ def config_from_json(values: Mapping[str, Any]) -> CodecConfig:
         if width != natural:
             wrong.append(f"latent_dim: expected {natural}, the encoder's last width, found {width!r}")
     if wrong:
-        raise ConversionError("snac config:\n" + "\n".join(wrong))
-    return build(CodecConfig, {ours: values[theirs] for theirs, ours in _FIELDS.items()}, "snac config")
+        raise ConversionError(f"{source}, expected to be a snac's:\n" + "\n".join(wrong))
+    return build(CodecConfig, {ours: values[theirs] for theirs, ours in _FIELDS.items()}, source)
 
 
 def config_to_json(config: CodecConfig) -> dict[str, Any]:
@@ -180,7 +186,9 @@ def read(folder: str | Path) -> tuple[CodecConfig, dict[str, np.ndarray]]:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConversionError(f"{folder / 'config.json'}: expected JSON, found {error}") from None
-    config = config_from_json(values)
+    if not isinstance(values, dict):
+        raise ConversionError(f"{folder / 'config.json'}: expected a JSON object, found {type(values).__name__}")
+    config = config_from_json(values, str(folder / "config.json"))
     if (file := folder / "model.safetensors").is_file():
         try:
             state = safetensors.numpy.load_file(file)
@@ -190,7 +198,7 @@ def read(folder: str | Path) -> tuple[CodecConfig, dict[str, np.ndarray]]:
         state = _read_bin(file)
     else:
         raise ConversionError(f"{folder}: expected model.safetensors or pytorch_model.bin, found neither")
-    return config, from_torch(state, config)
+    return config, from_torch(state, config, str(file))
 
 
 def _read_bin(file: Path) -> dict[str, np.ndarray]:
@@ -280,16 +288,3 @@ def _unfold(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _norm(array: np.ndarray) -> np.ndarray:
     return np.sqrt(np.sum(array * array, axis=(1, 2), keepdims=True))
-
-
-def _check(source: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, np.ndarray]) -> None:
-    """One error for everything that is not as expected."""
-    wrong = [f"{name}: missing, expected {shape}" for name, shape in expected.items() if name not in found]
-    wrong += [f"{name}: unknown, found {np.shape(found[name])}" for name in found if name not in expected]
-    wrong += [
-        f"{name}: expected {shape}, found {np.shape(found[name])}"
-        for name, shape in expected.items()
-        if name in found and np.shape(found[name]) != shape
-    ]
-    if wrong:
-        raise ConversionError(f"{source}:\n" + "\n".join(wrong))

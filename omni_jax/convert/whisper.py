@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from omni_jax.config import ConfigError, EarConfig, build
 from omni_jax.convert.mapping import ConversionError
 from omni_jax.model.whisper import sinusoids
+from omni_jax.tensorfile import differences
 
 PREFIXES = ("model.encoder.", "encoder.")
 """Where the encoder's tensors live; the first is used when writing."""
@@ -102,12 +103,15 @@ def _table(config: EarConfig) -> list[_Tensor]:
     return table + norm("layer_norm", "norm")
 
 
-def from_transformers(state: Mapping[str, np.ndarray], config: EarConfig) -> dict[str, np.ndarray]:
+def from_transformers(
+    state: Mapping[str, np.ndarray], config: EarConfig, source: str = "Whisper's tensors"
+) -> dict[str, np.ndarray]:
     """Transformers' tensors to our parameters.
 
     Args:
         state: tensors by name, of any floating point type; the decoder and its head are ignored.
         config: the encoder's shape.
+        source: where they come from, for errors.
 
     Returns:
         f32 arrays by our names; bit-exact copies where theirs are float32.
@@ -120,7 +124,7 @@ def from_transformers(state: Mapping[str, np.ndarray], config: EarConfig) -> dic
     table = _table(config)
     shapes = {tensor.theirs: tensor.shape for tensor in table}
     shapes[POSITIONS] = (config.positions, config.width)
-    problems = _problems({name: array.shape for name, array in encoder.items()}, shapes)
+    problems = differences(encoder, shapes)
     positions = encoder.get(POSITIONS)
     if positions is not None and positions.shape == shapes[POSITIONS]:
         apart = np.abs(positions.astype(np.float32) - sinusoids(*positions.shape)).max()
@@ -130,7 +134,7 @@ def from_transformers(state: Mapping[str, np.ndarray], config: EarConfig) -> dic
                 f"found a difference of {apart:.3g}"
             )
     if problems:
-        raise ConversionError("Whisper encoder from transformers:\n" + "\n".join(problems))
+        raise ConversionError(f"{source}:\n" + "\n".join(problems))
     return {tensor.ours: tensor.to_ours(encoder[tensor.theirs]) for tensor in table}
 
 
@@ -141,17 +145,15 @@ def to_transformers(params: Mapping[str, np.ndarray], config: EarConfig) -> dict
         ConversionError: names every parameter that is missing, unknown or misshapen.
     """
     table = _table(config)
-    found = {name: np.shape(array) for name, array in params.items()}
-    problems = _problems(found, {tensor.ours: tensor.our_shape for tensor in table})
-    if problems:
+    if problems := differences(params, {tensor.ours: tensor.our_shape for tensor in table}):
         raise ConversionError("Whisper encoder to transformers:\n" + "\n".join(problems))
     state = {PREFIXES[0] + tensor.theirs: tensor.to_theirs(np.asarray(params[tensor.ours])) for tensor in table}
     state[PREFIXES[0] + POSITIONS] = sinusoids(config.positions, config.width)
     return state
 
 
-def config_from_json(values: Mapping[str, Any]) -> EarConfig:
-    """The ear's shape from the content of transformers' Whisper `config.json`.
+def config_from_json(values: Mapping[str, Any], source: str = "config.json") -> EarConfig:
+    """The ear's shape from the content of transformers' Whisper `config.json`; `source` is its name for errors.
 
     Raises:
         ConversionError: names every field that is missing or that asks for something our encoder does not do.
@@ -177,7 +179,7 @@ def config_from_json(values: Mapping[str, Any]) -> EarConfig:
             return build(EarConfig, {ours: values[theirs] for ours, theirs in fields.items()}, "encoder")
         except ConfigError as error:
             problems.append(str(error))
-    raise ConversionError("Whisper config.json:\n" + "\n".join(problems))
+    raise ConversionError(f"{source}, expected to be a Whisper's:\n" + "\n".join(problems))
 
 
 def read(folder: str | Path) -> tuple[EarConfig, dict[str, np.ndarray]]:
@@ -193,7 +195,7 @@ def read(folder: str | Path) -> tuple[EarConfig, dict[str, np.ndarray]]:
         ConversionError: a file is missing or damaged, or its content is not a Whisper.
     """
     folder = Path(folder)
-    config = config_from_json(_read_json(folder / "config.json"))
+    config = config_from_json(_read_json(folder / "config.json"), str(folder / "config.json"))
     if (folder / "model.safetensors").is_file():
         files = ["model.safetensors"]
     elif (folder / "model.safetensors.index.json").is_file():
@@ -210,7 +212,7 @@ def read(folder: str | Path) -> tuple[EarConfig, dict[str, np.ndarray]]:
                 state.update({name: file.get_tensor(name) for name in names})
         except (OSError, SafetensorError) as error:
             raise ConversionError(f"{folder / shard}: expected safetensors, found {error}") from None
-    return config, from_transformers(state, config)
+    return config, from_transformers(state, config, str(folder))
 
 
 def _encoder(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -224,20 +226,11 @@ def _encoder(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return encoder
 
 
-def _problems(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """One line per tensor that is missing, misshapen or unknown."""
-    missing = [f"{name}: missing, expected {shape}" for name, shape in expected.items() if name not in found]
-    wrong = [
-        f"{name}: expected {shape}, found {found[name]}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    unknown = [f"{name}: unknown, found {shape}" for name, shape in found.items() if name not in expected]
-    return missing + wrong + unknown
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConversionError(f"{path}: expected JSON, found {error}") from None
+    if not isinstance(values, dict):
+        raise ConversionError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values

@@ -202,7 +202,7 @@ def test_from_params_lists_what_is_wrong(pair: Pair):
     with pytest.raises(ValueError, match="codec parameters") as error:
         Snac.from_params(pair.config, params)
     assert str(error.value).splitlines()[1:] == [
-        "encoder.conv_in.bias: missing",
-        "stranger: unknown",
+        "encoder.conv_in.bias: missing, expected (12,)",
         "decoder.snake.alpha: expected (12,), found (5,)",
+        "stranger: unknown, found ()",
     ]

@@ -94,11 +94,11 @@ def test_one_error_lists_every_tensor(state: dict[str, np.ndarray]):
     with pytest.raises(ConversionError) as error:
         from_torch(state, CONFIG)
     assert str(error.value).splitlines() == [
-        "snac state dict:",
+        "snac's tensors:",
         "encoder.block.0.bias: missing, expected (6,)",
         "decoder.model.2.block.1.parametrizations.weight.original0: missing, expected (16, 1, 1)",
-        "stranger: unknown, found (3,)",
         "quantizer.quantizers.1.codebook.weight: expected (20, 8), found (2, 8)",
+        "stranger: unknown, found (3,)",
     ]
 
 
@@ -112,8 +112,8 @@ def test_one_error_lists_every_parameter(state: dict[str, np.ndarray]):
     assert str(error.value).splitlines() == [
         "codec parameters:",
         "decoder.snake.alpha: missing, expected (4,)",
-        "decoder.snake.beta: unknown, found (4,)",
         "decoder.project.bias: expected (16,), found (4,)",
+        "decoder.snake.beta: unknown, found (4,)",
     ]
 
 
@@ -149,7 +149,7 @@ def test_config_that_we_do_not_have():
     with pytest.raises(ConversionError) as error:
         config_from_json(wrong)
     assert str(error.value).splitlines() == [
-        "snac config:",
+        "config.json, expected to be a snac's:",
         "noise: missing",
         "latent_dimension: unknown field",
         "attn_window_size: expected null, as attention is not supported, found 32",

@@ -114,7 +114,7 @@ def test_one_error_lists_everything(state):
     with pytest.raises(ConversionError) as info:
         whisper.from_transformers(state, CONFIG)
     assert str(info.value).splitlines() == [
-        "Whisper encoder from transformers:",
+        "Whisper's tensors:",
         "layers.0.fc1.bias: missing, expected (72,)",
         "conv1.weight: expected (48, 20, 3), found (48, 20, 5)",
         "layers.0.self_attn.k_proj.bias: unknown, found (48,)",
