@@ -12,6 +12,7 @@ from flax import nnx, traverse_util
 
 from omni_jax.config import OptimizerConfig, RunConfig
 from omni_jax.model.omni import OmniModel
+from omni_jax.prompts import Task
 from omni_jax.training import loss
 from omni_jax.training.stages import Params, unite
 
@@ -66,12 +67,15 @@ def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def forward_sums(model: OmniModel, batch: Batch, config: RunConfig) -> dict[str, Array]:
     """What `loss.head_sums` gives for a batch."""
-    B, clips, samples = batch["sound"].shape
-    heard = model.hear(batch["sound"].reshape(B * clips, samples).astype(jnp.float32) / 32768.0)
+    heard = None
+    if any(Task(task).hears for task in config.data.tasks):
+        B, clips, samples = batch["sound"].shape
+        heard = model.hear(batch["sound"].reshape(B * clips, samples).astype(jnp.float32) / 32768.0)
+        heard = heard.reshape(B, -1, heard.shape[-1])
     text_hidden, audio_hidden, _ = model(
         batch["tokens"],
         batch["positions"],
-        heard.reshape(B, -1, heard.shape[-1]),
+        heard,
         batch["speech_index"],
         batch["segments"],
         remat=config.remat,

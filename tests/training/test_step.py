@@ -18,9 +18,10 @@ from omni_jax import config as configs
 from omni_jax import sharding
 from omni_jax.checkpoint import init_model
 from omni_jax.config import LossConfig, RunConfig
+from omni_jax.model.omni import OmniModel
 from omni_jax.training.loss import head_sums, total
 from omni_jax.training.stages import divide
-from omni_jax.training.step import TrainState, optimizer, train_step
+from omni_jax.training.step import TrainState, forward_sums, optimizer, train_step
 from tests.builders import tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -144,6 +145,14 @@ def test_the_loss_is_cross_entropy_per_head_whatever_the_chunk():
 def test_a_head_without_targets_costs_nothing():
     sums = {"loss": jnp.zeros(8), "z": jnp.zeros(8)}
     assert float(total(sums, jnp.zeros(8), LossConfig())) == 0.0
+
+
+def test_tasks_without_speech_never_run_the_ear(monkeypatch):
+    model = init_model(MODEL, stacked=False, dtype=jnp.float32, seed=0)
+    monkeypatch.setattr(OmniModel, "hear", lambda *_: pytest.fail("the ear was run"))
+    arrays = batch() | {"speech_index": np.full((ROWS, LENGTH), -1, np.int32)}
+    data = {"sources": [{"path": "unused"}], "tasks": {"T1T2": 1, "T1A2": 1}, "batch": ROWS, "length": LENGTH}
+    assert np.isfinite(forward_sums(model, arrays, run_config(data=data))["loss"]).all()
 
 
 def test_it_learns_a_batch():
