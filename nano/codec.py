@@ -33,16 +33,9 @@ from nano import run
 from nano.synthesize import recordings
 from omni_jax import tensorfile
 from omni_jax.codec.snac import Snac
-from omni_jax.config import CodecConfig
+from omni_jax.config import PRESETS, CodecConfig
 
-CONFIG = CodecConfig(
-    encoder_dim=8,
-    encoder_rates=(8, 4, 4, 4),
-    decoder_dim=512,
-    decoder_rates=(2, 2, 2, 2, 4, 8),
-    codebook_size=512,
-    noise=False,
-)
+CONFIG = PRESETS["nano"].codec
 PARTS = ("answers/train", "answers/read_train")
 HELD_BACK = 40
 """One recording of so many is for validation."""

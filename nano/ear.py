@@ -36,10 +36,10 @@ from omni_jax import tensorfile
 from omni_jax.audio import wav
 from omni_jax.audio.features import log_mel
 from omni_jax.checkpoint import dotted
-from omni_jax.config import EarConfig
+from omni_jax.config import PRESETS, EarConfig
 from omni_jax.model.whisper import Linear, Whisper
 
-CONFIG = EarConfig(width=192, layers=4, heads=4, ffn=768, positions=400)
+CONFIG = PRESETS["nano"].ear
 PARTS = ("questions/train", "questions/dictation_train")
 TESTS = (
     "questions/held_out_seen",

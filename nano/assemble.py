@@ -1,0 +1,98 @@
+"""Puts a release together from parts that were taught on their own.
+
+python -m nano.assemble untaught build/nano/untaught    # random weights, the tokenizer: where the text stage starts
+python -m nano.assemble taught build/nano/start         # the taught trunk, ear and codec: where stage 1 starts
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import jax.numpy as jnp
+import numpy as np
+import typer
+from flax import nnx
+
+from nano import text
+from omni_jax import checkpoint
+from omni_jax.codec.snac import Snac
+from omni_jax.config import PRESETS
+from omni_jax.tensorfile import LazyTensor, TensorFile, Tensors
+
+PRESET = "nano"
+FROM_TRUNK = ("embed.", "trunk.", "norm.")
+"""What the text stage has taught."""
+
+app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True)
+
+
+def untaught(out: Path, tokenizer_files: list[Path], *, preset: str = PRESET, seed: int = 0) -> None:
+    """Write a release with random weights.
+
+    Args:
+        out: new folder.
+        tokenizer_files: copied.
+        preset: the shape.
+        seed: draws the weights.
+
+    Raises:
+        omni_jax.tensorfile.CheckpointError: `out` is in use, or a tokenizer file is missing.
+    """
+    config = PRESETS[preset]
+    codec = {name: np.asarray(value) for name, value in Snac(config.codec, rngs=nnx.Rngs(seed)).params().items()}
+    tensors = {name: LazyTensor.of(array) for name, array in codec.items()}
+    checkpoint.save_release(out, config, _random(preset, seed), tensors, tokenizer_files)
+
+
+def taught(
+    out: Path, trunk: checkpoint.Release, ear: Path, codec: Path, *, preset: str = PRESET, seed: int = 0
+) -> None:
+    """Write a release whose trunk, ear and codec are taught; its adapter, and TTS adapter if any, is random.
+
+    Args:
+        out: new folder.
+        trunk: what the text stage has made of `untaught`; gives the tokenizer too.
+        ear: `ear.safetensors` of `nano.ear`.
+        codec: `codec.safetensors` of `nano.codec`.
+        preset: the shape.
+        seed: draws what is random.
+
+    Raises:
+        omni_jax.tensorfile.CheckpointError: `out` is in use, a file is missing, or the parts do not fit the shape.
+    """
+    knows = {name: tensor for name, tensor in trunk.model_tensors().items() if name.startswith(FROM_TRUNK)}
+    tensors = {**_random(preset, seed), **TensorFile(ear).tensors, **knows}
+    checkpoint.save_release(out, PRESETS[preset], tensors, TensorFile(codec).tensors, trunk.tokenizer_files())
+
+
+def _random(preset: str, seed: int) -> Tensors:
+    model = checkpoint.init_model(PRESETS[preset], stacked=False, dtype=jnp.float32, seed=seed)
+    return checkpoint.model_tensors(model)
+
+
+@app.command("untaught")
+def untaught_command(
+    out: Annotated[Path, typer.Argument(help="Folder to write")],
+    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer")] = text.TOKENIZER,
+    seed: Annotated[int, typer.Option(help="Draws the weights")] = 0,
+) -> None:
+    """Random weights and the tokenizer."""
+    untaught(out, [tokenizer / name for name in checkpoint.TOKENIZER_FILES], seed=seed)
+
+
+@app.command("taught")
+def taught_command(
+    out: Annotated[Path, typer.Argument(help="Folder to write")],
+    trunk: Annotated[Path, typer.Option(help="Run of the text stage")] = Path("build/nano/text_run"),
+    ear: Annotated[Path, typer.Option(help="As nano.ear writes it")] = Path("build/nano/ear/ear.safetensors"),
+    codec: Annotated[Path, typer.Option(help="As nano.codec writes it")] = Path("build/nano/codec/codec.safetensors"),
+    preset: Annotated[str, typer.Option(help="nano or nano_tts_adapter")] = PRESET,
+    seed: Annotated[int, typer.Option(help="Draws what is random")] = 0,
+) -> None:
+    """The taught trunk, ear and codec."""
+    taught(out, checkpoint.open_release(trunk), ear, codec, preset=preset, seed=seed)
+
+
+if __name__ == "__main__":
+    app()
