@@ -326,9 +326,9 @@ def load(folder: Path, parts: tuple[str, ...] = PARTS) -> tuple[list[np.ndarray]
 
 
 def export(path: Path, params: Any) -> None:
-    """Write parameters as a release's `codec.safetensors`."""
+    """Write parameters as a release's `codec.safetensors`, in float16: as they will be shipped."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    named = {".".join(str(key.key) for key in keys): np.asarray(leaf) for keys, leaf in leaves}
+    named = {".".join(str(key.key) for key in keys): np.asarray(leaf, np.float16) for keys, leaf in leaves}
     tensorfile.write(path, {name: tensorfile.LazyTensor.of(array) for name, array in named.items()})
 
 

@@ -25,6 +25,7 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jiwer
 import numpy as np
 import optax
 import typer
@@ -147,17 +148,6 @@ def written(logits: np.ndarray) -> list[str]:
     ]
 
 
-def edits(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Fewest insertions, deletions and replacements that make `a` into `b`."""
-    row = np.arange(len(b) + 1)
-    others = np.array(list(b), dtype=object)
-    for index, item in enumerate(a, 1):
-        new = np.concatenate([[index], np.minimum(row[1:] + 1, row[:-1] + (others != item))])
-        # Insertions run along the row: the least of all that came before, one more for every place.
-        row = np.minimum.accumulate(new - np.arange(len(new))) + np.arange(len(new))
-    return int(row[-1])
-
-
 def batch(clips: Sequence[Clip], samples: int, size: int, seed: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Clips drawn and played at random speeds.
 
@@ -268,27 +258,26 @@ class Trainer:
 
     def evaluate(self, params: Any, clips: Sequence[Clip]) -> dict[str, float]:
         """Share of wrong letters, of wrong words, and of texts without a fault."""
-        totals = np.zeros(5)
+        heard: list[str] = []
         for first in range(0, len(clips), BATCH):
             rows = clips[first : first + BATCH]
             audio = np.zeros((BATCH, self.config.samples), np.float32)
             for row, clip in enumerate(rows):
                 audio[row, : len(clip.audio)] = clip.audio / 32768
-            heard = [text.strip() for text in written(np.asarray(self.listen(params, audio)))]
-            for clip, text in zip(rows, heard, strict=False):
-                said, got = clip.text.split(), text.split()
-                totals += [edits(clip.text, text), len(clip.text), edits(said, got), len(said), said == got]
+            texts = written(np.asarray(self.listen(params, audio)))[: len(rows)]
+            heard += [" ".join(text.split()) for text in texts]
+        said = [clip.text for clip in clips]
         return {
-            "letters_wrong": totals[0] / totals[1],
-            "words_wrong": totals[2] / totals[3],
-            "exact": totals[4] / len(clips),
+            "letters_wrong": float(jiwer.cer(said, heard)),
+            "words_wrong": float(jiwer.wer(said, heard)),
+            "exact": float(np.mean([a == b for a, b in zip(said, heard, strict=True)])),
         }
 
 
 def export(path: Path, params: Any) -> None:
-    """Write the encoder as a release's tensors, `ear.conv1.kernel` and so on."""
+    """Write the encoder as a release's tensors, `ear.conv1.kernel` and so on, in float16: as it will be shipped."""
     leaves, _ = jax.tree_util.tree_flatten_with_path({"ear": params["ear"]})
-    named = {dotted(tuple(key.key for key in keys)): np.asarray(leaf) for keys, leaf in leaves}
+    named = {dotted(tuple(key.key for key in keys)): np.asarray(leaf, np.float16) for keys, leaf in leaves}
     tensorfile.write(path, {name: tensorfile.LazyTensor.of(array) for name, array in named.items()})
 
 

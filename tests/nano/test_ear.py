@@ -39,18 +39,6 @@ def voices(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "expected"),
-    [("", "", 0), ("abc", "abc", 0), ("abc", "", 3), ("", "abc", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2)],
-)
-def test_edits(a: str, b: str, expected: int):
-    assert ears.edits(a, b) == expected
-
-
-def test_edits_of_words():
-    assert ears.edits(["what", "is", "two", "plus", "two"], ["what's", "two", "plus", "too"]) == 3
-
-
 def test_letters_and_back():
     labels, padding = ears.numbers(["it's", ""])
     assert labels[0, :5].tolist() == [ears.LETTERS.index(letter) + 1 for letter in "it's"] + [0]
