@@ -1,0 +1,69 @@
+"""Parts into a release."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from nano import assemble
+from nano import codec as codecs
+from omni_jax.checkpoint import open_release, parameter_shapes
+from omni_jax.codec.snac import Snac
+from omni_jax.config import PRESETS
+from omni_jax.tensorfile import CheckpointError, LazyTensor, write
+from tests.builders import tokenizer_files
+
+TINY = PRESETS["tiny"]
+
+
+@pytest.fixture
+def ear(tmp_path: Path) -> Path:
+    """As nano.ear writes it: float16."""
+    rng = np.random.default_rng(0)
+    shapes = {name: shape for name, shape in parameter_shapes(TINY).items() if name.startswith("ear.")}
+    path = tmp_path / "ear.safetensors"
+    write(path, {name: LazyTensor.of(rng.normal(size=shape).astype(np.float16)) for name, shape in shapes.items()})
+    return path
+
+
+@pytest.fixture
+def codec(tmp_path: Path) -> Path:
+    path = tmp_path / "codec.safetensors"
+    _, variables = nnx.split(Snac(TINY.codec, rngs=nnx.Rngs(7)))
+    codecs.export(path, nnx.to_pure_dict(variables))
+    return path
+
+
+def test_every_part_comes_from_where_it_was_taught(ear: Path, codec: Path, tmp_path: Path):
+    files = tokenizer_files(tmp_path)
+    assemble.untaught(tmp_path / "untaught", files, preset="tiny", seed=1)
+    trunk = open_release(tmp_path / "untaught")
+    assemble.taught(tmp_path / "start", trunk, ear, codec, preset="tiny", seed=2)
+    start = open_release(tmp_path / "start")
+    assert start.config == TINY
+    before, after = (
+        {name: tensor.read() for name, tensor in release.model_tensors().items()} for release in (trunk, start)
+    )
+    for name, tensor in after.items():
+        same = np.array_equal(tensor, before[name])
+        # Norms and biases are drawn alike by every seed.
+        assert same == (name.startswith(("embed.", "trunk.", "norm.")) or (tensor.ndim == 1 and "ear." not in name)), (
+            name
+        )
+    heard = open_release(tmp_path / "start").load_codec()
+    expected = codecs.read(codec, TINY.codec)
+    jax.tree.map(np.testing.assert_array_equal, heard.params(), expected.params())
+    assert start.tokenizer().get_vocab_size() == trunk.tokenizer().get_vocab_size()
+
+
+def test_a_part_of_another_shape_is_refused(ear: Path, codec: Path, tmp_path: Path):
+    files = tokenizer_files(tmp_path)
+    assemble.untaught(tmp_path / "untaught", files, preset="tiny")
+    write(ear, {"ear.conv1.kernel": LazyTensor.of(np.zeros((3, 3), np.float16))})
+    with pytest.raises(CheckpointError, match=r"ear\.conv1\.kernel: expected .* found \(3, 3\)"):
+        assemble.taught(tmp_path / "start", open_release(tmp_path / "untaught"), ear, codec, preset="tiny")
+    assert not (tmp_path / "start").exists()

@@ -1,0 +1,61 @@
+"""What the trunk reads: a tokenizer that can write anything, records without anything held out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nano import facts, text
+from omni_jax.checkpoint import TOKENIZER_FILES
+from omni_jax.data.records import Exchange, Records, from_bytes
+from omni_jax.prompts import Task
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    text.write(folder, sentences=50, held_out=100)
+    return folder
+
+
+def exchanges(folder: Path) -> list[Exchange]:
+    records = Records(folder)
+    return [from_bytes(records[index]) for index in range(len(records))]
+
+
+def test_a_tokenizer_can_write_anything_and_is_saved_as_a_release_has_it(tmp_path: Path):
+    tokenizer = text.train_tokenizer(["What is seven plus nine?", "Seven plus nine is sixteen."] * 5, 300)
+    assert tokenizer.get_vocab_size() <= 300
+    for said in ("What is seven plus nine?", "naïve Zürich \N{SNOWMAN}"):
+        assert tokenizer.decode(tokenizer.encode(said).ids) == said
+    assert len(tokenizer.encode(" plus").ids) == 1
+    files = text.save_tokenizer(tokenizer, tmp_path / "new")
+    assert [file.name for file in files] == list(TOKENIZER_FILES)
+    assert all(file.is_file() for file in files)
+
+
+def test_every_question_is_in_one_folder_and_nothing_held_out_is_trained_on(written: Path):
+    numbers, knowledge, held_out = (exchanges(written / name) for name in ("numbers", "knowledge", "held_out"))
+    asked = {exchange.question_text: exchange.answer_text for exchange in (*numbers, *knowledge)}
+    assert asked == {item.question: item.answer for item in facts.questions("train")}
+    assert len(asked) == len(numbers) + len(knowledge)
+    assert len(held_out) == 100
+    assert not {exchange.question_text for exchange in held_out} & set(asked)
+    assert {exchange.source.split()[1] for exchange in numbers} == set(text.NUMBERS)
+
+
+def test_what_is_repeated_was_never_held_out(written: Path):
+    held_out = {item.question for item in facts.questions("held_out")} | set(facts.sentences("held_out", 300, 0))
+    repeated = exchanges(written / "repeat")
+    for exchange in repeated:
+        assert exchange.question_text.endswith(f": {exchange.answer_text}")
+        assert exchange.answer_text not in held_out
+    assert len({exchange.question_text.partition(":")[0] for exchange in repeated}) == len(text.REPEAT)
+
+
+def test_records_serve_text_only_and_are_written_once(written: Path):
+    for name in ("numbers", "knowledge", "repeat", "held_out"):
+        records = Records(written / name)
+        assert [task for task in Task if records.count(task)] == [Task.T1T2]
+    assert text.write(written, sentences=50, held_out=100) == {}
