@@ -360,7 +360,9 @@ def test_wrong_codec(damaged):
     state = safetensors.numpy.load_file(damaged / "codec.safetensors")
     state["strange"] = state.pop("quantizers.0.codebook")
     safetensors.numpy.save_file(state, damaged / "codec.safetensors")
-    with pytest.raises(CheckpointError, match=r"codec\.safetensors.*\n.*quantizers\.0\.codebook: missing, expected \(64, 8\)\nstrange"):
+    with pytest.raises(
+        CheckpointError, match=r"codec\.safetensors.*\n.*quantizers\.0\.codebook: missing, expected \(64, 8\)\nstrange"
+    ):
         open_release(damaged).load_codec()
 
 
