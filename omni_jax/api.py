@@ -25,6 +25,7 @@ from omni_jax.prompts import Prompt, Task, speech_positions, speech_prompt, text
 from omni_jax.vocab import TEXT, Vocab
 
 if TYPE_CHECKING:
+    from omni_jax.checkpoint import Release
     from omni_jax.model.omni import OmniModel
 
 Audio = str | Path | BinaryIO | np.ndarray | jax.Array
@@ -177,12 +178,10 @@ class Omni:
             ConfigError: there is no such model, or a file of it cannot be used; names the file.
         """
         _check_codec(codec)
-        stacked, dtype = default_layout()
-        from omni_jax.checkpoint import is_release, open_release
-
-        if str(name) in PRESETS and not is_release(name):
+        release = find_release(name)
+        if release is None:
             return cls._untrained(str(name), 0, codec, mesh)
-        release = open_release(name)
+        stacked, dtype = default_layout()
         model = release.load_model(stacked=stacked, dtype=dtype, param_dtype=dtype, mesh=mesh)
         return cls(model, _decoder(release.load_codec(), codec), release.tokenizer())
 
@@ -491,6 +490,17 @@ class _Clock:
             steps_per_second=steps / total,
             real_time_factor=total / seconds if seconds else None,
         )
+
+
+def find_release(name: str | Path) -> Release | None:
+    """What `Omni.load` loads under a name; None if that is a preset's, of which there are no trained weights.
+
+    Raises:
+        ConfigError, CheckpointError: there is neither such a preset nor such a release.
+    """
+    from omni_jax.checkpoint import is_release, open_release
+
+    return None if str(name) in PRESETS and not is_release(name) else open_release(name)
 
 
 def default_layout() -> tuple[bool, Any]:

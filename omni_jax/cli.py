@@ -253,13 +253,13 @@ class Row:
         return {name: defaults[name] if value is None else value for name, value in own.items()}
 
     def fingerprint(self, settings: dict[str, Any], model: str, codec: str) -> str:
-        """Tells whether an answer written earlier is the answer to the same request."""
+        """Tells whether an answer written earlier is the answer to the same request, to the same `_identity`."""
         assert self.given is not None
         try:
-            size = self.audio.stat().st_size if self.audio else None
+            sound = hashlib.sha256(self.audio.read_bytes()).hexdigest() if self.audio else None
         except OSError:
-            size = None
-        request = [self.given.audio, size, self.given.text, settings, model, codec]
+            sound = None
+        request = [sound, self.given.text, settings, model, codec]
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -315,17 +315,17 @@ def _run_batch(
     from tqdm import tqdm
 
     rows = _not_over_questions(rows, answers.folder)
+    identity = _identity(model)
     records: dict[int, dict[str, Any]] = {}
     asked: dict[int, tuple[dict[str, Any], str]] = {}
     for index, row in enumerate(rows):
         if row.error:
             continue
         settings = row.settings(defaults)
-        asked[index] = settings, row.fingerprint(settings, model, codec)
+        asked[index] = settings, row.fingerprint(settings, identity, codec)
         if record := answers.done(row, asked[index][1]):
             records[index] = record
     kept = len(records)
-    answers.write_all([records[index] for index in sorted(records)])
     omni = None
     if kept < len(asked):
         omni = _load(model, codec)
@@ -333,6 +333,8 @@ def _run_batch(
         options = {name: value for name, value in defaults.items() if name not in ("task", "cut")}
         omni.prepare({"text": "a"}, **options)
 
+    # Answers to other requests go now, not before it is sure that this run can start.
+    answers.write_all([records[index] for index in sorted(records)])
     failed = 0
     waiting = [index for index in range(len(rows)) if index not in records]
     with tqdm(total=len(rows), initial=kept, unit="row", file=sys.stderr, dynamic_ncols=True) as bar:
@@ -511,6 +513,14 @@ def _check_out(out: Path, question: Path | None) -> None:
         raise ConfigError(f"--out {out}: expected a file in an existing folder, found no folder {out.parent}")
     if question is not None and out.exists() and question.exists() and out.samefile(question):
         raise ConfigError(f"--out {out}: expected another file than the question")
+
+
+def _identity(model: str) -> str:
+    """Tells models apart: a release by its content, since another may come to stand in the same folder."""
+    from omni_jax.api import find_release
+
+    release = find_release(model)
+    return model if release is None else release.fingerprint()
 
 
 def _load(model: str, codec: Any) -> Omni:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import soundfile
 from jax.experimental.compilation_cache import compilation_cache
 from typer.testing import CliRunner, Result
@@ -374,6 +376,36 @@ def test_batch_answers_in_order(tiny: Omni, loads: list[str], tmp_path: Path) ->
     assert read_lines(out / "answers.jsonl") == [again[0], {**again[3], "task": "A1T1"} | {
         name: read_lines(out / "answers.jsonl")[1][name] for name in ("text", "finish_reason", "request")
     }, again[4]]  # fmt: skip
+
+
+def test_a_run_that_cannot_start_leaves_earlier_answers(loads: list[str], tmp_path: Path) -> None:
+    manifest = write_lines(tmp_path / "rows.jsonl", [{"id": "a", "text": "x", "task": "T1T2"}])
+    args = ("batch", manifest, "--out", tmp_path / "out", "--max-steps", 3)
+    assert run(*args, "--model", "tiny").exit_code == 0
+    before = (tmp_path / "out" / "answers.jsonl").read_bytes()
+    for mistaken in (["--model", "no-such-model"], ["--model", "tiny", "--top-p", 0]):
+        assert run(*args, *mistaken).exit_code == 2
+        assert (tmp_path / "out" / "answers.jsonl").read_bytes() == before
+
+
+def test_another_sound_or_model_under_the_same_name_is_asked_again(
+    tiny_release: Path, loads: list[str], tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_release, tmp_path / "model")
+    manifest = write_lines(tmp_path / "rows.jsonl", [{"id": "a", "audio": "a.wav"}, {"id": "b", "text": "x"}])
+    sound, rate = soundfile.read(NAME)
+    soundfile.write(tmp_path / "a.wav", sound, rate)
+    args = ("batch", manifest, "--out", tmp_path / "out", "--model", model, "--max-steps", 3, "--slots", 1)
+    assert "2 answered, 0 from an earlier run" in run(*args).stderr
+    # A copy elsewhere, with other dates, is the same.
+    shutil.copytree(model, tmp_path / "copy")
+    assert "0 answered, 2 from an earlier run" in run(*args, "--model", tmp_path / "copy").stderr
+    soundfile.write(tmp_path / "a.wav", sound[::-1], rate)
+    assert "1 answered, 1 from an earlier run" in run(*args).stderr
+    state = safetensors.numpy.load_file(model / "model.safetensors")
+    state["trunk.layers.1.mlp.down"] *= 1.01
+    safetensors.numpy.save_file(state, model / "model.safetensors")
+    assert "2 answered, 0 from an earlier run" in run(*args).stderr
 
 
 def test_batch_of_a_folder(loads: list[str], tmp_path: Path) -> None:
