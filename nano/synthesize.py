@@ -253,7 +253,9 @@ def make_shard(path: str, utterances: Sequence[Utterance], first: int) -> Counte
     for file in (sound, index):
         file.unlink(missing_ok=True)
     partial = sound.with_name(f".{sound.name}.part")
-    soundfile.write(partial, np.concatenate(pieces), rate, format="FLAC", subtype="PCM_16")
+    # A FLAC file without a sample could not be read again.
+    samples = np.concatenate(pieces or [np.zeros(1, np.int16)])
+    soundfile.write(partial, samples, rate, format="FLAC", subtype="PCM_16")
     partial.replace(sound)
     partial = index.with_name(f".{index.name}.part")
     partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
