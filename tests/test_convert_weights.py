@@ -124,6 +124,15 @@ def test_an_empty_out_is_welcome(tiny_release, tmp_path):
     assert run("export", tiny_release, tmp_path / "out").exit_code == 0
 
 
+def test_the_folder_of_a_training_run(tiny_release, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for arguments in (("inspect", tmp_path / "run"), ("export", tmp_path / "run", tmp_path / "out")):
+        assert "a training run that has not finished" in fails(*arguments)
+    shutil.copytree(tiny_release, tmp_path / "run" / "release")
+    assert run("inspect", tmp_path / "run").output == run("inspect", tiny_release).output
+    assert run("export", tmp_path / "run", tmp_path / "out").exit_code == 0
+
+
 @pytest.mark.parametrize("name", ["lit_model.pth", "model_config.yaml", "tokenizer.json"])
 def test_missing_file(name, tiny_parts, tmp_path):
     folder = shutil.copytree(tiny_parts / "mini_omni", tmp_path / "mini_omni")

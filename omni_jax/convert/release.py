@@ -22,6 +22,7 @@ from omni_jax.checkpoint import (
     Release,
     dotted,
     fetch,
+    is_release,
     new_folder,
     open_release,
     require_files,
@@ -164,14 +165,14 @@ class Row:
 
 
 def inspect(source: str) -> list[Row]:
-    """What is in a release or in a Mini-Omni checkpoint; weights are not read, and a tied head counts once.
+    """What is in a release, a finished training run or a Mini-Omni checkpoint; weights are not read, and a tied head counts once.
 
     Raises:
         ConversionError: it is neither.
         CheckpointError: it is not there, or damaged.
     """
     folder = fetch(source, (CONFIG, *_MINI_OMNI_FILES, "*.safetensors"), "a release or a Mini-Omni checkpoint")
-    if (folder / CONFIG).is_file():
+    if is_release(folder):
         tensors = open_release(folder).inspect()
     elif (folder / mini_omni.WEIGHTS).is_file():
         tensors = mini_omni.read_state(folder)
