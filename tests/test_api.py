@@ -506,6 +506,23 @@ def test_a_release_comes_before_a_preset_of_its_name(
         assert not Omni.load("tiny").trained
 
 
+@pytest.mark.slow
+def test_the_real_shape_answers() -> None:
+    with pytest.warns(UntrainedWarning):
+        omni = Omni.untrained("mini_omni")
+    spoken, written = omni.reply(QUESTION, max_steps=12), omni.answer(QUESTION, max_steps=12)
+    assert spoken.tokens.shape == written.tokens.shape == (8, 12)
+    # The second row of a batch-parallel answer is the answer in text alone.
+    np.testing.assert_array_equal(spoken.tokens[7], written.tokens[7])
+    assert ((0 <= spoken.tokens[:7]) & (spoken.tokens[:7] < 4160)).all()
+    for layer in range(7):
+        assert (spoken.tokens[layer, : layer + 1] == 4097).all()
+    assert spoken.audio is not None
+    assert spoken.audio.shape == (5 * 2048,)
+    assert 1e-4 < np.abs(spoken.audio).max() <= 1
+    assert written.audio is None
+
+
 def test_untrained_by_its_own_name_blames_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "init_model", lambda *args, **kwargs: random_model(CONFIG))
     with pytest.warns(UntrainedWarning) as warned:
