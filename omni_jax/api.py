@@ -303,6 +303,10 @@ class Omni:
                 known = ", ".join(Ask.__dataclass_fields__)
                 raise ConfigError(f"ask: expected some of {known}, found {', '.join(map(str, unknown))}")
             ask = Ask(**ask)
+        elif not isinstance(ask, Ask):
+            raise ConfigError(f"ask: expected an Ask, a dict of its fields or a path, found {type(ask).__name__}")
+        if not isinstance(ask.options, Mapping):
+            raise ConfigError(f"options: expected names and values, found {type(ask.options).__name__}")
         if (ask.audio is None) == (ask.text is None):
             raise ConfigError(f"ask: expected either audio or text, found {'neither' if ask.text is None else 'both'}")
         default = Task.T1A2 if ask.audio is None else Task.A1A2
@@ -358,6 +362,11 @@ class Omni:
         if ask.text is not None:
             if not isinstance(ask.text, str):
                 raise ConfigError(f"text: expected a string, found {type(ask.text).__name__}")
+            try:
+                ask.text.encode()
+            except UnicodeEncodeError as error:
+                # JSON and the shell can make one; tokenizers stumble over it.
+                raise ConfigError(f"text: expected whole characters, found half of one at {error.start}") from None
             ids = self.tokenizer.encode(ask.text, add_special_tokens=False).ids
             if not ids:
                 raise ConfigError("text: expected some text, found none")

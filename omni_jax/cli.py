@@ -437,7 +437,7 @@ def _read_row(path: Path, number: int, line: bytes) -> Row:
             raise ConfigError(f"{place}: expected either audio or text, found {found}")
     except ConfigError as error:
         return Row(id, place, error=str(error).replace("\n", "; "))
-    return Row(id, place, "", path.parent / given.audio if given.audio else None, given)
+    return Row(id, place, "", path.parent / given.audio if given.audio is not None else None, given)
 
 
 def _distinct(rows: Sequence[Row]) -> list[Row]:

@@ -425,6 +425,9 @@ SOUND = {"audio": recording(), "sample_rate": 16000}
         ({"audio": QUESTION, "sample_rate": 8000}, ConfigError, r"sample_rate: .*name\.wav says its own, found 8000"),
         ({"audio": object(), "sample_rate": 16000}, AudioError, "found"),
         ({"text": 7}, ConfigError, "text: expected a string, found int"),
+        ({"text": "Hi \ud83d"}, ConfigError, "text: expected whole characters, found half of one at 3"),
+        ({"text": "Hi", "options": None}, ConfigError, "options: expected names and values, found NoneType"),
+        (7, ConfigError, "ask: expected an Ask, a dict of its fields or a path, found int"),
         ({"text": "Hi", "options": {"enforce_delay": "no"}}, ConfigError, "enforce_delay: .*found 'no'"),
         ({"audio": "nowhere.wav"}, AudioError, r"nowhere\.wav: .*no such file"),
         ({"audio": np.zeros(3000, np.float32), "sample_rate": 16000}, AudioError, "silence"),
@@ -514,7 +517,7 @@ def test_the_real_shape_answers() -> None:
     assert spoken.tokens.shape == written.tokens.shape == (8, 12)
     # The second row of a batch-parallel answer is the answer in text alone.
     np.testing.assert_array_equal(spoken.tokens[7], written.tokens[7])
-    assert ((0 <= spoken.tokens[:7]) & (spoken.tokens[:7] < 4160)).all()
+    assert ((spoken.tokens[:7] >= 0) & (spoken.tokens[:7] < 4160)).all()
     for layer in range(7):
         assert (spoken.tokens[layer, : layer + 1] == 4097).all()
     assert spoken.audio is not None

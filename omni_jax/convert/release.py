@@ -165,7 +165,9 @@ class Row:
 
 
 def inspect(source: str) -> list[Row]:
-    """What is in a release, a finished training run or a Mini-Omni checkpoint; weights are not read, and a tied head counts once.
+    """What is in a release, a finished training run or a Mini-Omni checkpoint.
+
+    Weights are not read, and a tied head counts once.
 
     Raises:
         ConversionError: it is neither.
