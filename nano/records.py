@@ -10,7 +10,8 @@ Folders of records, under build/nano/records:
     dictation_train, dictation_seen, dictation_unseen       sentences to be written down
     held_out_seen, held_out_unseen          questions never trained on, by voices that training hears and others
 
-Codes are kept beside them in pieces, so that an interrupted run goes on, and are made anew for another codec.
+Codes are kept beside them in pieces, so that an interrupted run goes on, and are made anew for another codec. The
+folders are written anew for another codec and for other recordings.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from tqdm import tqdm
 from nano import facts, synthesize
 from omni_jax import checkpoint
 from omni_jax.codec.snac import Snac, make_encoder
-from omni_jax.data.records import INDEX, Exchange, Writer
+from omni_jax.data.records import INDEX, Exchange, RecordError, Writer
+from omni_jax.tensorfile import CheckpointError
 from omni_jax.vocab import LAYERS
 
 FOLDER = Path("build/nano/records")
@@ -108,9 +110,18 @@ def _kept(path: Path, texts: list[str], mark: int) -> list[np.ndarray] | None:
 
 
 def asked(corpora: Path, part: str, codes: dict[str, np.ndarray]) -> Iterator[Exchange]:
-    """Questions said aloud; the source of each says its kind and why it is held out, if it is."""
+    """Questions said aloud; the source of each says its kind and why it is held out, if it is.
+
+    Raises:
+        nano.synthesize.SynthesisError: an answer is missing.
+    """
     for recording in synthesize.recordings(corpora, part):
         said = recording.utterance
+        if said.answer not in codes:
+            raise synthesize.SynthesisError(
+                f"{corpora}: expected an answer to each of {part}, found none that says {said.answer!r}: "
+                "python -m nano.synthesize"
+            )
         yield Exchange(
             question_text=said.text,
             question_audio=recording.audio,
@@ -145,7 +156,7 @@ def dictated(corpora: Path, part: str) -> Iterator[Exchange]:
 
 
 def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
-    """Write every folder that is not there yet, or not whole.
+    """Write every folder that is not there yet, not whole, or made from another codec or other recordings.
 
     Args:
         corpora: what `nano.synthesize` wrote.
@@ -160,6 +171,7 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
         omni_jax.data.records.RecordError: a folder cannot be written to.
     """
     encode, mark = encoder(codec), _mark(codec)
+    origin = f"codec {mark}, recordings {_made(corpora)}\n"
 
     def answers(part: str) -> dict[str, np.ndarray]:
         return spoken(corpora, f"answers/{part}", out / "codes", encode, mark)
@@ -180,8 +192,8 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
     written = {}
     for name, exchanges in folders.items():
         folder = out / name
-        note = folder / "codec.txt"
-        if (folder / INDEX).exists() and note.exists() and note.read_text() == f"{mark}\n":
+        note = folder / "origin.txt"
+        if (folder / INDEX).exists() and note.exists() and note.read_text() == origin:
             continue
         shutil.rmtree(folder, ignore_errors=True)
         with Writer(folder) as writer:
@@ -189,7 +201,7 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
             for exchange in tqdm(exchanges, desc=name, unit="exchange"):
                 writer.write(exchange)
                 count += 1
-        note.write_text(f"{mark}\n")
+        note.write_text(origin)
         written[name] = count
     return written
 
@@ -199,6 +211,15 @@ def _mark(codec: Snac) -> int:
     mark = 0
     for name, values in sorted(codec.params().items()):
         mark = zlib.crc32(np.asarray(values).tobytes(), zlib.crc32(name.encode(), mark))
+    return mark
+
+
+def _made(corpora: Path) -> int:
+    """A number that other recordings will hardly have."""
+    mark = 0
+    for kind in ("answers", "questions"):
+        for path in sorted((corpora / kind).glob("*.jsonl")):
+            mark = zlib.crc32(path.read_bytes(), mark)
     return mark
 
 
@@ -219,7 +240,12 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder to write")] = FOLDER,
 ) -> None:
     """Write the records that training and evaluation read."""
-    for name, count in write(corpora, out, _codec(codec)).items():
+    try:
+        written = write(corpora, out, _codec(codec))
+    except (synthesize.SynthesisError, RecordError, CheckpointError) as error:
+        typer.echo(f"nano.records: {error}", err=True)
+        raise typer.Exit(2) from None
+    for name, count in written.items():
         typer.echo(f"{name}: {count} exchanges")
 
 
