@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from omni_jax.config import RopeScaling, TrunkConfig
 
@@ -40,13 +41,14 @@ def param(rngs: nnx.Rngs | Keys, shape: Sequence[int], axes: Sequence[str | None
     return nnx.Param(value, axes=tuple(axes))
 
 
-def linear(x: Array, weight: Array, contract: int = 1) -> Array:
+def linear(x: Array, weight: Array, contract: int = 1, dtype: DTypeLike | None = None) -> Array:
     """Matrix product with weights stored [out, in], either side of one or several axes.
 
     Args:
         x: [..., *in].
         weight: [*out, *in]; cast to x's dtype.
         contract: how many axes `in` is.
+        dtype: of the result; None is that of x. A wider one keeps what the sums have.
 
     Returns:
         [..., *out].
@@ -56,13 +58,15 @@ def linear(x: Array, weight: Array, contract: int = 1) -> Array:
     of_x = tuple(range(x.ndim - contract, x.ndim))
 
     def product(x: Array, weight: Array) -> Array:
-        return jax.lax.dot_general(x, weight, ((of_x, of_weight), ((), ())))
+        return jax.lax.dot_general(x, weight, ((of_x, of_weight), ((), ())), preferred_element_type=dtype)
 
     def weight_first(x: Array, weight: Array) -> Array:
         # XLA:CPU reads a row-major weight at full speed only as the left operand with its last axis contracted:
         # 2 to 8 rows then cost little more than one, otherwise twice to four times as much. The barrier keeps the
         # compiler from folding the transpose of the (small) result back into the product.
-        transposed = jax.lax.optimization_barrier(jax.lax.dot_general(weight, x, ((of_weight, of_x), ((), ()))))
+        transposed = jax.lax.optimization_barrier(
+            jax.lax.dot_general(weight, x, ((of_weight, of_x), ((), ())), preferred_element_type=dtype)
+        )
         outs = weight.ndim - contract
         return jnp.moveaxis(transposed, range(outs), range(transposed.ndim - outs, transposed.ndim))
 

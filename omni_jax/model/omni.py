@@ -158,10 +158,10 @@ class OmniModel(nnx.Module):
         return text_hidden, self.tts_adapter.norm(y), {"trunk": cache, "tts_adapter": tts_cache}
 
     def text_logits(self, hidden: Array) -> Array:
-        """[..., D] -> float32 [..., Vt]."""
-        return linear(hidden, (self.head or self.embed).text[...]).astype(jnp.float32)
+        """[..., D] -> float32 [..., Vt], whatever matrix products run in: rounded to bfloat16, many would be equal."""
+        return linear(hidden, (self.head or self.embed).text[...], dtype=jnp.float32)
 
     def audio_logits(self, hidden: Array) -> Array:
         """[..., D] -> float32 [..., C, Va]."""
         table = (self.head or self.embed).audio if self.tts_adapter is None else self.tts_adapter.head
-        return linear(hidden, table[...]).astype(jnp.float32)
+        return linear(hidden, table[...], dtype=jnp.float32)

@@ -207,6 +207,18 @@ def test_logits_are_float32_whatever_the_model_computes_in() -> None:
         assert audio.shape == (2, 12, 7, 17)
 
 
+@pytest.mark.parametrize("rows", [2, 100])
+def test_logits_keep_what_bfloat16_would_round_away(rows: int) -> None:
+    """Rows few and many, which take different products."""
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(rows, CONFIG.trunk.width)), jnp.bfloat16)
+    text, audio = (
+        np.asarray(table.astype(jnp.bfloat16), np.float32) for table in (MODEL.embed.text[...], MODEL.embed.audio[...])
+    )
+    exact = np.asarray(hidden, np.float32)
+    close(jax.jit(MODEL.text_logits)(hidden), np.einsum("rd,vd->rv", exact, text))
+    close(jax.jit(MODEL.audio_logits)(hidden), np.einsum("rd,cvd->rcv", exact, audio))
+
+
 def test_packed_examples_equal_the_examples_alone() -> None:
     """Two examples with speech and padding between them in one row, through trunk and TTS adapter."""
     config = small_config(tts_adapter_layers=1)
