@@ -47,7 +47,8 @@ app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True)
 
 def spoken(text: str) -> str:
     """Text as it is said, lower case without punctuation: "12 x 3" and "Twelve times three." are the same."""
-    text = re.sub(r"(?<=\d),(?=\d{3})", "", text.lower())
+    text = text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
     text = re.sub("(?<=\\d)\\s*[-\N{EN DASH}]\\s*(?=\\d)", " minus ", text)
     text = re.sub(r"(?<=\d)\s*x\s*(?=\d)", " times ", text)
     text = "".join(f" {SYMBOLS[letter]} " if letter in SYMBOLS else letter for letter in text)
