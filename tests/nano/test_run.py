@@ -1,0 +1,105 @@
+"""What a training leaves on disk, and finds again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from nano import run
+from omni_jax.tensorfile import CheckpointError
+
+
+class State(NamedTuple):
+    step: Any
+    params: dict[str, Any]
+    moments: tuple[Any, ...]
+
+
+def state(fill: float) -> State:
+    weight = jnp.full((2, 3), fill, jnp.float32)
+    return State(jnp.asarray(7, jnp.int32), {"a.b": weight, "c": weight[0].astype(jnp.bfloat16)}, (weight + 1, None))
+
+
+def test_a_state_comes_back(tmp_path: Path):
+    assert run.restore(tmp_path, state(0)) is None
+    run.save(tmp_path, state(0.3))
+    found = run.restore(tmp_path, state(0))
+    assert found is not None
+    assert jax.tree_util.tree_structure(found) == jax.tree_util.tree_structure(state(0))
+    for ours, theirs in zip(jax.tree_util.tree_leaves(found), jax.tree_util.tree_leaves(state(0.3)), strict=True):
+        assert isinstance(ours, jax.Array)
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_only_the_last_state_is_kept_and_none_is_half_written(tmp_path: Path):
+    for fill in (1.0, 2.0):
+        run.save(tmp_path, state(fill))
+    assert [path.name for path in tmp_path.iterdir()] == [run.STATE]
+    found = run.restore(tmp_path, state(0))
+    assert found is not None
+    assert found.params["a.b"][0, 0] == 2
+    with pytest.raises(CheckpointError):
+        run.save(tmp_path, {"name": np.array("text")})
+    assert run.restore(tmp_path, state(0)) is not None
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (state(0)._replace(step=jnp.zeros(2)), r"\.step: expected \(2,\), found \(\)"),
+        (state(0)._replace(params={}), "unknown, found"),
+        (state(0)._replace(moments=(jnp.zeros((2, 3)), jnp.zeros(4))), r"missing, expected \(4,\)"),
+    ],
+)
+def test_the_state_of_another_run_is_refused(tmp_path: Path, other: State, words: str):
+    run.save(tmp_path, state(0))
+    with pytest.raises(CheckpointError, match=rf"state\.safetensors: the state of another run:\n(.|\n)*{words}"):
+        run.restore(tmp_path, other)
+
+
+def test_metrics_are_in_order_and_the_last_of_each_counts(tmp_path: Path):
+    for entry in ({"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "validation": 5.0}):
+        run.log(tmp_path, entry)
+    # Stopped after step 2 was logged and before it was saved.
+    run.log(tmp_path, {"step": 2, "loss": 2.25})
+    run.log(tmp_path, {"step": 10, "loss": 1.23456789})
+    run.log(tmp_path, {"step": 3, "loss": 1.5})
+    assert run.metrics(tmp_path) == [
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 2.25},
+        {"step": 2, "validation": 5.0},
+        {"step": 3, "loss": 1.5},
+        {"step": 10, "loss": 1.234568},
+    ]
+
+
+def curve(folder: Path, names: list[str]) -> list[np.ndarray]:
+    """Which pixels of each panel are blue."""
+    run.draw(folder, names)
+    image = np.asarray(Image.open(folder / "curve.png")).astype(int)
+    blue = (image[..., 2] > 200) & (image[..., 0] < 50)
+    return np.split(blue, len(names))
+
+
+def test_a_curve_is_drawn(tmp_path: Path):
+    for step in range(1, 101):
+        run.log(tmp_path, {"step": step, "falling": 1 - step / 100, "flat": 2.0, "first": 1e9 if step == 1 else step})
+    run.log(tmp_path, {"step": 100, "once": 1.0})
+    falling, flat, first, once, never = curve(tmp_path, ["falling", "flat", "first", "once", "never"])
+    rows, columns = np.nonzero(falling)
+    assert rows[columns.argmin()] < 30
+    assert rows[columns.argmax()] > 170
+    assert np.ptp(columns) > 400
+    assert len(set(np.nonzero(flat)[0])) == 1
+    # One value far above the rest does not flatten them.
+    rows, columns = np.nonzero(first[:, 60:])
+    assert np.ptp(rows) > 140
+    assert not once.any()
+    assert not never.any()
