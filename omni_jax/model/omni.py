@@ -157,14 +157,18 @@ class OmniModel(nnx.Module):
         y, tts_cache = self.tts_adapter.blocks(x, positions, segments, remat)
         return text_hidden, self.tts_adapter.norm(y), {"trunk": cache, "tts_adapter": tts_cache}
 
+    def head_tables(self) -> tuple[Array, Array]:
+        """What the heads score tokens with: text [Vt, D] and audio [C, Va, D]."""
+        tables = self.head or self.embed
+        return tables.text[...], (tables.audio if self.tts_adapter is None else self.tts_adapter.head)[...]
+
     def text_logits(self, hidden: Array) -> Array:
         """[..., D] -> float32 [..., Vt], whatever matrix products run in.
 
         Rounded to bfloat16, 5 % of the best logits of random weights had an equal, and 2 % were not the best any more.
         """
-        return linear(hidden, (self.head or self.embed).text[...], dtype=jnp.float32)
+        return linear(hidden, self.head_tables()[0], dtype=jnp.float32)
 
     def audio_logits(self, hidden: Array) -> Array:
         """[..., D] -> float32 [..., C, Va]."""
-        table = (self.head or self.embed).audio if self.tts_adapter is None else self.tts_adapter.head
-        return linear(hidden, table[...], dtype=jnp.float32)
+        return linear(hidden, self.head_tables()[1], dtype=jnp.float32)

@@ -36,7 +36,7 @@ from omni_jax.data.records import Records, from_bytes
 from omni_jax.tensorfile import LazyTensor
 from omni_jax.training.report import HEADS, Reporter
 from omni_jax.training.stages import Params, divide, part_of, unite
-from omni_jax.training.step import Batch, TrainState, forward_sums, optimizer, train_step
+from omni_jax.training.step import Batch, TrainState, forward, optimizer, train_step
 from omni_jax.vocab import Vocab
 
 PRESET = "preset:"
@@ -486,7 +486,8 @@ class Evaluation:
         self.setup = setup
 
         def sums(params: Params, batch: Batch) -> dict[str, jax.Array]:
-            return forward_sums(nnx.merge(setup.graph, params), batch, setup.config)
+            # The sums don't depend on the weights of the heads in the loss, nor so on how many targets there are.
+            return forward(nnx.merge(setup.graph, params), batch, jnp.ones(len(HEADS)), setup.config)[1]
 
         self.sums = jax.jit(sums, out_shardings=sharding.replicated(setup.mesh))
 

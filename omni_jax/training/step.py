@@ -50,23 +50,68 @@ def schedule(config: OptimizerConfig) -> optax.Schedule:
     )
 
 
+def decays(params: Params) -> dict[str, Any]:
+    """Which parameters weight decay pulls to zero: not norms and biases."""
+    flat = traverse_util.flatten_dict(dict(params))
+    return traverse_util.unflatten_dict(
+        {path: not (path[-1] == "scale" or str(path[-1]).endswith("bias")) for path in flat}
+    )
+
+
 def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) behind a clip of the global norm; norms and biases do not decay."""
+    """AdamW (arXiv 1711.05101) behind a clip of the global norm: the definition, and what begins the moments.
 
-    def decays(params: Params) -> dict[str, Any]:
-        flat = traverse_util.flatten_dict(dict(params))
-        return traverse_util.unflatten_dict(
-            {path: not (path[-1] == "scale" or str(path[-1]).endswith("bias")) for path in flat}
-        )
-
+    The step itself computes it with `advance` and `updates`.
+    """
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(schedule(config), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays),
     )
 
 
-def forward_sums(model: OmniModel, batch: Batch, config: RunConfig) -> dict[str, Array]:
-    """What `loss.head_sums` gives for a batch."""
+def advance(config: OptimizerConfig, moments: Any, gradient: Params, norm: Array, fine: Array) -> Any:
+    """The first half of `optimizer(config).update`: the moments with a gradient in them.
+
+    As two halves, each overwrites what it changes: moments without parameters, then parameters from moments. XLA
+    fuses the whole into parameters from the old moments, of which it must then keep a copy.
+
+    Args:
+        config: rates of decay and the clip.
+        moments: from `optimizer(config).init`, or from here.
+        gradient: not yet clipped.
+        norm: of the whole gradient, float32 [].
+        fine: bool []; False leaves the moments exactly as they are.
+    """
+    clip, (adam, decay, scheduled) = moments
+    shrink = jnp.where(norm < config.clip, 1.0, config.clip / norm)
+
+    def blend(rate: float, power: int, old: Any) -> Any:
+        return jax.tree.map(
+            lambda g, m: jnp.where(fine, rate * m + (1.0 - rate) * (g * shrink) ** power, m), gradient, old
+        )
+
+    done = fine.astype(jnp.int32)
+    adam = adam._replace(count=adam.count + done, mu=blend(config.b1, 1, adam.mu), nu=blend(config.b2, 2, adam.nu))
+    scheduled = scheduled._replace(count=scheduled.count + done)
+    return jax.lax.optimization_barrier((clip, (adam, decay, scheduled)))
+
+
+def updates(config: OptimizerConfig, moments: Any, learning: Params) -> Params:
+    """The second half: what to add to the parameters, given the moments of `advance`."""
+    _, (adam, _, scheduled) = moments
+    # The schedule counts from 0.
+    rate = schedule(config)(scheduled.count - 1)
+    first, second = (1.0 - b**adam.count for b in (config.b1, config.b2))
+
+    def update(m: Array, v: Array, weight: Array, decay: bool) -> Array:
+        direction = (m / first) / (jnp.sqrt(v / second) + config.eps)
+        return -rate * (direction + config.weight_decay * weight if decay else direction)
+
+    return jax.tree.map(update, adam.mu, adam.nu, learning, decays(learning))
+
+
+def forward(model: OmniModel, batch: Batch, counts: Array, config: RunConfig) -> tuple[Array, loss.Sums]:
+    """What `loss.of_batch` gives for a batch whose heads have `counts` float32 [8] targets in all."""
     heard = None
     if any(Task(task).hears for task in config.data.tasks):
         B, clips, samples = batch["sound"].shape
@@ -80,7 +125,7 @@ def forward_sums(model: OmniModel, batch: Batch, config: RunConfig) -> dict[str,
         batch["segments"],
         remat=config.remat,
     )
-    return loss.head_sums(model, text_hidden, audio_hidden, batch["targets"], batch["mask"], config.loss)
+    return loss.of_batch(model, text_hidden, audio_hidden, batch["targets"], batch["mask"], counts, config.loss)
 
 
 def train_step(
@@ -92,15 +137,14 @@ def train_step(
 
     Returns:
         The state after it and metrics: `loss` [], `heads` [8] (mean loss per head, layers then text), `accuracy` [8],
-        `counts` [8], `gradient_norm`, `update_norm`, `parameter_norm`, `learning_rate`, `skipped`,
-        `skipped_in_a_row`, all float32.
+        `counts` [8], `gradient_norm`, `update_norm` and `parameter_norm` (of the parameters before the step; both NaN
+        in a step that `config.log_every` leaves out), `learning_rate`, `skipped`, `skipped_in_a_row`, all float32.
     """
     parts = config.optimizer.accumulate
     counts = jnp.sum(batch["mask"], axis=(0, 2)).astype(jnp.float32)
 
     def part_loss(learning: Params, part: Batch) -> tuple[Array, dict[str, Array]]:
-        sums = forward_sums(nnx.merge(graph, unite(learning, frozen)), part, config)
-        return loss.total(sums, counts, config.loss), sums
+        return forward(nnx.merge(graph, unite(learning, frozen)), part, counts, config)
 
     compute = jax.value_and_grad(part_loss, has_aux=True)
     if parts == 1:
@@ -121,17 +165,24 @@ def train_step(
 
     norm = optax.tree.norm(gradient)
     fine = jnp.isfinite(value) & jnp.isfinite(norm)
-    updates, moments = optimizer(config.optimizer).update(gradient, state.moments, state.learning)
-    learning = optax.apply_updates(state.learning, updates)
+    moments = advance(config.optimizer, state.moments, gradient, norm, fine)
 
-    def keep(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, old)
+    def measure(moments: Any, learning: Params) -> tuple[Array, Array]:
+        return optax.tree.norm(updates(config.optimizer, moments, learning)), optax.tree.norm(learning)
+
+    # A whole pass over moments and parameters, so only for a step that is logged.
+    logged = ((state.step + 1) % config.log_every == 0) | (state.step + 1 == config.optimizer.steps)
+    unknown = (jnp.float32(jnp.nan), jnp.float32(jnp.nan))
+    norms = jax.lax.cond(logged, measure, lambda *_: unknown, moments, state.learning)
+    # The parameters are overwritten after they have been measured, and so need no copy.
+    norms, old = jax.lax.optimization_barrier((norms, state.learning))
+    learning = jax.tree.map(lambda x, u: jnp.where(fine, x + u, x), old, updates(config.optimizer, moments, old))
 
     bad = (~fine).astype(jnp.int32)
     after = TrainState(
         step=state.step + 1,
-        learning=keep(learning, state.learning),
-        moments=keep(moments, state.moments),
+        learning=learning,
+        moments=moments,
         skipped=state.skipped + bad,
         skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
     )
@@ -142,8 +193,8 @@ def train_step(
         "accuracy": sums["correct"] / counted,
         "counts": counts,
         "gradient_norm": norm,
-        "update_norm": optax.tree.norm(updates),
-        "parameter_norm": optax.tree.norm(learning),
+        "update_norm": norms[0],
+        "parameter_norm": norms[1],
         "learning_rate": jnp.asarray(schedule(config.optimizer)(state.step - state.skipped), jnp.float32),
         "skipped": after.skipped.astype(jnp.float32),
         "skipped_in_a_row": after.skipped_in_a_row.astype(jnp.float32),

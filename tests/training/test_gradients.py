@@ -21,9 +21,8 @@ from omni_jax.config import ModelConfig
 from omni_jax.convert import qwen2
 from omni_jax.model.omni import OmniModel
 from omni_jax.tensorfile import LazyTensor, Tensors
-from omni_jax.training import loss
 from omni_jax.training.stages import divide, unite
-from omni_jax.training.step import forward_sums
+from omni_jax.training.step import forward
 from omni_jax.vocab import LAYERS, TEXT, Vocab
 from tests import builders
 from tests.training.test_step import CLIPS, LENGTH, ROWS, batch, run_config
@@ -53,7 +52,7 @@ def our_gradient(config: ModelConfig, arrays: dict) -> tuple[float, list[dict[st
     @jax.jit
     @jax.value_and_grad
     def compute(learning):
-        return loss.total(forward_sums(nnx.merge(graph, unite(learning, frozen)), arrays, run), counts, run.loss)
+        return forward(nnx.merge(graph, unite(learning, frozen)), arrays, counts, run)[0]
 
     value, gradient = compute(learning)
     named = [

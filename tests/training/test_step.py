@@ -7,10 +7,12 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx, traverse_util
 
@@ -19,9 +21,9 @@ from omni_jax import sharding
 from omni_jax.checkpoint import init_model
 from omni_jax.config import LossConfig, RunConfig
 from omni_jax.model.omni import OmniModel
-from omni_jax.training.loss import head_sums, total
+from omni_jax.training import loss
 from omni_jax.training.stages import divide
-from omni_jax.training.step import TrainState, forward_sums, optimizer, train_step
+from omni_jax.training.step import TrainState, advance, forward, optimizer, train_step, updates
 from tests.builders import tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -132,19 +134,59 @@ def test_the_loss_is_cross_entropy_per_head_whatever_the_chunk():
     counts = arrays["mask"].sum((0, 2))
     for chunk in (LENGTH, 16, 7):
         config = LossConfig(chunk=chunk, z=0.1, text=2.0, audio=(1.0, 0.5, 0.0, 1.0, 1.0, 1.0, 1.0))
-        sums = head_sums(model, text, audio, arrays["targets"], arrays["mask"], config)
+        value, sums = loss.of_batch(
+            model, text, audio, arrays["targets"], arrays["mask"], counts.astype(np.float32), config
+        )
         np.testing.assert_allclose(sums["loss"], expected, rtol=1e-5)
         np.testing.assert_allclose(sums["z"], squares, rtol=1e-5)
         np.testing.assert_array_equal(sums["correct"], right)
         np.testing.assert_array_equal(sums["count"], counts)
         weights = np.array([*config.audio, config.text])
         whole = (weights * (expected + 0.1 * squares) / counts).sum()
-        np.testing.assert_allclose(total(sums, counts.astype(np.float32), config), whole, rtol=1e-5)
+        np.testing.assert_allclose(value, whole, rtol=1e-5)
 
 
 def test_a_head_without_targets_costs_nothing():
-    sums = {"loss": jnp.zeros(8), "z": jnp.zeros(8)}
-    assert float(total(sums, jnp.zeros(8), LossConfig())) == 0.0
+    model = init_model(MODEL, stacked=False, dtype=jnp.float32, seed=0)
+    arrays = batch()
+    hidden = np.ones((ROWS, LENGTH, MODEL.trunk.width), np.float32)
+    nothing = np.zeros((ROWS, 8, LENGTH), bool)
+
+    def value(hidden):
+        return loss.of_batch(model, hidden, hidden, arrays["targets"], nothing, jnp.zeros(8), LossConfig())[0]
+
+    found, gradient = jax.value_and_grad(value)(hidden)
+    assert float(found) == 0.0
+    assert not np.asarray(gradient).any()
+
+
+@pytest.mark.parametrize("chunk", [LENGTH, 16, 7])
+def test_the_gradient_of_the_loss_is_what_jax_derives_from_whole_logits(chunk):
+    model = init_model(MODEL, stacked=False, dtype=jnp.float32, seed=0)
+    arrays = batch()
+    config = LossConfig(chunk=chunk, z=0.1, text=2.0, audio=(1.0, 0.5, 0.0, 1.0, 1.0, 1.0, 1.0))
+    rng = np.random.default_rng(1)
+    hidden = [rng.standard_normal((ROWS, LENGTH, MODEL.trunk.width)).astype(np.float32) for _ in range(2)]
+    counts = arrays["mask"].sum((0, 2)).astype(np.float32)
+    tables = model.head_tables()
+    weights = np.array([*config.audio, config.text], np.float32) / counts
+
+    def chunked(tables, text, audio):
+        heads = SimpleNamespace(head_tables=lambda: tables)
+        return 3.0 * loss.of_batch(heads, text, audio, arrays["targets"], arrays["mask"], counts, config)[0]
+
+    def whole(tables, text, audio):
+        logits = [*jnp.moveaxis(jnp.einsum("btd,cvd->btcv", audio, tables[1]), 2, 0), text @ tables[0].T]
+        value = 0.0
+        for head, scores in enumerate(logits):
+            normaliser = jax.nn.logsumexp(scores, axis=-1)
+            said = jnp.take_along_axis(scores, arrays["targets"][:, head, :, None], -1)[..., 0]
+            each = normaliser - said + config.z * normaliser**2
+            value += weights[head] * jnp.where(arrays["mask"][:, head], each, 0.0).sum()
+        return 3.0 * value
+
+    found, expected = (jax.grad(function, (0, 1, 2))(tables, *hidden) for function in (chunked, whole))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), found, expected)
 
 
 def test_tasks_without_speech_never_run_the_ear(monkeypatch):
@@ -152,7 +194,7 @@ def test_tasks_without_speech_never_run_the_ear(monkeypatch):
     monkeypatch.setattr(OmniModel, "hear", lambda *_: pytest.fail("the ear was run"))
     arrays = batch() | {"speech_index": np.full((ROWS, LENGTH), -1, np.int32)}
     data = {"sources": [{"path": "unused"}], "tasks": {"T1T2": 1, "T1A2": 1}, "batch": ROWS, "length": LENGTH}
-    assert np.isfinite(forward_sums(model, arrays, run_config(data=data))["loss"]).all()
+    assert np.isfinite(forward(model, arrays, jnp.ones(8), run_config(data=data))[0])
 
 
 def test_it_learns_a_batch():
@@ -232,14 +274,39 @@ def test_what_is_frozen_has_no_moments_and_what_learns_moves():
 
 
 def test_norms_and_biases_do_not_decay():
-    config = run_config().optimizer
+    config = replace(run_config().optimizer, warmup=0, weight_decay=0.5)
     learning = {"a": {"scale": jnp.ones(3), "q_bias": jnp.ones(3), "q": jnp.ones((3, 3))}}
-    transformation = optimizer(replace(config, warmup=0, weight_decay=0.5))
     zeros = jax.tree.map(jnp.zeros_like, learning)
-    updates, _ = transformation.update(zeros, transformation.init(learning), learning)
-    assert float(abs(updates["a"]["scale"]).max()) == 0.0
-    assert float(abs(updates["a"]["q_bias"]).max()) == 0.0
-    assert float(updates["a"]["q"].max()) < 0.0
+    moments = advance(config, optimizer(config).init(learning), zeros, jnp.float32(0.0), jnp.array(True))
+    found = updates(config, moments, learning)
+    assert float(abs(found["a"]["scale"]).max()) == 0.0
+    assert float(abs(found["a"]["q_bias"]).max()) == 0.0
+    assert float(found["a"]["q"].max()) < 0.0
+
+
+def test_both_halves_of_the_optimizer_are_optax():
+    config = replace(run_config().optimizer, weight_decay=0.5, clip=2.0, eps=1e-8)
+    rng = np.random.default_rng(0)
+    mine = theirs = {"norm": {"scale": jnp.ones(3)}, "q": jnp.asarray(rng.standard_normal((3, 4)), jnp.float32)}
+    transformation = optimizer(config)
+    moments = reference = transformation.init(mine)
+    # The norms of these gradients lie below the clip and above it.
+    for size in (0.1, 1.0, 10.0, 0.5):
+        gradient = jax.tree.map(lambda x, size=size: jnp.asarray(size * rng.standard_normal(x.shape), x.dtype), mine)
+        moments = advance(config, moments, gradient, optax.tree.norm(gradient), jnp.array(True))
+        mine = optax.apply_updates(mine, updates(config, moments, mine))
+        found, reference = transformation.update(gradient, reference, theirs)
+        theirs = optax.apply_updates(theirs, found)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), (mine, moments), (theirs, reference))
+    skipped = advance(config, moments, gradient, jnp.float32(jnp.nan), jnp.array(False))
+    jax.tree.map(np.testing.assert_array_equal, skipped, moments)
+
+
+def test_only_logged_steps_measure_norms():
+    trainer = Trainer(run_config(log_every=2))
+    _, metrics = trainer.go(3)
+    assert [bool(np.isfinite(step["update_norm"])) for step in metrics] == [False, True, False]
+    assert metrics[1]["parameter_norm"] > 0
 
 
 def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted():
