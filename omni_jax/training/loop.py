@@ -249,6 +249,7 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
     finally:
         manager.close()
         report.close()
+        data.close()
     release(setup, unite(state.learning, frozen), out / checkpoint.RELEASE)
     return out / checkpoint.RELEASE
 
