@@ -497,7 +497,10 @@ def test_ask_in_a_process(tiny: Omni, tmp_path: Path) -> None:
 @pytest.mark.parametrize("seconds", [0.0, 0.3, 1.5])
 def test_interrupted_is_130_for_the_shell_without_a_word(seconds: float) -> None:
     args = command("ask", "--text", "hello", "--model", "tiny", "--task", "T1T2")
+    # Tests that a shell runs in the background are deaf to SIGINT, which is inherited; a handler is not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    signal.signal(signal.SIGINT, before)
     assert process.stderr is not None
     assert "loading" in process.stderr.readline()
     time.sleep(seconds)  # into the imports, or into the making of the model

@@ -29,7 +29,7 @@ def torch_snac(pair: Pair) -> TorchSnac:
 def test_equals_torch(pair: Pair, torch_snac: TorchSnac, codes: np.ndarray, jit: bool):
     decode = jax.jit(torch_snac.decode) if jit else torch_snac.decode
     audio = np.asarray(decode(codes))
-    np.testing.assert_allclose(audio, pair.torch_decode(codes), atol=1e-6, rtol=0)
+    np.testing.assert_allclose(audio, pair.torch_decode(codes), atol=TOLERANCE, rtol=0)
     np.testing.assert_array_equal(audio, decode(codes))
 
 

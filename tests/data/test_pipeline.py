@@ -14,7 +14,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from orbax.checkpoint import v1 as ocp
 from tokenizers import Tokenizer
 
-from omni_jax.config import PRESETS, DataConfig, SourceConfig
+from omni_jax.config import PRESETS, AdapterConfig, DataConfig, SourceConfig
 from omni_jax.data import pipeline
 from omni_jax.data.pipeline import TASKS, Batch, Batches, PipelineError, batches, held_out, padding
 from omni_jax.data.records import Exchange, Writer, serves
@@ -184,7 +184,7 @@ def test_every_example_arrives_intact(folder: str, tokenizer: Tokenizer) -> None
 
 def test_joined_frames_take_fewer_positions(folder: str, tokenizer: Tokenizer) -> None:
     """With `stack` 3 a clip has ceil(100 / 3) = 34 speech positions."""
-    model = builders.replace(MODEL, adapter=builders.AdapterConfig(ffn=48, stack=3))
+    model = builders.replace(MODEL, adapter=AdapterConfig(ffn=48, stack=3))
     batch = next(batches(config(folder, tasks={"A1T1": 1}), model, tokenizer, seed=0))
     seen = 0
     for row in range(4):

@@ -155,8 +155,11 @@ def test_attention_in_blocks_is_attention(positions):
 
 
 @pytest.mark.parametrize("width", [384, 512, 768, 1024, 1280])
-def test_sinusoids_are_whispers(width):
-    np.testing.assert_allclose(sinusoids(1500, width), modeling_whisper.sinusoids(1500, width), atol=1e-4)
+def test_sinusoids_are_whispers(width, monkeypatch):
+    exp = torch.exp
+    # On some processors torch's float32 exp misses the last bit, which the position multiplies by up to 1500.
+    monkeypatch.setattr(torch, "exp", lambda x: exp(x.double()).float())
+    np.testing.assert_allclose(sinusoids(1500, width), modeling_whisper.sinusoids(1500, width), atol=1e-5)
 
 
 def test_sinusoids_by_hand():
