@@ -58,15 +58,49 @@ def test_a_text_that_cannot_be_written_is_refused(text: str):
 def test_a_batch_is_drawn_from_its_seed_and_fits():
     rng = np.random.default_rng(0)
     clips = [ears.Clip(rng.integers(-9, 9, length).astype(np.int16), "a") for length in (4000, 5000, 9000)]
-    audio, labels, padding = ears.batch(clips, 5000, 6, [1, 2])
-    again, _, _ = ears.batch(clips, 5000, 6, [1, 2])
-    other, _, _ = ears.batch(clips, 5000, 6, [1, 3])
+    audio, lengths, labels, padding = ears.batch(clips, 5000, 6, [1, 2])
+    again, *_ = ears.batch(clips, 5000, 6, [1, 2])
+    other, *_ = ears.batch(clips, 5000, 6, [1, 3])
     np.testing.assert_array_equal(audio, again)
     assert not np.array_equal(audio, other)
     assert audio.shape == (6, 5000)
     assert labels.shape == padding.shape == (6, ears.LONGEST_TEXT)
-    lengths = [np.flatnonzero(row)[-1] + 1 for row in audio]
+    for row, length in zip(audio, lengths, strict=True):
+        assert length - 9 < np.flatnonzero(row)[-1] < length
     assert 4000 / 1.15 - 9 < min(lengths) < max(lengths) <= 5000
+
+
+def test_letters_are_spread_evenly_over_what_is_said():
+    labels, padding = ears.numbers(["abcd", "a"])
+    # 0.2 s of silence, 0.4 s of speech, 0.2 s of silence; then nothing more.
+    lengths = np.array([12_800, 12_800])
+    spread = np.asarray(ears.spread(lengths, labels, padding, 25))
+    a, b, c, d = (ears.LETTERS.index(letter) + 1 for letter in "abcd")
+    assert spread[0, :5].tolist() == [0] * 5
+    assert spread[0, 15:].tolist() == [0] * 10
+    said = spread[0, 5:15].tolist()
+    assert said == sorted(said)
+    assert all(said.count(letter) in (2, 3) for letter in (a, b, c, d))
+    assert spread[1].tolist() == [0] * 5 + [a] * 10 + [0] * 10
+
+
+def test_heads_begin_by_looking_beside_themselves():
+    """The attention of every head peaks at its offset, on the sinusoids alone as amid what is heard."""
+    from omni_jax.model.whisper import sinusoids
+
+    config = ears.CONFIG
+    params = ears.Trainer(config, 10, 0).start().params
+    block = params["ear"]["layers"][0]
+    heard = 0.3 * np.asarray(jax.random.normal(jax.random.key(1), (60, config.width)))
+    x = np.asarray(sinusoids(60, config.width)) + heard
+    x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+    q, k = (np.einsum("td,dnh->nth", x, np.asarray(block[name]["kernel"])) for name in "qk")
+    scores = np.einsum("nth,nsh->nts", q, k) / np.sqrt(config.width // config.heads)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    middle = np.arange(10, 50)
+    for head, offset in enumerate(ears.OFFSETS):
+        assert abs(np.median(weights[head].argmax(-1)[middle] - middle) - offset) <= 1
 
 
 def test_augmentation_cuts_stripes_and_warps_each_row_its_own_way():
@@ -86,6 +120,7 @@ def test_augmentation_cuts_stripes_and_warps_each_row_its_own_way():
 def test_training_learns_resumes_and_exports(voices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ears, "BATCH", 4)
     monkeypatch.setattr(ears, "PEAK", 1e-2)
+    monkeypatch.setattr(ears, "SHORT", 0.6)  # fits the recordings
     options = {"config": TINY, "steps": 12, "log_every": 2, "validate_every": 6, "save_seconds": 0}
     ears.train(voices, tmp_path / "whole", **options)
     entries = run.metrics(tmp_path / "whole")
@@ -121,5 +156,5 @@ def test_all_of_a_length_hear_the_same(voices: Path):
     trainer = ears.Trainer(TINY, 10, 0)
     params = trainer.start().params
     audio = np.random.default_rng(0).standard_normal((1, TINY.samples)).astype(np.float32)
-    assert trainer.listen(params, audio).shape == (1, 40, len(ears.LETTERS) + 1)
-    assert trainer.listen(params, audio[:, : 24 * 320]).shape == (1, 24, len(ears.LETTERS) + 1)
+    assert trainer.listen(params, audio).shape == (1, 20, len(ears.LETTERS) + 1)
+    assert trainer.listen(params, audio[:, : 24 * 320]).shape == (1, 12, len(ears.LETTERS) + 1)
