@@ -20,6 +20,8 @@ from typing import Annotated
 
 import typer
 
+from omni_jax.checkpoint import TOKENIZER_FILES
+
 BUILD = Path("build/nano")
 PARTS = Path(__file__).parent / "parts"
 
@@ -31,22 +33,33 @@ class Step:
     name: str
     command: tuple[str, ...]
     done: Path | None = None
-    part: bool = False
-    """Whether `done` may be taken from `PARTS`."""
+    part: tuple[str, ...] = ()
+    """What may be taken from `PARTS` instead: `done` and files beside it."""
+    serves: str = ""
+    """The file in `PARTS` that makes this step needless."""
 
 
-def train(name: str, run: str) -> Step:
+def train(name: str, run: str, serves: str = "") -> Step:
     """A stage of training."""
-    return Step(name, ("train.py", f"configs/nano_{name}.yaml"), BUILD / run / "release")
+    return Step(name, ("train.py", f"configs/nano_{name}.yaml"), BUILD / run / "release", serves=serves)
+
+
+TRUNK = "trunk.safetensors"
 
 
 STEPS = (
     Step("synthesize", ("-m", "nano.synthesize")),
-    Step("codec", ("-m", "nano.codec"), BUILD / "codec" / "codec.safetensors", part=True),
-    Step("ear", ("-m", "nano.ear"), BUILD / "ear" / "ear.safetensors", part=True),
+    Step("codec", ("-m", "nano.codec"), BUILD / "codec" / "codec.safetensors", ("codec.safetensors",)),
+    Step("ear", ("-m", "nano.ear"), BUILD / "ear" / "ear.safetensors", ("ear.safetensors",)),
     Step("texts", ("-m", "nano.text")),
-    Step("untaught", ("-m", "nano.assemble", "untaught", str(BUILD / "untaught")), BUILD / "untaught"),
-    train("text", "text_run"),
+    Step("untaught", ("-m", "nano.assemble", "untaught", str(BUILD / "untaught")), BUILD / "untaught", serves=TRUNK),
+    train("text", "text_run", serves=TRUNK),
+    Step(
+        "trunk",
+        ("-m", "nano.assemble", "trunk", str(BUILD / "text_run")),
+        BUILD / "trunk" / TRUNK,
+        (TRUNK, *TOKENIZER_FILES),
+    ),
     Step("records", ("-m", "nano.records")),
     Step("start", ("-m", "nano.assemble", "taught", str(BUILD / "start")), BUILD / "start"),
     train("stage1", "stage1"),
@@ -75,12 +88,16 @@ def run(step: Step, *, anew: bool) -> None:
     Raises:
         SystemExit: the command failed; with its exit code.
     """
+    if step.serves and not anew and (PARTS / step.serves).exists():
+        print(f"{step.name}: not needed, there is {PARTS / step.serves}", flush=True)
+        return
     if step.done is not None and step.part and not anew and not step.done.exists():
-        kept = PARTS / step.done.name
-        if kept.exists():
+        kept = [PARTS / name for name in step.part]
+        if all(path.exists() for path in kept):
             step.done.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(kept, step.done)
-            print(f"{step.name}: {kept}", flush=True)
+            for path in kept:
+                shutil.copyfile(path, step.done.parent / path.name)
+                print(f"{step.name}: {path}", flush=True)
     if step.done is not None and step.done.exists() and not _unfinished(step):
         return
     print(f"{step.name}: python {' '.join(step.command)}", flush=True)
@@ -93,7 +110,7 @@ def run(step: Step, *, anew: bool) -> None:
 
 def _unfinished(step: Step) -> bool:
     """Whether a part is one of a training that was interrupted: it leaves its state beside what it has so far."""
-    return step.part and step.done is not None and (step.done.parent / "state.safetensors").exists()
+    return bool(step.part) and step.done is not None and (step.done.parent / "state.safetensors").exists()
 
 
 if __name__ == "__main__":

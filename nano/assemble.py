@@ -1,11 +1,13 @@
 """Puts a release together from parts that were taught on their own.
 
 python -m nano.assemble untaught build/nano/untaught    # random weights, the tokenizer: where the text stage starts
+python -m nano.assemble trunk build/nano/text_run       # what the text stage has taught, in a file of its own
 python -m nano.assemble taught build/nano/start         # the taught trunk, ear and codec: where stage 1 starts
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +20,7 @@ from nano import text
 from omni_jax import checkpoint
 from omni_jax.codec.snac import Snac
 from omni_jax.config import PRESETS
-from omni_jax.tensorfile import LazyTensor, TensorFile, Tensors
+from omni_jax.tensorfile import LazyTensor, TensorFile, Tensors, write
 
 PRESET = "nano"
 FROM_TRUNK = ("embed.", "trunk.", "norm.")
@@ -45,14 +47,33 @@ def untaught(out: Path, tokenizer_files: list[Path], *, preset: str = PRESET, se
     checkpoint.save_release(out, config, _random(preset, seed), tensors, tokenizer_files)
 
 
+def keep_trunk(run: checkpoint.Release, path: Path) -> None:
+    """Write what the text stage has taught as a release's tensors, in float16; beside it the tokenizer it knows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def halved(tensor: LazyTensor) -> LazyTensor:
+        return LazyTensor(tensor.shape, np.dtype(np.float16), lambda: tensor.read().astype(np.float16))
+
+    tensors = run.model_tensors()
+    write(path, {name: halved(tensor) for name, tensor in tensors.items() if name.startswith(FROM_TRUNK)})
+    for file in run.tokenizer_files():
+        shutil.copyfile(file, path.parent / file.name)
+
+
 def taught(
-    out: Path, trunk: checkpoint.Release, ear: Path, codec: Path, *, preset: str = PRESET, seed: int = 0
+    out: Path,
+    trunk: Path,
+    ear: Path,
+    codec: Path,
+    *,
+    preset: str = PRESET,
+    seed: int = 0,
 ) -> None:
     """Write a release whose trunk, ear and codec are taught; its adapter, and TTS adapter if any, is random.
 
     Args:
         out: new folder.
-        trunk: what the text stage has made of `untaught`; gives the tokenizer too.
+        trunk: `trunk.safetensors`, as `keep_trunk` writes it; the tokenizer is beside it.
         ear: `ear.safetensors` of `nano.ear`.
         codec: `codec.safetensors` of `nano.codec`.
         preset: the shape.
@@ -61,9 +82,15 @@ def taught(
     Raises:
         omni_jax.tensorfile.CheckpointError: `out` is in use, a file is missing, or the parts do not fit the shape.
     """
-    knows = {name: tensor for name, tensor in trunk.model_tensors().items() if name.startswith(FROM_TRUNK)}
-    tensors = {**_random(preset, seed), **TensorFile(ear).tensors, **knows}
-    checkpoint.save_release(out, PRESETS[preset], tensors, TensorFile(codec).tensors, trunk.tokenizer_files())
+    tensors = {**_random(preset, seed), **TensorFile(ear).tensors, **TensorFile(trunk).tensors}
+    files = [trunk.parent / name for name in checkpoint.TOKENIZER_FILES]
+    # A part in float16 is trained in float32 from here on.
+    tensors = {name: _single(tensor) for name, tensor in tensors.items()}
+    checkpoint.save_release(out, PRESETS[preset], tensors, TensorFile(codec).tensors, files)
+
+
+def _single(tensor: LazyTensor) -> LazyTensor:
+    return LazyTensor(tensor.shape, np.dtype(np.float32), lambda: tensor.read().astype(np.float32))
 
 
 def _random(preset: str, seed: int) -> Tensors:
@@ -81,17 +108,26 @@ def untaught_command(
     untaught(out, [tokenizer / name for name in checkpoint.TOKENIZER_FILES], seed=seed)
 
 
+@app.command("trunk")
+def trunk_command(
+    run: Annotated[Path, typer.Argument(help="Run of the text stage")],
+    out: Annotated[Path, typer.Option(help="File to write")] = Path("build/nano/trunk/trunk.safetensors"),
+) -> None:
+    """What the text stage has taught."""
+    keep_trunk(checkpoint.open_release(run), out)
+
+
 @app.command("taught")
 def taught_command(
     out: Annotated[Path, typer.Argument(help="Folder to write")],
-    trunk: Annotated[Path, typer.Option(help="Run of the text stage")] = Path("build/nano/text_run"),
+    trunk: Annotated[Path, typer.Option(help="As `trunk` writes it")] = Path("build/nano/trunk/trunk.safetensors"),
     ear: Annotated[Path, typer.Option(help="As nano.ear writes it")] = Path("build/nano/ear/ear.safetensors"),
     codec: Annotated[Path, typer.Option(help="As nano.codec writes it")] = Path("build/nano/codec/codec.safetensors"),
     preset: Annotated[str, typer.Option(help="nano or nano_tts_adapter")] = PRESET,
     seed: Annotated[int, typer.Option(help="Draws what is random")] = 0,
 ) -> None:
     """The taught trunk, ear and codec."""
-    taught(out, checkpoint.open_release(trunk), ear, codec, preset=preset, seed=seed)
+    taught(out, trunk, ear, codec, preset=preset, seed=seed)
 
 
 if __name__ == "__main__":

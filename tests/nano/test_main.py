@@ -43,16 +43,32 @@ def test_kept_parts_are_used_unless_all_is_made_anew(
 ):
     monkeypatch.setattr(recipe, "PARTS", tmp_path)
     (tmp_path / "ear.safetensors").write_bytes(b"kept")
-    step = Step("ear", ("-m", "ear"), tmp_path / "run" / "ear.safetensors", part=True)
+    (tmp_path / "letters.txt").write_bytes(b"beside it")
+    step = Step("ear", ("-m", "ear"), tmp_path / "run" / "ear.safetensors", ("ear.safetensors", "letters.txt"))
     recipe.run(step, anew=True)
     assert len(ran) == 1
     recipe.run(step, anew=False)
     assert len(ran) == 1
     assert step.done is not None
     assert step.done.read_bytes() == b"kept"
+    assert (step.done.parent / "letters.txt").read_bytes() == b"beside it"
     # A training that was interrupted has a result already, and goes on.
     (tmp_path / "run" / "state.safetensors").touch()
     recipe.run(step, anew=False)
+    assert len(ran) == 2
+
+
+def test_what_only_serves_a_kept_part_is_left_out(
+    ran: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(recipe, "PARTS", tmp_path)
+    step = Step("text", ("text",), tmp_path / "release", serves="trunk.safetensors")
+    recipe.run(step, anew=False)
+    assert len(ran) == 1
+    (tmp_path / "trunk.safetensors").touch()
+    recipe.run(step, anew=False)
+    assert len(ran) == 1
+    recipe.run(step, anew=True)
     assert len(ran) == 2
 
 
