@@ -65,7 +65,8 @@ STEPS = (
     train("stage1", "stage1"),
     train("stage2", "stage2"),
     train("stage3", "stage3"),
-    Step("evaluate", ("-m", "nano.evaluate", "ask", str(BUILD / "stage3"))),
+    Step("package", ("-m", "nano.assemble", "package", str(BUILD / "stage3"))),
+    Step("evaluate", ("-m", "nano.evaluate", "ask", str(BUILD / "packaged"))),
 )
 
 

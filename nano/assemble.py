@@ -3,6 +3,7 @@
 python -m nano.assemble untaught build/nano/untaught    # random weights, the tokenizer: where the text stage starts
 python -m nano.assemble trunk build/nano/text_run       # what the text stage has taught, in a file of its own
 python -m nano.assemble taught build/nano/start         # the taught trunk, ear and codec: where stage 1 starts
+python -m nano.assemble package build/nano/stage3       # what is shipped: the same in eight bits
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from omni_jax.config import PRESETS
 from omni_jax.tensorfile import LazyTensor, TensorFile, Tensors, write
 
 PRESET = "nano"
+PACKAGED = Path("build/nano/packaged")
 FROM_TRUNK = ("embed.", "trunk.", "norm.")
 """What the text stage has taught."""
+LARGEST = 16_000_000
+"""Bytes that may be shipped."""
 
 app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True)
 
@@ -89,6 +93,27 @@ def taught(
     checkpoint.save_release(out, PRESETS[preset], tensors, TensorFile(codec).tensors, files)
 
 
+def package(run: checkpoint.Release, out: Path) -> int:
+    """Write what is shipped: the model's matrices in eight bits, everything else as it is.
+
+    Args:
+        run: the last stage.
+        out: folder; what is there is replaced.
+
+    Returns:
+        Bytes of all files together.
+
+    Raises:
+        SystemExit: they are more than `LARGEST`.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    checkpoint.save_release(out, run.config, run.model_tensors(), run.codec_tensors(), run.tokenizer_files(), int8=True)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    if size > LARGEST:
+        raise SystemExit(f"{out}: expected at most {LARGEST} bytes, found {size}")
+    return size
+
+
 def _single(tensor: LazyTensor) -> LazyTensor:
     return LazyTensor(tensor.shape, np.dtype(np.float32), lambda: tensor.read().astype(np.float32))
 
@@ -128,6 +153,15 @@ def taught_command(
 ) -> None:
     """The taught trunk, ear and codec."""
     taught(out, trunk, ear, codec, preset=preset, seed=seed)
+
+
+@app.command("package")
+def package_command(
+    run: Annotated[Path, typer.Argument(help="Run of the last stage")],
+    out: Annotated[Path, typer.Option(help="Folder to replace")] = PACKAGED,
+) -> None:
+    """What is shipped."""
+    typer.echo(f"{out}: {package(checkpoint.open_release(run), out) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from omni_jax.tensorfile import (
     Tensors,
     aligned_empty,
     differences,
+    in_eight_bits,
     write,
 )
 
@@ -279,6 +280,8 @@ def save_release(
     tensors: Tensors,
     codec_tensors: Tensors,
     tokenizer_files: Sequence[Path],
+    *,
+    int8: bool = False,
 ) -> None:
     """Write a release folder; it appears under its name only when complete.
 
@@ -290,6 +293,7 @@ def save_release(
         tensors: the model, as `model_tensors` gives it; produced one after the other.
         codec_tensors: the codec, named as `Snac.params` does.
         tokenizer_files: copied under their names.
+        int8: keep the model's matrices in eight bits, a quarter of float32; the codec stays as it is.
 
     Raises:
         CheckpointError: `folder` has something in it, tensors do not fit the config, or a tokenizer file is
@@ -304,7 +308,7 @@ def save_release(
             tensor.read()
     else:
         with new_folder(folder) as partial:
-            write(partial / MODEL, tensors)
+            write(partial / MODEL, in_eight_bits(tensors) if int8 else tensors)
             write(partial / CODEC, codec_tensors)
             for path in tokenizer_files:
                 shutil.copyfile(path, partial / path.name)

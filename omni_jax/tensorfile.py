@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """Names of the types in the header."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+SCALE = ".int8_scale"
+"""What the name of the scales of a tensor in eight bits ends with."""
 
 _ALIGNMENT = 64
 """JAX takes over host memory that starts at a multiple of this, and copies any other."""
@@ -95,6 +98,12 @@ class _Place:
     shape: tuple[int, ...]
     offset: int
     """Bytes from the start of the file."""
+    scale: _Place | None = None
+    """Of a tensor in eight bits: as many axes, 1 long where the scale is the same all along."""
+
+    @property
+    def read_as(self) -> np.dtype[Any]:
+        return self.dtype if self.scale is None else np.dtype(np.float32)
 
 
 class TensorFile:
@@ -131,32 +140,88 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: expected safetensors, found a header with {error!r}") from None
         if end > size:
             raise CheckpointError(f"{self.path}: expected {end} bytes, found {size}: the file was cut off")
-        self._places: dict[str, _Place] = places
+        self._places: dict[str, _Place] = self._scaled(places)
+
+    def _scaled(self, places: dict[str, _Place]) -> dict[str, _Place]:
+        """The places with every scale at the tensor it belongs to."""
+        scaled = {}
+        for name, place in places.items():
+            if name.endswith(SCALE):
+                tensor = places.get(name.removesuffix(SCALE))
+                if tensor is None or tensor.dtype != np.int8 or place.dtype != np.float32:
+                    raise CheckpointError(f"{self.path}: {name}: expected float32 scales beside a tensor of type I8")
+                continue
+            scale = places.get(name + SCALE)
+            if scale is not None and (
+                len(scale.shape) != len(place.shape)
+                or any(few not in (1, many) for few, many in zip(scale.shape, place.shape, strict=True))
+            ):
+                raise CheckpointError(f"{self.path}: {name}: scales {scale.shape} do not fit the shape {place.shape}")
+            scaled[name] = replace(place, scale=scale)
+        return scaled
 
     @property
     def tensors(self) -> dict[str, LazyTensor]:
         """Every tensor by name."""
 
         def tensor(name: str, place: _Place) -> LazyTensor:
-            return LazyTensor(place.shape, place.dtype, lambda: self.read(name))
+            return LazyTensor(place.shape, place.read_as, lambda: self.read(name))
 
         return {name: tensor(name, place) for name, place in self._places.items()}
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A tensor, or the part of it at `index`, in the file's type and in memory of its own."""
+        """A tensor, or the part of it at `index`, in memory of its own; one in eight bits as float32."""
         place = self._places[name]
         picked = tuple(len(range(*part.indices(size))) for part, size in zip(index, place.shape, strict=False))
-        out = aligned_empty(picked + place.shape[len(index) :], place.dtype)
+        out = aligned_empty(picked + place.shape[len(index) :], place.read_as)
         self.read_into(name, out, index)
         return out
 
     def read_into(self, name: str, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
         """Copy a tensor, or the part of it at `index`, to `out`, cast to the type of `out`."""
         place = self._places[name]
-        if out.size:
-            # Mapped anew each time: the pages are given back as soon as the map goes.
-            view = np.memmap(self.path, place.dtype, mode="r", offset=place.offset, shape=place.shape or (1,))
-            out[...] = view.reshape(place.shape)[index]
+        if not out.size:
+            return
+        part = self._map(place)[index]
+        if place.scale is None:
+            out[...] = part
+        else:
+            # Where there is one scale for a whole axis, any part of the axis has it.
+            scales = self._map(place.scale)
+            shared = tuple(slice(None) if size == 1 else kept for kept, size in zip(index, scales.shape, strict=False))
+            np.multiply(part, scales[shared], out=out, dtype=np.float32, casting="unsafe")
+
+    def _map(self, place: _Place) -> np.ndarray:
+        # Mapped anew each time: the pages are given back as soon as the map goes.
+        view = np.memmap(self.path, place.dtype, mode="r", offset=place.offset, shape=place.shape or (1,))
+        return view.reshape(place.shape)
+
+
+def in_eight_bits(tensors: Tensors) -> dict[str, LazyTensor]:
+    """Every matrix rounded to eight bits and scales, for `write`; vectors and scalars as they are.
+
+    Each row, along the first axis, or each column, along the last, has a scale of its own: whichever loses less.
+
+    Args:
+        tensors: real numbers; all of them are in memory afterwards, in eight bits.
+    """
+    rounded: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        if len(tensor.shape) < 2:
+            rounded[name] = tensor
+            continue
+        array = tensor.read().astype(np.float32)
+
+        def of(kept: int, array: np.ndarray = array) -> tuple[float, np.ndarray, np.ndarray]:
+            axes = tuple(axis for axis in range(array.ndim) if axis != kept)
+            scale = np.abs(array).max(axis=axes, keepdims=True).astype(np.float32) / 127
+            scale[scale == 0] = 1
+            numbers = np.rint(array / scale).astype(np.int8)
+            return float(np.square(numbers * scale - array).sum()), numbers, scale
+
+        _, numbers, scale = min(of(0), of(array.ndim - 1), key=lambda loss_first: loss_first[0])
+        rounded[name], rounded[name + SCALE] = LazyTensor.of(numbers), LazyTensor.of(scale)
+    return rounded
 
 
 def write(path: str | Path, tensors: Tensors) -> None:

@@ -239,6 +239,27 @@ def test_init_on_a_mesh_save_and_load_again(tiny_release, tmp_path, stacked):
     assert names(tmp_path / "new") == sorted(checkpoint.FILES)
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_release_in_eight_bits_is_small_and_loads_on_any_mesh(tiny_release, tmp_path, stacked):
+    old = open_release(tiny_release)
+    tensors = {name: LazyTensor.of(tensor.read().astype(np.float32)) for name, tensor in old.model_tensors().items()}
+    files = (old.codec_tensors(), old.tokenizer_files())
+    checkpoint.save_release(tmp_path / "whole", old.config, tensors, *files)
+    checkpoint.save_release(tmp_path / "eight", old.config, tensors, *files, int8=True)
+    whole, eight = open_release(tmp_path / "whole"), open_release(tmp_path / "eight")
+    sizes = [(release.folder / checkpoint.MODEL).stat().st_size for release in (whole, eight)]
+    assert sizes[1] < 0.45 * sizes[0]  # the header is a large part of one so small
+    assert whole.fingerprint() != eight.fingerprint()
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    model = eight.load_model(stacked=stacked, dtype=jnp.float32, mesh=mesh)
+    check_sharding(model, mesh)
+    rounded = {name: tensor.read() for name, tensor in eight.model_tensors().items()}
+    for name, tensor in checkpoint.model_tensors(model).items():
+        np.testing.assert_array_equal(tensor.read(), rounded[name])
+        exact = tensors[name].read()
+        assert np.abs(rounded[name] - exact).max() <= np.abs(exact).max() / 250, name
+
+
 def test_the_seed_gives_the_same_weights_on_any_mesh():
     config = builders.tiny_config()
     config = replace(config, trunk=replace(config.trunk, layers=1), ear=replace(config.ear, layers=1))

@@ -11,10 +11,11 @@ from flax import nnx
 
 from nano import assemble
 from nano import codec as codecs
+from omni_jax import checkpoint
 from omni_jax.checkpoint import open_release, parameter_shapes
 from omni_jax.codec.snac import Snac
 from omni_jax.config import PRESETS
-from omni_jax.tensorfile import CheckpointError, LazyTensor, write
+from omni_jax.tensorfile import CheckpointError, LazyTensor, TensorFile, write
 from tests.builders import tokenizer_files
 
 TINY = PRESETS["tiny"]
@@ -71,3 +72,21 @@ def test_a_part_of_another_shape_is_refused(ear: Path, codec: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"ear\.conv1\.kernel: expected .* found \(3, 3\)"):
         assemble.taught(tmp_path / "start", trunk, ear, codec, preset="tiny")
     assert not (tmp_path / "start").exists()
+
+
+def test_what_is_shipped_is_in_eight_bits_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assemble.untaught(tmp_path / "run", tokenizer_files(tmp_path), preset="tiny")
+    run = open_release(tmp_path / "run")
+    size = assemble.package(run, tmp_path / "packaged")
+    files = list((tmp_path / "packaged").iterdir())
+    assert size == sum(file.stat().st_size for file in files)
+    assert {file.name for file in files} == set(checkpoint.FILES)
+    shipped = open_release(tmp_path / "packaged")
+    assert shipped.fingerprint() != run.fingerprint()
+    matrix = TensorFile(shipped.folder / checkpoint.MODEL).read("embed.text")
+    assert max(len(np.unique(row)) for row in matrix) <= 255
+    # Again, over what is there.
+    assert assemble.package(run, tmp_path / "packaged") == size
+    monkeypatch.setattr(assemble, "LARGEST", size - 1)
+    with pytest.raises(SystemExit, match="expected at most"):
+        assemble.package(run, tmp_path / "packaged")
