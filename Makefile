@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := -c constraints.txt
 DEMO := omni_jax/assets/questions/name.wav
 
-.PHONY: help demo test lint format bench
+.PHONY: help demo test lint format bench nano
 # Two targets at once would install into the same environment.
 .NOTPARALLEL:
 
@@ -20,6 +20,7 @@ help:
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   let ruff lay out the code'
 	@echo 'make bench    measure speed and memory'
+	@echo 'make nano     teach the small model, about six hours on two cores; goes on where it was interrupted'
 
 demo: $(VENV)/.base
 	@mkdir -p demo
@@ -43,6 +44,11 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
 
+nano: $(VENV)/.nano
+	@command -v espeak-ng >/dev/null && command -v flite >/dev/null || \
+		{ echo 'make nano needs the programs espeak-ng and flite: apt-get install espeak-ng flite'; exit 1; }
+	$(BIN)/python -m nano
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "omni_jax needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
@@ -55,3 +61,7 @@ $(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -q $(CONSTRAINTS) -e '.[dev]'
 	@touch $(VENV)/.base $@
+
+$(VENV)/.nano: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q $(CONSTRAINTS) -e '.[nano]'
+	@touch $@

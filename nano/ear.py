@@ -418,7 +418,7 @@ def train(
 def main(
     folder: Annotated[Path, typer.Option(help="What nano.synthesize wrote.")] = Path("build/nano"),
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("build/nano/ear"),
-    steps: Annotated[int, typer.Option(help="Steps of the whole run.")] = 5000,
+    steps: Annotated[int, typer.Option(help="Steps of the whole run.")] = 12_000,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
     """Teach nano its ear."""

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from PIL import Image, ImageDraw
 
 from omni_jax import tensorfile
 
@@ -61,25 +60,29 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def draw(folder: Path, names: Sequence[str]) -> None:
-    """Draw metrics over steps into `curve.png`, a panel each."""
+    """Draw metrics over steps into `curve.png`, a panel each; one that was not noted twice yet is left out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     entries = metrics(folder)
-    width, height, margin = 480, 200, 40
-    image = Image.new("RGB", (width, height * len(names)), "white")
-    pen = ImageDraw.Draw(image)
-    for panel, name in enumerate(names):
-        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
-        top, bottom = panel * height + 20, (panel + 1) * height - 20
-        pen.text((margin, top - 16), name, "black")
-        pen.line([(margin, top), (margin, bottom), (width - 10, bottom)], "black")
-        if len(points) < 2:
-            continue
+    curves = {name: [(entry["step"], entry[name]) for entry in entries if name in entry] for name in names}
+    curves = {name: points for name, points in curves.items() if len(points) > 1}
+    if not curves:
+        return
+    figure, axes = pyplot.subplots(
+        len(curves), figsize=(7, 2 * len(curves)), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axis, (name, points) in zip(axes[:, 0], curves.items(), strict=True):
         steps, values = np.array(points, float).T
+        axis.plot(steps, values, marker="." if len(points) < 50 else "")
+        axis.set_title(name.replace("_", " "), loc="left", fontsize=9)
+        axis.grid(alpha=0.3)
         # What the first steps are above the rest would leave nothing to see of it.
-        high, low = np.quantile(values, 0.98), values.min()
-        x = margin + (width - 10 - margin) * steps / steps[-1]
-        y = bottom - (bottom - top) * (values.clip(max=high) - low) / max(high - low, 1e-9)
-        pen.line(list(zip(x.tolist(), y.tolist(), strict=True)), "blue")
-        pen.text((2, top), f"{high:.3g}", "black")
-        pen.text((2, bottom - 12), f"{low:.3g}", "black")
-        pen.text((width - 60, bottom + 4), f"{int(steps[-1])} steps", "black")
-    image.save(folder / "curve.png")
+        low, high = values.min(), np.quantile(values, 0.98)
+        margin = 0.05 * (high - low) or 0.5
+        axis.set_ylim(low - margin, high + margin)
+    axes[-1, 0].set_xlabel("step")
+    figure.savefig(folder / "curve.png", dpi=100)
+    pyplot.close(figure)
