@@ -435,41 +435,59 @@ class Omni:
         return self.tokenizer.decode([int(i) for i in ids if i < self.config.vocab.text], skip_special_tokens=False)
 
     def _stream(self, request: Request) -> Iterator[Part]:
-        clock = _Clock()
+        answer = Answer(self, request)
         engine = self._engine([request], slots=1)
         engine.submit(0, request)
-        speaks = request.prompt.task.speaks
-        voice = StreamDecoder(self.codec, self.config.codec) if speaks else None
-        silence = np.zeros(0, np.float32)
-        tokens = np.zeros((TEXT + 1, 0), np.int32)
-        sound: list[np.ndarray] = []
-        text, frames = "", 0
-        steps = 2
         while engine.busy:
-            news = engine.advance(steps)
-            # Short chunks until the first sound is out, so that nothing waits; longer ones later cost less.
-            if not speaks or clock.first_sound is not None:
-                steps = min(steps * 2, LONGEST_STREAM_CHUNK)
-            for progress in news:
-                clock.hear(progress)
-                tokens = np.concatenate([tokens, progress.tokens], axis=1)
-                whole = self.written(tokens[TEXT])
-                # An unfinished character decodes to U+FFFD: hold it back until its last byte is there.
-                ready = whole if progress.finish else whole.rstrip("\ufffd")
-                new_text, text = ready[len(text) :], ready
-                audio = silence
-                if voice is not None:
-                    codes = playable(undelay(tokens[:TEXT], self.vocab), self.vocab)
-                    audio = voice.push(codes[frames:], last=progress.finish is not None)
-                    frames = len(codes)
-                    clock.sound(audio)
-                    sound.append(audio)
-                reply = None
-                if progress.finish:
-                    heard = np.concatenate(sound) if speaks else None
-                    reply = self._reply(request, tokens, heard, progress.finish, clock)
-                if new_text or len(audio) or reply:
-                    yield Part(new_text, audio, reply)
+            for progress in engine.advance(answer.next_steps):
+                part = answer.hear(progress)
+                if part is not None:
+                    yield part
+
+
+class Answer:
+    """One request's answer while it is being made: turns what the engine reports into parts.
+
+    Attributes:
+        next_steps: how many steps the next chunk should take, for this answer's sake: few until its first sound is
+            out, so that nothing waits, more and more later, which costs less.
+    """
+
+    def __init__(self, omni: Omni, request: Request):
+        self.omni = omni
+        self.request = request
+        self.next_steps = 2
+        self._clock = _Clock()
+        speaks = request.prompt.task.speaks
+        self._voice = StreamDecoder(omni.codec, omni.config.codec) if speaks else None
+        self._tokens = np.zeros((TEXT + 1, 0), np.int32)
+        self._sound: list[np.ndarray] = []
+        self._text = ""
+        self._frames = 0
+
+    def hear(self, progress: Progress) -> Part | None:
+        """What is new of the answer; None if that is nothing yet."""
+        omni, clock, voice = self.omni, self._clock, self._voice
+        if voice is None or clock.first_sound is not None:
+            self.next_steps = min(self.next_steps * 2, LONGEST_STREAM_CHUNK)
+        clock.hear(progress)
+        self._tokens = np.concatenate([self._tokens, progress.tokens], axis=1)
+        whole = omni.written(self._tokens[TEXT])
+        # An unfinished character decodes to U+FFFD: hold it back until its last byte is there.
+        ready = whole if progress.finish else whole.rstrip("\ufffd")
+        new_text, self._text = ready[len(self._text) :], ready
+        audio = np.zeros(0, np.float32)
+        if voice is not None:
+            codes = playable(undelay(self._tokens[:TEXT], omni.vocab), omni.vocab)
+            audio = voice.push(codes[self._frames :], last=progress.finish is not None)
+            self._frames = len(codes)
+            clock.sound(audio)
+            self._sound.append(audio)
+        reply = None
+        if progress.finish:
+            heard = np.concatenate(self._sound) if voice is not None else None
+            reply = omni._reply(self.request, self._tokens, heard, progress.finish, clock)
+        return Part(new_text, audio, reply) if new_text or len(audio) or reply else None
 
 
 @dataclass

@@ -247,6 +247,11 @@ def join(
     return dataclasses.replace(joined, caches=caches, shadows=shadows)
 
 
+def halt(state: DecodeState, slot: Array) -> DecodeState:
+    """Let the request in a slot stand still from here on; what it leaves in the caches is overwritten by the next."""
+    return dataclasses.replace(state, running=state.running.at[slot].set(False))
+
+
 def empty(model: OmniModel, slots: int, length: int) -> DecodeState:
     """A batch of `slots` idle slots whose caches hold `length` positions."""
     vocab = Vocab(model.config.vocab)
@@ -324,6 +329,7 @@ class Programs:
         self.empty = bind(settled(empty), static_argnums=(1, 2))
         self.shadows = bind(settled(lambda model, *shape: model.trunk.cache(*shape)), static_argnums=(1, 2))
         self.join = jax.jit(settled(join), donate_argnums=0)
+        self.halt = jax.jit(settled(halt), donate_argnums=0)
         self.keep_shadows = jax.jit(settled(take_rows))
 
 

@@ -128,8 +128,8 @@ class Engine:
         self.shadow_rows = 0
         self.unread: tuple[list[_Seat | None], jax.Array, jax.Array] | None = None
 
-    def submit(self, key: int, request: Request) -> None:
-        """Queue a request under a number of the caller's.
+    def check(self, request: Request) -> None:
+        """Make sure that a request can be answered here.
 
         Raises:
             ConfigError: its prompt does not fit the context, or it needs a longer cache than this batch has.
@@ -143,6 +143,14 @@ class Engine:
                 f"the request needs a cache of {request.cache_length(self.context)} positions, "
                 f"this batch has {self.length}"
             )
+
+    def submit(self, key: int, request: Request) -> None:
+        """Queue a request under a number of the caller's.
+
+        Raises:
+            ConfigError: as `check`.
+        """
+        self.check(request)
         self.queue.append((key, request))
 
     @property
@@ -163,6 +171,25 @@ class Engine:
             )
             self.unread = (list(self.seats), tokens, status)
         return self._read(*read) if read else []
+
+    def cancel(self, key: int) -> bool:
+        """Forget a request, wherever it is; its slot is free at once, and nothing more is heard of it.
+
+        Returns:
+            Whether it was still there.
+        """
+        for index, (waiting, _) in enumerate(self.queue):
+            if waiting == key:
+                del self.queue[index]
+                return True
+        for slot, seat in enumerate(self.seats):
+            if seat is not None and seat.key == key:
+                # The chunk that runs may still speak for it: whoever reads that sees that it has stopped.
+                seat.running = False
+                self.seats[slot] = None
+                self.state = self.programs.halt(self.state, jnp.int32(slot))
+                return True
+        return False
 
     def run(self, steps: int = LONGEST_CHUNK) -> Iterator[Progress]:
         """Advance until nothing is left."""
@@ -240,8 +267,7 @@ class Engine:
     def _seat_waiting(self) -> None:
         free = [slot for slot, seat in enumerate(self.seats) if seat is None]
         arrivals = []
-        while free and self.queue:
-            key, request = self.queue.popleft()
+        for key, request in self._next_in(len(free)):
             seat = _Seat(key, request, writing=request.prompt.task.writes)
             slot = free.pop(0)
             self.seats[slot] = seat
@@ -259,12 +285,31 @@ class Engine:
                 seat.shadow = next(unused)
         groups: dict[tuple[int, bool], list[tuple[int, _Seat]]] = {}
         for slot, seat in arrivals:
-            prompt = seat.request.prompt
-            length = next(size for size in PROMPT_BUCKETS if size >= len(prompt) - 1)
-            groups.setdefault((min(length, self.length), prompt.task.hears), []).append((slot, seat))
+            groups.setdefault(self._prefill_shape(seat.request), []).append((slot, seat))
         for (length, hears), group in groups.items():
             for start in range(0, len(group), MOST_PREFILL_ROWS):
                 self._prefill(length, hears, group[start : start + MOST_PREFILL_ROWS])
+
+    def _next_in(self, free: int) -> list[tuple[int, Request]]:
+        """Take from the queue whoever is seated now, at most `free`.
+
+        While others run they wait for one prefill at most: then only those who share the first one's are let in.
+        """
+        if not any(seat is not None for seat in self.seats):
+            return [self.queue.popleft() for _ in range(min(free, len(self.queue)))]
+        chosen: list[tuple[int, Request]] = []
+        left: deque[tuple[int, Request]] = deque()
+        for key, request in self.queue:
+            together = not chosen or self._prefill_shape(request) == self._prefill_shape(chosen[0][1])
+            fits = len(chosen) < min(free, MOST_PREFILL_ROWS)
+            (chosen if together and fits else left).append((key, request))
+        self.queue = left
+        return chosen
+
+    def _prefill_shape(self, request: Request) -> tuple[int, bool]:
+        """Padded length, and whether there is speech: prompts alike in this are prefilled together."""
+        length = next(size for size in PROMPT_BUCKETS if size >= len(request.prompt) - 1)
+        return min(length, self.length), request.prompt.task.hears
 
     def _prefill(self, length: int, hears: bool, group: list[tuple[int, _Seat]]) -> None:
         count = len(group)

@@ -246,6 +246,65 @@ def test_requests_may_arrive_while_others_run(tied: Family) -> None:
     assert_same([(np.concatenate(said[key], axis=1), finish[key]) for key in range(12)], tied.expected[:12])
 
 
+@pytest.mark.parametrize("rounds", [0, 1, 2, 5])
+def test_a_cancelled_request_gives_its_slot_to_the_next_and_disturbs_nobody(tied: Family, rounds: int) -> None:
+    engine = Engine(tied.programs, tied.slots, CONTEXT)
+    for key, request in enumerate(tied.requests[:12]):
+        engine.submit(key, request)
+    said: dict[int, list[np.ndarray]] = {}
+    finish: dict[int, str] = {}
+
+    def hear(news: Sequence[Any]) -> None:
+        for progress in news:
+            said.setdefault(progress.key, []).append(progress.tokens)
+            if progress.finish:
+                finish[progress.key] = progress.finish
+
+    for _ in range(rounds):
+        hear(engine.advance(2))
+    seated = [seat.key for seat in engine.seats if seat is not None]
+    chosen = [*seated[:2], 11]
+    for key in chosen:
+        assert engine.cancel(key)
+        assert not engine.cancel(key)
+    assert not [seat for seat in engine.seats if seat is not None and seat.key in chosen]
+    if seated:
+        assert engine.seats.count(None) >= 2
+    before = {key: len(said.get(key, [])) for key in chosen}
+    while engine.busy:
+        hear(engine.advance(2))
+    assert before == {key: len(said.get(key, [])) for key in chosen}
+    left = [key for key in range(12) if key not in chosen]
+    assert_same(
+        [(np.concatenate(said[key], axis=1), finish[key]) for key in left], [tied.expected[key] for key in left]
+    )
+    assert not engine.cancel(left[0])
+    assert engine.seats == [None] * tied.slots
+
+
+def test_those_who_run_wait_for_one_prefill_at_most(tied: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tied.programs, tied.slots, CONTEXT)
+    prefills: list[int] = []
+    prefill = engine._prefill
+    monkeypatch.setattr(engine, "_prefill", lambda *args: (prefills.append(len(args[2])), prefill(*args)))
+    engine.submit(0, tied.requests[0])
+    engine.advance(1)
+    assert prefills == [1]
+    for key in range(1, 8):  # of several lengths, with speech and without
+        engine.submit(key, tied.requests[key])
+    said: dict[int, list[np.ndarray]] = {}
+    finish: dict[int, str] = {}
+    while engine.busy:
+        others = any(seat is not None for seat in engine.seats)
+        prefills.clear()
+        for progress in engine.advance(1):
+            said.setdefault(progress.key, []).append(progress.tokens)
+            if progress.finish:
+                finish[progress.key] = progress.finish
+        assert len(prefills) <= 1 or not others
+    assert_same([(np.concatenate(said[key], axis=1), finish[key]) for key in range(8)], tied.expected[:8])
+
+
 def test_an_idle_engine_has_nothing_to_say(tied: Family) -> None:
     engine = Engine(tied.programs, tied.slots, CONTEXT)
     assert not engine.busy
