@@ -85,7 +85,7 @@ WARP = (0.9, 1.1)
 """The mel axis is stretched by this."""
 STRIPES = 2
 """Cut out of the time and as many of the mel axis."""
-STRIPE_FRAMES = 25
+STRIPE_FRAMES = 10
 STRIPE_BINS = 12
 """Widest stripes."""
 
@@ -350,6 +350,25 @@ def export(path: Path, params: Any) -> None:
     tensorfile.write(path, {name: tensorfile.LazyTensor.of(array) for name, array in named.items()})
 
 
+def begin_with(state: State, path: Path) -> State:
+    """A state whose encoder, and the average of it, is the one that `export` has written; its head is new.
+
+    Raises:
+        omni_jax.tensorfile.CheckpointError: it is an encoder of another shape.
+    """
+    file = tensorfile.TensorFile(path)
+    leaves, tree = jax.tree_util.tree_flatten_with_path({"ear": state.params["ear"]})
+    named = {dotted(tuple(key.key for key in keys)): leaf.shape for keys, leaf in leaves}
+    if wrong := tensorfile.differences(file.tensors, named):
+        raise tensorfile.CheckpointError(f"{path}: another ear than this one:\n" + "\n".join(wrong))
+    arrays = [np.asarray(file.read(name), np.float32) for name in named]
+    params, average = (
+        {**old, **jax.tree_util.tree_unflatten(tree, [jnp.array(array) for array in arrays])}
+        for old in (state.params, state.average)
+    )
+    return state._replace(params=params, average=average)
+
+
 def train(
     folder: Path,
     out: Path,
@@ -357,6 +376,7 @@ def train(
     config: EarConfig = CONFIG,
     steps: int,
     seed: int = 0,
+    start: Path | None = None,
     log_every: int = 50,
     validate_every: int = 500,
     validated: int = 128,
@@ -370,6 +390,7 @@ def train(
         config: the ear's shape.
         steps: of the whole run; the learning rate falls to its end.
         seed: of the parameters, the batches and the augmentation.
+        start: an encoder to go on teaching, as this has written it; None begins anew.
         log_every: steps.
         validate_every: steps.
         validated: recordings of each held-out part.
@@ -386,7 +407,7 @@ def train(
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params["ear"]))
     hours = sum(len(clip.audio) for clip in clips) / wav.SAMPLE_RATE / 3600
     print(f"{parameters} parameters, {len(clips)} recordings, {hours:.1f} hours, {steps} steps", flush=True)
-    state = run.restore(out, state) or state
+    state = run.restore(out, state) or (state if start is None else begin_with(state, start))
     short = int(SHORT * config.positions) // PAIR * PAIR * 320
     saved = last = time.monotonic()
     since: list[dict[str, Array]] = []
@@ -420,9 +441,10 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("build/nano/ear"),
     steps: Annotated[int, typer.Option(help="Steps of the whole run.")] = 12_000,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    start: Annotated[Path | None, typer.Option(help="An ear.safetensors to go on teaching.")] = None,
 ) -> None:
     """Teach nano its ear."""
-    train(folder, out, steps=steps, seed=seed)
+    train(folder, out, steps=steps, seed=seed, start=start)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from nano import ear as ears
 from nano import run
 from omni_jax.checkpoint import parameter_shapes
 from omni_jax.config import EarConfig, ModelConfig
-from omni_jax.tensorfile import TensorFile
+from omni_jax.tensorfile import CheckpointError, TensorFile
 
 TINY = EarConfig(mels=16, width=16, layers=1, heads=2, ffn=32, positions=40)
 
@@ -149,6 +149,21 @@ def test_training_learns_resumes_and_exports(voices: Path, tmp_path: Path, monke
     named = {name: tensor.shape for name, tensor in TensorFile(tmp_path / "whole" / "ear.safetensors").tensors.items()}
     release = parameter_shapes(ModelConfig(ear=TINY))
     assert named == {name: shape for name, shape in release.items() if name.startswith("ear.")}
+
+
+def test_an_ear_taught_before_is_taught_further(tmp_path: Path):
+    before, after = ears.Trainer(TINY, 10, 0).start(), ears.Trainer(TINY, 10, 1).start()
+    ears.export(tmp_path / "ear.safetensors", before.params)
+    begun = ears.begin_with(after, tmp_path / "ear.safetensors")
+    for params in (begun.params, begun.average):
+        jax.tree.map(
+            lambda new, old: np.testing.assert_array_equal(new, np.asarray(old, np.float16)),
+            params["ear"],
+            before.params["ear"],
+        )
+        jax.tree.map(np.testing.assert_array_equal, params["head"], after.params["head"])
+    with pytest.raises(CheckpointError, match="another ear"):
+        ears.begin_with(ears.Trainer(ears.CONFIG, 10, 0).start(), tmp_path / "ear.safetensors")
 
 
 def test_all_of_a_length_hear_the_same(voices: Path):
