@@ -24,6 +24,7 @@ from omni_jax.checkpoint import TOKENIZER_FILES
 
 BUILD = Path("build/nano")
 PARTS = Path(__file__).parent / "parts"
+TRUNK = "trunk.safetensors"
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,6 @@ class Step:
 def train(name: str, run: str, serves: str = "") -> Step:
     """A stage of training."""
     return Step(name, ("train.py", f"configs/nano_{name}.yaml"), BUILD / run / "release", serves=serves)
-
-
-TRUNK = "trunk.safetensors"
 
 
 STEPS = (

@@ -24,6 +24,7 @@ from omni_jax.config import PRESETS
 from omni_jax.tensorfile import LazyTensor, TensorFile, Tensors, write
 
 PRESET = "nano"
+TRUNK = Path("build/nano/trunk/trunk.safetensors")
 PACKAGED = Path("build/nano/packaged")
 FROM_TRUNK = ("embed.", "trunk.", "norm.")
 """What the text stage has taught."""
@@ -55,11 +56,8 @@ def keep_trunk(run: checkpoint.Release, path: Path) -> None:
     """Write what the text stage has taught as a release's tensors, in float16; beside it the tokenizer it knows."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    def halved(tensor: LazyTensor) -> LazyTensor:
-        return LazyTensor(tensor.shape, np.dtype(np.float16), lambda: tensor.read().astype(np.float16))
-
-    tensors = run.model_tensors()
-    write(path, {name: halved(tensor) for name, tensor in tensors.items() if name.startswith(FROM_TRUNK)})
+    tensors = run.model_tensors().items()
+    write(path, {name: tensor.cast(np.float16) for name, tensor in tensors if name.startswith(FROM_TRUNK)})
     for file in run.tokenizer_files():
         shutil.copyfile(file, path.parent / file.name)
 
@@ -86,10 +84,10 @@ def taught(
     Raises:
         omni_jax.tensorfile.CheckpointError: `out` is in use, a file is missing, or the parts do not fit the shape.
     """
-    tensors = {**_random(preset, seed), **TensorFile(ear).tensors, **TensorFile(trunk).tensors}
-    files = [trunk.parent / name for name in checkpoint.TOKENIZER_FILES]
+    parts = {**_random(preset, seed), **TensorFile(ear).tensors, **TensorFile(trunk).tensors}
     # A part in float16 is trained in float32 from here on.
-    tensors = {name: _single(tensor) for name, tensor in tensors.items()}
+    tensors = {name: tensor.cast(np.float32) for name, tensor in parts.items()}
+    files = [trunk.parent / name for name in checkpoint.TOKENIZER_FILES]
     checkpoint.save_release(out, PRESETS[preset], tensors, TensorFile(codec).tensors, files)
 
 
@@ -114,10 +112,6 @@ def package(run: checkpoint.Release, out: Path) -> int:
     return size
 
 
-def _single(tensor: LazyTensor) -> LazyTensor:
-    return LazyTensor(tensor.shape, np.dtype(np.float32), lambda: tensor.read().astype(np.float32))
-
-
 def _random(preset: str, seed: int) -> Tensors:
     model = checkpoint.init_model(PRESETS[preset], stacked=False, dtype=jnp.float32, seed=seed)
     return checkpoint.model_tensors(model)
@@ -136,7 +130,7 @@ def untaught_command(
 @app.command("trunk")
 def trunk_command(
     run: Annotated[Path, typer.Argument(help="Run of the text stage")],
-    out: Annotated[Path, typer.Option(help="File to write")] = Path("build/nano/trunk/trunk.safetensors"),
+    out: Annotated[Path, typer.Option(help="File to write")] = TRUNK,
 ) -> None:
     """What the text stage has taught."""
     keep_trunk(checkpoint.open_release(run), out)
@@ -145,7 +139,7 @@ def trunk_command(
 @app.command("taught")
 def taught_command(
     out: Annotated[Path, typer.Argument(help="Folder to write")],
-    trunk: Annotated[Path, typer.Option(help="As `trunk` writes it")] = Path("build/nano/trunk/trunk.safetensors"),
+    trunk: Annotated[Path, typer.Option(help="As `trunk` writes it")] = TRUNK,
     ear: Annotated[Path, typer.Option(help="As nano.ear writes it")] = Path("build/nano/ear/ear.safetensors"),
     codec: Annotated[Path, typer.Option(help="As nano.codec writes it")] = Path("build/nano/codec/codec.safetensors"),
     preset: Annotated[str, typer.Option(help="nano or nano_tts_adapter")] = PRESET,

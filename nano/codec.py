@@ -325,15 +325,8 @@ def load(folder: Path, parts: tuple[str, ...] = PARTS) -> tuple[list[np.ndarray]
     return [one for i, one in enumerate(every) if i % HELD_BACK], every[::HELD_BACK]
 
 
-def export(path: Path, params: Any) -> None:
-    """Write parameters as a release's `codec.safetensors`, in float16: as they will be shipped."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    named = {".".join(str(key.key) for key in keys): np.asarray(leaf, np.float16) for keys, leaf in leaves}
-    tensorfile.write(path, {name: tensorfile.LazyTensor.of(array) for name, array in named.items()})
-
-
 def read(path: Path, config: CodecConfig = CONFIG) -> Snac:
-    """The codec that `export` has written."""
+    """The codec that `run.export` has written."""
     file = tensorfile.TensorFile(path)
     return Snac.from_params(config, {name: file.read(name).astype(np.float32) for name in file.tensors})
 
@@ -394,7 +387,7 @@ def train(
             print(f"step {done}: distance {values['distance']:.3f}, validation {np.mean(distances):.3f}", flush=True)
         if time.monotonic() - saved > save_seconds or done == steps:
             run.save(out, state)
-            export(out / "codec.safetensors", state.average)
+            run.export(out / "codec.safetensors", state.average)
             saved = time.monotonic()
 
 

@@ -34,7 +34,7 @@ import jiwer
 import numpy as np
 import optax
 import typer
-from flax import nnx
+from flax import nnx, traverse_util
 
 from nano import facts, run
 from nano.synthesize import recordings
@@ -343,30 +343,22 @@ class Trainer:
         }
 
 
-def export(path: Path, params: Any) -> None:
-    """Write the encoder as a release's tensors, `ear.conv1.kernel` and so on, in float16: as it will be shipped."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path({"ear": params["ear"]})
-    named = {dotted(tuple(key.key for key in keys)): np.asarray(leaf, np.float16) for keys, leaf in leaves}
-    tensorfile.write(path, {name: tensorfile.LazyTensor.of(array) for name, array in named.items()})
-
-
 def begin_with(state: State, path: Path) -> State:
-    """A state whose encoder, and the average of it, is the one that `export` has written; its head is new.
+    """A state whose encoder, and the average of it, is that of an `ear.safetensors`; its head is new.
 
     Raises:
         omni_jax.tensorfile.CheckpointError: it is an encoder of another shape.
     """
     file = tensorfile.TensorFile(path)
-    leaves, tree = jax.tree_util.tree_flatten_with_path({"ear": state.params["ear"]})
-    named = {dotted(tuple(key.key for key in keys)): leaf.shape for keys, leaf in leaves}
-    if wrong := tensorfile.differences(file.tensors, named):
+    drawn = traverse_util.flatten_dict({"ear": state.params["ear"]})
+    if wrong := tensorfile.differences(file.tensors, {dotted(keys): leaf.shape for keys, leaf in drawn.items()}):
         raise tensorfile.CheckpointError(f"{path}: another ear than this one:\n" + "\n".join(wrong))
-    arrays = [np.asarray(file.read(name), np.float32) for name in named]
-    params, average = (
-        {**old, **jax.tree_util.tree_unflatten(tree, [jnp.array(array) for array in arrays])}
-        for old in (state.params, state.average)
-    )
-    return state._replace(params=params, average=average)
+
+    def taught(old: Any) -> Any:
+        read = {keys: jnp.array(file.read(dotted(keys)), jnp.float32) for keys in drawn}
+        return {**old, **traverse_util.unflatten_dict(read)}
+
+    return state._replace(params=taught(state.params), average=taught(state.average))
 
 
 def train(
@@ -432,7 +424,7 @@ def train(
             run.draw(out, ["loss", *names])
         if time.monotonic() - saved > save_seconds or done == steps:
             run.save(out, state)
-            export(out / "ear.safetensors", state.average)
+            run.export(out / "ear.safetensors", {"ear": state.average["ear"]})
             saved = time.monotonic()
 
 

@@ -1,4 +1,4 @@
-"""What every training here needs: a state on disk to go on from, metrics as JSON lines, a drawing of the curve."""
+"""What every training here needs: its state on disk, what it taught, metrics as JSON lines, a drawing of the curve."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from flax import traverse_util
+from matplotlib.figure import Figure
 
 from omni_jax import tensorfile
+from omni_jax.checkpoint import dotted
 
 STATE = "state.safetensors"
 METRICS = "metrics.jsonl"
@@ -45,6 +48,13 @@ def restore(folder: Path, like: T) -> T | None:
     return jax.tree_util.tree_unflatten(tree, [jax.numpy.asarray(file.read(name)) for name in expected])
 
 
+def export(path: Path, params: Any) -> None:
+    """Write a dict of dicts of parameters as a release's tensors, in float16: as they will be shipped."""
+    flat = traverse_util.flatten_dict(params)
+    tensors = {dotted(keys): tensorfile.LazyTensor.of(np.asarray(leaf, np.float16)) for keys, leaf in flat.items()}
+    tensorfile.write(path, tensors)
+
+
 def log(folder: Path, values: dict[str, float]) -> None:
     """Append one line to the run's metrics."""
     rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
@@ -61,20 +71,14 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 def draw(folder: Path, names: Sequence[str]) -> None:
     """Draw metrics over steps into `curve.png`, a panel each; one that was not noted twice yet is left out."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     entries = metrics(folder)
     curves = {name: [(entry["step"], entry[name]) for entry in entries if name in entry] for name in names}
     curves = {name: points for name, points in curves.items() if len(points) > 1}
     if not curves:
         return
-    figure, axes = pyplot.subplots(
-        len(curves), figsize=(7, 2 * len(curves)), sharex=True, squeeze=False, layout="constrained"
-    )
-    for axis, (name, points) in zip(axes[:, 0], curves.items(), strict=True):
+    figure = Figure(figsize=(7, 2 * len(curves)), layout="constrained")
+    axes = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
+    for axis, (name, points) in zip(axes, curves.items(), strict=True):
         steps, values = np.array(points, float).T
         axis.plot(steps, values, marker="." if len(points) < 50 else "")
         axis.set_title(name.replace("_", " "), loc="left", fontsize=9)
@@ -83,6 +87,5 @@ def draw(folder: Path, names: Sequence[str]) -> None:
         low, high = values.min(), np.quantile(values, 0.98)
         margin = 0.05 * (high - low) or 0.5
         axis.set_ylim(low - margin, high + margin)
-    axes[-1, 0].set_xlabel("step")
+    axes[-1].set_xlabel("step")
     figure.savefig(folder / "curve.png", dpi=100)
-    pyplot.close(figure)

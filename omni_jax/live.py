@@ -114,10 +114,9 @@ class Live:
         self._lock = threading.Condition()
         # What other threads want; under the lock.
         self._new: list[tuple[int, Talk]] = []
-        self._unwanted: list[Talk] = []
-        self._alive = 0
+        self._unwanted: set[Talk] = set()
         self._closing: Literal["finish", "cancel"] | None = None
-        # The thread's own.
+        # The thread's own; changed under the lock too, so that others can count them.
         self._talks: dict[int, tuple[Talk, Answer]] = {}
         self._engine = Engine(omni.programs, slots, self._length)
         self._thread = threading.Thread(target=self._run, name="omni_jax live", daemon=True)
@@ -134,7 +133,8 @@ class Live:
     @property
     def alive(self) -> int:
         """Requests that are being answered or wait for it."""
-        return self._alive
+        with self._lock:
+            return len(self._new) + len(self._talks)
 
     @property
     def occupied(self) -> int:
@@ -160,9 +160,8 @@ class Live:
         with self._lock:
             if self._closing is not None:
                 raise ClosedError("nothing is answered any more: this is being closed")
-            if self._alive >= self.slots + self.waiting:
-                raise BusyError(f"{self._alive} requests are running or waiting, no more may; try again later")
-            self._alive += 1
+            if self.alive >= self.slots + self.waiting:
+                raise BusyError(f"{self.alive} requests are running or waiting, no more may; try again later")
             self._new.append((next(self._keys), talk))
             self._lock.notify()
         return talk
@@ -192,7 +191,7 @@ class Live:
     def _cancel(self, talk: Talk) -> None:
         with self._lock:
             if talk.outcome is None:
-                self._unwanted.append(talk)
+                self._unwanted.add(talk)
                 self._lock.notify()
 
     def _run(self) -> None:
@@ -212,10 +211,11 @@ class Live:
             while not (self._new or self._unwanted or self._talks or self._closing):
                 self._lock.wait()
             new, self._new = self._new, []
-            unwanted, self._unwanted = self._unwanted, []
+            unwanted, self._unwanted = self._unwanted, set()
             closing = self._closing
+            for key, talk in new:
+                self._talks[key] = (talk, Answer(self.omni, talk.request))
         for key, talk in new:
-            self._talks[key] = (talk, Answer(self.omni, talk.request))
             self._engine.submit(key, talk.request)
         now = time.monotonic()
         for key, (talk, _) in list(self._talks.items()):
@@ -247,7 +247,6 @@ class Live:
 
     def _end(self, key: int, outcome: Outcome) -> None:
         self._engine.cancel(key)
-        talk, _ = self._talks.pop(key)
         with self._lock:
-            self._alive -= 1
+            talk, _ = self._talks.pop(key)
         talk._end(outcome)

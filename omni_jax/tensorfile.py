@@ -60,6 +60,10 @@ class LazyTensor:
         """An array that is in memory anyway."""
         return cls(array.shape, array.dtype, lambda: array)
 
+    def cast(self, dtype: Any) -> LazyTensor:
+        """The same in another type, cast when it is produced."""
+        return LazyTensor(self.shape, np.dtype(dtype), lambda: self.read().astype(dtype))
+
 
 Tensors = Mapping[str, LazyTensor]
 
@@ -211,17 +215,18 @@ def in_eight_bits(tensors: Tensors) -> dict[str, LazyTensor]:
             rounded[name] = tensor
             continue
         array = tensor.read().astype(np.float32)
-
-        def of(kept: int, array: np.ndarray = array) -> tuple[float, np.ndarray, np.ndarray]:
-            axes = tuple(axis for axis in range(array.ndim) if axis != kept)
-            scale = np.abs(array).max(axis=axes, keepdims=True).astype(np.float32) / 127
-            scale[scale == 0] = 1
-            numbers = np.rint(array / scale).astype(np.int8)
-            return float(np.square(numbers * scale - array).sum()), numbers, scale
-
-        _, numbers, scale = min(of(0), of(array.ndim - 1), key=lambda loss_first: loss_first[0])
+        ways = [_rounded(array, axis) for axis in (0, array.ndim - 1)]
+        numbers, scale = min(ways, key=lambda way: float(np.square(way[0] * way[1] - array).sum()))
         rounded[name], rounded[name + SCALE] = LazyTensor.of(numbers), LazyTensor.of(scale)
     return rounded
+
+
+def _rounded(array: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whole numbers -127..127, and a scale for each index of one axis."""
+    others = tuple(other for other in range(array.ndim) if other != axis)
+    scale = np.abs(array).max(axis=others, keepdims=True) / np.float32(127)
+    scale[scale == 0] = 1
+    return np.rint(array / scale).astype(np.int8), scale
 
 
 def write(path: str | Path, tensors: Tensors) -> None:

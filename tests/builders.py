@@ -1,9 +1,12 @@
 """Small folders of every kind we read, with random weights. Torch is imported when first needed."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,6 +17,14 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 """Compiler options for programs that run once."""
 
 SENTENCES = ["What is your name?", "The weather is fine today.", "I can hear and talk."]
+
+
+@contextmanager
+def quick_compile() -> Iterator[None]:
+    """Half the time to compile, for shapes beyond those that show how the compiler optimises."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def tiny_config(**changes) -> ModelConfig:

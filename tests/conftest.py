@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports jax. Eight devices, so that sharded code can be tested on any machine; no network.
@@ -15,6 +16,13 @@ import pytest
 
 from omni_jax.config import ModelConfig
 from tests import builders
+
+
+@pytest.fixture(scope="module")
+def quickly_compiled() -> Iterator[None]:
+    """Everything that a module compiles, by `builders.quick_compile`."""
+    with builders.quick_compile():
+        yield
 
 
 @pytest.fixture(scope="session")

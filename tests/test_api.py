@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,15 @@ from omni_jax.inference.engine import Progress, Request
 from omni_jax.prompts import Task, speech_positions, speech_prompt, text_prompt
 from omni_jax.tensorfile import CheckpointError
 from tests.inference.slow_decoder import SlowDecoder, random_model, small_config
-from tests.inference.test_engine import quick_compile
 from tests.model.randomised import randomised
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 CONFIG = small_config(text=260)
 SEED, EOT = 3, 2.5
 """Chosen so that what `test_the_answers_differ_in_kind` asks for does happen."""
 FRAME = 64
 LONGEST = 20 * 320
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compile() -> Iterator[None]:
-    with quick_compile():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -17,16 +17,11 @@ from omni_jax.config import ConfigError
 from omni_jax.inference.engine import Progress, Request
 from omni_jax.live import BusyError, ClosedError, Live, Talk
 from tests.inference.slow_decoder import CONTEXT, random_model, small_config
-from tests.inference.test_engine import quick_compile
 from tests.model.randomised import randomised
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 CONFIG = small_config(text=260)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compile() -> Iterator[None]:
-    with quick_compile():
-        yield
 
 
 @pytest.fixture(scope="module")

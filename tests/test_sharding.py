@@ -20,8 +20,9 @@ from omni_jax.inference.decode import Programs
 from omni_jax.inference.engine import Request
 from omni_jax.model.omni import OmniModel
 from omni_jax.prompts import Task
+from tests.builders import quick_compile
 from tests.inference.slow_decoder import SlowDecoder, random_model, random_request, small_config
-from tests.inference.test_engine import Answer, Recorder, assert_same, quick_compile, run
+from tests.inference.test_engine import Answer, Recorder, assert_same, run
 
 
 @pytest.fixture(autouse=True)

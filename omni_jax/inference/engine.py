@@ -297,12 +297,14 @@ class Engine:
         """
         if not any(seat is not None for seat in self.seats):
             return [self.queue.popleft() for _ in range(min(free, len(self.queue)))]
+        if not free or not self.queue:
+            return []
+        shape, rows = self._prefill_shape(self.queue[0][1]), min(free, MOST_PREFILL_ROWS)
         chosen: list[tuple[int, Request]] = []
         left: deque[tuple[int, Request]] = deque()
-        for key, request in self.queue:
-            together = not chosen or self._prefill_shape(request) == self._prefill_shape(chosen[0][1])
-            fits = len(chosen) < min(free, MOST_PREFILL_ROWS)
-            (chosen if together and fits else left).append((key, request))
+        for entry in self.queue:
+            together = len(chosen) < rows and self._prefill_shape(entry[1]) == shape
+            (chosen if together else left).append(entry)
         self.queue = left
         return chosen
 

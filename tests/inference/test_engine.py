@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -18,9 +18,10 @@ import pytest
 from omni_jax.config import ConfigError, ModelConfig
 from omni_jax.delay import undelay
 from omni_jax.inference.decode import Programs, Routing
-from omni_jax.inference.engine import Engine, Request
+from omni_jax.inference.engine import Engine, Progress, Request
 from omni_jax.prompts import Prompt, Task, text_prompt
 from omni_jax.vocab import TEXT, Vocab
+from tests.builders import quick_compile
 from tests.inference.slow_decoder import CONTEXT, SlowDecoder, random_model, random_request, small_config
 
 Answer = tuple[np.ndarray, str]
@@ -72,14 +73,6 @@ def family(slots: int, *, stacked: bool, seed: int, eot: float = 1.5, **config: 
     return Family(programs, requests, [slow(request) for request in requests], slots, slow)
 
 
-@contextmanager
-def quick_compile() -> Iterator[None]:
-    """Half the time to compile, for shapes beyond those that show how the compiler optimises."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def tied() -> Family:
     return family(3, stacked=False, seed=1)
@@ -119,22 +112,36 @@ class Recorder:
         return [routing.sizes for routing, _, _ in self.calls]
 
 
+class Said:
+    """What an engine has reported so far."""
+
+    def __init__(self) -> None:
+        self.parts: defaultdict[int, list[np.ndarray]] = defaultdict(list)
+        self.finish: dict[int, str] = {}
+
+    def hear(self, news: Sequence[Progress]) -> None:
+        for progress in news:
+            assert progress.key not in self.finish, "nothing follows the end"
+            self.parts[progress.key].append(progress.tokens)
+            if progress.finish:
+                self.finish[progress.key] = progress.finish
+
+    def answers(self, keys: Sequence[int]) -> list[Answer]:
+        return [(np.concatenate(self.parts[key], axis=1), self.finish[key]) for key in keys]
+
+
 def run(programs: Any, requests: Sequence[Request], slots: int, steps: int = 64) -> list[Answer]:
     engine = Engine(programs, slots, CONTEXT)
     if isinstance(programs, Recorder):
         programs.engine = engine
     for key, request in enumerate(requests):
         engine.submit(key, request)
-    said: list[list[np.ndarray]] = [[] for _ in requests]
-    finish: dict[int, str] = {}
+    said = Said()
     for progress in engine.run(steps):
-        assert progress.key not in finish, "nothing follows the end"
         assert progress.tokens.shape[1] <= steps
-        said[progress.key].append(progress.tokens)
-        if progress.finish:
-            finish[progress.key] = progress.finish
+        said.hear([progress])
     assert not engine.busy
-    return [(np.concatenate(parts, axis=1), finish[key]) for key, parts in enumerate(said)]
+    return said.answers(range(len(requests)))
 
 
 def assert_same(found: Sequence[Answer], expected: Sequence[Answer]) -> None:
@@ -231,19 +238,15 @@ def test_a_request_answers_the_same_alone_twice_and_in_any_seat(tied: Family) ->
 
 def test_requests_may_arrive_while_others_run(tied: Family) -> None:
     engine = Engine(tied.programs, tied.slots, CONTEXT)
-    said: dict[int, list[np.ndarray]] = {}
+    said = Said()
     waiting = list(enumerate(tied.requests[:12]))
-    finish = {}
     rounds = 0
     while waiting or engine.busy:
         if waiting and rounds % 3 == 0:
             engine.submit(*waiting.pop(0))
-        for progress in engine.advance(4):
-            said.setdefault(progress.key, []).append(progress.tokens)
-            if progress.finish:
-                finish[progress.key] = progress.finish
+        said.hear(engine.advance(4))
         rounds += 1
-    assert_same([(np.concatenate(said[key], axis=1), finish[key]) for key in range(12)], tied.expected[:12])
+    assert_same(said.answers(range(12)), tied.expected[:12])
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 2, 5])
@@ -251,17 +254,9 @@ def test_a_cancelled_request_gives_its_slot_to_the_next_and_disturbs_nobody(tied
     engine = Engine(tied.programs, tied.slots, CONTEXT)
     for key, request in enumerate(tied.requests[:12]):
         engine.submit(key, request)
-    said: dict[int, list[np.ndarray]] = {}
-    finish: dict[int, str] = {}
-
-    def hear(news: Sequence[Any]) -> None:
-        for progress in news:
-            said.setdefault(progress.key, []).append(progress.tokens)
-            if progress.finish:
-                finish[progress.key] = progress.finish
-
+    said = Said()
     for _ in range(rounds):
-        hear(engine.advance(2))
+        said.hear(engine.advance(2))
     seated = [seat.key for seat in engine.seats if seat is not None]
     chosen = [*seated[:2], 11]
     for key in chosen:
@@ -270,14 +265,12 @@ def test_a_cancelled_request_gives_its_slot_to_the_next_and_disturbs_nobody(tied
     assert not [seat for seat in engine.seats if seat is not None and seat.key in chosen]
     if seated:
         assert engine.seats.count(None) >= 2
-    before = {key: len(said.get(key, [])) for key in chosen}
+    before = {key: len(said.parts[key]) for key in chosen}
     while engine.busy:
-        hear(engine.advance(2))
-    assert before == {key: len(said.get(key, [])) for key in chosen}
+        said.hear(engine.advance(2))
+    assert before == {key: len(said.parts[key]) for key in chosen}
     left = [key for key in range(12) if key not in chosen]
-    assert_same(
-        [(np.concatenate(said[key], axis=1), finish[key]) for key in left], [tied.expected[key] for key in left]
-    )
+    assert_same(said.answers(left), [tied.expected[key] for key in left])
     assert not engine.cancel(left[0])
     assert engine.seats == [None] * tied.slots
 
@@ -292,17 +285,13 @@ def test_those_who_run_wait_for_one_prefill_at_most(tied: Family, monkeypatch: p
     assert prefills == [1]
     for key in range(1, 8):  # of several lengths, with speech and without
         engine.submit(key, tied.requests[key])
-    said: dict[int, list[np.ndarray]] = {}
-    finish: dict[int, str] = {}
+    said = Said()
     while engine.busy:
         others = any(seat is not None for seat in engine.seats)
         prefills.clear()
-        for progress in engine.advance(1):
-            said.setdefault(progress.key, []).append(progress.tokens)
-            if progress.finish:
-                finish[progress.key] = progress.finish
+        said.hear(engine.advance(1))
         assert len(prefills) <= 1 or not others
-    assert_same([(np.concatenate(said[key], axis=1), finish[key]) for key in range(8)], tied.expected[:8])
+    assert_same(said.answers(range(8)), tied.expected[:8])
 
 
 def test_an_idle_engine_has_nothing_to_say(tied: Family) -> None:

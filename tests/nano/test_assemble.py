@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nano import assemble
+from nano import assemble, run
 from nano import codec as codecs
 from omni_jax import checkpoint
 from omni_jax.checkpoint import open_release, parameter_shapes
@@ -35,7 +35,7 @@ def ear(tmp_path: Path) -> Path:
 def codec(tmp_path: Path) -> Path:
     path = tmp_path / "codec.safetensors"
     _, variables = nnx.split(Snac(TINY.codec, rngs=nnx.Rngs(7)))
-    codecs.export(path, nnx.to_pure_dict(variables))
+    run.export(path, nnx.to_pure_dict(variables))
     return path
 
 
@@ -76,17 +76,17 @@ def test_a_part_of_another_shape_is_refused(ear: Path, codec: Path, tmp_path: Pa
 
 def test_what_is_shipped_is_in_eight_bits_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assemble.untaught(tmp_path / "run", tokenizer_files(tmp_path), preset="tiny")
-    run = open_release(tmp_path / "run")
-    size = assemble.package(run, tmp_path / "packaged")
+    taught = open_release(tmp_path / "run")
+    size = assemble.package(taught, tmp_path / "packaged")
     files = list((tmp_path / "packaged").iterdir())
     assert size == sum(file.stat().st_size for file in files)
     assert {file.name for file in files} == set(checkpoint.FILES)
     shipped = open_release(tmp_path / "packaged")
-    assert shipped.fingerprint() != run.fingerprint()
+    assert shipped.fingerprint() != taught.fingerprint()
     matrix = TensorFile(shipped.folder / checkpoint.MODEL).read("embed.text")
     assert max(len(np.unique(row)) for row in matrix) <= 255
     # Again, over what is there.
-    assert assemble.package(run, tmp_path / "packaged") == size
+    assert assemble.package(taught, tmp_path / "packaged") == size
     monkeypatch.setattr(assemble, "LARGEST", size - 1)
     with pytest.raises(SystemExit, match="expected at most"):
-        assemble.package(run, tmp_path / "packaged")
+        assemble.package(taught, tmp_path / "packaged")

@@ -85,7 +85,7 @@ def test_letters_are_spread_evenly_over_what_is_said():
 
 
 def test_heads_begin_by_looking_beside_themselves():
-    """The attention of every head peaks at its offset, on the sinusoids alone as amid what is heard."""
+    """The attention of every head peaks at its offset, amid what is heard."""
     from omni_jax.model.whisper import sinusoids
 
     config = ears.CONFIG
@@ -153,7 +153,7 @@ def test_training_learns_resumes_and_exports(voices: Path, tmp_path: Path, monke
 
 def test_an_ear_taught_before_is_taught_further(tmp_path: Path):
     before, after = ears.Trainer(TINY, 10, 0).start(), ears.Trainer(TINY, 10, 1).start()
-    ears.export(tmp_path / "ear.safetensors", before.params)
+    run.export(tmp_path / "ear.safetensors", {"ear": before.params["ear"]})
     begun = ears.begin_with(after, tmp_path / "ear.safetensors")
     for params in (begun.params, begun.average):
         jax.tree.map(
