@@ -20,7 +20,7 @@ help:
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   let ruff lay out the code'
 	@echo 'make bench    measure speed and memory'
-	@echo 'make nano     teach the small model, about six hours on two cores; goes on where it was interrupted'
+	@echo 'make nano     teach the small model, hours on two cores; goes on where it was interrupted'
 
 demo: $(VENV)/.base
 	@mkdir -p demo
