@@ -213,6 +213,51 @@ def batch(
         raise typer.Exit(1 if failed else 0)
 
 
+@app.command()
+def serve(
+    model: Model = "nano",
+    codec: Codec = "jax",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Other machines reach only another one.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    slots: Annotated[int, typer.Option(min=1, max=1024, help="Requests answered at once.")] = 8,
+    waiting: Annotated[int, typer.Option(min=0, help="How many more may be queued; others get status 429.")] = 64,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="A key on each line; one of them must be given then. Default: none is asked for."),
+    ] = None,
+    max_audio_seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="Longest question. Default: what the model hears at once.")
+    ] = None,
+    max_body_bytes: Annotated[int, typer.Option(min=1024, help="Largest request.")] = 32 << 20,
+    max_seconds: Annotated[float, typer.Option(min=1, help="After which a request is given up.")] = 120.0,
+    idle_seconds: Annotated[float, typer.Option(min=1, help="How long a client may send or read nothing.")] = 30.0,
+) -> None:
+    """Talk over the network: a page, OpenAI's and Mini-Omni's endpoints, a WebSocket, figures for Prometheus."""
+    with _plain_errors():
+        keys = _read_keys(api_key_file) if api_key_file is not None else ()
+        omni = _load(model, codec)
+        from omni_jax.serve.app import make_server
+        from omni_jax.serve.service import Service, Settings
+
+        settings = Settings(slots, waiting, max_audio_seconds, max_body_bytes, max_seconds, idle_seconds, keys)
+        name = Path(model).name or model
+        if not keys and host not in ("127.0.0.1", "localhost", "::1"):
+            _say(f"note: anybody who reaches {host}:{port} may ask; --api-key-file asks for a key")
+        make_server(Service(omni, name, settings), host, port).run()
+
+
+def _read_keys(path: Path) -> tuple[str, ...]:
+    try:
+        keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {path}: expected a readable text file, found {error}") from None
+    if not keys:
+        raise ConfigError(f"--api-key-file {path}: expected a key on each line, found none")
+    return keys
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class ManifestRow:
     """One line of a manifest. What is not given comes from the command line."""

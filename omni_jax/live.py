@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from omni_jax.api import Answer, Omni, Part
-from omni_jax.inference.engine import Engine, Request
+from omni_jax.codec.snac import StreamDecoder
+from omni_jax.inference.engine import FEW_BUCKETS, Engine, Request
 
 Outcome = Literal["done", "cancelled", "expired", "failed"]
 
@@ -95,9 +96,12 @@ class Live:
         omni: the model.
         slots: answered at once.
         waiting: how many more may be queued.
+        ready: set when everything that was to be compiled beforehand is.
     """
 
-    def __init__(self, omni: Omni, *, slots: int = 8, waiting: int = 64, length: int | None = None):
+    def __init__(
+        self, omni: Omni, *, slots: int = 8, waiting: int = 64, length: int | None = None, warm_up: bool = False
+    ):
         """Start.
 
         Args:
@@ -105,6 +109,7 @@ class Live:
             slots: how many are answered at once.
             waiting: how many more may be queued; further ones are refused.
             length: positions of each slot's cache; None: the trunk's context.
+            warm_up: compile all that any request can need first, so that none waits for it later.
         """
         if slots < 1 or waiting < 0:
             raise ValueError(f"expected at least 1 slot and 0 or more waiting, found {slots} and {waiting}")
@@ -118,7 +123,9 @@ class Live:
         self._closing: Literal["finish", "cancel"] | None = None
         # The thread's own; changed under the lock too, so that others can count them.
         self._talks: dict[int, tuple[Talk, Answer]] = {}
-        self._engine = Engine(omni.programs, slots, self._length)
+        self._engine = self._new_engine()
+        self.ready = threading.Event()
+        self._warm_up = warm_up
         self._thread = threading.Thread(target=self._run, name="omni_jax live", daemon=True)
         self._thread.start()
 
@@ -194,7 +201,19 @@ class Live:
                 self._unwanted.add(talk)
                 self._lock.notify()
 
+    def _new_engine(self) -> Engine:
+        return Engine(self.omni.programs, self.slots, self._length, FEW_BUCKETS)
+
     def _run(self) -> None:
+        if self._warm_up:
+            try:
+                self._engine.warm_up()
+                StreamDecoder(self.omni.codec, self.omni.config.codec).warm_up()
+            except Exception:
+                log.exception("the model could not be made ready")
+                self._closing = "cancel"
+        if self._closing != "cancel":
+            self.ready.set()
         while self._take_orders():
             try:
                 self._advance()
@@ -203,7 +222,7 @@ class Live:
                 log.exception("the running batch failed and is begun anew")
                 for key in list(self._talks):
                     self._end(key, "failed")
-                self._engine = Engine(self.omni.programs, self.slots, self._length)
+                self._engine = self._new_engine()
 
     def _take_orders(self) -> bool:
         """Wait for something to do, take what others want; False when all is done."""

@@ -35,11 +35,17 @@ MAX_PEAK = 32.0
 samples cast to float. Ordinary overshoot from mixing, lossy codecs or resampling stays well below."""
 
 
+MAX_CHANNELS = 32
+"""Of a recording whose size is limited."""
+
+
 class AudioError(ValueError):
     """A recording that cannot be used: one sentence with its name, what was expected and what was found."""
 
 
-def read(path_or_file: str | Path | BinaryIO, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
+def read(
+    path_or_file: str | Path | BinaryIO, sample_rate: int = SAMPLE_RATE, *, max_seconds: float | None = None
+) -> np.ndarray:
     """Read a recording as mono at the wanted rate.
 
     Every format of libsndfile is read (wav, flac, ogg, mp3, aiff, ...), recognised by content, not by name.
@@ -48,13 +54,15 @@ def read(path_or_file: str | Path | BinaryIO, sample_rate: int = SAMPLE_RATE) ->
     Args:
         path_or_file: a path, or a binary file object, read from its current position to its end.
         sample_rate: samples per second of the result.
+        max_seconds: refuse a longer recording, and one of more than `MAX_CHANNELS`, before it fills the memory: a
+            small file can hold hours of silence. None: take any.
 
     Returns:
         f32 [samples].
 
     Raises:
         AudioError: there is no such file, it is a directory, it cannot be read, it is empty, it is not audio
-            or is damaged, or its samples fail the checks of `as_mono`.
+            or is damaged, it is longer than may be, or its samples fail the checks of `as_mono`.
     """
     name = name_of(path_or_file)
     if isinstance(path_or_file, (str, Path)):
@@ -73,7 +81,15 @@ def read(path_or_file: str | Path | BinaryIO, sample_rate: int = SAMPLE_RATE) ->
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate, promised = file.samplerate, 0 if _length_is_guessed(data, file.format) else file.frames
-            samples = file.read(dtype="float32", always_2d=True)
+            limit = -1
+            if max_seconds is not None:
+                if file.channels > MAX_CHANNELS:
+                    raise AudioError(f"{name}: expected at most {MAX_CHANNELS} channels, found {file.channels}")
+                limit = int(max_seconds * rate) + 1
+            samples = file.read(frames=limit, dtype="float32", always_2d=True)
+            if 0 < limit <= max(len(samples), promised):
+                found = f"{promised / rate:.2f} s" if promised else "more"
+                raise AudioError(f"{name}: expected a recording of at most {max_seconds:.2f} s, found {found}")
     except soundfile.LibsndfileError as error:
         raise AudioError(
             f"{name}: expected audio (wav, flac, ogg, mp3, ...), "

@@ -7,6 +7,7 @@ knows is one chunk old; that only ever costs a chunk that does nothing, never a 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +22,13 @@ from omni_jax.audio.features import pad
 from omni_jax.config import ConfigError
 from omni_jax.inference.decode import LONGEST_CHUNK, DecodeState, Programs, Requests, Routing
 from omni_jax.inference.sampling import Sampling
-from omni_jax.prompts import Prompt, Task
+from omni_jax.prompts import Prompt, Task, speech_positions, speech_prompt, text_prompt
 from omni_jax.vocab import STREAMS, TEXT, Vocab
 
 PROMPT_BUCKETS = tuple(sorted({int(base * 2**power) for base in (16, 20, 24, 28) for power in range(12)}))
 """Lengths prompts are padded to: 16, 20, 24, 28, 32, 40, ..., so that at most a fifth is padding."""
+FEW_BUCKETS = tuple(2**power for power in range(4, 16))
+"""For those who compile everything beforehand: 16, 32, 64, ..., a quarter as many programs."""
 CACHE_STEP = 256
 """Cache lengths are multiples of this, up to the trunk's context."""
 MOST_PREFILL_ROWS = 8
@@ -113,11 +116,12 @@ class _Seat:
 
 @dataclass
 class Engine:
-    """A running batch of `slots` requests whose caches hold `length` positions."""
+    """A running batch of `slots` requests whose caches hold `length` positions; prompts are padded to `buckets`."""
 
     programs: Programs
     slots: int
     length: int
+    buckets: Sequence[int] = PROMPT_BUCKETS
     queue: deque[tuple[int, Request]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
@@ -190,6 +194,46 @@ class Engine:
                 self.state = self.programs.halt(self.state, jnp.int32(slot))
                 return True
         return False
+
+    def warm_up(self) -> None:
+        """Compile, by running it on nothing, every program that any request can come to need here.
+
+        Raises:
+            RuntimeError: something is queued or running.
+        """
+        if self.busy:
+            raise RuntimeError("a batch that is busy can't be warmed up")
+        vocab, config = self.vocab, self.programs.config
+        longest = speech_positions(config.ear.samples, config.ear.positions, config.adapter.stack)
+        rows = [1 << power for power in range(min(self.slots, MOST_PREFILL_ROWS).bit_length())]
+        rows = [count for count in rows if count < 2 * min(self.slots, MOST_PREFILL_ROWS)]
+        sizes = sorted({self._size(count) for count in range(self.slots + 1)})
+        for shadows in sizes:
+            self._resize_shadows([], 0)
+            self._resize_shadows([], shadows)
+            for task in (Task.T1A1, Task.T1T2, Task.A1A2, Task.A1T1):
+                if not (task.speaks or config.tts_adapter_layers):
+                    # Without a TTS adapter prefill does not depend on what is answered.
+                    continue
+                most = min(longest + 2, self.length) if task.hears else self.length
+                for length in sorted({self._padded(length) for length in range(1, most + 1)}):
+                    prompt = speech_prompt(task, 1, vocab) if task.hears else text_prompt(task, [0], vocab)
+                    request = Request(prompt, np.zeros(0, np.float32) if task.hears else None)
+                    for count in rows:
+                        nowhere = _Seat(-1, request)
+                        self._prefill(length, task.hears, [(self.slots, nowhere)] * count)
+            for texts, audios in itertools.product(sizes, sizes):
+                # Whoever has a second row writes and speaks.
+                if min(texts, audios) >= shadows and texts + audios:
+                    idle = [jnp.full(size, self.slots, jnp.int32) for size in (shadows, texts, texts, audios)]
+                    self.state, *_ = self.programs.chunk(
+                        self.programs.weights, self.state, Routing(*idle), jnp.int32(1)
+                    )
+            self.state = self.programs.halt(self.state, jnp.int32(0))
+            for other in sizes:
+                self._resize_shadows([], other)
+                self._resize_shadows([], shadows)
+        self._resize_shadows([], 0)
 
     def run(self, steps: int = LONGEST_CHUNK) -> Iterator[Progress]:
         """Advance until nothing is left."""
@@ -310,8 +354,10 @@ class Engine:
 
     def _prefill_shape(self, request: Request) -> tuple[int, bool]:
         """Padded length, and whether there is speech: prompts alike in this are prefilled together."""
-        length = next(size for size in PROMPT_BUCKETS if size >= len(request.prompt) - 1)
-        return min(length, self.length), request.prompt.task.hears
+        return self._padded(len(request.prompt) - 1), request.prompt.task.hears
+
+    def _padded(self, length: int) -> int:
+        return min(next(size for size in self.buckets if size >= length), self.length)
 
     def _prefill(self, length: int, hears: bool, group: list[tuple[int, _Seat]]) -> None:
         count = len(group)

@@ -9,9 +9,10 @@ from transformers.models.whisper import modeling_whisper
 
 from omni_jax.config import EarConfig
 from omni_jax.convert.whisper import from_transformers
+from omni_jax.model import whisper
 from omni_jax.model.whisper import Whisper, attention, sinusoids
 
-# 160 positions are one block of queries and a bit; every dimension differs from every other.
+# 160 positions are one block of queries and a bit, where attention is in blocks; every dimension differs from every other.
 CONFIG = EarConfig(mels=20, width=48, layers=3, heads=4, ffn=72, positions=160)
 
 
@@ -61,7 +62,9 @@ def filled(reference, *, stacked, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_encoder_is_whispers(reference, mel, stacked):
+@pytest.mark.parametrize("short_clip", [CONFIG.positions, CONFIG.positions - 1])
+def test_encoder_is_whispers(reference, mel, stacked, short_clip, monkeypatch):
+    monkeypatch.setattr(whisper, "SHORT_CLIP", short_clip)
     with torch.no_grad():
         expected = reference(torch.from_numpy(mel)).last_hidden_state.numpy()
     found = jax.jit(filled(reference, stacked=stacked))(mel)
@@ -143,7 +146,7 @@ def test_initial_weights_have_unit_gain():
     np.testing.assert_allclose(model.conv1.kernel[...].std() * np.sqrt(3 * CONFIG.mels), 1.0, atol=0.05)
 
 
-@pytest.mark.parametrize("positions", [1, 7, 150, 151, 450])
+@pytest.mark.parametrize("positions", [1, 7, 512, 513, 600])
 def test_attention_in_blocks_is_attention(positions):
     rng = np.random.default_rng(2)
     q, k, v = (2 * rng.normal(size=(2, positions, 3, 8)) for _ in range(3))

@@ -1,0 +1,151 @@
+"""A real server on a real socket, with a small random model."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from omni_jax.api import Omni, byte_tokenizer
+from omni_jax.audio import wav
+from omni_jax.codec.snac import Snac, make_decoder
+from omni_jax.serve.app import make_server
+from omni_jax.serve.service import Service, Settings
+from tests.builders import quick_compile
+from tests.inference.slow_decoder import random_model, small_config
+from tests.model.randomised import randomised
+
+CONFIG = small_config(text=260)
+
+
+@dataclass
+class Running:
+    """A server that answers at `url`."""
+
+    url: str
+    service: Service
+
+    @property
+    def omni(self) -> Omni:
+        return self.service.omni
+
+    def call(self, path: str, body: Any = None, **headers: str) -> tuple[int, bytes, dict[str, str]]:
+        """Status, body and headers; `body` is bytes as they are, or else sent as JSON."""
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        if data is not None:
+            headers = {"Content-Type": "application/json"} | headers
+        request = urllib.request.Request(self.url + path, data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.status, response.read(), {k.lower(): v for k, v in response.headers.items()}
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read(), {k.lower(): v for k, v in error.headers.items()}
+
+    def refused(self, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
+        """Status and the one sentence of an error."""
+        status, content, _ = self.call(path, body, **headers)
+        return status, json.loads(content)["error"]["message"]
+
+    def figure(self, name: str, **labels: str) -> float:
+        """A metric's value; 0 if it has none yet."""
+        return self.service.figures.registry.get_sample_value(name, labels) or 0.0
+
+    def idle(self) -> None:
+        """Wait until no slot is in use."""
+        eventually(lambda: not self.service.live.alive)
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    """Wait for something that another thread brings about; a client may see an answer's end before it is counted."""
+    until = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < until, "it never came about"
+        time.sleep(0.01)
+
+
+class Held:
+    """While entered, the running batch waits before its next chunk until it is released."""
+
+    def __init__(self, server: Running):
+        self.live, self.gate, self.reached = server.service.live, threading.Event(), threading.Event()
+
+    def __enter__(self) -> Held:
+        advance = self.live._advance
+
+        def wait() -> None:
+            self.reached.set()
+            assert self.gate.wait(60)
+            advance()
+
+        self.live._advance = wait  # type: ignore[method-assign]
+        return self
+
+    def wait(self) -> None:
+        assert self.reached.wait(60)
+
+    def release(self) -> None:
+        self.gate.set()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+        del self.live._advance
+
+
+@contextlib.contextmanager
+def running(omni: Omni, **settings: Any) -> Iterator[Running]:
+    service = Service(omni, "small", Settings(**{"slots": 2, "waiting": 20, **settings}))
+    server = make_server(service, "127.0.0.1", 0)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until = time.monotonic() + 120
+        while not (server.started and service.ready):
+            assert thread.is_alive()
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield Running(f"http://127.0.0.1:{port}", service)
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def omni() -> Iterator[Omni]:
+    with quick_compile():
+        codec = make_decoder(randomised(lambda: Snac(CONFIG.codec, rngs=nnx.Rngs(0))))
+        yield Omni(random_model(CONFIG, seed=3, eot=2.5, eoa=1.5), codec, byte_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def server(omni: Omni) -> Iterator[Running]:
+    with running(omni) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def sound() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=3000).astype(np.float32) / 10
+
+
+@pytest.fixture(scope="session")
+def recording(sound: np.ndarray) -> bytes:
+    return wav.to_wav(sound, 16_000)
+
+
+@pytest.fixture(scope="session")
+def spoken(recording: bytes) -> str:
+    return base64.b64encode(recording).decode()

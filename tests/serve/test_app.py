@@ -1,0 +1,267 @@
+"""What the server lets in, whom it turns away, and that nobody can hold it up."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import socket
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from omni_jax.api import Omni
+from omni_jax.audio import wav
+from omni_jax.serve.service import Service, Settings
+from tests.serve.conftest import CONFIG, Held, Running, eventually, running
+
+HELLO = {"model": "small", "messages": [{"role": "user", "content": "hello"}]}
+STREAM = HELLO | {"stream": True, "modalities": ["text", "audio"], "audio": {"voice": "a", "format": "pcm16"}}
+
+
+def raw(server: Running, timeout: float = 30) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=timeout)
+
+
+def post(path: str, body: bytes, *headers: str) -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "Host: a", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    return "\r\n".join([*lines, *headers, "", ""]).encode() + body
+
+
+def answers(server: Running) -> bool:
+    """Whether it still answers as it should."""
+    status, content, _ = server.call("/v1/chat/completions", HELLO)
+    return (
+        status == 200
+        and json.loads(content)["choices"][0]["message"]["content"] == server.omni.answer(text="hello").text
+    )
+
+
+def test_health_and_figures(server: Running) -> None:
+    assert server.call("/healthz")[:2] == (200, b'{"status":"ok"}')
+    assert server.call("/readyz")[0] == 200
+    before = server.figure("omni_requests_total", endpoint="/v1/audio/speech", outcome="done")
+    sounds = server.figure("omni_first_sound_seconds_count")
+    steps = server.figure("omni_steps_total")
+    expected = server.omni.read_aloud("read me")
+    assert server.call("/v1/audio/speech", {"model": "small", "input": "read me", "response_format": "wav"})[0] == 200
+    eventually(lambda: server.figure("omni_requests_total", endpoint="/v1/audio/speech", outcome="done") == before + 1)
+    assert server.figure("omni_first_sound_seconds_count") == sounds + 1
+    assert server.figure("omni_steps_total") == steps + expected.tokens.shape[1]
+    status, content, headers = server.call("/metrics")
+    assert status == 200
+    assert headers["content-type"].startswith("text/plain")
+    lines = content.decode().splitlines()
+    for line in ("omni_slots 2.0", "omni_slots_occupied 0.0", "omni_waiting 0.0", "omni_ready 1.0"):
+        assert line in lines
+
+
+def test_nothing_is_compiled_once_it_is_ready(
+    server: Running, spoken: str, sound: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    import jax
+
+    requests = [
+        server.omni.prepare({"text": "a" * length, "task": task, "options": {"max_steps": 20, "temperature": 0.5}})
+        for length in (1, 15, 40)
+        for task in ("T1A1", "T1A2", "T1T2")
+    ]
+    requests += [
+        server.omni.prepare({"audio": np.resize(sound, length), "sample_rate": 16_000, "task": task})
+        for length in (400, CONFIG.ear.samples)
+        for task in ("A1A2", "A1T1", "A1T2")
+    ]
+    jax.config.update("jax_log_compiles", True)
+    try:
+        for gap in (0, 0.02):
+            talks = []
+            for request in requests:
+                talks.append(server.service.live.ask(request))
+                time.sleep(gap)
+            for talk in talks:
+                assert [*talk][-1].reply is not None
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
+    assert not compiled
+
+
+def test_errors_are_json_everywhere(server: Running) -> None:
+    assert server.refused("/nowhere") == (404, "GET /nowhere: Not Found")
+    assert server.refused("/chat")[0] == 405
+    status, message = server.refused("/v1/chat/completions", b"{")
+    assert (status, message.partition(":")[0]) == (400, "body")
+    assert server.refused("/v1/chat/completions", b"\xff\xfe")[0] == 400
+    assert server.refused("/v1/chat/completions", b"[" * 100_000)[0] == 400
+    assert server.refused("/v1/chat/completions", b"{}", **{"Content-Type": "text/plain"})[0] in (400, 422)
+    assert answers(server)
+
+
+def test_keys(omni: Omni) -> None:
+    with running(omni, api_keys=("right", "other")) as server:
+        for path in ("/v1/models", "/metrics", "/openapi.json"):
+            assert server.refused(path)[0] == 401
+            assert server.refused(path, Authorization="Bearer wrong")[0] == 401
+            assert server.refused(path, Authorization="Basic right")[0] == 401
+            assert server.call(path, Authorization="Bearer right")[0] == 200
+            assert server.call(path, Authorization="bearer other")[0] == 200
+        assert server.refused("/v1/chat/completions", HELLO)[0] == 401
+        for path in ("/", "/page/page.js", "/healthz", "/readyz"):
+            assert server.call(path)[0] == 200
+        assert server.call("/v1/models")[2]["www-authenticate"] == "Bearer"
+
+
+def test_the_page_is_served_whole_and_from_here_alone(server: Running) -> None:
+    status, content, headers = server.call("/")
+    assert status == 200
+    assert headers["content-security-policy"].startswith("default-src 'self'")
+    import re
+
+    for link in re.findall(r'(?:src|href)="([^"]+)"', content.decode()):
+        assert link == "data:," or server.call(link)[0] == 200
+    assert server.refused("/page/../app.py")[0] == 404
+    assert server.refused("/page/service.py")[0] == 404
+
+
+def test_too_large(omni: Omni) -> None:
+    with running(omni, max_body_bytes=10_000, idle_seconds=1) as server:
+        status, message = server.refused("/chat", b" " * 10_001)
+        assert (status, message) == (413, "expected a body of at most 10000 bytes, found 10001")
+        with raw(server) as client:
+            # One that does not say beforehand how much it sends.
+            client.sendall(
+                b"POST /chat HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+                b"Transfer-Encoding: chunked\r\n\r\n"
+            )
+            client.sendall(b"4000\r\n" + b" " * 0x4000 + b"\r\n")
+            assert client.recv(1000).startswith(b"HTTP/1.1 413")
+        with raw(server) as client:
+            # One that announces more than it sends.
+            client.sendall(post("/chat", b"{}").replace(b"Length: 2", b"Length: 2000"))
+            assert client.recv(1000).startswith(b"HTTP/1.1 408")
+        assert answers(server)
+
+
+def test_recordings_that_are_too_long_are_not_even_decoded(omni: Omni, tmp_path: Any) -> None:
+    import base64
+
+    import soundfile
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.zeros(16_000 * 1800, np.int16), 16_000, format="FLAC")
+    assert len(buffer.getvalue()) < 1 << 20
+    with running(omni, max_audio_seconds=0.1) as server:
+        hours = base64.b64encode(buffer.getvalue()).decode()
+        status, message = server.refused("/chat", {"audio": hours})
+        assert (status, message) == (400, "recording: expected a recording of at most 0.10 s, found 1800.00 s")
+        long = base64.b64encode(wav.to_wav(np.ones(2000, np.float32) / 2, 16_000)).decode()
+        assert "at most 0.10 s, found 0.12 s" in server.refused("/chat", {"audio": long})[1]
+
+
+def test_when_it_is_full(omni: Omni) -> None:
+    with running(omni, slots=1, waiting=1) as server, Held(server) as held:
+        threads = [threading.Thread(target=server.call, args=("/v1/chat/completions", HELLO)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: server.service.live.alive == 2)
+        status, content, headers = server.call("/v1/chat/completions", HELLO)
+        assert status == 429
+        assert int(headers["retry-after"]) >= 1
+        assert "try again later" in json.loads(content)["error"]["message"]
+        assert server.figure("omni_requests_total", endpoint="/v1/chat/completions", outcome="busy") == 1
+        held.release()
+        for thread in threads:
+            thread.join(60)
+        assert answers(server)
+
+
+def test_deadlines(omni: Omni) -> None:
+    with running(omni, max_seconds=0.2) as server, Held(server) as held:
+        results: list[Any] = []
+        bodies = [HELLO, STREAM]
+        threads = [
+            threading.Thread(target=lambda body=body: results.append(server.call("/v1/chat/completions", body)))
+            for body in bodies
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        held.release()
+        for thread in threads:
+            thread.join(60)
+        by_status = {status: content for status, content, _ in results}
+        assert "not answered within 0.2 s" in json.loads(by_status[504])["error"]["message"]
+        # A stream has begun with status 200: it ends with an error and without [DONE].
+        assert b"not answered within 0.2 s" in by_status[200]
+        assert b"[DONE]" not in by_status[200]
+        server.idle()
+
+
+@pytest.mark.parametrize("body", [HELLO, STREAM])
+def test_clients_that_leave(server: Running, body: Any) -> None:
+    before = server.figure("omni_requests_total", endpoint="/v1/chat/completions", outcome="cancelled")
+    with Held(server) as held:
+        with raw(server) as client:
+            client.sendall(post("/v1/chat/completions", json.dumps(body).encode()))
+            held.wait()
+        labels = {"endpoint": "/v1/chat/completions", "outcome": "cancelled"}
+        eventually(lambda: server.figure("omni_requests_total", **labels) == before + 1)
+    server.idle()
+    assert answers(server)
+
+
+def test_half_open_and_slow_ones_hold_nobody_up(omni: Omni) -> None:
+    with running(omni, idle_seconds=1) as server:
+        silent = [raw(server) for _ in range(50)]
+        begun = [raw(server) for _ in range(20)]
+        for client in begun:
+            client.sendall(b"POST /chat HTTP/1.1\r\nHost: a\r\nContent-Le")
+        slow = [raw(server) for _ in range(4)]
+        for client in slow:
+            # Asks for an answer and never reads it.
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            client.sendall(post("/v1/chat/completions", json.dumps(STREAM).encode()))
+        assert answers(server)
+        server.idle()
+        for client in (*silent, *begun, *slow):
+            client.close()
+        assert answers(server)
+
+
+def test_garbage(server: Running) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(30):
+        with raw(server) as client:
+            client.sendall(random.bytes(int(random.integers(1, 3000))) + b"\r\n\r\n")
+            client.settimeout(5)
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                assert client.recv(100).startswith(b"HTTP/1.1 400") or not client.recv(100)
+    assert answers(server)
+
+
+def test_stopping_finishes_what_runs(omni: Omni) -> None:
+    results: list[Any] = []
+    with running(omni) as server, Held(server) as held:
+        thread = threading.Thread(target=lambda: results.append(server.call("/v1/chat/completions", STREAM)))
+        thread.start()
+        held.wait()
+        # Leaving `running` tells it to stop while the answer is being made.
+    thread.join(60)
+    assert results[0][1].endswith(b"data: [DONE]\n\n")
+
+
+def test_not_ready_yet(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    from omni_jax.inference.engine import Engine
+
+    gate = threading.Event()
+    monkeypatch.setattr(Engine, "warm_up", lambda self: gate.wait(60))
+    service = Service(omni, "small", Settings(slots=1))
+    try:
+        assert not service.ready
+    finally:
+        gate.set()
+        service.close()

@@ -1,0 +1,175 @@
+"""OpenAI's own client, unchanged, against a running server: what it gets is what `Omni` answers."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import soundfile
+
+from omni_jax.audio import wav
+from omni_jax.serve import sound as sounds
+from tests.serve.conftest import Running
+
+HEADER = 44
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Any:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def asked(spoken: str) -> Any:
+    part = {"type": "input_audio", "input_audio": {"data": spoken, "format": "wav"}}
+    return [{"role": "user", "content": [part]}]
+
+
+def test_models(client: Any) -> None:
+    assert [model.id for model in client.models.list()] == ["small"]
+    assert client.models.retrieve("small").id == "small"
+    with pytest.raises(openai.NotFoundError, match="expected 'small', found 'gpt-4o'"):
+        client.models.retrieve("gpt-4o")
+
+
+@pytest.mark.parametrize("format", ["wav", "pcm16", "flac", "mp3", "opus"])
+def test_speech_in_text_and_speech_out(
+    client: Any, server: Running, recording: bytes, spoken: str, format: str
+) -> None:
+    expected = server.omni.reply(io.BytesIO(recording))
+    assert expected.audio is not None
+    done = client.chat.completions.create(
+        model="small",
+        modalities=["text", "audio"],
+        audio={"voice": "alloy", "format": format},
+        messages=asked(spoken),
+    )
+    (choice,) = done.choices
+    assert choice.message.content is None
+    assert choice.message.audio.transcript == expected.text
+    data = base64.b64decode(choice.message.audio.data)
+    if format == "pcm16":
+        heard, rate = np.frombuffer(data, "<i2"), expected.sample_rate
+    else:
+        heard, rate = soundfile.read(io.BytesIO(data), dtype="int16")
+    if format in ("wav", "pcm16", "flac"):
+        assert rate == expected.sample_rate
+        np.testing.assert_array_less(np.abs(heard - wav.to_pcm16(expected.audio).astype(int)), 5)
+    else:
+        assert len(heard) / rate == pytest.approx(expected.seconds, abs=0.1)
+    assert choice.finish_reason == ("stop" if expected.finish_reason == "stop" else "length")
+    assert done.usage.completion_tokens == expected.tokens.shape[1]
+    assert done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens
+
+
+def delta(chunk: Any) -> Any:
+    return chunk.to_dict()["choices"][0]["delta"]
+
+
+@pytest.mark.parametrize("format", ["wav", "pcm16"])
+def test_a_stream_joined_is_the_answer(
+    client: Any, server: Running, recording: bytes, spoken: str, format: str
+) -> None:
+    expected = server.omni.reply(io.BytesIO(recording), seed=4, temperature=0.8)
+    assert expected.audio is not None
+    stream = client.chat.completions.create(
+        model="small",
+        modalities=["text", "audio"],
+        audio={"voice": "alloy", "format": format},
+        messages=asked(spoken),
+        stream=True,
+        stream_options={"include_usage": True},
+        seed=4,
+        temperature=0.8,
+    )
+    chunks = list(stream)
+    audio = [delta(c)["audio"] for c in chunks if c.choices and "audio" in delta(c)]
+    assert "".join(part.get("transcript") or "" for part in audio) == expected.text
+    data = b"".join(base64.b64decode(part["data"]) for part in audio if part.get("data"))
+    if format == "wav":
+        assert data[:HEADER] == sounds.endless_header(expected.sample_rate)
+        data = data[HEADER:]
+    assert np.abs(np.frombuffer(data, "<i2") - wav.to_pcm16(expected.audio).astype(int)).max() < 5
+    assert len({part["id"] for part in audio}) == 1
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] in ("stop", "length")
+    assert chunks[-1].usage.completion_tokens == expected.tokens.shape[1]
+
+
+def test_text_in_text_out(client: Any, server: Running) -> None:
+    expected = server.omni.answer(text="hello")
+    messages = [{"role": "system", "content": "Be nice."}, {"role": "user", "content": "hello"}]
+    raw = client.chat.completions.with_raw_response.create(model="small", messages=messages)
+    assert raw.parse().choices[0].message.content == expected.text
+    assert raw.headers["x-omni-jax-unheard"] == "1"
+    stream = client.chat.completions.create(model="small", messages=messages, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected.text
+
+
+def test_limits_and_typed_speech(client: Any, server: Running) -> None:
+    done = client.chat.completions.create(
+        model="small", messages=[{"role": "user", "content": "hello"}], max_completion_tokens=1
+    )
+    assert done.choices[0].finish_reason == "length"
+    assert done.usage.completion_tokens == 1
+    done = client.chat.completions.create(
+        model="small",
+        messages=[{"role": "user", "content": [{"type": "text", "text": "hello"}]}],
+        modalities=["text", "audio"],
+        audio={"voice": "alloy", "format": "pcm16"},
+    )
+    assert done.choices[0].message.audio.transcript == server.omni.reply(text="hello").text
+
+
+def test_transcriptions(client: Any, server: Running, recording: bytes) -> None:
+    expected = server.omni.transcribe(io.BytesIO(recording)).text
+    file = ("question.wav", recording)
+    assert client.audio.transcriptions.create(model="small", file=file).text == expected
+    text = client.audio.transcriptions.create(model="small", file=file, response_format="text")
+    assert text == expected + "\n"
+    verbose = client.audio.transcriptions.create(model="small", file=file, response_format="verbose_json")
+    assert verbose.duration == pytest.approx(3000 / 16_000)
+    events = list(client.audio.transcriptions.create(model="small", file=file, stream=True))
+    assert "".join(event.delta for event in events[:-1]) == events[-1].text == expected
+
+
+@pytest.mark.parametrize("format", ["pcm", "wav", "mp3"])
+def test_speech(client: Any, server: Running, format: str) -> None:
+    expected = server.omni.read_aloud("read me")
+    assert expected.audio is not None
+    with client.audio.speech.with_streaming_response.create(
+        model="small", voice="alloy", input="read me", response_format=format
+    ) as response:
+        data = b"".join(response.iter_bytes())
+    if format == "mp3":
+        heard, rate = soundfile.read(io.BytesIO(data))
+        assert len(heard) / rate == pytest.approx(expected.seconds, abs=0.1)
+        return
+    data = data[HEADER:] if format == "wav" else data
+    assert np.abs(np.frombuffer(data, "<i2") - wav.to_pcm16(expected.audio).astype(int)).max() < 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "gpt-4o"}, "model: expected 'small', found 'gpt-4o'"),
+        ({"n": 2}, "n: this model can't follow it"),
+        ({"stop": ["."]}, "stop: this model can't follow it"),
+        ({"temperature": 3}, "temperature: input should be less than or equal to 2, found 3"),
+        ({"messages": []}, "messages: list should have at least 1 item"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "expected the last one to be the user's"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "found 'image_url'"),
+        ({"modalities": ["text", "audio"]}, "audio: expected the format and voice"),
+        ({"messages": asked("!!!")}, "input_audio.data: expected base64"),
+        ({"messages": asked("aGVsbG8=")}, "expected audio"),
+        ({"messages": [{"role": "user", "content": "a" * 100_000}]}, "text: expected at most"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_a_sentence(client: Any, change: dict[str, Any], message: str) -> None:
+    request = {"model": "small", "messages": [{"role": "user", "content": "hello"}]} | change
+    with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as caught:
+        client.chat.completions.create(**request)
+    assert message in caught.value.body["message"]
