@@ -12,7 +12,7 @@ from omni_jax.convert.whisper import from_transformers
 from omni_jax.model import whisper
 from omni_jax.model.whisper import Whisper, attention, sinusoids
 
-# 160 positions are one block of queries and a bit, where attention is in blocks; every dimension differs from every other.
+# 160 positions, where attention is in blocks, are one and a bit; every dimension differs from every other.
 CONFIG = EarConfig(mels=20, width=48, layers=3, heads=4, ffn=72, positions=160)
 
 
