@@ -128,12 +128,18 @@ def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
         [B, T, N, H], in query's dtype.
     """
     B, T, N, H = query.shape
-    K = key.shape[2]
-    grouped = query.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) / math.sqrt(H)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(B, T, N, H).astype(query.dtype)
+    S, K = key.shape[1:3]
+    # The query heads of a group are one long sequence to their keys: products of two matrices, and no copies of keys.
+    rows = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    scores = jnp.einsum("bkth,bksh->bkts", rows, key, preferred_element_type=jnp.float32) / math.sqrt(H)
+    mask = jnp.broadcast_to(mask[:, None], (mask.shape[0], N // K, T, S)).reshape(mask.shape[0], 1, -1, S)
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    # What is subtracted cancels out, and so does its gradient; dividing after the sum over S is the same softmax.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    mixed = jnp.einsum("bkts,bksh->bkth", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    mixed = (mixed / weights.sum(axis=-1, keepdims=True)).astype(query.dtype)
+    return mixed.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def attend_cache(query: Array, keys: Array, values: Array, positions: Array) -> Array:
