@@ -68,7 +68,7 @@ EVEN_WEIGHT = 2.0
 """Of that loss, at first; CTC has 1."""
 EDGE = 0.2
 """Seconds of silence at either end of a recording, about."""
-PAIR = 2
+PAIR = 1
 """Positions per letter named."""
 PEAK = 1e-3
 """Learning rate after the warm-up."""

@@ -530,12 +530,12 @@ def find_release(name: str | Path) -> Release | None:
     return None if str(name) in PRESETS and not is_release(name) else open_release(name)
 
 
-def default_layout() -> tuple[bool, Any]:
-    """How weights are kept on this backend: (stacked layers, dtype). The one place that decides it.
+def default_layout(platform: str | None = None) -> tuple[bool, Any]:
+    """How weights are kept on a platform, by default this backend: (stacked layers, dtype). The one place to decide it.
 
     CPU: one array per layer, float32 (bfloat16 is ten times slower there). Elsewhere: stacked, bfloat16.
     """
-    return (False, jnp.float32) if jax.default_backend() == "cpu" else (True, jnp.bfloat16)
+    return (False, jnp.float32) if (platform or jax.default_backend()) == "cpu" else (True, jnp.bfloat16)
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:

@@ -248,6 +248,44 @@ def serve(
         make_server(Service(omni, name, settings), host, port).run()
 
 
+@app.command("compile")
+def compile_command(
+    program: Annotated[
+        Literal["train", "prefill", "decode", "batch", "codec"],
+        typer.Argument(help="batch: decode with a second row for each request, as offline answers are made."),
+    ],
+    topology: Annotated[str, typer.Option(help="A slice of TPUs: v5e:1x1, v5e:16x16, v5p:4x4x4, v6e:4x4, ...")],
+    model: Annotated[str, typer.Option(help="A preset.")] = "mini_omni",
+    config: Annotated[
+        Path | None, typer.Option(help="The configuration of a run, for train.", show_default=False)
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Rows over all chips. Default: the configuration's, or one a group.")
+    ] = None,
+    tensor: Annotated[int, typer.Option(min=1, help="Chips that share a row; train: see the configuration.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Ask the TPU compiler, without a TPU, what a program needs: memory, bytes, and the least time."""
+    with _plain_errors():
+        # Nothing runs: the chips need not be there, and if they are, another process may be using them.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        from omni_jax import config as configs
+        from omni_jax.tpu.chips import Topology
+        from omni_jax.tpu.report import examine
+
+        run = None
+        if config is not None:
+            run = configs.load(configs.RunConfig, config)
+            if program == "train" and not run.start.startswith("preset:"):
+                # Shapes are all that is needed, and the weights of an earlier stage need not be here.
+                run = dataclasses.replace(run, start=f"preset:{model}")
+        report = examine(program, Topology.parse(topology), model=model, config=run, batch=batch, tensor=tensor)
+        if as_json:
+            typer.echo(json.dumps(dataclasses.asdict(report)))
+        else:
+            typer.echo(report.table())
+
+
 def _read_keys(path: Path) -> tuple[str, ...]:
     try:
         keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
@@ -683,6 +721,15 @@ def _keep_compiled_programs() -> None:
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+def _look_for_no_chips_in_vain() -> None:
+    """Keep JAX from starting libtpu on a machine without chips, where it is installed for `compile` alone.
+
+    It would go on with the CPU all the same, after several lines about what it could not find.
+    """
+    if not any(found for name in ("accel*", "vfio/*", "nvidia*", "kfd") for found in Path("/dev").glob(name)):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
 def main() -> None:
     """The entry point of `omni-jax`."""
     # Ctrl-C ends the process there and then, as the shell's 130. Python's own handler would wait for a compilation
@@ -691,6 +738,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     _keep_compiled_programs()
+    _look_for_no_chips_in_vain()
     for stream in (sys.stdout, sys.stderr):
         # An answer in any script must not fail on a terminal that knows only some.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]

@@ -36,18 +36,25 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over data * fsdp * tensor devices, partitioned automatically.
+
+    Args:
+        data: ways to split the batch.
+        fsdp: ways to split the batch and the parameters.
+        tensor: ways to split every product.
+        devices: to take the first of; None: those of this process's backend.
 
     Raises:
         ValueError: there are not that many devices.
     """
     sizes = (data, fsdp, tensor)
-    if math.prod(sizes) > len(jax.devices()):
+    devices = jax.devices() if devices is None else devices
+    if math.prod(sizes) > len(devices):
         raise ValueError(
-            f"mesh data={data} fsdp={fsdp} tensor={tensor} needs {math.prod(sizes)} devices, found {len(jax.devices())}"
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} needs {math.prod(sizes)} devices, found {len(devices)}"
         )
-    devices = jax.devices()[: math.prod(sizes)]
+    devices = devices[: math.prod(sizes)]
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from omni_jax.config import PRESETS, ConfigError, ModelConfig, RunConfig, save
 from omni_jax.data import pipeline
 from omni_jax.data.records import Records, from_bytes
 from omni_jax.tensorfile import LazyTensor
+from omni_jax.tpu.chips import CHIPS
 from omni_jax.training.report import HEADS, Reporter
 from omni_jax.training.stages import Params, divide, part_of, unite
 from omni_jax.training.step import Batch, TrainState, forward, optimizer, train_step
@@ -99,15 +101,19 @@ class Setup:
     dtype: Any
 
     @classmethod
-    def of(cls, config: RunConfig) -> Setup:
+    def of(cls, config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Setup:
         """Check a run and lay it out over the devices.
+
+        Args:
+            config: of the run.
+            devices: all of this process's backend if None.
 
         Raises:
             ConfigError: something does not fit: names the field.
         """
         start = Start.find(config.start, config.seed)
-        mesh = mesh_of(config)
-        stacked, dtype = default_layout()
+        mesh = mesh_of(config, devices)
+        stacked, dtype = default_layout(mesh.devices.flat[0].platform)
         if config.dtype != "auto":
             dtype = jnp.dtype(config.dtype)
         graph, state = nnx.split(checkpoint.abstract(start.config, stacked=stacked, dtype=dtype))
@@ -135,14 +141,14 @@ class Setup:
         )
 
 
-def mesh_of(config: RunConfig) -> Mesh:
-    """The mesh a run asks for, over all devices of all processes.
+def mesh_of(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh a run asks for, over all devices of all processes, or those given.
 
     Raises:
         ConfigError: it does not divide the devices, or the rows do not divide over it.
     """
     sizes = config.mesh
-    rest, count = sizes.fsdp * sizes.tensor, jax.device_count()
+    rest, count = sizes.fsdp * sizes.tensor, jax.device_count() if devices is None else len(devices)
     data = sizes.data if sizes.data > 0 else count // rest
     if data < 1 or data * rest != count:
         raise ConfigError(
@@ -154,7 +160,7 @@ def mesh_of(config: RunConfig) -> Mesh:
         raise ConfigError(
             f"data.batch: expected a multiple of {ways} (data * fsdp * optimizer.accumulate), found {config.data.batch}"
         )
-    return sharding.make_mesh(data, sizes.fsdp, sizes.tensor)
+    return sharding.make_mesh(data, sizes.fsdp, sizes.tensor, devices)
 
 
 def row_share(mesh: Mesh) -> tuple[int, int]:
@@ -202,11 +208,7 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
     )
     shapes, places = setup.state_shapes()
     manager = checkpoint_manager(config, out)
-    step_fn = jax.jit(
-        partial(train_step, setup.graph, config),
-        donate_argnums=0,
-        out_shardings=(places, sharding.replicated(setup.mesh)),
-    )
+    step_fn = step_program(setup, places)
     state, frozen = begin(setup, manager, data, shapes, places)
     step = int(state.step)
     report = Reporter(config, step)
@@ -252,6 +254,18 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
         data.close()
     release(setup, unite(state.learning, frozen), out / checkpoint.RELEASE)
     return out / checkpoint.RELEASE
+
+
+def step_program(setup: Setup, places: TrainState) -> Any:
+    """The step as it is compiled: of (state, frozen, batch), the state donated and placed as `state_shapes` says.
+
+    What it gives is that of `omni_jax.training.step.train_step`.
+    """
+    return jax.jit(
+        partial(train_step, setup.graph, setup.config),
+        donate_argnums=0,
+        out_shardings=(places, sharding.replicated(setup.mesh)),
+    )
 
 
 def on_pod() -> bool:
@@ -469,12 +483,10 @@ def model_flops(setup: Setup, positions_per_second: float) -> float:
 
 def peak_flops(mesh: Mesh) -> float | None:
     """Peak bfloat16 FLOP/s of the mesh's devices; None where it is not known."""
-    chip = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
-    return None if chip is None else chip * mesh.devices.size
+    kind = mesh.devices.flat[0].device_kind
+    chip = next((chip for chip in CHIPS.values() if kind in (chip.kind, f"{chip.kind}p")), None)
+    return None if chip is None else chip.flops * mesh.devices.size
 
-
-PEAK_FLOPS = {"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12}
-"""Per chip, bfloat16, from the chips' public data sheets; by JAX's `device_kind`."""
 
 PROFILED = 5
 """Steps in a profiler trace."""

@@ -1,0 +1,59 @@
+"""Counts the work of a program before it is compiled: products and sums of its matrix products and convolutions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def count(function: Callable[..., Any], *args: Any, loop_trips: int = 1) -> float:
+    """Floating-point operations of a call, over all devices together; two for a product and its sum.
+
+    Loops of a known length count as often as they run, what is computed again in a backward pass counts again.
+
+    Args:
+        function: to trace.
+        *args: abstract or real.
+        loop_trips: how often a loop runs whose length is not known.
+    """
+    return _of(jax.make_jaxpr(function)(*args).jaxpr, loop_trips)
+
+
+def _of(jaxpr: core.Jaxpr, loop_trips: int) -> float:
+    return sum(_equation(equation, loop_trips) for equation in jaxpr.eqns)
+
+
+def _equation(equation: Any, loop_trips: int) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / outputs
+    inner = [_of(jaxpr, loop_trips) for value in params.values() for jaxpr in _jaxprs(value)]
+    if name == "scan":
+        return sum(inner) * params["length"]
+    if name == "while":
+        return sum(inner) * loop_trips
+    if name == "cond":
+        return max(inner, default=0.0)
+    if name == "pallas_call":
+        return sum(inner) * math.prod(params["grid_mapping"].grid)
+    return sum(inner)
+
+
+def _jaxprs(value: Any) -> list[core.Jaxpr]:
+    if isinstance(value, core.ClosedJaxpr):
+        return [value.jaxpr]
+    if isinstance(value, core.Jaxpr):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [jaxpr for item in value for jaxpr in _jaxprs(item)]
+    return []

@@ -1,0 +1,100 @@
+"""What the real TPU compiler says of small programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from omni_jax.config import ConfigError, RunConfig, load
+from omni_jax.tpu.chips import CHIPS, Topology
+from omni_jax.tpu.report import Report, examine
+
+ROOT = Path(__file__).parents[2]
+ONE = "v5e:1x1"
+
+
+def test_topologies() -> None:
+    found = Topology.parse("v5p:4x4x4")
+    assert (found.chips, found.chip) == (64, CHIPS["v5p"])
+    assert [len(Topology.parse(name).devices()) for name in (ONE, "v5e:2x2", "v5e:4x4", "v6e:4x4")] == [1, 4, 16, 16]
+    assert Topology.parse("v5e:4x4").devices()[0].device_kind == CHIPS["v5e"].kind
+    assert Topology.parse("v5p:2x2x1").devices()[0].device_kind == CHIPS["v5p"].kind
+    for wrong in ("v5e", "v5e:", "v5e:4", "v9:2x2", "v5e:0x1", "v5e:2x2x2x2"):
+        with pytest.raises(ConfigError, match="topology: expected"):
+            Topology.parse(wrong)
+    with pytest.raises(ConfigError, match="does not know it"):
+        Topology.parse("v5e:3x7").devices()
+
+
+def sane(report: Report) -> None:
+    assert report.fits
+    assert 0 < report.memory_per_chip_bytes < report.hbm_bytes
+    assert report.flops > 0
+    assert report.bytes > 0
+    assert report.roofline_seconds > 0
+    assert 0 < report.flop_utilisation <= 1
+    json.dumps(dataclasses.asdict(report))
+    assert report.program in report.table()
+
+
+def test_decoding_overwrites_its_cache() -> None:
+    report = examine("decode", Topology.parse(ONE), model="tiny", batch=8)
+    sane(report)
+    # Keys and values of 3 layers, 2 heads, 192 positions of 16, padded to tiles; all of the state but its counters.
+    assert report.aliased_bytes > 8 * 3 * 2 * 2 * 192 * 16 * 2
+    assert report.bound_by == "memory"
+
+
+def test_prefill_and_a_group_of_chips_that_share_rows() -> None:
+    alone = examine("prefill", Topology.parse(ONE), model="tiny", batch=2)
+    shared = examine("prefill", Topology.parse("v5e:2x2"), model="tiny", batch=4, tensor=2)
+    sane(alone)
+    sane(shared)
+    assert not alone.collective_bytes
+    assert shared.mesh == {"data": 2, "fsdp": 1, "tensor": 2}
+    assert shared.collective_bytes.get("all-reduce", 0) > 0
+    # Twice the rows on four chips.
+    assert shared.flops == pytest.approx(alone.flops / 2)
+
+
+def test_a_training_step_overwrites_its_state() -> None:
+    config = load(RunConfig, ROOT / "configs" / "nano_stage3.yaml", ["start=preset:tiny", "data.length=128"])
+    report = examine("train", Topology.parse("v5e:2x2"), config=config, batch=4)
+    sane(report)
+    assert report.mesh == {"data": 4, "fsdp": 1, "tensor": 1}
+    assert report.collective_bytes.get("all-reduce", 0) > 0
+    # Parameters and both moments, all float32.
+    assert report.aliased_bytes > 0.9 * (report.arguments_bytes - 4 * 6 * 32_000 * 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"program": "sing"}, "program: expected one of train"),
+        ({"model": "huge"}, "model: expected one of mini_omni"),
+        ({"program": "train"}, "expected --config"),
+        ({"batch": 3}, "batch: expected a multiple of 4"),
+        ({"tensor": 3}, "tensor: expected a divisor of 4"),
+    ],
+)
+def test_what_does_not_fit(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        examine(**{"program": "decode", "topology": Topology.parse("v5e:2x2"), "model": "tiny", **options})  # type: ignore[arg-type]
+
+
+def test_from_the_shell() -> None:
+    command = [Path(sys.executable).with_name("omni-jax"), "compile", "prefill", "--model", "tiny"]
+    env = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run([*command, "--topology", ONE, "--json"], capture_output=True, text=True, env=env, check=True)
+    report = json.loads(done.stdout)
+    wanted = """program topology batch compile_seconds memory_per_chip_bytes hbm_bytes fits flops bytes bytes_ideal
+        bytes_ratio roofline_seconds bound_by collective_bytes aliased_bytes"""
+    assert set(wanted.split()) <= set(report)
+    done = subprocess.run([*command, "--topology", "v5e"], capture_output=True, text=True, env=env, check=False)
+    assert (done.returncode, "topology: expected" in done.stderr) == (2, True)
