@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Asks for the slice (or slices) of env.sh and waits until it is there.
+set -euo pipefail
+: "${PROJECT:?source docs/tpu/env.sh first}"
+
+nodes=(--node-id="$NAME")
+if ((SLICES > 1)); then
+    nodes=(--node-count="$SLICES" --node-prefix="$NAME")
+fi
+gcloud compute tpus queued-resources create "$NAME-request" --project="$PROJECT" --zone="$ZONE" \
+    --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" "${nodes[@]}" ${SPOT:+"$SPOT"}
+
+while true; do
+    state=$(gcloud compute tpus queued-resources describe "$NAME-request" --project="$PROJECT" --zone="$ZONE" \
+        --format='value(state.state)')
+    echo "$(date +%T) $state"
+    case "$state" in
+        ACTIVE) exit 0 ;;
+        FAILED | SUSPENDED) exit 1 ;;
+    esac
+    sleep 30
+done

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Gives the slice back.
+set -euo pipefail
+: "${PROJECT:?source docs/tpu/env.sh first}"
+
+gcloud compute tpus queued-resources delete "$NAME-request" --project="$PROJECT" --zone="$ZONE" --force --quiet

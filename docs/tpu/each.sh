@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Runs a command on every host of every slice: docs/tpu/each.sh 'COMMAND'
+set -euo pipefail
+: "${PROJECT:?source docs/tpu/env.sh first}" "${1:?expected a command}"
+
+names=("$NAME")
+if ((SLICES > 1)); then
+    names=()
+    for ((slice = 0; slice < SLICES; slice++)); do
+        names+=("$NAME-$slice")
+    done
+fi
+# All slices at the same time: in a run they wait for each other.
+jobs=()
+for name in "${names[@]}"; do
+    gcloud compute tpus tpu-vm ssh "$name" --project="$PROJECT" --zone="$ZONE" --worker=all --command="$1" &
+    jobs+=($!)
+done
+status=0
+for job in "${jobs[@]}"; do
+    wait "$job" || status=1
+done
+exit "$status"

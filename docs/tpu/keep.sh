@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Sees a run to its end on slices that may be taken away: docs/tpu/keep.sh CONFIG [field=value ...]
+set -uo pipefail
+: "${PROJECT:?source docs/tpu/env.sh first}" "${1:?expected a configuration}"
+
+here=$(dirname "${BASH_SOURCE[0]}")
+until "$here/train.sh" "$@"; do
+    state=$(gcloud compute tpus queued-resources describe "$NAME-request" --project="$PROJECT" --zone="$ZONE" \
+        --format='value(state.state)' 2> /dev/null)
+    if [[ "$state" != ACTIVE ]]; then
+        echo "the slice is gone ($state); asking for another"
+        "$here/delete.sh" || true
+        until "$here/create.sh" && "$here/install.sh"; do
+            sleep 60
+        done
+    fi
+    sleep 10
+done
