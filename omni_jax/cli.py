@@ -9,6 +9,7 @@ Whatever imports JAX is imported inside the functions, so that `--help` and a mi
 from __future__ import annotations
 
 import dataclasses
+import enum
 import hashlib
 import importlib.metadata
 import json
@@ -246,6 +247,88 @@ def serve(
         if not keys and host not in ("127.0.0.1", "localhost", "::1"):
             _say(f"note: anybody who reaches {host}:{port} may ask; --api-key-file asks for a key")
         make_server(Service(omni, name, settings), host, port).run()
+
+
+class Corpus(enum.StrEnum):
+    """What `prepare` can read."""
+
+    voice_assistant = "voice_assistant"
+    librispeech = "librispeech"
+    libritts = "libritts"
+    vctk = "vctk"
+    mls = "mls"
+    text = "text"
+    manifest = "manifest"
+
+
+@app.command()
+def prepare(
+    corpus: Annotated[
+        Corpus,
+        typer.Argument(
+            help="voice_assistant: parquet of VoiceAssistant-400K; librispeech, libritts, vctk, mls: as unpacked; "
+            "text: questions and answers in JSON lines, parquet or a datasets folder, in columns of Open-Orca, Alpaca, "
+            "Moss or plain ones; manifest: JSON lines of our own."
+        ),
+    ],
+    path: Annotated[Path, typer.Argument(help="Its folder, or file.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder of records to write, or to go on with.", show_default=False)],
+    codec: Annotated[
+        str | None, typer.Option(help="The model whose codec encodes answers that are sound.", show_default=False)
+    ] = None,
+    as_answer: Annotated[
+        bool, typer.Option("--as-answer", help="Read speech is to be read aloud, not written down; takes --codec.")
+    ] = False,
+    persona: Annotated[
+        bool, typer.Option("--persona", help="Keep the rows of VoiceAssistant-400K that teach another's name.")
+    ] = False,
+    max_seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="Longest recording. Default: 15 s of a question, 30 s read.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Of a text or manifest, for the index.", show_default=False)
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+) -> None:
+    """Turn a corpus into records to train on; run again, it goes on where it stopped and adds nothing twice."""
+    with _plain_errors():
+        from tqdm import tqdm
+
+        from omni_jax.api import find_release
+        from omni_jax.config import PRESETS
+        from omni_jax.data import prepare as preparing
+        from omni_jax.data import sources
+
+        encoder = None
+        if codec is not None:
+            release = find_release(codec)
+            shape = PRESETS[codec] if release is None else release.config
+            encoder = preparing.Codec(codec, shape.codec)
+        elif as_answer:
+            raise ConfigError("--as-answer: expected --codec, to encode the answers by")
+        rate = encoder.config.sample_rate if encoder else 24_000
+        source: sources.Source
+        if corpus is Corpus.voice_assistant:
+            size = encoder.config.codebook_size if encoder else 4096
+            source = sources.VoiceAssistant(path, persona, max_seconds or sources.LONGEST_QUESTION, size)
+        elif corpus is Corpus.text:
+            source = sources.TextQa(path, licence=licence or "unknown")
+        elif corpus is Corpus.manifest:
+            source = sources.Manifest(path, rate, max_seconds or 60.0, licence=licence or "unknown")
+        else:
+            listing, known = sources.SPEECH[corpus]
+            source = sources.Speech(path, str(corpus), known, listing, as_answer, rate, max_seconds or 30.0)
+        with tqdm(unit="part", file=sys.stderr, dynamic_ncols=True) as bar:
+
+            def progress(done: int, parts: int) -> None:
+                bar.total = parts
+                bar.update(done - bar.n)
+
+            index = preparing.prepare(source, out, codec=encoder, workers=workers, progress=progress)
+        rejected = index["rejected"]
+        _say(f"{out}: {index['exchanges']} exchanges, {index['question_hours']} h of questions")
+        for reason, count in rejected.items():
+            _say(f"left out, {reason}: {count}; for example {index['rejected_examples'][reason][0]}")
 
 
 @app.command("compile")

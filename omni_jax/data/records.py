@@ -14,8 +14,7 @@ import json
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,10 +24,8 @@ import numpy as np
 import soundfile
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
-from numpy.typing import ArrayLike
 
 from omni_jax.audio import wav
-from omni_jax.config import CodecConfig
 from omni_jax.prompts import Task
 from omni_jax.vocab import LAYERS
 
@@ -42,22 +39,8 @@ _MAGIC = b"OMNI"
 _HEADER = struct.Struct("<4sBII")
 _TEXTS = ("question_text", "answer_text", "source", "voice")
 _BYTES = ("question_audio", "answer_codes")
-_ROW = {
-    "question_text": str,
-    "question_audio": str,
-    "answer_text": str,
-    "answer_audio": str,
-    "source": str,
-    "voice": str,
-}
-"""Fields of a manifest's row."""
-
 # One record to a chunk, so that any one is read without its neighbours; FLAC and codes do not compress further.
-_WRITER_OPTIONS = "group_size:1,uncompressed"
-_FRAME_STEP = 32
-"""Answers are padded to multiples of this many frames before encoding, so that few programs are compiled."""
-_WINDOW = 8
-"""Batches of a manifest that are sorted by length together, so that a batch holds answers of like length."""
+WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 class RecordError(ValueError):
@@ -191,7 +174,7 @@ class Writer:
         data = to_bytes(exchange)
         if self._open is None:
             partial = self.folder / f".{len(self._shards):05d}{SUFFIX}.part"
-            self._open = partial, ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
+            self._open = partial, ArrayRecordWriter(str(partial), WRITER_OPTIONS)
         self._open[1].write(data)
         self._in_shard += 1
         self._count += 1
@@ -309,63 +292,6 @@ class Records:
         return self._tasks[task]
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What became of a manifest."""
-
-    written: int
-    rejected: tuple[str, ...]
-    """One line per bad row: manifest, line, field, what was expected and what was found."""
-
-
-def write_manifest(
-    manifest: str | Path,
-    out: str | Path,
-    codec_encode: Callable[..., ArrayLike],
-    codec: CodecConfig,
-    *,
-    batch: int = 8,
-    shard_size: int = 2048,
-) -> Summary:
-    """Make a folder of records from a manifest: one JSON object a line, every field optional, empty or null.
-
-    The fields are question_text, question_audio (path of a recording), answer_text, answer_audio (likewise), source
-    and voice; relative paths are taken from the manifest's folder. Recordings of any format and rate are read. The
-    answers are encoded by the codec in batches; records keep the order of the manifest. A bad row is left out and
-    reported.
-
-    Args:
-        manifest: JSON lines.
-        out: the folder to write.
-        codec_encode: `omni_jax.codec.snac.make_encoder`, or like it: audio f32 [B, samples] at the codec's rate and
-            lengths int32 [B] -> codes int [B, F, 7].
-        codec: its rate and frame.
-        batch: answers encoded at once.
-        shard_size: exchanges per file.
-
-    Raises:
-        RecordError: the manifest cannot be read, or the folder cannot be written to.
-    """
-    manifest = Path(manifest)
-    written, rejected = 0, []
-    with Writer(out, shard_size=shard_size) as writer:
-        for window in _windows(_lines(manifest), batch * _WINDOW):
-            rows: list[tuple[str, Exchange, np.ndarray | None]] = []
-            for place, line in window:
-                try:
-                    rows.append((place, *_read_row(line, manifest.parent, codec)))
-                except RecordError as error:
-                    rejected.append(f"{place}: {error}")
-            spoken = _encode([answer for _, _, answer in rows], codec_encode, codec, batch)
-            for (place, exchange, _), codes in zip(rows, spoken, strict=True):
-                try:
-                    writer.write(replace(exchange, answer_codes=codes))
-                    written += 1
-                except RecordError as error:
-                    rejected.append(f"{place}: {error}")
-    return Summary(written, tuple(rejected))
-
-
 def _open(data: bytes) -> dict[str, Any]:
     """The fields of a record, after the header's checks."""
     if len(data) < _HEADER.size:
@@ -439,87 +365,3 @@ def _unpack_codes(packed: bytes, codebook_size: int) -> np.ndarray:
     if codes.max() >= codebook_size:
         raise RecordError(f"answer_codes: expected codes below {codebook_size}, found {codes.max()}")
     return codes
-
-
-def _lines(manifest: Path) -> Iterator[tuple[str, bytes]]:
-    """Every line that is not blank, and its name."""
-    try:
-        with manifest.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{manifest} line {number}", line
-    except OSError as error:
-        raise RecordError(f"{manifest}: expected a manifest, found {error.strerror}") from None
-
-
-def _windows(lines: Iterable[tuple[str, bytes]], size: int) -> Iterator[list[tuple[str, bytes]]]:
-    window: list[tuple[str, bytes]] = []
-    for line in lines:
-        window.append(line)
-        if len(window) == size:
-            yield window
-            window = []
-    if window:
-        yield window
-
-
-def _read_row(line: bytes, folder: Path, codec: CodecConfig) -> tuple[Exchange, np.ndarray | None]:
-    """A row as an exchange that still lacks its codes, and its answer's audio f32 [samples] at the codec's rate."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise RecordError(f"expected a JSON object, found {error}") from None
-    if not isinstance(row, dict):
-        raise RecordError(f"expected a JSON object, found {type(row).__name__}")
-    unknown = sorted(set(row) - set(_ROW))
-    if unknown:
-        raise RecordError(f"expected some of the fields {', '.join(_ROW)}, found {', '.join(unknown)}")
-    for name, value in row.items():
-        if value is not None and not isinstance(value, str):
-            raise RecordError(f"{name}: expected text, found {type(value).__name__}")
-    values = {name: row.get(name) or "" for name in _ROW}
-    question = _recording("question_audio", values["question_audio"], folder, wav.SAMPLE_RATE)
-    answer = _recording("answer_audio", values["answer_audio"], folder, codec.sample_rate)
-    exchange = Exchange(
-        question_text=values["question_text"],
-        question_audio=None if question is None else wav.to_pcm16(question),
-        answer_text=values["answer_text"],
-        source=values["source"],
-        voice=values["voice"],
-    )
-    to_come = None if answer is None else np.zeros((1, LAYERS), np.int32)
-    if not serves(replace(exchange, answer_codes=to_come)):
-        given = ", ".join(name for name in _ROW if values[name]) or "nothing"
-        raise RecordError(f"expected enough for at least one task, found {given}")
-    return exchange, answer
-
-
-def _recording(name: str, path: str, folder: Path, sample_rate: int) -> np.ndarray | None:
-    """The recording that a field names, f32 [samples]; None for an empty field."""
-    if not path:
-        return None
-    try:
-        return wav.read(folder / path, sample_rate)
-    except wav.AudioError as error:
-        raise RecordError(f"{name}: {error}") from None
-
-
-def _encode(
-    answers: list[np.ndarray | None], codec_encode: Callable[..., ArrayLike], codec: CodecConfig, batch: int
-) -> list[np.ndarray | None]:
-    """Codes int [F, 7] of each answer, in batches of one size and few lengths."""
-    spoken: list[np.ndarray | None] = [None] * len(answers)
-    order = sorted((len(answer), index) for index, answer in enumerate(answers) if answer is not None)
-    step = _FRAME_STEP * codec.frame
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        audio = np.zeros((batch, -(-rows[-1][0] // step) * step), np.float32)
-        # Rows that are left over hold a frame of silence: a batch has one size, and one program.
-        lengths = np.full(batch, codec.frame, np.int32)
-        for row, (length, index) in enumerate(rows):
-            audio[row, :length] = answers[index]
-            lengths[row] = length
-        codes = np.asarray(codec_encode(audio, lengths=lengths))
-        for row, (length, index) in enumerate(rows):
-            spoken[index] = codes[row, : -(-length // codec.frame)]
-    return spoken

@@ -9,19 +9,13 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import msgpack
 import numpy as np
 import pytest
 import soundfile
-from flax import nnx
-from numpy.typing import ArrayLike
 
-from omni_jax.audio import wav
-from omni_jax.codec.snac import Snac, make_encoder
-from omni_jax.config import CodecConfig
 from omni_jax.data.records import (
     INDEX,
     Exchange,
@@ -31,7 +25,6 @@ from omni_jax.data.records import (
     from_bytes,
     serves,
     to_bytes,
-    write_manifest,
 )
 from omni_jax.prompts import Task
 
@@ -308,96 +301,3 @@ def test_what_is_not_a_folder_of_records(tmp_path: Path) -> None:
     (tmp_path / "a" / "00000.array_record").unlink()
     with pytest.raises(RecordError, match=r"expected 1 shards, found 00000\.array_record missing"):
         Records(tmp_path / "a")
-
-
-# Manifests
-
-
-# Two blocks and frames of 60 samples: small programs, and answers of many frames.
-CODEC = CodecConfig(
-    encoder_dim=4, encoder_rates=(3, 5), decoder_dim=8, decoder_rates=(5, 3), codebook_size=64, noise=False
-)
-
-
-@pytest.fixture(scope="module")
-def encode() -> Callable[..., ArrayLike]:
-    rng = np.random.default_rng(0)
-    shapes = nnx.eval_shape(lambda: Snac(CODEC, rngs=nnx.Rngs(0))).params()
-    params = {name: rng.uniform(-0.5, 0.5, like.shape).astype(np.float32) for name, like in shapes.items()}
-    return make_encoder(Snac.from_params(CODEC, params))
-
-
-def speech(seed: int, seconds: float, rate: int) -> np.ndarray:
-    return (0.1 * np.random.default_rng(seed).standard_normal(int(seconds * rate))).astype(np.float32)
-
-
-def test_manifest(tmp_path: Path, encode: Callable[..., ArrayLike]) -> None:
-    """Recordings of several rates; answers encoded in batches are those of each answer alone."""
-    (tmp_path / "in").mkdir()
-    seconds = [0.05, 0.08, 0.04]
-    rows = []
-    for n, length in enumerate(seconds):
-        wav.write(tmp_path / "in" / f"q{n}.wav", speech(n, 0.4, 22050), 22050)
-        wav.write(tmp_path / "in" / f"a{n}.wav", speech(10 + n, length, 24000), 24000)
-        texts = {"question_text": f"q {n}", "answer_text": f"a {n}", "source": "made", "voice": "v"}
-        rows.append({**texts, "question_audio": f"q{n}.wav", "answer_audio": str(tmp_path / "in" / f"a{n}.wav")})
-    rows.append({"question_text": "only", "answer_text": "text", "question_audio": None})
-    manifest = tmp_path / "in" / "manifest.jsonl"
-    manifest.write_text("\n\n".join(map(json.dumps, rows)))
-    summary = write_manifest(manifest, tmp_path / "out", encode, CODEC, batch=2, shard_size=3)
-    assert (summary.written, summary.rejected) == (4, ())
-    records = Records(tmp_path / "out")
-    made = [from_bytes(records[n], codebook_size=CODEC.codebook_size) for n in range(4)]
-    assert [exchange.question_text for exchange in made] == [*(f"q {n}" for n in range(3)), "only"]
-    for n, exchange in enumerate(made[:3]):
-        audio = wav.read(tmp_path / "in" / f"a{n}.wav", CODEC.sample_rate)
-        # Alone, beside a row of silence: of a shape that is compiled already.
-        alone = np.stack([np.pad(audio, (0, 32 * CODEC.frame - len(audio))), np.zeros(32 * CODEC.frame)])
-        codes = np.asarray(encode(alone.astype(np.float32), lengths=np.array([len(audio), CODEC.frame])))[0]
-        np.testing.assert_array_equal(exchange.answer_codes, codes[: -(-len(audio) // CODEC.frame)])
-        assert len(np.unique(exchange.answer_codes)) > 5
-        asked = wav.read(tmp_path / "in" / f"q{n}.wav")
-        np.testing.assert_array_equal(exchange.question_audio, wav.to_pcm16(asked))
-        assert (exchange.answer_text, exchange.source, exchange.voice) == (f"a {n}", "made", "v")
-    assert made[3].answer_codes is None
-
-
-def test_bad_rows_are_reported_and_the_rest_is_written(tmp_path: Path, encode: Callable[..., ArrayLike]) -> None:
-    (tmp_path / "junk.wav").write_text("not sound")
-    wav.write(tmp_path / "good.wav", speech(0, 0.05, 24000), 24000)
-    good = {"question_text": "q", "answer_text": "a", "answer_audio": "good.wav"}
-    lines = [
-        "{",
-        json.dumps(good),
-        "[]",
-        json.dumps({**good, "colour": "red"}),
-        json.dumps({**good, "voice": 3}),
-        json.dumps({**good, "answer_audio": "junk.wav"}),
-        json.dumps({**good, "question_audio": "missing.wav"}),
-        json.dumps({"question_text": "alone"}),
-        json.dumps({**good, "answer_text": "\ud800"}),
-        json.dumps(good),
-    ]
-    manifest = tmp_path / "m.jsonl"
-    manifest.write_text("\n".join(lines))
-    summary = write_manifest(manifest, tmp_path / "out", encode, CODEC, batch=2)
-    assert summary.written == len(Records(tmp_path / "out")) == 2
-    starts = [
-        "1: expected a JSON object",
-        "3: expected a JSON object, found list",
-        "4: expected some of the fields",
-        "5: voice: expected text, found int",
-        "6: answer_audio: ",
-        "7: question_audio: ",
-        "8: expected enough for at least one task, found question_text",
-        "9: expected text that UTF-8 can hold",
-    ]
-    found = sorted(summary.rejected)
-    assert len(found) == len(starts)
-    for line, start in zip(found, starts, strict=True):
-        assert line.startswith(f"{manifest} line {start}")
-
-
-def test_no_manifest(tmp_path: Path, encode: Callable[..., ArrayLike]) -> None:
-    with pytest.raises(RecordError, match="expected a manifest, found No such file"):
-        write_manifest(tmp_path / "none", tmp_path / "out", encode, CODEC)

@@ -13,8 +13,9 @@ import convert_weights
 from omni_jax import Omni
 from omni_jax.api import Reply
 from omni_jax.checkpoint import open_release
-from omni_jax.codec.snac import make_encoder
-from omni_jax.data.records import Exchange, Records, from_bytes, write_manifest
+from omni_jax.data.prepare import Codec, prepare
+from omni_jax.data.records import Exchange, Records, from_bytes
+from omni_jax.data.sources import Manifest
 from omni_jax.delay import playable, undelay
 from tests.test_convert_weights import parts, run
 
@@ -32,10 +33,9 @@ def test_three_stages_learn_eight_exchanges_by_heart(tiny_parts: Path, tmp_path:
     start = tmp_path / "start"
     assert run("import", tiny_parts / "mini_omni", start, *parts(tiny_parts)).exit_code == 0
     release = open_release(start)
-    encode = make_encoder(release.load_codec())
-    assert (
-        write_manifest(EXCHANGES / "exchanges.jsonl", tmp_path / "records", encode, release.config.codec).written == 8
-    )
+    codec = Codec(str(start), release.config.codec)
+    source = Manifest(EXCHANGES / "exchanges.jsonl", rate=release.config.codec.sample_rate)
+    assert prepare(source, tmp_path / "records", codec=codec)["exchanges"] == 8
     # Programs that run hundreds of times are worth optimising; one device is enough.
     environment = {**os.environ, "XLA_FLAGS": ""}
     for stage, steps in STEPS.items():

@@ -1,0 +1,317 @@
+"""Turns a corpus into a folder of records, unit by unit: what is done stays done, whatever happens in between.
+
+Each unit of the source becomes a shard and beside it a note of what became of its rows. A shard that has its note is
+whole; run again, only units that have none, or whose files have changed, are read. The index comes last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from omni_jax.audio import wav
+from omni_jax.config import CodecConfig, ConfigError
+from omni_jax.data.records import INDEX, SUFFIX, VERSION, WRITER_OPTIONS, RecordError, serves, to_bytes
+from omni_jax.data.sources import Draft, Rejected, Source, Unit
+from omni_jax.prompts import Task
+
+NOTE = ".note.json"
+WINDOW = 64
+"""Rows in memory at a time; their answers are sorted by length, so that a batch holds some of like length."""
+BATCH = 8
+"""Answers encoded at once."""
+FRAME_STEP = 32
+"""Answers are padded to multiples of this many frames before encoding, so that few programs are compiled."""
+EXAMPLES = 5
+"""Rejected rows of each reason that a note tells of."""
+
+
+Encoder = Callable[..., Any]
+"""Audio f32 [B, samples] and `lengths` int32 [B] -> codes int32 [B, F, 7]; see `omni_jax.codec.snac.make_encoder`."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What answers are encoded by, in whichever process that happens."""
+
+    model: str
+    """Whose codec it is: what `Omni.load` takes."""
+    config: CodecConfig
+
+    def encoder(self) -> Encoder:
+        """Load it."""
+        from flax import nnx
+
+        from omni_jax.api import find_release
+        from omni_jax.codec.snac import Snac, make_encoder
+
+        release = find_release(self.model)
+        return make_encoder(Snac(self.config, rngs=nnx.Rngs(0)) if release is None else release.load_codec())
+
+
+@dataclass
+class Note:
+    """What became of a unit's rows."""
+
+    mark: str
+    """Of the unit, and of how it was read."""
+    exchanges: int = 0
+    samples: int = 0
+    """Of questions."""
+    frames: int = 0
+    """Of answers."""
+    sources: Counter[str] = field(default_factory=Counter)
+    tasks: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """Of rejected rows: where they stand, and what is wrong."""
+    content: str = ""
+    """Hash of the records."""
+
+    @classmethod
+    def read(cls, path: Path) -> Note | None:
+        """A note that was written before; None if there is none that can be read."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            counters = {name: Counter(values[name]) for name in ("sources", "tasks", "rejected")}
+            return cls(**{**values, **counters})
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def reject(self, place: str, problem: Rejected) -> None:
+        """Count a row that is left out."""
+        self.rejected[problem.reason] += 1
+        examples = self.examples.setdefault(problem.reason, [])
+        if len(examples) < EXAMPLES:
+            examples.append(f"{place}: {problem}")
+
+
+def prepare(
+    source: Source,
+    out: str | Path,
+    *,
+    codec: Codec | None = None,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Read a corpus and write a folder of records.
+
+    Args:
+        source: the corpus.
+        out: folder to write, or to go on with.
+        codec: encodes answers that are sound; None: rows with such answers are left out.
+        workers: processes; 1 works in this one.
+        progress: told after each unit how many are done, of how many.
+
+    Returns:
+        The index, as it is written.
+
+    Raises:
+        ConfigError: the source can't be read, or `out` holds something else.
+    """
+    folder = Path(out)
+    units = source.units()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: expected a folder to write to, found {error.strerror}") from None
+    if (folder / INDEX).exists() and not any(folder.glob(f"*{NOTE}")):
+        raise ConfigError(f"{folder}: expected an empty folder or one of `prepare`'s, found records of another making")
+    for partial in folder.glob(".*.part"):
+        partial.unlink()
+    how = f"{source!r} {codec!r}"
+    jobs, notes = [], {}
+    for number, unit in enumerate(units):
+        mark = hashlib.sha256(f"{unit.mark()} {how}".encode()).hexdigest()[:16]
+        note = Note.read(_note(folder, number))
+        if note is not None and note.mark == mark and (not note.exchanges or _shard(folder, number).is_file()):
+            notes[number] = note
+        else:
+            jobs.append((number, unit, mark))
+    if jobs:
+        # Until all is done anew, the folder is not whole.
+        (folder / INDEX).unlink(missing_ok=True)
+    for number in range(len(units), len(units) + sum(1 for _ in folder.glob(f"*{NOTE}"))):
+        for stale in (_shard(folder, number), _note(folder, number)):
+            stale.unlink(missing_ok=True)
+    for number, note in _run(source, folder, jobs, codec, workers):
+        notes[number] = note
+        if progress is not None:
+            progress(len(notes), len(units))
+    index = _index(source, folder, [notes[number] for number in range(len(units))])
+    _write_json(folder / INDEX, index)
+    return index
+
+
+def _run(
+    source: Source, folder: Path, jobs: list[tuple[int, Unit, str]], codec: Codec | None, workers: int
+) -> Iterator[tuple[int, Note]]:
+    if workers == 1 or len(jobs) < 2:
+        encode = codec.encoder() if codec is not None else None
+        for number, unit, mark in jobs:
+            yield number, _unit(source, unit, folder, number, mark, codec, encode)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (source, folder, codec)) as pool:
+        waiting = {pool.submit(_work, *job): job[0] for job in jobs}
+        try:
+            for done in as_completed(waiting):
+                yield waiting[done], done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+_worker: dict[str, Any] = {}
+"""What a worker process was begun with."""
+
+
+def _begin(source: Source, folder: Path, codec: Codec | None) -> None:
+    encode = codec.encoder() if codec is not None else None
+    _worker.update(source=source, folder=folder, codec=codec, encode=encode)
+
+
+def _work(number: int, unit: Unit, mark: str) -> Note:
+    return _unit(_worker["source"], unit, _worker["folder"], number, mark, _worker["codec"], _worker["encode"])
+
+
+def _unit(
+    source: Source, unit: Unit, folder: Path, number: int, mark: str, codec: Codec | None, encode: Encoder | None
+) -> Note:
+    """Write a unit's shard and its note."""
+    note, content = Note(mark), hashlib.sha256()
+    shard = _shard(folder, number)
+    partial = shard.with_name(f".{shard.name}.part")
+    writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
+    try:
+        rows = source.rows(unit)
+        while window := list(itertools.islice(rows, WINDOW)):
+            for draft, place in _encoded(window, note, codec, encode):
+                try:
+                    data = to_bytes(draft.exchange)
+                except RecordError as error:
+                    note.reject(place, Rejected("not a record", str(error)))
+                    continue
+                tasks = serves(draft.exchange)
+                if not tasks:
+                    note.reject(place, Rejected("serves no task"))
+                    continue
+                writer.write(data)
+                content.update(data)
+                _count(note, draft, tasks)
+    finally:
+        writer.close()
+    if note.exchanges:
+        partial.replace(shard)
+    else:
+        # An empty file of records can't be read again.
+        partial.unlink()
+        shard.unlink(missing_ok=True)
+    note.content = content.hexdigest()
+    _write_json(_note(folder, number), vars(note))
+    return note
+
+
+def _encoded(window: list[Any], note: Note, codec: Codec | None, encode: Encoder | None) -> Iterator[tuple[Draft, str]]:
+    drafts: list[tuple[Draft, str]] = []
+    for place, make in window:
+        try:
+            draft = make()
+            if draft.answer_audio is not None and codec is None:
+                raise Rejected("answer is sound, and no codec was given")
+            drafts.append((draft, place))
+        except Rejected as problem:
+            note.reject(place, problem)
+    answers: list[np.ndarray | None] = [draft.answer_audio for draft, _ in drafts]
+    if codec is None or encode is None or all(answer is None for answer in answers):
+        yield from drafts
+        return
+    for (draft, place), codes in zip(drafts, encode_answers(answers, encode, codec.config), strict=True):
+        if codes is not None:
+            draft = Draft(replace(draft.exchange, answer_codes=codes))
+        yield draft, place
+
+
+def encode_answers(
+    answers: Sequence[np.ndarray | None], encode: Encoder, codec: CodecConfig
+) -> list[np.ndarray | None]:
+    """Codes int [F, 7] of each answer f32 [samples], in batches of one size and few lengths."""
+    spoken: list[np.ndarray | None] = [None] * len(answers)
+    order = sorted((len(answer), index) for index, answer in enumerate(answers) if answer is not None)
+    step = FRAME_STEP * codec.frame
+    for start in range(0, len(order), BATCH):
+        rows = order[start : start + BATCH]
+        audio = np.zeros((BATCH, -(-rows[-1][0] // step) * step), np.float32)
+        # Rows that are left over hold a frame of silence: a batch has one size, and one program.
+        lengths = np.full(BATCH, codec.frame, np.int32)
+        for row, (length, index) in enumerate(rows):
+            audio[row, :length] = answers[index]
+            lengths[row] = length
+        codes = np.asarray(encode(audio, lengths=lengths))
+        for row, (length, index) in enumerate(rows):
+            spoken[index] = codes[row, : -(-length // codec.frame)]
+    return spoken
+
+
+def _count(note: Note, draft: Draft, tasks: set[Task]) -> None:
+    exchange = draft.exchange
+    note.exchanges += 1
+    note.samples += 0 if exchange.question_audio is None else len(exchange.question_audio)
+    note.frames += 0 if exchange.answer_codes is None else len(exchange.answer_codes)
+    note.sources[exchange.source] += 1
+    note.tasks.update(task.value for task in tasks)
+
+
+def _index(source: Source, folder: Path, notes: list[Note]) -> dict[str, Any]:
+    sources, tasks, rejected = Counter[str](), Counter[str](), Counter[str]()
+    examples: dict[str, list[str]] = {}
+    content = hashlib.sha256()
+    for note in notes:
+        sources.update(note.sources)
+        tasks.update(note.tasks)
+        rejected.update(note.rejected)
+        content.update(note.content.encode())
+        for reason, found in note.examples.items():
+            examples[reason] = [*examples.get(reason, []), *found][:EXAMPLES]
+    shards = [
+        {"file": _shard(folder, number).name, "exchanges": note.exchanges}
+        for number, note in enumerate(notes)
+        if note.exchanges
+    ]
+    return {
+        "version": VERSION,
+        "exchanges": sum(note.exchanges for note in notes),
+        "question_hours": round(sum(note.samples for note in notes) / wav.SAMPLE_RATE / 3600, 4),
+        "answer_frames": sum(note.frames for note in notes),
+        "sources": dict(sorted(sources.items())),
+        "licences": {source.name: source.licence},
+        "tasks": {task.value: tasks[task.value] for task in Task},
+        "rejected": dict(rejected.most_common()),
+        "rejected_examples": examples,
+        "content": content.hexdigest(),
+        "shards": shards,
+    }
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}{SUFFIX}"
+
+
+def _note(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}{NOTE}"
+
+
+def _write_json(path: Path, values: Any) -> None:
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,231 @@
+"""A corpus becomes records once, whatever interrupts it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from omni_jax.audio import wav
+from omni_jax.codec.snac import Snac, make_encoder
+from omni_jax.config import CodecConfig, ConfigError
+from omni_jax.data import prepare as preparing
+from omni_jax.data.prepare import NOTE, prepare
+from omni_jax.data.records import INDEX, Exchange, Records, Writer, from_bytes
+from omni_jax.data.sources import Manifest, TextQa, VoiceAssistant
+from omni_jax.prompts import Task
+from tests.data.test_sources import put, tone, voice_assistant, voice_assistant_row
+
+# Two blocks and frames of 60 samples: small programs, and answers of many frames.
+CODEC = CodecConfig(
+    encoder_dim=4, encoder_rates=(3, 5), decoder_dim=8, decoder_rates=(5, 3), codebook_size=64, noise=False
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallCodec:
+    """Stands for a model's codec."""
+
+    config: CodecConfig = CODEC
+
+    def encoder(self) -> Any:
+        rng = np.random.default_rng(0)
+        shapes = nnx.eval_shape(lambda: Snac(CODEC, rngs=nnx.Rngs(0))).params()
+        params = {name: rng.uniform(-0.5, 0.5, like.shape).astype(np.float32) for name, like in shapes.items()}
+        return make_encoder(Snac.from_params(CODEC, params))
+
+
+def lines(path: Path, count: int, **more: Any) -> None:
+    put(path, "".join(json.dumps({"question": f"Q{n}", "answer": f"A{n}"} | more) + "\n" for n in range(count)))
+
+
+def questions(folder: Path) -> list[str]:
+    records = Records(folder)
+    return [from_bytes(records[number], audio=False).question_text for number in range(len(records))]
+
+
+def test_an_index_that_training_reads(tmp_path: Path) -> None:
+    bad = [voice_assistant_row(answer_snac=""), voice_assistant_row(answer=""), voice_assistant_row(answer="")]
+    rows = [voice_assistant_row(), *bad, voice_assistant_row(question="Two?")]
+    voice_assistant(tmp_path / "in", rows, row_group_size=2)
+    index = prepare(VoiceAssistant(tmp_path / "in"), tmp_path / "out")
+    assert index == json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["exchanges"] == 2
+    assert index["question_hours"] == pytest.approx(1 / 3600, abs=1e-4)
+    assert index["answer_frames"] == 4
+    assert index["licences"] == {"voice_assistant_400k": "Apache-2.0"}
+    assert index["rejected"] == {"answer is empty": 2, "answer without codes": 1}
+    assert index["rejected_examples"]["answer is empty"] == [
+        "train-00000-of-00325.parquet:1 row 0: answer is empty",
+        "train-00000-of-00325.parquet:1 row 1: answer is empty",
+    ]
+    # The part in the middle has nothing: no shard, and the number is not used by another.
+    assert [shard["file"] for shard in index["shards"]] == ["00000.array_record", "00002.array_record"]
+    assert questions(tmp_path / "out") == ["What is your name?", "Two?"]
+    assert Records(tmp_path / "out").count(Task.A1A2) == 2
+
+
+def test_answers_encoded_in_batches_are_those_of_each_alone(tmp_path: Path) -> None:
+    rows = []
+    for number, seconds in enumerate((0.05, 0.08, 0.04)):
+        sound = 0.1 * np.random.default_rng(number).standard_normal(int(seconds * 24_000))
+        wav.write(tmp_path / f"a{number}.wav", sound.astype(np.float32), 24_000)
+        rows.append({"answer_text": f"a {number}", "answer_audio": f"a{number}.wav"})
+    rows.insert(1, {"question_text": "only", "answer_text": "text"})
+    put(tmp_path / "m.jsonl", "\n".join(map(json.dumps, rows)))
+    source = Manifest(tmp_path / "m.jsonl", rate=CODEC.sample_rate)
+    index = prepare(source, tmp_path / "out", codec=SmallCodec())  # type: ignore[arg-type]
+    assert index["exchanges"] == 4
+    records, encode = Records(tmp_path / "out"), SmallCodec().encoder()
+    made = [from_bytes(records[number], codebook_size=CODEC.codebook_size) for number in range(4)]
+    assert [exchange.answer_text for exchange in made] == ["a 0", "text", "a 1", "a 2"]
+    for number, exchange in enumerate(made[:1] + made[2:]):
+        audio = wav.read(tmp_path / f"a{number}.wav", CODEC.sample_rate)
+        alone = preparing.encode_answers([audio], encode, CODEC)[0]
+        assert exchange.answer_codes is not None
+        np.testing.assert_array_equal(exchange.answer_codes, alone)
+        assert len(exchange.answer_codes) == -(-len(audio) // CODEC.frame)
+        assert len(np.unique(exchange.answer_codes)) > 5
+    without = prepare(source, tmp_path / "without")
+    assert without["rejected"] == {"answer is sound, and no codec was given": 3}
+
+
+def test_a_row_that_serves_nothing(tmp_path: Path) -> None:
+    put(tmp_path / "m.jsonl", '{"question_text": "alone"}\n{"question_text": "q", "answer_text": "a"}')
+    index = prepare(Manifest(tmp_path / "m.jsonl"), tmp_path / "out")
+    assert (index["exchanges"], index["rejected"]) == (1, {"serves no task": 1})
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    from omni_jax.data import sources
+
+    whole = sources._pieces
+    monkeypatch.setattr(sources, "_pieces", lambda path: whole(path, 400))
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_what_is_done_stays_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines(tmp_path / "qa.jsonl", 100)
+    source, out = TextQa(tmp_path / "qa.jsonl"), tmp_path / "out"
+    seen: list[tuple[int, int]] = []
+    first = prepare(source, out, progress=lambda *at: seen.append(at))
+    parts = len(source.units())
+    assert parts > 5
+    assert seen == [(n + 1, parts) for n in range(parts)]
+    assert questions(out) == [f"Q{n}" for n in range(100)]
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != INDEX}
+
+    assert prepare(source, out) == first
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != INDEX} == times
+
+    # A shard that is gone and a note that can't be read are made anew, nothing else is.
+    (out / "00001.array_record").unlink()
+    (out / f"00003{NOTE}").write_text("{")
+    again: list[tuple[int, int]] = []
+    assert prepare(source, out, progress=lambda *at: again.append(at)) == first
+    assert len(again) == 2
+
+    # Another way of reading it makes all anew; a shorter source leaves nothing behind.
+    lines(tmp_path / "qa.jsonl", 30)
+    assert prepare(source, out)["exchanges"] == 30
+    assert questions(out) == [f"Q{n}" for n in range(30)]
+    assert len(list(out.glob(f"*{NOTE}"))) == len(source.units())
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_an_interruption_leaves_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines(tmp_path / "qa.jsonl", 100)
+    source, out, whole = TextQa(tmp_path / "qa.jsonl"), tmp_path / "out", preparing._unit
+
+    def broken(*args: Any) -> Any:
+        if args[3] == 3:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(preparing, "_unit", broken)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, out)
+    assert not (out / INDEX).exists()
+    monkeypatch.setattr(preparing, "_unit", whole)
+    done: list[tuple[int, int]] = []
+    prepare(source, out, progress=lambda *at: done.append(at))
+    assert done[0][0] == 4
+    assert questions(out) == [f"Q{n}" for n in range(100)]
+
+
+def test_several_processes_write_the_same(tmp_path: Path) -> None:
+    rows = [voice_assistant_row(question=f"Q{n}?") for n in range(12)]
+    voice_assistant(tmp_path / "in", rows, row_group_size=3)
+    source = VoiceAssistant(tmp_path / "in")
+    one, two = prepare(source, tmp_path / "one"), prepare(source, tmp_path / "two", workers=2)
+    assert one == two
+    assert questions(tmp_path / "two") == [f"Q{n}?" for n in range(12)]
+
+
+def test_killed_and_resumed(tmp_path: Path) -> None:
+    """SIGKILL at any moment: what is there afterwards is whole, and the rest is made once."""
+    sound = {"bytes": tone(2, 22_050), "path": ""}
+    rows = [voice_assistant_row(question=f"Q{n}?", question_audio=sound) for n in range(60)]
+    voice_assistant(tmp_path / "in", rows, row_group_size=3)
+    command = [Path(sys.executable).with_name("omni-jax"), "prepare", "voice_assistant", tmp_path / "in"]
+    command += ["--out", tmp_path / "out"]
+    killed = 0
+    for _ in range(3):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        before = len(list((tmp_path / "out").glob(f"*{NOTE}"))) if (tmp_path / "out").exists() else 0
+        until = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < until:
+            if len(list((tmp_path / "out").glob(f"*{NOTE}"))) > before:
+                os.kill(process.pid, signal.SIGKILL)
+                killed += 1
+                break
+        process.wait()
+    assert killed
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "60 exchanges" in done.stderr
+    assert questions(tmp_path / "out") == [f"Q{n}?" for n in range(60)]
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """Rows are read a few at a time, also within a row group: a large one is not in memory as a whole."""
+    sound = {"bytes": tone(10, 22_050), "path": ""}
+    for name, count in (("small", 20), ("large", 200)):
+        voice_assistant(tmp_path / name, [voice_assistant_row(question_audio=sound) for _ in range(count)])
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from omni_jax.data.prepare import prepare\n"
+        "from omni_jax.data.sources import VoiceAssistant\n"
+        "prepare(VoiceAssistant(Path(sys.argv[1])), sys.argv[2])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+
+    def peak(name: str) -> int:
+        command = [sys.executable, "-c", code, tmp_path / name, tmp_path / f"{name}-out"]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) // 1024
+
+    # 200 rows hold 84 MB of sound in the file, and as much again once decoded.
+    assert peak("large") - peak("small") < 100
+
+
+def test_folders_of_another_making_are_left_alone(tmp_path: Path) -> None:
+    with Writer(tmp_path / "out") as writer:
+        writer.write(Exchange("q", answer_text="a"))
+    lines(tmp_path / "qa.jsonl", 3)
+    with pytest.raises(ConfigError, match="records of another making"):
+        prepare(TextQa(tmp_path / "qa.jsonl"), tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="expected a folder to write to"):
+        prepare(TextQa(tmp_path / "qa.jsonl"), tmp_path / "file")
