@@ -34,6 +34,7 @@ from omni_jax.prompts import Task
 
 if TYPE_CHECKING:
     from omni_jax.api import Omni, Options, Reply
+    from omni_jax.data.prepare import Codec as Codec_
 
 RECORDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
 """Endings by which `batch` knows the recordings of a folder. A manifest may name files of any ending."""
@@ -292,20 +293,11 @@ def prepare(
 ) -> None:
     """Turn a corpus into records to train on; run again, it goes on where it stopped and adds nothing twice."""
     with _plain_errors():
-        from tqdm import tqdm
-
-        from omni_jax.api import find_release
-        from omni_jax.config import PRESETS
-        from omni_jax.data import prepare as preparing
         from omni_jax.data import sources
 
-        encoder = None
-        if codec is not None:
-            release = find_release(codec)
-            shape = PRESETS[codec] if release is None else release.config
-            encoder = preparing.Codec(codec, shape.codec)
-        elif as_answer:
+        if as_answer and codec is None:
             raise ConfigError("--as-answer: expected --codec, to encode the answers by")
+        encoder = None if codec is None else _codec_of(codec)
         rate = encoder.config.sample_rate if encoder else 24_000
         source: sources.Source
         if corpus is Corpus.voice_assistant:
@@ -318,17 +310,77 @@ def prepare(
         else:
             listing, known = sources.SPEECH[corpus]
             source = sources.Speech(path, str(corpus), known, listing, as_answer, rate, max_seconds or 30.0)
-        with tqdm(unit="part", file=sys.stderr, dynamic_ncols=True) as bar:
+        _prepare_all(source, out, encoder, workers)
 
-            def progress(done: int, parts: int) -> None:
-                bar.total = parts
-                bar.update(done - bar.n)
 
-            index = preparing.prepare(source, out, codec=encoder, workers=workers, progress=progress)
-        rejected = index["rejected"]
-        _say(f"{out}: {index['exchanges']} exchanges, {index['question_hours']} h of questions")
-        for reason, count in rejected.items():
-            _say(f"left out, {reason}: {count}; for example {index['rejected_examples'][reason][0]}")
+@app.command()
+def synthesize(
+    text: Annotated[
+        Path, typer.Argument(help="Questions and answers in writing: as `prepare text` reads them.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of records to write, or to go on with.", show_default=False)],
+    codec: Annotated[str, typer.Option(help="The model whose codec encodes the answers.", show_default=False)],
+    questions: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Who asks; may be repeated, one is drawn for each question: espeak, flite or hibari, perhaps with "
+            "=VOICE,...; command='PROGRAM {text} {out}'; openai='URL MODEL', the last two perhaps with ' @VOICE,...'.",
+            show_default=False,
+        ),
+    ] = None,
+    answer: Annotated[
+        str, typer.Option(help="Who answers: named likewise; the first voice is taken.")
+    ] = "hibari=heart",
+    seed: Annotated[int, typer.Option(help="Of voices, pace, pitch, rooms and noise.")] = 0,
+    clean: Annotated[bool, typer.Option("--clean", help="Questions without rooms and noise.")] = False,
+    max_seconds: Annotated[float, typer.Option(min=0.1, help="Longest question.")] = 30.0,
+    licence: Annotated[str, typer.Option(help="Of the text, for the index.")] = "unknown",
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+) -> None:
+    """Give questions and answers their voices; run again, it goes on where it stopped."""
+    with _plain_errors():
+        from omni_jax.data import sources
+        from omni_jax.data.speech import Voices
+        from omni_jax.data.voicing import Voiced
+
+        encoder = _codec_of(codec)
+        asking = tuple(Voices.parse(name) for name in questions or ["espeak", "flite"])
+        who = Voices.parse(answer)
+        for voices in (*asking, who):
+            # What is not installed is missed now, not in every row.
+            unknown = set(voices.only) - set(voices.open().voices())
+            if unknown:
+                raise ConfigError(f"{voices.engine}: expected voices that it has, found {', '.join(sorted(unknown))}")
+        source = sources.TextQa(text, licence=licence)
+        voiced = Voiced(source, asking, who, encoder.config.sample_rate, seed, not clean, max_seconds)
+        _prepare_all(voiced, out, encoder, workers)
+
+
+def _codec_of(model: str) -> Codec_:
+    from omni_jax.api import find_release
+    from omni_jax.config import PRESETS
+    from omni_jax.data.prepare import Codec
+
+    release = find_release(model)
+    return Codec(model, (PRESETS[model] if release is None else release.config).codec)
+
+
+def _prepare_all(source: Any, out: Path, codec: Codec_ | None, workers: int) -> None:
+    """Write the records, and say what became of the rows."""
+    from tqdm import tqdm
+
+    from omni_jax.data.prepare import prepare
+
+    with tqdm(unit="part", file=sys.stderr, dynamic_ncols=True) as bar:
+
+        def progress(done: int, parts: int) -> None:
+            bar.total = parts
+            bar.update(done - bar.n)
+
+        index = prepare(source, out, codec=codec, workers=workers, progress=progress)
+    _say(f"{out}: {index['exchanges']} exchanges, {index['question_hours']} h of questions")
+    for reason, count in index["rejected"].items():
+        _say(f"left out, {reason}: {count}; for example {index['rejected_examples'][reason][0]}")
 
 
 @app.command("compile")
@@ -513,7 +565,7 @@ def _run_batch(
                     continue
                 assert omni is not None
                 try:
-                    requests[index] = _prepare(omni, rows[index], asked[index][0])
+                    requests[index] = _prepare_row(omni, rows[index], asked[index][0])
                 except _user_errors() as error:
                     errors[index] = str(_named(error, rows[index].audio))
             replies = {}
@@ -543,7 +595,7 @@ def _run_batch(
     return failed
 
 
-def _prepare(omni: Omni, row: Row, settings: dict[str, Any]) -> Any:
+def _prepare_row(omni: Omni, row: Row, settings: dict[str, Any]) -> Any:
     from omni_jax.api import Ask
 
     assert row.given is not None
@@ -768,9 +820,10 @@ def _named(error: Exception, file: Path | None) -> Exception:
 def _user_errors() -> tuple[type[Exception], ...]:
     """What is raised when something asked for cannot be done; anything else is a fault of ours."""
     from omni_jax.audio.wav import AudioError
+    from omni_jax.data.speech import SpeechError
     from omni_jax.tensorfile import CheckpointError
 
-    return AudioError, CheckpointError, ConfigError
+    return AudioError, CheckpointError, ConfigError, SpeechError
 
 
 @contextmanager

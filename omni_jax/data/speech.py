@@ -8,10 +8,15 @@ this module can be imported where no engine is installed. `trim` takes out what 
 from __future__ import annotations
 
 import io
+import json
+import os
 import re
+import shlex
 import subprocess
 import tempfile
-from collections.abc import Mapping
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -188,6 +193,87 @@ class HibariTTS:
         return dict.fromkeys(sorted(name for name, about in VOICES.items() if about["bundled"]))
 
 
+class Command:
+    """Any program that writes a recording: `piper --text {text} --out {out}`, with `{voice}` if it has several."""
+
+    name = "command"
+
+    def __init__(self, template: str, voices: Sequence[str] = ("default",)):
+        """Take a command line.
+
+        Args:
+            template: with `{text}` and `{out}`, the file to write, and perhaps `{voice}`, `{speed}` and `{pitch}`; no
+                shell sees it.
+            voices: what `{voice}` may be.
+
+        Raises:
+            SpeechError: `{text}` or `{out}` is missing.
+        """
+        self.words = shlex.split(template)
+        if not all(any(f"{{{name}}}" in word for word in self.words) for name in ("text", "out")):
+            raise SpeechError(f"command: expected {{text}} and {{out}} in it, found {template!r}")
+        self._known = dict.fromkeys(voices)
+
+    def voices(self) -> list[str]:
+        """See `Engine.voices`."""
+        return list(self._known)
+
+    def speak(self, text: str, voice: str, speed: float = 1.0, pitch: float = 0.0) -> tuple[np.ndarray, int]:
+        """See `Engine.speak`; a speed or pitch that the command has no place for is made by resampling."""
+        _check(self, text, voice, self._known, speed, pitch)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "speech.wav"
+            values = {"text": text, "out": str(file), "voice": voice, "speed": f"{speed:g}", "pitch": f"{pitch:g}"}
+            words = [re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), word) for word in self.words]
+            _run(words, "", self.name)
+            samples, rate = _decoded(self, text, file.read_bytes() if file.exists() else b"")
+        given = " ".join(self.words)
+        ratio = 1.0 if "{pitch}" in given else 2.0 ** (pitch / 12)
+        return shift(samples, ratio if "{speed}" in given else ratio * speed), rate
+
+
+class OpenAISpeech:
+    """A server that has OpenAI's `/v1/audio/speech`, ours among them; its key is in `OPENAI_API_KEY`."""
+
+    name = "openai"
+
+    def __init__(self, url: str, model: str, voices: Sequence[str] = ("alloy",), *, seconds: float = 60.0):
+        """Name the server.
+
+        Args:
+            url: up to and with `/v1`.
+            model: to ask for.
+            voices: it has.
+            seconds: to wait for an answer.
+        """
+        self.url, self.model, self.seconds = url.rstrip("/"), model, seconds
+        self._known = dict.fromkeys(voices)
+
+    def voices(self) -> list[str]:
+        """See `Engine.voices`."""
+        return list(self._known)
+
+    def speak(self, text: str, voice: str, speed: float = 1.0, pitch: float = 0.0) -> tuple[np.ndarray, int]:
+        """See `Engine.speak`; pace and pitch are moved together, by resampling."""
+        _check(self, text, voice, self._known, speed, pitch)
+        body = {"model": self.model, "voice": voice, "input": text, "response_format": "wav"}
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(f"{self.url}/audio/speech", json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.seconds) as response:
+                data = response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                said = error.read(500).decode(errors="replace")
+            raise SpeechError(f"openai: expected sound from {self.url}, found status {error.code}: {said}") from None
+        except (OSError, ValueError) as error:
+            raise SpeechError(f"openai: expected a server at {self.url}, found {error}") from None
+        samples, rate = _decoded(self, text, data)
+        return shift(samples, speed * 2.0 ** (pitch / 12)), rate
+
+
 _ENGINES: Mapping[str, type[ESpeak] | type[Flite] | type[HibariTTS]] = {
     kind.name: kind for kind in (ESpeak, Flite, HibariTTS)
 }
@@ -202,6 +288,54 @@ def engine(name: str) -> Engine:
     if name not in _ENGINES:
         raise SpeechError(f"engine: expected {', '.join(_ENGINES)}, found {name!r}")
     return _ENGINES[name]()
+
+
+@dataclass(frozen=True)
+class Voices:
+    """Some voices of an engine, as the command line names them."""
+
+    engine: str
+    """espeak, flite, hibari, command or openai."""
+    only: tuple[str, ...] = ()
+    """These; none: all that it has."""
+    detail: str = ""
+    """A command's template; a server's address, a space, and its model."""
+
+    @classmethod
+    def parse(cls, text: str) -> Voices:
+        """Read `espeak`, `espeak=en-us+f2,en-gb`, `command=TEMPLATE` or `openai=URL MODEL`.
+
+        The last two may end in ` @VOICE,...`.
+
+        Raises:
+            SpeechError: there is no such engine, or something is missing.
+        """
+        name, _, rest = text.partition("=")
+        if name in _ENGINES:
+            return cls(name, tuple(filter(None, rest.split(","))))
+        detail, _, voices = rest.partition(" @")
+        only = tuple(filter(None, voices.split(",")))
+        if name == Command.name:
+            Command(detail)
+        elif name != OpenAISpeech.name or len(detail.split()) != 2:
+            raise SpeechError(
+                f"voices: expected {', '.join(_ENGINES)} (perhaps with =VOICE,...), command=TEMPLATE or "
+                f"'openai=URL MODEL' (perhaps with ' @VOICE,...'), found {text!r}"
+            )
+        return cls(name, only, detail)
+
+    def open(self) -> Engine:
+        """The engine.
+
+        Raises:
+            SpeechError: what it needs is not installed.
+        """
+        if self.engine == Command.name:
+            return Command(self.detail, self.only or ("default",))
+        if self.engine == OpenAISpeech.name:
+            url, model = self.detail.split()
+            return OpenAISpeech(url, model, self.only or ("alloy",))
+        return engine(self.engine)
 
 
 def shift(audio: np.ndarray, ratio: float) -> np.ndarray:
