@@ -108,7 +108,7 @@ def test_a_server(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path, body, key = Speaking.asked[-1]
     assert (path, key) == ("/v1/audio/speech", "Bearer secret")
     assert body == {"model": "tts", "voice": "nova", "input": "hello", "response_format": "wav"}
-    with pytest.raises(SpeechError, match="found status 429: .*busy"):
+    with pytest.raises(SpeechError, match=r"found status 429: .*busy"):
         engine.speak("fail", "nova")
     with pytest.raises(SpeechError, match="expected a server at"):
         OpenAISpeech("http://127.0.0.1:1/v1", "tts").speak("hello", "alloy")
@@ -154,14 +154,13 @@ def test_many_ask_and_one_answers(tmp_path: Path, template: str) -> None:
         assert np.sqrt(np.mean(draft.answer_audio**2)) == pytest.approx(0.1, rel=0.01)
         assert draft.exchange.voice == "command own"
     again, other = spoken(source, template, augment=False), spoken(source, template, augment=False, seed=1)
-    same = [
-        np.array_equal(a.exchange.question_audio, b.exchange.question_audio) for a, b in zip(drafts, again, strict=True)
-    ]
-    assert all(same)
-    changed = [
-        np.array_equal(a.exchange.question_audio, b.exchange.question_audio) for a, b in zip(drafts, other, strict=True)
-    ]
-    assert not all(changed)
+
+    def alike(one: list[Any], two: list[Any]) -> list[bool]:
+        sounds = [[draft.exchange.question_audio for draft in drafts] for drafts in (one, two)]
+        return [np.array_equal(a, b) for a, b in zip(*sounds, strict=True)]
+
+    assert all(alike(drafts, again))
+    assert not all(alike(drafts, other))
     # Rooms and noise, unless they are not wanted.
     varied = spoken(source, template)
     assert not np.array_equal(varied[0].exchange.question_audio, drafts[0].exchange.question_audio)
