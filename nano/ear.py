@@ -46,7 +46,7 @@ from omni_jax.config import PRESETS, EarConfig
 from omni_jax.model.whisper import Linear, Whisper
 
 CONFIG = PRESETS["nano"].ear
-PARTS = ("questions/train", "questions/dictation_train")
+PARTS = ("questions/train", "questions/dictation_train", "questions/dictation_more")
 TESTS = (
     "questions/held_out_seen",
     "questions/held_out_unseen",

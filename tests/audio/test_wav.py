@@ -271,3 +271,27 @@ def test_write_refuses(tmp_path):
     with pytest.raises(AudioError, match=r"as \[samples\], found shape \(2, 3\)"):
         wav.write(tmp_path / "out.wav", np.zeros((2, 3), np.float32), 24_000)
     assert list(tmp_path.iterdir()) == []
+
+
+def encoded(seconds: float, format: str, subtype: str | None = None, channels: int = 1) -> io.BytesIO:
+    file = io.BytesIO()
+    sound = 0.1 * np.sin(np.arange(int(seconds * 16_000)) / 9)
+    soundfile.write(file, np.repeat(sound[:, None], channels, 1), 16_000, format=format, subtype=subtype)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("format", ["WAV", "FLAC", "MP3", "OGG"])
+def test_longer_than_may_be(format):
+    # MP3 has a little silence before and after.
+    assert len(wav.read(encoded(1.0, format), max_seconds=1.2)) >= 16_000
+    with pytest.raises(AudioError, match=r"expected a recording of at most 0\.90 s, found (1\.\d\d s|more)"):
+        wav.read(encoded(1.0, format), max_seconds=0.9)
+
+
+def test_more_channels_than_may_be():
+    wide = encoded(0.1, "WAV", channels=33)
+    assert len(wav.read(wide)) == 1600
+    wide.seek(0)
+    with pytest.raises(AudioError, match="expected at most 32 channels, found 33"):
+        wav.read(wide, max_seconds=1.0)

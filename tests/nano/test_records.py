@@ -30,7 +30,7 @@ TINY = CodecConfig(
 """A frame of 64 samples, and an encoder that hears more than a frame on each side."""
 FOLDERS = (
     *("train", "typed_train", "held_out_seen", "held_out_unseen", "read_train", "read_held_out"),
-    *("dictation_train", "dictation_seen", "dictation_unseen"),
+    *("dictation_train", "dictation_more", "dictation_seen", "dictation_unseen"),
 )
 TASKS = {
     "train": set(Task),
@@ -106,6 +106,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "read_held_out": read["held_out"][:2],
     }
     dictated = {"train": read["train"][3:], "seen": read["held_out"][2:4], "unseen": read["held_out"][4:]}
+    dictated["more"] = read["train"][:2]
     for seed, (name, items) in enumerate(asked.items()):
         voiced = [
             Utterance(item.question, item.kind, "espeak", "en-us", 1.0, 0.0, item.answer, item.held_out)
@@ -184,7 +185,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
             if exchange.answer_text:
                 np.testing.assert_array_equal(exchange.answer_codes, own[exchange.answer_text])
                 assert exchange.voice == "heart"
-    for name in ("train", "held_out_seen", "held_out_unseen", "dictation_train", "dictation_seen", "dictation_unseen"):
+    for name in (name for name in FOLDERS if name.startswith(("train", "held_out", "dictation"))):
         for exchange, recording in zip(
             everything[name], synthesize.recordings(corpora, f"questions/{name}"), strict=True
         ):
