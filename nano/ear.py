@@ -73,7 +73,7 @@ PAIR = 1
 PEAK = 1e-3
 """Learning rate after the warm-up."""
 WARMUP = 200
-SHORT = 0.45
+SHORT = 0.6
 """Length that is heard at first, as a share of the full one."""
 FULL_FROM = 0.92
 """Share of the run after which the full length is heard."""

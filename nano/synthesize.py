@@ -39,7 +39,7 @@ from omni_jax.data import speech
 FOLDER = Path("build/nano")
 ANSWER_RATE = 24_000
 """Samples per second of answers and sentences, the codec's."""
-MAX_QUESTION_SECONDS = 8.0
+MAX_QUESTION_SECONDS = 6.0
 """What the ear can hear at once."""
 SHARD = 250
 """Recordings per file."""

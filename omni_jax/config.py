@@ -202,7 +202,7 @@ PRESETS: dict[str, ModelConfig] = {
         ),
     ),
     "nano": ModelConfig(
-        ear=EarConfig(width=192, layers=4, heads=4, ffn=768, positions=400),
+        ear=EarConfig(width=192, layers=4, heads=4, ffn=768, positions=300),
         adapter=AdapterConfig(ffn=512, stack=4),
         trunk=TrunkConfig(
             width=256, layers=6, heads=4, kv_heads=2, head_size=64, ffn=1024, rope_theta=1e4, context=512
