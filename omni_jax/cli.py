@@ -14,7 +14,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -383,6 +382,66 @@ def _prepare_all(source: Any, out: Path, codec: Codec_ | None, workers: int) -> 
         _say(f"left out, {reason}: {count}; for example {index['rejected_examples'][reason][0]}")
 
 
+class Suite(enum.StrEnum):
+    """What `evaluate` can read."""
+
+    manifest = "manifest"
+    librispeech = "librispeech"
+    voicebench = "voicebench"
+    uro_bench = "uro_bench"
+    open_audio_bench = "open_audio_bench"
+
+
+@app.command()
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="A manifest, or the folder of a benchmark.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for results, report and spoken answers.", show_default=False)],
+    suite: Annotated[Suite, typer.Option(help="How it is laid out.")] = Suite.manifest,
+    model: Model = "nano",
+    codec: Codec = "jax",
+    listener: Annotated[
+        str,
+        typer.Option(help="Who hears the spoken answers: none, faster-whisper=MODEL or command='PROGRAM {audio}'."),
+    ] = "none",
+    against: Annotated[
+        Path | None, typer.Option(help="Another evaluation's folder, to compare with.", show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first so many.", show_default=False)] = None,
+    slots: Annotated[int, typer.Option(min=1, max=1024, help="Cases answered at once.")] = 8,
+    max_steps: MaxSteps = None,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    no_batch_parallel: NoParallel = False,
+) -> None:
+    """Measure a model: what it understands, answers and says, and how fast, with intervals; a report to listen to."""
+    with _plain_errors():
+        from tqdm import tqdm
+
+        from omni_jax.evaluation import listeners, report, suites
+        from omni_jax.evaluation.run import Evaluation
+        from omni_jax.evaluation.run import evaluate as measure
+
+        cases = suites.read(suite, path)[:limit]
+        who = listeners.listener(listener)
+        other = None if against is None else Evaluation.load(against)
+        omni = _load(model, codec)
+        options: Options = {
+            "max_steps": max_steps,
+            "temperature": temperature,
+            "seed": seed,
+            "batch_parallel": not no_batch_parallel,
+        }
+        omni.prepare({"text": "a"}, **options)
+        with tqdm(total=len(cases), unit="case", file=sys.stderr, dynamic_ncols=True) as bar:
+            found = measure(
+                omni, cases, out, model=model, suite=f"{suite} {path.name}", listener=who, options=options, slots=slots,
+                progress=bar.update,
+            )  # fmt: skip
+        report.write(found, out, other)
+        typer.echo(report.markdown(found, other), nl=False)
+        _say(f"the report is {out / 'report.html'}")
+
+
 @app.command("compile")
 def compile_command(
     program: Annotated[
@@ -675,6 +734,8 @@ def _distinct_row(row: Row, first: dict[str, str], names: set[str]) -> Row:
         error = f"{row.place}: id {row.id!r} was used before, by {first[row.id]}"
         return Row(row.id, row.place, error=error)
     first[row.id] = row.place
+    from omni_jax.audio.wav import file_name
+
     name = file_name(row.id)
     if name.casefold() in names:
         name = file_name(row.id, tell_apart=True)
@@ -693,20 +754,6 @@ def _not_over_questions(rows: Sequence[Row], folder: Path) -> list[Row]:
             row = Row(row.id, row.place, error=error)
         result.append(row)
     return result
-
-
-def file_name(id: str, *, tell_apart: bool = False) -> str:
-    """An id as a file name: letters, digits, `._-`, at most 100 of them, not hidden.
-
-    Where something had to be replaced, or `tell_apart` is set, a hash of the id follows.
-    """
-    safe = re.sub(r"[^\w.-]", "_", unicodedata.normalize("NFC", id)).lstrip(".")[:100]
-    # A name of 100 letters may take more bytes than a file system allows.
-    while len(safe.encode()) > 200:
-        safe = safe[:-1]
-    if safe == id and not tell_apart:
-        return safe
-    return f"{safe}-{hashlib.sha256(id.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
 def printable(text: str) -> str:

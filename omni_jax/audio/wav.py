@@ -6,8 +6,11 @@ that is an `AudioError` before any compute starts; nothing is cut, dropped or re
 
 from __future__ import annotations
 
+import hashlib
 import io
+import re
 import secrets
+import unicodedata
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -216,6 +219,20 @@ def write(path: str | Path, audio: np.ndarray, sample_rate: int) -> None:
         raise AudioError(f"{path}: expected a place to write to, found {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_name(id: str, *, tell_apart: bool = False) -> str:
+    """An id as a file name: letters, digits, `._-`, at most 100 of them, not hidden.
+
+    Where something had to be replaced, or `tell_apart` is set, a hash of the id follows.
+    """
+    safe = re.sub(r"[^\w.-]", "_", unicodedata.normalize("NFC", id)).lstrip(".")[:100]
+    # A name of 100 letters may take more bytes than a file system allows.
+    while len(safe.encode()) > 200:
+        safe = safe[:-1]
+    if safe == id and not tell_apart:
+        return safe
+    return f"{safe}-{hashlib.sha256(id.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
 def _ends_early(data: bytes) -> bool:

@@ -108,13 +108,13 @@ class VoiceAssistant:
         """A row group each."""
         return [
             Unit(f"{path.name}:{group}", (path,), (group,))
-            for path in _files(self.folder, ".parquet")
-            for group in range(_parquet(path, VOICE_ASSISTANT).num_row_groups)
+            for path in corpus_files(self.folder, ".parquet")
+            for group in range(parquet(path, VOICE_ASSISTANT).num_row_groups)
         ]
 
     def rows(self, unit: Unit) -> Iterator[Row]:
         """Rows of a row group, a few in memory at a time."""
-        file = _parquet(unit.files[0], VOICE_ASSISTANT)
+        file = parquet(unit.files[0], VOICE_ASSISTANT)
         number = 0
         for batch in file.iter_batches(batch_size=16, row_groups=list(unit.part), columns=list(VOICE_ASSISTANT)):
             for row in batch.to_pylist():
@@ -251,11 +251,11 @@ class TextQa:
 
     def units(self) -> list[Unit]:
         """Row groups, record batches, or pieces of a file of lines."""
-        paths = [self.path] if self.path.is_file() else _files(self.path, ".jsonl", ".parquet", ".arrow")
+        paths = [self.path] if self.path.is_file() else corpus_files(self.path, ".jsonl", ".parquet", ".arrow")
         units = []
         for path in paths:
             if path.suffix == ".parquet":
-                count = _parquet(path, ()).num_row_groups
+                count = parquet(path, ()).num_row_groups
                 units += [Unit(f"{path.name}:{group}", (path,), (group,)) for group in range(count)]
             elif path.suffix == ".arrow":
                 units.append(Unit(path.name, (path,)))
@@ -269,7 +269,7 @@ class TextQa:
         if path.suffix == ".parquet":
             rows: Iterable[Any] = (
                 row
-                for batch in _parquet(path, ()).iter_batches(batch_size=256, row_groups=list(unit.part))
+                for batch in parquet(path, ()).iter_batches(batch_size=256, row_groups=list(unit.part))
                 for row in batch.to_pylist()
             )
         elif path.suffix == ".arrow":
@@ -411,14 +411,24 @@ def _sound(source: Path | io.BytesIO, max_seconds: float) -> np.ndarray:
     return wav.to_pcm16(_read(source, wav.SAMPLE_RATE, max_seconds))
 
 
-def _files(folder: Path, *suffixes: str) -> list[Path]:
+def corpus_files(folder: Path, *suffixes: str) -> list[Path]:
+    """All files below a folder that end in one of these, sorted.
+
+    Raises:
+        ConfigError: there are none.
+    """
     found = sorted(path for path in folder.rglob("*") if path.suffix in suffixes)
     if not found:
         raise ConfigError(f"{folder}: expected files that end in {', '.join(suffixes)}, found none")
     return found
 
 
-def _parquet(path: Path, columns: Sequence[str]) -> Any:
+def parquet(path: Path, columns: Sequence[str]) -> Any:
+    """A parquet file, opened (`pyarrow.parquet.ParquetFile`).
+
+    Raises:
+        ConfigError: pyarrow is not installed, it is no such file, or lacks one of the columns.
+    """
     try:
         import pyarrow
         import pyarrow.parquet

@@ -295,3 +295,11 @@ def test_more_channels_than_may_be():
     wide.seek(0)
     with pytest.raises(AudioError, match="expected at most 32 channels, found 33"):
         wav.read(wide, max_seconds=1.0)
+
+
+def test_file_names():
+    assert wav.file_name("q-1.a_ü") == "q-1.a_ü"
+    assert wav.file_name("../a b").startswith("_a_b-")
+    assert wav.file_name("..").startswith("-")
+    assert wav.file_name("a/b") != wav.file_name("a:b")
+    assert len(wav.file_name("日" * 300).encode()) < 250

@@ -1,0 +1,1 @@
+"""One ruler for every model: `omni-jax evaluate`."""

@@ -1,0 +1,165 @@
+"""What is asked and what should be answered: our own manifests, and benchmarks as they lie on disk when downloaded.
+
+A suite is a list of cases. Nothing is fetched; a case whose recording is missing stays, and counts as failed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omni_jax.config import ConfigError
+from omni_jax.data.sources import corpus_files, librispeech, parquet
+from omni_jax.prompts import Task
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question."""
+
+    id: str
+    """Unique in its suite."""
+    task: Task
+    audio: Path | bytes | None = None
+    """A recording's file, or its content."""
+    text: str = ""
+    """What is asked in writing, where there is no recording."""
+    expected: tuple[str, ...] = ()
+    """Any of these is right; none: the answer has no right or wrong, only its sound is judged."""
+    question: str = ""
+    """What the recording says, for the report."""
+    group: str = ""
+    """Cases of a group are counted together, too."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A line of a manifest."""
+
+    id: str
+    task: str = ""
+    audio: str = ""
+    text: str = ""
+    expected: str | list[str] = field(default_factory=list)
+    question: str = ""
+    group: str = ""
+
+
+def manifest(path: Path) -> Iterator[Case]:
+    """JSON lines: `id`, `audio` (seen from the manifest) or `text`, `task`, `expected` (a text or several), `group`."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"{path} line {number}"
+            try:
+                row = _Row(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                fields = ", ".join(_Row.__annotations__)
+                raise ConfigError(f"{place}: expected an object with {fields}, found {error}") from None
+            if bool(row.audio) == bool(row.text):
+                raise ConfigError(f"{place}: expected either audio or text, found {'both' if row.text else 'neither'}")
+            default = Task.T1A2 if row.text else Task.A1A2
+            try:
+                task = Task(row.task or default)
+            except ValueError:
+                raise ConfigError(f"{place}: task: expected one of {', '.join(Task)}, found {row.task!r}") from None
+            if task.hears != bool(row.audio):
+                raise ConfigError(f"{place}: task {task}: expected {'audio' if task.hears else 'text'}")
+            expected = (row.expected,) if isinstance(row.expected, str) else tuple(row.expected)
+            audio = path.parent / row.audio if row.audio else None
+            yield Case(row.id, task, audio, row.text, tuple(filter(None, expected)), row.question, row.group)
+
+
+def libri(path: Path) -> Iterator[Case]:
+    """LibriSpeech's `test-clean` and the like: to be written down."""
+    for listing in sorted(path.rglob("*.trans.txt")):
+        for audio, text, _ in librispeech(listing.parent):
+            yield Case(audio.stem, Task.A1T1, audio, expected=(text,), question=text, group=path.name)
+
+
+def voicebench(path: Path) -> Iterator[Case]:
+    """VoiceBench: a folder of parquet files with `prompt`, `audio` and, where there is a right answer, `reference`.
+
+    Columns: https://huggingface.co/datasets/hlt-lab/voicebench
+    """
+    for file in corpus_files(path, ".parquet"):
+        number, group = 0, file.parent.name
+        for batch in parquet(file, ("prompt", "audio")).iter_batches(batch_size=16):
+            for row in batch.to_pylist():
+                sound = row["audio"].get("bytes") if isinstance(row["audio"], dict) else None
+                expected = row.get("reference") or ""
+                yield Case(
+                    f"{group}-{file.stem}-{number}", Task.A1A2, sound or b"", "", tuple(filter(None, (expected,))),
+                    row["prompt"], group,
+                )  # fmt: skip
+                number += 1
+
+
+def uro_bench(path: Path) -> Iterator[Case]:
+    """URO-Bench: a folder with `test.jsonl`, or several of them: `source_wav`, `source_text`, perhaps `target_text`."""
+    listings = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+    for listing in listings:
+        group = listing.parent.name
+        with listing.open(encoding="utf-8") as lines:
+            for number, line in enumerate(filter(str.strip, lines)):
+                row = json.loads(line)
+                target = row.get("target_text") or ()
+                expected = (target,) if isinstance(target, str) else tuple(target)
+                audio = listing.parent / row["source_wav"]
+                yield Case(f"{group}-{number:04d}", Task.A1A2, audio, "", expected, row["source_text"], group)
+
+
+def open_audio_bench(path: Path) -> Iterator[Case]:
+    """Llama Questions, Web Questions and TriviaQA as in OpenAudioBench: `NAME/NAME.csv` and `NAME/audios/*.wav`.
+
+    Columns: question (Questions), answer (Answer, answers, answer_normalized_value and its aliases), audio_filename.
+    """
+    for listing in sorted(path.rglob("*.csv")):
+        group = listing.stem
+        with listing.open(encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.DictReader(file)):
+                question = row.get("question") or row.get("Questions") or ""
+                answers = [row.get("Answer") or "", row.get("answer_normalized_value") or ""]
+                answers += (row.get("answers") or "").split(";")
+                answers += (row.get("answer_normalized_aliases") or "").split(",")
+                expected = tuple(dict.fromkeys(answer.strip() for answer in answers if answer.strip()))
+                name = row.get("audio_filename")
+                if not name:
+                    raise ConfigError(f"{listing} line {number + 2}: expected the column audio_filename, found none")
+                audio = listing.parent / "audios" / name
+                yield Case(f"{group}-{number:04d}", Task.A1A2, audio, "", expected, question, group)
+
+
+SUITES: dict[str, Callable[[Path], Iterator[Case]]] = {
+    "manifest": manifest,
+    "librispeech": libri,
+    "voicebench": voicebench,
+    "uro_bench": uro_bench,
+    "open_audio_bench": open_audio_bench,
+}
+
+
+def read(name: str, path: Path) -> list[Case]:
+    """All cases of a suite.
+
+    Raises:
+        ConfigError: there are none, a line can't be used, or two have the same id.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path}: expected a {name} suite, there is no such file or folder")
+    try:
+        cases = list(SUITES[name](path))
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected a {name} suite, found {error!r}") from None
+    if not cases:
+        raise ConfigError(f"{path}: expected a {name} suite, found no case in it")
+    seen: set[str] = set()
+    for case in cases:
+        if case.id in seen:
+            raise ConfigError(f"{path}: expected ids that differ, found {case.id!r} twice")
+        seen.add(case.id)
+    return cases
