@@ -80,8 +80,8 @@ FULL_FROM = 0.92
 AVERAGE_DECAY = 0.998
 """Of the parameters' moving average, per step."""
 
-SPEED = (0.85, 1.15)
-WARP = (0.9, 1.1)
+SPEED = (0.95, 1.05)
+WARP = (0.97, 1.03)
 """The mel axis is stretched by this."""
 STRIPES = 2
 """Cut out of the time and as many of the mel axis."""
