@@ -2,7 +2,7 @@
 
     python -m nano.ear                              # reads build/nano/questions, writes build/nano/ear
 
-A linear head over the encoder's features names a letter every 40 ms, trained by CTC (Graves et al. 2006); the head is
+A linear head over the encoder's features names a letter every 20 ms, trained by CTC (Graves et al. 2006); the head is
 thrown away afterwards, its features are what the language model listens to. The recordings are by many voices, noisy
 and in rooms already; every time one is used it is played at another speed, its spectrum is warped as by a longer or
 shorter throat, and stripes are cut out of it (SpecAugment, Park et al. 2019, arXiv 1904.08779).
@@ -68,8 +68,6 @@ EVEN_WEIGHT = 2.0
 """Of that loss, at first; CTC has 1."""
 EDGE = 0.2
 """Seconds of silence at either end of a recording, about."""
-PAIR = 1
-"""Positions per letter named."""
 PEAK = 1e-3
 """Learning rate after the warm-up."""
 WARMUP = 200
@@ -101,10 +99,8 @@ class Listener(nnx.Module):
         self.head = Linear((config.width,), (len(LETTERS) + 1,), axes=axes, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, mel: Array) -> Array:
-        """F32 [B, M, 2 positions] -> logits f32 [B, positions / PAIR, letters + 1]."""
-        features = self.ear(mel)
-        B, positions, D = features.shape
-        return self.head(features.reshape(B, positions // PAIR, PAIR, D).mean(axis=2))
+        """F32 [B, M, 2 positions] -> logits f32 [B, positions, letters + 1]."""
+        return self.head(self.ear(mel))
 
 
 class State(NamedTuple):
@@ -195,7 +191,7 @@ def batch(
 
 def spread(lengths: Array, labels: Array, padding: Array, outputs: int) -> Array:
     """The letter at each output if letters were spread evenly, blank before and after: int32 [B, outputs]."""
-    every = PAIR * 2 * HOP / wav.SAMPLE_RATE
+    every = 2 * HOP / wav.SAMPLE_RATE
     first, last = EDGE, lengths[:, None] / wav.SAMPLE_RATE - EDGE
     share = ((jnp.arange(outputs) + 0.5) * every - first) / jnp.maximum(last - first, every)
     count = (1 - padding).sum(axis=1, keepdims=True)
@@ -400,7 +396,7 @@ def train(
     hours = sum(len(clip.audio) for clip in clips) / wav.SAMPLE_RATE / 3600
     print(f"{parameters} parameters, {len(clips)} recordings, {hours:.1f} hours, {steps} steps", flush=True)
     state = run.restore(out, state) or (state if start is None else begin_with(state, start))
-    short = int(SHORT * config.positions) // PAIR * PAIR * 320
+    short = int(SHORT * config.positions) * 320
     saved = last = time.monotonic()
     since: list[dict[str, Array]] = []
     for step in range(int(state.step), steps):

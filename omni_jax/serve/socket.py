@@ -198,10 +198,10 @@ class _Talker:
 
     async def _speak(self, turn: int, question: dict[str, Any]) -> None:
         """Answer one question; whatever is wrong with it the client is told, and may go on."""
-        outcome, finish = "refused", None
+        outcome, finish, begun = "refused", None, False
         try:
             request = await self.service.prepare(**question, task=self.start.task, options=self.start.options)
-            conversation = self.service.ask(request, ENDPOINT)
+            conversation, begun = self.service.ask(request, ENDPOINT), True
             try:
                 await self._parts(turn, conversation)
             finally:
@@ -219,6 +219,11 @@ class _Talker:
         except Refusal as refusal:
             outcome = "failed" if refusal.status >= 500 else outcome
             await self._refuse(refusal.message, turn)
+        except asyncio.CancelledError:
+            if not begun:
+                # An answer that has begun counts how it ended itself.
+                self.service.count(ENDPOINT, "cancelled")
+            raise
         except GONE:
             # Whoever reads nothing is let go; `run` notices.
             with contextlib.suppress(*GONE):

@@ -168,7 +168,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     assert tuple(counts) == FOLDERS
     everything = {name: exchanges(out / name) for name in FOLDERS}
     assert {name: len(found) for name, found in everything.items()} == counts
-    assert counts == dict(zip(FOLDERS, (12, 10, 3, 3, 3, 2, 2, 2, 1), strict=True))
+    assert counts == dict(zip(FOLDERS, (12, 10, 3, 3, 3, 2, 2, 2, 2, 1), strict=True))
 
     for name, count in counts.items():
         index, tasks = Records(out / name), TASKS[name.partition("_")[0]]
