@@ -104,6 +104,8 @@ class _Talker:
         self.heard: list[bytes] = []
         self.turn = 0
         self.answering: asyncio.Task[None] | None = None
+        self.conversation: Conversation | None = None
+        """Of the turn, once it has begun to be answered."""
 
     async def run(self) -> None:
         try:
@@ -190,18 +192,22 @@ class _Talker:
             answering.cancel()
             await asyncio.wait([answering])
             if answering.cancelled():
+                if self.conversation is None:
+                    # One that has begun counts itself.
+                    self.service.count(ENDPOINT, "cancelled")
                 await self._send(type="end", turn=self.turn, outcome="cancelled", finish_reason=None)
 
     def _answer(self, **question: Any) -> None:
         self.turn += 1
+        self.conversation = None
         self.answering = asyncio.create_task(self._speak(self.turn, question))
 
     async def _speak(self, turn: int, question: dict[str, Any]) -> None:
         """Answer one question; whatever is wrong with it the client is told, and may go on."""
-        outcome, finish, begun = "refused", None, False
+        outcome, finish = "refused", None
         try:
             request = await self.service.prepare(**question, task=self.start.task, options=self.start.options)
-            conversation, begun = self.service.ask(request, ENDPOINT), True
+            conversation = self.conversation = self.service.ask(request, ENDPOINT)
             try:
                 await self._parts(turn, conversation)
             finally:
@@ -219,11 +225,6 @@ class _Talker:
         except Refusal as refusal:
             outcome = "failed" if refusal.status >= 500 else outcome
             await self._refuse(refusal.message, turn)
-        except asyncio.CancelledError:
-            if not begun:
-                # An answer that has begun counts how it ended itself.
-                self.service.count(ENDPOINT, "cancelled")
-            raise
         except GONE:
             # Whoever reads nothing is let go; `run` notices.
             with contextlib.suppress(*GONE):
