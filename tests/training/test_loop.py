@@ -206,15 +206,26 @@ def test_killed_during_a_save_loses_no_more_than_the_steps_since_the_last(
     values = run_values(out, records, steps=6, checkpoint={"every": 1, "keep": 2})
     first = spawn(values, tmp_path / "logs")
     deadline = time.monotonic() + 240
-    saved, half = out / "checkpoints" / "2", []
-    while not half:
+    saved = out / "checkpoints" / "2"
+
+    def half_saved() -> list[Path]:
         # A save has another name until it is whole.
-        half = [path for path in (out / "checkpoints").glob("*tmp*") if saved.exists()]
-        assert first.poll() is None
+        return list((out / "checkpoints").glob("*tmp*")) if saved.exists() else []
+
+    while True:
+        assert first.poll() is None, "every save was over before the process could be held"
         assert time.monotonic() < deadline
+        if not half_saved():
+            continue
+        # A save may be over sooner than a signal arrives: hold the process still, and look again.
+        first.send_signal(signal.SIGSTOP)
+        time.sleep(0.1)
+        if half_saved():
+            break
+        first.send_signal(signal.SIGCONT)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    assert list((out / "checkpoints").glob("*tmp*")), "the save was over before the process was killed"
+    assert half_saved()
     second = spawn(values, tmp_path / "logs")
     assert second.wait(timeout=280) == 0, (tmp_path / "logs" / "1.log").read_text()
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
