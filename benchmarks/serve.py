@@ -182,7 +182,9 @@ def main() -> None:
         rate = found["omni_steps_total"] / took
         print(f"{CLIENTS} clients for {took:.0f} s: " + ", ".join(f"{n} {o}" for o, n in load.outcomes.most_common()))
         print(f"{load.outcomes['right'] / took:.1f} answers/s, {rate:.0f} steps/s; at most {longest:.0f} waited")
+        tenths = ", ".join(f"{memory[len(memory) * tenth // 10]:.0f}" for tenth in range(1, 10))
         print(f"memory {early:.0f} MiB after a tenth, {memory[-1]:.0f} at the end: {memory[-1] / early - 1:+.1%}")
+        print(f"memory after each tenth: {tenths} MiB")
         print(f"afterwards {found['omni_slots_occupied']:.0f} slots in use, {found['omni_waiting']:.0f} waiting")
     finally:
         server.send_signal(signal.SIGTERM)
