@@ -125,8 +125,7 @@ class Live:
         self._talks: dict[int, tuple[Talk, Answer]] = {}
         self._engine = self._new_engine()
         self.ready = threading.Event()
-        self._warm_up = warm_up
-        self._thread = threading.Thread(target=self._run, name="omni_jax live", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(warm_up,), name="omni_jax live", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Live:
@@ -204,8 +203,8 @@ class Live:
     def _new_engine(self) -> Engine:
         return Engine(self.omni.programs, self.slots, self._length, FEW_BUCKETS)
 
-    def _run(self) -> None:
-        if self._warm_up:
+    def _run(self, warm_up: bool) -> None:
+        if warm_up:
             try:
                 self._engine.warm_up()
                 StreamDecoder(self.omni.codec, self.omni.config.codec).warm_up()

@@ -9,25 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flax import nnx
 
-from omni_jax.api import Answer, Ask, Omni, Part, Reply, byte_tokenizer
-from omni_jax.codec.snac import Snac, make_decoder
+from omni_jax.api import Answer, Ask, Omni, Part, Reply
 from omni_jax.config import ConfigError
 from omni_jax.inference.engine import Progress, Request
 from omni_jax.live import BusyError, ClosedError, Live, Talk
-from tests.inference.slow_decoder import CONTEXT, random_model, small_config
-from tests.model.randomised import randomised
+from tests.inference.slow_decoder import CONTEXT, small_omni
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
-CONFIG = small_config(text=260)
 
 
 @pytest.fixture(scope="module")
 def omni() -> Omni:
-    codec = make_decoder(randomised(lambda: Snac(CONFIG.codec, rngs=nnx.Rngs(0))))
-    return Omni(random_model(CONFIG, seed=3, eot=2.5, eoa=1.5), codec, byte_tokenizer())
+    return small_omni()
 
 
 @pytest.fixture

@@ -37,7 +37,6 @@ MAX_PEAK = 32.0
 """A float recording beyond this (+30 dB of full scale) is not scaled to -1..1; it is most likely integer
 samples cast to float. Ordinary overshoot from mixing, lossy codecs or resampling stays well below."""
 
-
 MAX_CHANNELS = 32
 """Of a recording whose size is limited."""
 

@@ -8,6 +8,7 @@ import io
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
@@ -15,6 +16,9 @@ import soundfile
 from omni_jax.config import ConfigError
 from omni_jax.evaluation.metrics import CONFIDENCE, RESAMPLES, Estimate
 from omni_jax.evaluation.run import Evaluation, Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN = 12
 """Cases of each task that the HTML report lets listen to: half of them the worst, half drawn."""
@@ -201,7 +205,7 @@ def _histograms(evaluation: Evaluation) -> str:
     return f'<div class="plots">{"".join(shown)}</div>'
 
 
-def _figure(width: float, height: float):  # type: ignore[no-untyped-def]
+def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -209,7 +213,7 @@ def _figure(width: float, height: float):  # type: ignore[no-untyped-def]
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _picture(figure, description: str) -> str:  # type: ignore[no-untyped-def]
+def _picture(figure: Figure, description: str) -> str:
     file = io.BytesIO()
     figure.savefig(file, dpi=90)
     data = base64.b64encode(file.getvalue()).decode()

@@ -205,16 +205,15 @@ class Engine:
             raise RuntimeError("a batch that is busy can't be warmed up")
         vocab, config = self.vocab, self.programs.config
         longest = speech_positions(config.ear.samples, config.ear.positions, config.adapter.stack)
-        rows = [1 << power for power in range(min(self.slots, MOST_PREFILL_ROWS).bit_length())]
-        rows = [count for count in rows if count < 2 * min(self.slots, MOST_PREFILL_ROWS)]
+        most_rows = min(self.slots, MOST_PREFILL_ROWS)
+        rows = sorted({1 << (count - 1).bit_length() for count in range(1, most_rows + 1)})
+        # Without a TTS adapter prefill does not depend on what is answered.
+        tasks = (Task.T1A1, Task.A1A2, Task.T1T2, Task.A1T1) if config.tts_adapter_layers else (Task.T1A1, Task.A1A2)
         sizes = sorted({self._size(count) for count in range(self.slots + 1)})
         for shadows in sizes:
             self._resize_shadows([], 0)
             self._resize_shadows([], shadows)
-            for task in (Task.T1A1, Task.T1T2, Task.A1A2, Task.A1T1):
-                if not (task.speaks or config.tts_adapter_layers):
-                    # Without a TTS adapter prefill does not depend on what is answered.
-                    continue
+            for task in tasks:
                 most = min(longest + 2, self.length) if task.hears else self.length
                 for length in sorted({self._padded(length) for length in range(1, most + 1)}):
                     prompt = speech_prompt(task, 1, vocab) if task.hears else text_prompt(task, [0], vocab)

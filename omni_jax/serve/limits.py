@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from omni_jax.serve.service import Settings
@@ -53,21 +53,22 @@ class Guard:
         headers = Headers(scope=scope)
         settings, path = self.settings, scope["path"]
 
-        async def refuse(status: int, message: str, code: str, **more: str) -> None:
+        async def refuse(status: int, message: str, code: str, more: dict[str, str]) -> None:
             self.refused(path, "refused")
-            await answer(send, status, message, code, **more)
+            response = JSONResponse(error_body(message, status=status, code=code), status, headers=more)
+            await response(scope, receive, send)
 
         if settings.api_keys and path not in OPEN and not path.startswith("/page/"):
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not is_known(key.strip(), settings.api_keys):
                 await refuse(
                     401, "expected the header 'Authorization: Bearer KEY' with a key of this server's",
-                    "invalid_api_key", www_authenticate="Bearer",
+                    "invalid_api_key", {"www-authenticate": "Bearer"},
                 )  # fmt: skip
                 return
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > settings.max_body_bytes:
-            await refuse(413, self._too_large(length), "too_large", **CLOSE)
+            await refuse(413, self._too_large(length), "too_large", CLOSE)
             return
 
         received, whole = 0, False
@@ -106,12 +107,3 @@ def error_body(message: str, *, status: int, field: str | None = None, code: str
     """An error as OpenAI's clients expect it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}
-
-
-async def answer(send: Send, status: int, message: str, code: str, **headers: str) -> None:
-    """Send an error without any application."""
-    body = json.dumps(error_body(message, status=status, code=code)).encode()
-    pairs = {"content-type": "application/json", "content-length": str(len(body))} | headers
-    encoded = [(name.replace("_", "-").encode(), value.encode()) for name, value in pairs.items()]
-    await send({"type": "http.response.start", "status": status, "headers": encoded})
-    await send({"type": "http.response.body", "body": body})

@@ -20,8 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from omni_jax.api import Reply
+from omni_jax.audio.wav import SAMPLE_RATE
 from omni_jax.prompts import Task
 from omni_jax.serve import sound
+from omni_jax.serve.limits import error_body
 from omni_jax.serve.replies import Streamed, service_of, whole
 from omni_jax.serve.service import Conversation, Refusal, from_base64
 
@@ -256,16 +258,14 @@ async def _server_sent(
     async for event in events:
         if usage is not None:
             event["usage"] = None
-        yield f"data: {json.dumps(event)}\n\n"
+        yield _line(event)
     if conversation.whole is None:
-        refusal = conversation.refusal()
-        error = {"message": refusal.message, "type": "server_error", "param": None, "code": refusal.code}
-        yield f"data: {json.dumps({'error': error})}\n\n"
+        yield _line(_broken_off(conversation))
         return
     if usage is not None:
         prompt, name = usage
         last = {**_head("chat.completion.chunk", name), "choices": [], "usage": _usage(prompt, conversation.whole)}
-        yield f"data: {json.dumps(last)}\n\n"
+        yield _line(last)
     yield "data: [DONE]\n\n"
 
 
@@ -293,19 +293,29 @@ async def transcriptions(
     content: dict[str, Any] = {"text": reply.text}
     if response_format == "verbose_json":
         assert prepared.speech is not None
-        content |= {"task": "transcribe", "language": language or "", "duration": len(prepared.speech) / 16_000}
+        content |= {"task": "transcribe", "language": language or "", "duration": len(prepared.speech) / SAMPLE_RATE}
     return JSONResponse(content)
 
 
 async def _transcript_events(conversation: Conversation) -> AsyncIterator[str]:
     async for part in conversation:
         if part.text:
-            yield f"data: {json.dumps({'type': 'transcript.text.delta', 'delta': part.text})}\n\n"
+            yield _line({"type": "transcript.text.delta", "delta": part.text})
     if conversation.whole is None:
-        refusal = conversation.refusal()
-        yield f"data: {json.dumps({'error': {'message': refusal.message, 'code': refusal.code}})}\n\n"
+        yield _line(_broken_off(conversation))
         return
-    yield f"data: {json.dumps({'type': 'transcript.text.done', 'text': conversation.whole.text})}\n\n"
+    yield _line({"type": "transcript.text.done", "text": conversation.whole.text})
+
+
+def _line(event: dict[str, Any]) -> str:
+    """An event as it is sent."""
+    return f"data: {json.dumps(event)}\n\n"
+
+
+def _broken_off(conversation: Conversation) -> dict[str, Any]:
+    """What ends a stream whose answer is not whole: its status has gone out already."""
+    refusal = conversation.refusal()
+    return error_body(refusal.message, status=refusal.status, code=refusal.code)
 
 
 @router.post("/audio/speech", response_model=None)

@@ -105,6 +105,11 @@ class Service:
         self._reading = asyncio.Semaphore(2)
 
     @property
+    def max_audio_seconds(self) -> float:
+        """Longest question."""
+        return self.max_samples / wav.SAMPLE_RATE
+
+    @property
     def ready(self) -> bool:
         """Whether everything is compiled."""
         return self.live.ready.is_set()
@@ -129,9 +134,8 @@ class Service:
         def work() -> Request:
             if sound is None:
                 return self.omni.prepare(Ask(**ask))
-            seconds = self.max_samples / wav.SAMPLE_RATE
             if isinstance(sound, bytes):
-                samples = wav.read(io.BytesIO(sound), max_seconds=seconds)
+                samples = wav.read(io.BytesIO(sound), max_seconds=self.max_audio_seconds)
             else:
                 assert rate is not None
                 samples = wav.as_mono(sound, rate)

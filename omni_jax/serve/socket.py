@@ -33,7 +33,7 @@ import pydantic
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field
 
-from omni_jax.audio.wav import AudioError
+from omni_jax.audio.wav import SAMPLE_RATE, AudioError
 from omni_jax.config import ConfigError
 from omni_jax.live import BusyError, ClosedError
 from omni_jax.prompts import Task
@@ -56,7 +56,7 @@ class Start(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["start"]
-    sample_rate: Annotated[int, Field(ge=8_000, le=192_000)] = 16_000
+    sample_rate: Annotated[int, Field(ge=8_000, le=192_000)] = SAMPLE_RATE
     task: Annotated[Task | None, Field(strict=False)] = None
     options: dict[str, Any] = {}
     api_key: str = ""
@@ -136,7 +136,7 @@ class _Talker:
             model=service.name,
             trained=service.omni.trained,
             sample_rate=service.omni.config.codec.sample_rate,
-            max_audio_seconds=service.max_samples / 16_000,
+            max_audio_seconds=service.max_audio_seconds,
         )
         return True
 
@@ -177,10 +177,10 @@ class _Talker:
         if len(data) % 2:
             await self._refuse(f"expected whole samples of two bytes, found {len(data)} bytes")
             return
-        limit = self.service.max_samples * self.start.sample_rate // 16_000 * 2
+        limit = self.service.max_samples * self.start.sample_rate // SAMPLE_RATE * 2
         if sum(map(len, self.heard)) + len(data) > limit:
             self.heard.clear()
-            seconds = self.service.max_samples / 16_000
+            seconds = self.service.max_audio_seconds
             await self._refuse(f"expected a question of at most {seconds:g} s; it is forgotten, say it again")
             return
         self.heard.append(data)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -71,14 +70,18 @@ class Cost:
     """What running something once moves, in bytes on each chip."""
 
     hbm: float = 0.0
-    collectives: Counter[str] = field(default_factory=Counter)
+    collectives: dict[str, float] = field(default_factory=dict)
     """By kind, what each sends or receives."""
 
     def add(self, other: Cost, times: float = 1.0) -> None:
         """Count `other` as well, so many times."""
         self.hbm += other.hbm * times
         for kind, amount in other.collectives.items():
-            self.collectives[kind] += amount * times  # type: ignore[assignment]
+            self.transfer(kind, amount * times)
+
+    def transfer(self, kind: str, amount: float) -> None:
+        """Count what a collective moves."""
+        self.collectives[kind] = self.collectives.get(kind, 0.0) + amount
 
 
 @dataclass
@@ -153,7 +156,7 @@ class Module:
             # A start gives operands and results as one tuple; the larger is what goes through.
             sizes = [sum(s.bytes for s in self.shapes.get((computation, name), ())) for name in line.operands]
             results = line.shapes if not opcode.endswith("-start") else line.shapes[len(line.shapes) // 2 :]
-            total.collectives[kind] += max(sum(sizes), sum(s.bytes for s in results))
+            total.transfer(kind, max(sum(sizes), sum(s.bytes for s in results)))
         total.hbm += self._moved(computation, line)
 
     def _moved(self, computation: str, line: Instruction) -> float:

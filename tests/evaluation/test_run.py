@@ -12,30 +12,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flax import nnx
 from typer.testing import CliRunner
 
 from omni_jax import cli
-from omni_jax.api import Omni, byte_tokenizer
+from omni_jax.api import Omni
 from omni_jax.audio import wav
-from omni_jax.codec.snac import Snac, make_decoder
 from omni_jax.config import ConfigError
 from omni_jax.evaluation import listeners, report
 from omni_jax.evaluation.run import Evaluation, evaluate
 from omni_jax.evaluation.suites import Case
 from omni_jax.prompts import Task
-from tests.inference.slow_decoder import random_model, small_config
-from tests.model.randomised import randomised
+from tests.inference.slow_decoder import small_omni
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
-CONFIG = small_config(text=260)
 
 
 @pytest.fixture(scope="module")
 def omni() -> Omni:
-    codec = make_decoder(randomised(lambda: Snac(CONFIG.codec, rngs=nnx.Rngs(0))))
-    return Omni(random_model(CONFIG, seed=3, eot=2.5, eoa=1.5), codec, byte_tokenizer())
+    return small_omni()
 
 
 class Parrot:

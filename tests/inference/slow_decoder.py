@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from omni_jax.api import Omni, byte_tokenizer
+from omni_jax.codec.snac import Snac, make_decoder
 from omni_jax.config import AdapterConfig, CodecConfig, EarConfig, ModelConfig, TrunkConfig, VocabConfig
 from omni_jax.inference.engine import Request
 from omni_jax.inference.sampling import Sampling, sample
@@ -80,6 +82,13 @@ def random_model(
         return OmniModel(config, stacked=stacked, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
     return randomised(make, seed, favour_the_ends)
+
+
+def small_omni() -> Omni:
+    """A small model with everything around it, whose tokens are bytes; most of its answers come to their end."""
+    config = small_config(text=260)
+    codec = make_decoder(randomised(lambda: Snac(config.codec, rngs=nnx.Rngs(0))))
+    return Omni(random_model(config, seed=3, eot=2.5, eoa=1.5), codec, byte_tokenizer())
 
 
 def random_request(

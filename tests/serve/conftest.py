@@ -15,18 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flax import nnx
 
-from omni_jax.api import Omni, byte_tokenizer
+from omni_jax.api import Omni
 from omni_jax.audio import wav
-from omni_jax.codec.snac import Snac, make_decoder
 from omni_jax.serve.app import make_server
 from omni_jax.serve.service import Service, Settings
 from tests.builders import quick_compile
-from tests.inference.slow_decoder import random_model, small_config
-from tests.model.randomised import randomised
-
-CONFIG = small_config(text=260)
+from tests.inference.slow_decoder import small_omni
 
 
 @dataclass
@@ -73,6 +68,14 @@ def eventually(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < until, "it never came about"
         time.sleep(0.01)
+
+
+def assert_same_sound(heard: np.ndarray, expected: np.ndarray | None) -> None:
+    """16-bit samples that came over the network are an answer's, up to the rounding of a stream."""
+    assert expected is not None
+    wanted = wav.to_pcm16(expected).astype(int)
+    assert heard.shape == wanted.shape
+    assert np.abs(heard - wanted).max(initial=0) < 5
 
 
 class Held:
@@ -126,8 +129,7 @@ def running(omni: Omni, **settings: Any) -> Iterator[Running]:
 @pytest.fixture(scope="session")
 def omni() -> Iterator[Omni]:
     with quick_compile():
-        codec = make_decoder(randomised(lambda: Snac(CONFIG.codec, rngs=nnx.Rngs(0))))
-        yield Omni(random_model(CONFIG, seed=3, eot=2.5, eoa=1.5), codec, byte_tokenizer())
+        yield small_omni()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import pytest
 from omni_jax.api import Omni
 from omni_jax.audio import wav
 from omni_jax.serve.service import Service, Settings
-from tests.serve.conftest import CONFIG, Held, Running, eventually, running
+from tests.serve.conftest import Held, Running, eventually, running
 
 HELLO = {"model": "small", "messages": [{"role": "user", "content": "hello"}]}
 STREAM = HELLO | {"stream": True, "modalities": ["text", "audio"], "audio": {"voice": "a", "format": "pcm16"}}
@@ -72,7 +72,7 @@ def test_nothing_is_compiled_once_it_is_ready(
     ]
     requests += [
         server.omni.prepare({"audio": np.resize(sound, length), "sample_rate": 16_000, "task": task})
-        for length in (400, CONFIG.ear.samples)
+        for length in (400, server.omni.config.ear.samples)
         for task in ("A1A2", "A1T1", "A1T2")
     ]
     jax.config.update("jax_log_compiles", True)

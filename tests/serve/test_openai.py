@@ -11,9 +11,8 @@ import openai
 import pytest
 import soundfile
 
-from omni_jax.audio import wav
 from omni_jax.serve import sound as sounds
-from tests.serve.conftest import Running
+from tests.serve.conftest import Running, assert_same_sound
 
 HEADER = 44
 
@@ -58,7 +57,7 @@ def test_speech_in_text_and_speech_out(
         heard, rate = soundfile.read(io.BytesIO(data), dtype="int16")
     if format in ("wav", "pcm16", "flac"):
         assert rate == expected.sample_rate
-        np.testing.assert_array_less(np.abs(heard - wav.to_pcm16(expected.audio).astype(int)), 5)
+        assert_same_sound(heard, expected.audio)
     else:
         assert len(heard) / rate == pytest.approx(expected.seconds, abs=0.1)
     assert choice.finish_reason == ("stop" if expected.finish_reason == "stop" else "length")
@@ -93,7 +92,7 @@ def test_a_stream_joined_is_the_answer(
     if format == "wav":
         assert data[:HEADER] == sounds.endless_header(expected.sample_rate)
         data = data[HEADER:]
-    assert np.abs(np.frombuffer(data, "<i2") - wav.to_pcm16(expected.audio).astype(int)).max() < 5
+    assert_same_sound(np.frombuffer(data, "<i2"), expected.audio)
     assert len({part["id"] for part in audio}) == 1
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] in ("stop", "length")
     assert chunks[-1].usage.completion_tokens == expected.tokens.shape[1]
@@ -149,7 +148,7 @@ def test_speech(client: Any, server: Running, format: str) -> None:
         assert len(heard) / rate == pytest.approx(expected.seconds, abs=0.1)
         return
     data = data[HEADER:] if format == "wav" else data
-    assert np.abs(np.frombuffer(data, "<i2") - wav.to_pcm16(expected.audio).astype(int)).max() < 5
+    assert_same_sound(np.frombuffer(data, "<i2"), expected.audio)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 
 from omni_jax.api import Omni
 from omni_jax.audio import wav
-from tests.serve.conftest import Held, Running, eventually, running
+from tests.serve.conftest import Held, Running, assert_same_sound, eventually, running
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 
@@ -76,18 +76,11 @@ def played(page: Any, turn: int = -1) -> np.ndarray:
     return np.rint(np.array(samples) * 32768).astype(int)
 
 
-def assert_same(heard: np.ndarray, expected: np.ndarray | None) -> None:
-    assert expected is not None
-    wanted = wav.to_pcm16(expected).astype(int)
-    assert heard.shape == wanted.shape
-    assert np.abs(heard - wanted).max() < 5
-
-
 def test_a_typed_question(page: Any, server: Running) -> None:
     expected = server.omni.reply(text="hello")
     page.fill("#text", "hello")
     page.press("#text", "Enter")
-    assert_same(played(page), expected.audio)
+    assert_same_sound(played(page), expected.audio)
     assert page.text_content("#history .answered") == expected.text
     timing = page.text_content("#history .timing")
     assert "first sound after" in timing
@@ -114,7 +107,7 @@ def test_hold_to_talk(page: Any, server: Running, hold: str) -> None:
     rate = next(int(frame.split('"sample_rate":')[1].split("}")[0]) for frame in sent if '"sample_rate"' in str(frame))
     assert np.abs(samples).max() > 1000
     expected = server.omni.reply(samples, sample_rate=rate)
-    assert_same(heard, expected.audio)
+    assert_same_sound(heard, expected.audio)
     assert page.text_content("#history .answered") == expected.text
 
 
@@ -124,7 +117,7 @@ def test_a_recording_is_dropped(page: Any, server: Running, sound: np.ndarray, t
     page.set_input_files("#file", path)
     # 16 kHz, mono: the browser has nothing to change.
     expected = server.omni.reply(wav.to_pcm16(sound), sample_rate=16_000)
-    assert_same(played(page), expected.audio)
+    assert_same_sound(played(page), expected.audio)
     assert page.text_content("#history .answered") == expected.text
     assert "question.wav" in page.text_content("#history .asked")
     (tmp_path / "text.wav").write_text("no sound")
@@ -142,7 +135,7 @@ def test_stop(page: Any, server: Running) -> None:
     server.idle()
     page.fill("#text", "hello")
     page.press("#text", "Enter")
-    assert_same(played(page), server.omni.reply(text="hello").audio)
+    assert_same_sound(played(page), server.omni.reply(text="hello").audio)
 
 
 def test_it_fits_a_phone_and_has_names_for_everything(page: Any) -> None:
