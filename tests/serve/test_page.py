@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     # What the microphone hears: a tone that rises and falls, over and over.
-    time = np.arange(48_000) / 16_000
+    moments = np.arange(48_000) / 16_000
     microphone = tmp_path_factory.mktemp("microphone") / "tone.wav"
-    wav.write(microphone, (0.3 * np.sin(2 * np.pi * 300 * time) * np.sin(2 * np.pi * time)).astype(np.float32), 16_000)
+    wav.write(
+        microphone, (0.3 * np.sin(2 * np.pi * 300 * moments) * np.sin(2 * np.pi * moments)).astype(np.float32), 16_000
+    )
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM,
@@ -100,6 +103,11 @@ def test_hold_to_talk(page: Any, server: Running, hold: str) -> None:
     page.mouse.down() if hold == "mouse" else page.keyboard.down("Space")
     until(page, "document.getElementById('talk').ariaPressed === 'true'")
     until(page, "document.getElementById('state').textContent === 'Listening …'")
+    until_heard = time.monotonic() + 30
+    while not any(isinstance(frame, bytes) for frame in sent):
+        # The microphone opens when it does; this also lets the browser tell what it has sent.
+        assert time.monotonic() < until_heard
+        page.wait_for_timeout(50)
     page.wait_for_timeout(300)
     page.mouse.up() if hold == "mouse" else page.keyboard.up("Space")
     heard = played(page)
