@@ -28,7 +28,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import soundfile
-import soxr
 import typer
 from tqdm import tqdm
 
@@ -209,18 +208,11 @@ def say(utterance: Utterance, seed: int, *, own: bool) -> tuple[np.ndarray, dict
         omni_jax.data.speech.SpeechError: the engine fails.
     """
     samples, rate = _engine(utterance.engine).speak(utterance.text, utterance.voice, utterance.speed, utterance.pitch)
-    samples = speech.trim(samples, rate)
     wanted = ANSWER_RATE if own else wav.SAMPLE_RATE
-    if rate != wanted:
-        samples = soxr.resample(samples, rate, wanted, quality="HQ")
-    if own:
-        before, after = ANSWER_SILENCE
-        varied: dict[str, float] = {}
-        samples = speech.level(samples, ANSWER_LEVEL)
-    else:
-        before, after = np.random.default_rng([seed, 1]).uniform(*QUESTION_SILENCE, 2)
-    silences = [np.zeros(round(seconds * wanted), np.float32) for seconds in (before, after)]
-    samples = np.concatenate([silences[0], samples, silences[1]])
+    before, after = ANSWER_SILENCE if own else np.random.default_rng([seed, 1]).uniform(*QUESTION_SILENCE, 2)
+    decibels = ANSWER_LEVEL if own else None
+    samples = speech.between_silences(samples, rate, wanted, before, after, decibels=decibels)
+    varied: dict[str, float] = {}
     if not own:
         samples, varied = speech.augment(samples, wanted, [seed, 0])
     return wav.to_pcm16(samples), varied

@@ -33,7 +33,7 @@ from omni_jax.prompts import Task
 
 if TYPE_CHECKING:
     from omni_jax.api import Omni, Options, Reply
-    from omni_jax.data.prepare import Codec as Codec_
+    from omni_jax.data.prepare import Codec as Encoding
 
 RECORDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
 """Endings by which `batch` knows the recordings of a folder. A manifest may name files of any ending."""
@@ -293,10 +293,11 @@ def prepare(
     """Turn a corpus into records to train on; run again, it goes on where it stopped and adds nothing twice."""
     with _plain_errors():
         from omni_jax.data import sources
+        from omni_jax.data.prepare import Codec as Encoding
 
         if as_answer and codec is None:
             raise ConfigError("--as-answer: expected --codec, to encode the answers by")
-        encoder = None if codec is None else _codec_of(codec)
+        encoder = None if codec is None else Encoding(codec)
         rate = encoder.config.sample_rate if encoder else 24_000
         source: sources.Source
         if corpus is Corpus.voice_assistant:
@@ -339,10 +340,11 @@ def synthesize(
     """Give questions and answers their voices; run again, it goes on where it stopped."""
     with _plain_errors():
         from omni_jax.data import sources
+        from omni_jax.data.prepare import Codec as Encoding
         from omni_jax.data.speech import Voices
         from omni_jax.data.voicing import Voiced
 
-        encoder = _codec_of(codec)
+        encoder = Encoding(codec)
         asking = tuple(Voices.parse(name) for name in questions or ["espeak", "flite"])
         who = Voices.parse(answer)
         for voices in (*asking, who):
@@ -355,16 +357,7 @@ def synthesize(
         _prepare_all(voiced, out, encoder, workers)
 
 
-def _codec_of(model: str) -> Codec_:
-    from omni_jax.api import find_release
-    from omni_jax.config import PRESETS
-    from omni_jax.data.prepare import Codec
-
-    release = find_release(model)
-    return Codec(model, (PRESETS[model] if release is None else release.config).codec)
-
-
-def _prepare_all(source: Any, out: Path, codec: Codec_ | None, workers: int) -> None:
+def _prepare_all(source: Any, out: Path, codec: Encoding | None, workers: int) -> None:
     """Write the records, and say what became of the rows."""
     from tqdm import tqdm
 

@@ -13,18 +13,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
+from flax import nnx
 
-from omni_jax.audio import wav
-from omni_jax.config import CodecConfig, ConfigError
-from omni_jax.data.records import INDEX, SUFFIX, VERSION, WRITER_OPTIONS, RecordError, serves, to_bytes
+from omni_jax.api import find_release
+from omni_jax.codec.snac import Snac, make_encoder
+from omni_jax.config import PRESETS, CodecConfig, ConfigError
+from omni_jax.data.records import INDEX, SUFFIX, WRITER_OPTIONS, RecordError, Tally, serves, to_bytes, write_json
 from omni_jax.data.sources import Draft, Rejected, Source, Unit
-from omni_jax.prompts import Task
 
 NOTE = ".note.json"
 WINDOW = 64
@@ -47,32 +49,25 @@ class Codec:
 
     model: str
     """Whose codec it is: what `Omni.load` takes."""
-    config: CodecConfig
+
+    @cached_property
+    def config(self) -> CodecConfig:
+        """Its shape."""
+        release = find_release(self.model)
+        return (PRESETS[self.model] if release is None else release.config).codec
 
     def encoder(self) -> Encoder:
         """Load it."""
-        from flax import nnx
-
-        from omni_jax.api import find_release
-        from omni_jax.codec.snac import Snac, make_encoder
-
         release = find_release(self.model)
         return make_encoder(Snac(self.config, rngs=nnx.Rngs(0)) if release is None else release.load_codec())
 
 
 @dataclass
-class Note:
+class Note(Tally):
     """What became of a unit's rows."""
 
-    mark: str
+    mark: str = ""
     """Of the unit, and of how it was read."""
-    exchanges: int = 0
-    samples: int = 0
-    """Of questions."""
-    frames: int = 0
-    """Of answers."""
-    sources: Counter[str] = field(default_factory=Counter)
-    tasks: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     """Of rejected rows: where they stand, and what is wrong."""
@@ -130,7 +125,7 @@ def prepare(
         raise ConfigError(f"{folder}: expected an empty folder or one of `prepare`'s, found records of another making")
     for partial in folder.glob(".*.part"):
         partial.unlink()
-    how = f"{source!r} {codec!r}"
+    how = f"{source!r} {codec!r} {codec.config if codec else None!r}"
     jobs, notes = [], {}
     for number, unit in enumerate(units):
         mark = hashlib.sha256(f"{unit.mark()} {how}".encode()).hexdigest()[:16]
@@ -150,7 +145,7 @@ def prepare(
         if progress is not None:
             progress(len(notes), len(units))
     index = _index(source, folder, [notes[number] for number in range(len(units))])
-    _write_json(folder / INDEX, index)
+    write_json(folder / INDEX, index)
     return index
 
 
@@ -189,7 +184,7 @@ def _unit(
     source: Source, unit: Unit, folder: Path, number: int, mark: str, codec: Codec | None, encode: Encoder | None
 ) -> Note:
     """Write a unit's shard and its note."""
-    note, content = Note(mark), hashlib.sha256()
+    note, content = Note(mark=mark), hashlib.sha256()
     shard = _shard(folder, number)
     partial = shard.with_name(f".{shard.name}.part")
     writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
@@ -208,7 +203,7 @@ def _unit(
                     continue
                 writer.write(data)
                 content.update(data)
-                _count(note, draft, tasks)
+                note.add(draft.exchange, tasks)
     finally:
         writer.close()
     if note.exchanges:
@@ -218,7 +213,7 @@ def _unit(
         partial.unlink()
         shard.unlink(missing_ok=True)
     note.content = content.hexdigest()
-    _write_json(_note(folder, number), vars(note))
+    write_json(_note(folder, number), vars(note))
     return note
 
 
@@ -263,22 +258,12 @@ def encode_answers(
     return spoken
 
 
-def _count(note: Note, draft: Draft, tasks: set[Task]) -> None:
-    exchange = draft.exchange
-    note.exchanges += 1
-    note.samples += 0 if exchange.question_audio is None else len(exchange.question_audio)
-    note.frames += 0 if exchange.answer_codes is None else len(exchange.answer_codes)
-    note.sources[exchange.source] += 1
-    note.tasks.update(task.value for task in tasks)
-
-
 def _index(source: Source, folder: Path, notes: list[Note]) -> dict[str, Any]:
-    sources, tasks, rejected = Counter[str](), Counter[str](), Counter[str]()
+    total, rejected = Tally(), Counter[str]()
     examples: dict[str, list[str]] = {}
     content = hashlib.sha256()
     for note in notes:
-        sources.update(note.sources)
-        tasks.update(note.tasks)
+        total.include(note)
         rejected.update(note.rejected)
         content.update(note.content.encode())
         for reason, found in note.examples.items():
@@ -289,17 +274,11 @@ def _index(source: Source, folder: Path, notes: list[Note]) -> dict[str, Any]:
         if note.exchanges
     ]
     return {
-        "version": VERSION,
-        "exchanges": sum(note.exchanges for note in notes),
-        "question_hours": round(sum(note.samples for note in notes) / wav.SAMPLE_RATE / 3600, 4),
-        "answer_frames": sum(note.frames for note in notes),
-        "sources": dict(sorted(sources.items())),
+        **total.index(shards),
         "licences": {source.name: source.licence},
-        "tasks": {task.value: tasks[task.value] for task in Task},
         "rejected": dict(rejected.most_common()),
         "rejected_examples": examples,
         "content": content.hexdigest(),
-        "shards": shards,
     }
 
 
@@ -309,9 +288,3 @@ def _shard(folder: Path, number: int) -> Path:
 
 def _note(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}{NOTE}"
-
-
-def _write_json(path: Path, values: Any) -> None:
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)

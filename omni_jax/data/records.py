@@ -14,7 +14,8 @@ import json
 import struct
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -127,6 +128,55 @@ def from_bytes(data: bytes, *, codebook_size: int = 4096, audio: bool = True) ->
     return Exchange(**fields)
 
 
+@dataclass
+class Tally:
+    """What some exchanges are, in sum."""
+
+    exchanges: int = 0
+    samples: int = 0
+    """Of questions."""
+    frames: int = 0
+    """Of answers."""
+    sources: Counter[str] = field(default_factory=Counter)
+    tasks: Counter[str] = field(default_factory=Counter)
+    """How many can serve each."""
+
+    def add(self, exchange: Exchange, tasks: Iterable[Task]) -> None:
+        """Count one, and the tasks that it `serves`."""
+        self.exchanges += 1
+        self.samples += 0 if exchange.question_audio is None else len(exchange.question_audio)
+        self.frames += 0 if exchange.answer_codes is None else len(exchange.answer_codes)
+        self.sources[exchange.source] += 1
+        self.tasks.update(task.value for task in tasks)
+
+    def include(self, other: Tally) -> None:
+        """Count what another has counted."""
+        self.exchanges += other.exchanges
+        self.samples += other.samples
+        self.frames += other.frames
+        self.sources.update(other.sources)
+        self.tasks.update(other.tasks)
+
+    def index(self, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What `index.json` says of a folder with these shards (`file`, `exchanges`), as `Records` reads it."""
+        return {
+            "version": VERSION,
+            "exchanges": self.exchanges,
+            "question_hours": round(self.samples / wav.SAMPLE_RATE / 3600, 4),
+            "answer_frames": self.frames,
+            "sources": dict(sorted(self.sources.items())),
+            "tasks": {task.value: self.tasks[task.value] for task in Task},
+            "shards": list(shards),
+        }
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
 class Writer:
     """Writes a new folder of exchanges; a context manager.
 
@@ -147,11 +197,7 @@ class Writer:
         self.folder = Path(folder)
         self.shard_size = shard_size
         self._shards: list[dict[str, Any]] = []
-        self._count = 0
-        self._samples = 0
-        self._frames = 0
-        self._sources: Counter[str] = Counter()
-        self._tasks: Counter[str] = Counter()
+        self._tally = Tally()
         self._open: tuple[Path, ArrayRecordWriter] | None = None
         self._in_shard = 0
         try:
@@ -177,29 +223,14 @@ class Writer:
             self._open = partial, ArrayRecordWriter(str(partial), WRITER_OPTIONS)
         self._open[1].write(data)
         self._in_shard += 1
-        self._count += 1
-        self._samples += 0 if exchange.question_audio is None else len(exchange.question_audio)
-        self._frames += 0 if exchange.answer_codes is None else len(exchange.answer_codes)
-        self._sources[exchange.source] += 1
-        self._tasks.update(task.value for task in serves(exchange))
+        self._tally.add(exchange, serves(exchange))
         if self._in_shard == self.shard_size:
             self._finish_shard()
 
     def close(self) -> None:
         """Complete the last shard and write the index."""
         self._finish_shard()
-        index = {
-            "version": VERSION,
-            "exchanges": self._count,
-            "question_hours": round(self._samples / wav.SAMPLE_RATE / 3600, 4),
-            "answer_frames": self._frames,
-            "sources": dict(sorted(self._sources.items())),
-            "tasks": {task.value: self._tasks[task.value] for task in Task},
-            "shards": self._shards,
-        }
-        partial = self.folder / f".{INDEX}.part"
-        partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.folder / INDEX)
+        write_json(self.folder / INDEX, self._tally.index(self._shards))
 
     def __enter__(self) -> Writer:
         return self

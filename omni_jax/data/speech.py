@@ -389,6 +389,28 @@ def trim(audio: np.ndarray, rate: int, *, pause: float = 0.3) -> np.ndarray:
     return joined
 
 
+def between_silences(
+    audio: np.ndarray, rate: int, wanted: int, before: float, after: float, *, decibels: float | None = None
+) -> np.ndarray:
+    """Speech as an engine gives it, trimmed, at another rate, with silences of known length around it.
+
+    Args:
+        audio: f32 [samples].
+        rate: samples per second.
+        wanted: of the result.
+        before: seconds.
+        after: seconds.
+        decibels: RMS of the speech in the result, of full scale; None leaves it as loud as it is.
+    """
+    audio = trim(audio, rate)
+    if rate != wanted:
+        audio = soxr.resample(audio, rate, wanted, quality="HQ")
+    if decibels is not None:
+        audio = level(audio, decibels)
+    silences = [np.zeros(round(seconds * wanted), np.float32) for seconds in (before, after)]
+    return np.concatenate([silences[0], audio, silences[1]])
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """How a clean recording is varied. Every pair is a range to draw from evenly; every `_chance` a probability."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import numpy as np
-import soxr
 
 from omni_jax.audio import wav
 from omni_jax.data import speech
@@ -90,7 +89,7 @@ class Voiced:
                 problems.append(str(error))
                 continue
             before, after = rng.uniform(*SILENCE), rng.uniform(*SILENCE)
-            sound = _between_silences(samples, rate, wav.SAMPLE_RATE, before, after)
+            sound = speech.between_silences(samples, rate, wav.SAMPLE_RATE, before, after)
             if self.augment:
                 sound, _ = speech.augment(sound, wav.SAMPLE_RATE, seed)
             return wav.to_pcm16(_not_longer(sound, wav.SAMPLE_RATE, self.max_question_seconds, "question"))
@@ -107,7 +106,7 @@ class Voiced:
             except SpeechError as error:
                 problem = str(error)
                 continue
-            sound = _between_silences(samples, rate, self.rate, ANSWER_SILENCE, ANSWER_SILENCE)
+            sound = speech.between_silences(samples, rate, self.rate, ANSWER_SILENCE, ANSWER_SILENCE)
             sound = _not_longer(sound, self.rate, self.max_answer_seconds, "answer")
             return f"{engine.name} {voice}", speech.level(sound, ANSWER_LEVEL)
         raise Rejected("no voice for the answer", problem)
@@ -117,14 +116,6 @@ class Voiced:
 def _open(voices: Voices) -> Engine:
     """Once in each process: some engines load a model."""
     return voices.open()
-
-
-def _between_silences(samples: np.ndarray, rate: int, wanted: int, before: float, after: float) -> np.ndarray:
-    samples = speech.trim(samples, rate)
-    if rate != wanted:
-        samples = soxr.resample(samples, rate, wanted, quality="HQ")
-    silences = [np.zeros(round(seconds * wanted), np.float32) for seconds in (before, after)]
-    return np.concatenate([silences[0], samples, silences[1]])
 
 
 def _not_longer(sound: np.ndarray, rate: int, seconds: float, what: str) -> np.ndarray:

@@ -220,12 +220,13 @@ def clock(omni: Omni, cases: Sequence[Case], options: Options) -> dict[str, floa
     found: dict[str, list[float]] = {}
     speaking = [case for case in cases if case.task.speaks][:TIMED]
     for turn, case in enumerate(speaking[:1] + speaking):
+        ask = _ask(case)
         try:
-            request = omni.prepare(_ask(case), **options)
+            parts = omni.stream(ask.audio, text=ask.text, task=ask.task, **options)
         except (AudioError, ConfigError):
             continue
         start, first, reply = time.perf_counter(), None, None
-        for part in omni._stream(request):
+        for part in parts:
             if first is None and len(part.audio):
                 first = time.perf_counter() - start
             reply = part.reply

@@ -133,7 +133,7 @@ def examine(
     if program == "train":
         if config is None:
             raise ConfigError("train: expected --config, the configuration of a run")
-        batch = batch or config.data.batch
+        model, batch = config.start.removeprefix("preset:"), batch or config.data.batch
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch=batch))
         mesh, made = _train(config, devices)
     else:

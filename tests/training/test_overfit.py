@@ -32,9 +32,8 @@ def codes(reply: Reply, omni: Omni) -> np.ndarray:
 def test_three_stages_learn_eight_exchanges_by_heart(tiny_parts: Path, tmp_path: Path):
     start = tmp_path / "start"
     assert run("import", tiny_parts / "mini_omni", start, *parts(tiny_parts)).exit_code == 0
-    release = open_release(start)
-    codec = Codec(str(start), release.config.codec)
-    source = Manifest(EXCHANGES / "exchanges.jsonl", rate=release.config.codec.sample_rate)
+    codec = Codec(str(start))
+    source = Manifest(EXCHANGES / "exchanges.jsonl", rate=codec.config.sample_rate)
     assert prepare(source, tmp_path / "records", codec=codec)["exchanges"] == 8
     # Programs that run hundreds of times are worth optimising; one device is enough.
     environment = {**os.environ, "XLA_FLAGS": ""}
