@@ -3,8 +3,8 @@
     python -m benchmarks serve                      # one minute; MINUTES=10 for the long run
 
 A process of its own serves nano with 8 slots. The clients ask OpenAI's and Mini-Omni's way, streamed and whole; a
-quarter of them leave in the middle of every other answer. What is counted: answers, those that differ, refusals, and the
-server's memory over time.
+quarter of them leave in the middle of every other answer. What is counted: answers, those that differ, refusals, and
+the server's memory over time.
 """
 
 from __future__ import annotations
