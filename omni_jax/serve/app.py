@@ -116,7 +116,13 @@ def make_app(service: Service) -> ASGIApp:
         message = f"{request.method} {request.url.path}: {problem.detail!s}"
         return error(request, problem.status_code, message, **(problem.headers or {}))
 
-    return Guard(app, service.settings, lambda path, outcome: service.count(_known(app, path), outcome))
+    # Figures must not grow with whatever paths clients think of.
+    paths = {getattr(route, "path", "") for route in app.routes}
+
+    def turned_away(path: str, outcome: str) -> None:
+        service.count(path if path in paths else "other", outcome)
+
+    return Guard(app, service.settings, turned_away)
 
 
 def make_server(service: Service, host: str, port: int) -> uvicorn.Server:
@@ -140,11 +146,6 @@ def make_server(service: Service, host: str, port: int) -> uvicorn.Server:
 def _route(request: Request) -> str:
     route = request.scope.get("route")
     return str(getattr(route, "path", "")) or "other"
-
-
-def _known(app: FastAPI, path: str) -> str:
-    """A path if the application has it: figures must not grow with whatever clients think of."""
-    return path if path in {getattr(route, "path", None) for route in app.routes} else "other"
 
 
 def _file(name: str) -> Response:

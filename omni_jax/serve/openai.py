@@ -164,10 +164,9 @@ def _options(body: Any) -> dict[str, Any]:
 
 def _question(messages: list[Message]) -> tuple[bytes | None, str | None, int]:
     """The recording or the text of the last user message, and how many messages go unheard."""
-    asked = [message for message in messages if message.role == "user"]
-    if not asked or messages[-1].role != "user":
+    if messages[-1].role != "user":
         raise Refusal(400, "messages: expected the last one to be the user's", field="messages")
-    content = asked[-1].content
+    content = messages[-1].content
     if isinstance(content, str) and content:
         return None, content, len(messages) - 1
     parts = content if isinstance(content, list) else []

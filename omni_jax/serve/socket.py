@@ -101,7 +101,7 @@ class _Talker:
     def __init__(self, socket: WebSocket, service: Service):
         self.socket, self.service = socket, service
         self.start = Start(type="start")
-        self.heard: list[bytes] = []
+        self.heard = bytearray()
         self.turn = 0
         self.answering: asyncio.Task[None] | None = None
         self.conversation: Conversation | None = None
@@ -157,7 +157,7 @@ class _Talker:
             await self._interrupt()
         elif isinstance(order, Sign):
             await self._interrupt()
-            samples = np.frombuffer(b"".join(self.heard), "<i2")
+            samples = np.frombuffer(bytes(self.heard), "<i2")
             self.heard.clear()
             self._answer(sound=samples, rate=self.start.sample_rate)
 
@@ -178,12 +178,12 @@ class _Talker:
             await self._refuse(f"expected whole samples of two bytes, found {len(data)} bytes")
             return
         limit = self.service.max_samples * self.start.sample_rate // SAMPLE_RATE * 2
-        if sum(map(len, self.heard)) + len(data) > limit:
+        if len(self.heard) + len(data) > limit:
             self.heard.clear()
             seconds = self.service.max_audio_seconds
             await self._refuse(f"expected a question of at most {seconds:g} s; it is forgotten, say it again")
             return
-        self.heard.append(data)
+        self.heard += data
 
     async def _interrupt(self) -> None:
         """Stop the answer that is being made, if there is one."""
@@ -215,11 +215,8 @@ class _Talker:
             if conversation.whole is None:
                 raise conversation.refusal()
             outcome, finish = "done", conversation.whole.finish_reason
-        except (AudioError, ConfigError) as error:
-            self.service.count(ENDPOINT, outcome)
-            await self._refuse(str(error), turn)
-        except (BusyError, ClosedError) as error:
-            outcome = "busy"
+        except (AudioError, ConfigError, BusyError, ClosedError) as error:
+            outcome = "busy" if isinstance(error, (BusyError, ClosedError)) else outcome
             self.service.count(ENDPOINT, outcome)
             await self._refuse(str(error), turn)
         except Refusal as refusal:
