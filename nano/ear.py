@@ -68,12 +68,15 @@ EVEN_WEIGHT = 2.0
 """Of that loss, at first; CTC has 1."""
 EDGE = 0.2
 """Seconds of silence at either end of a recording, about."""
-PEAK = 1e-3
-"""Learning rate after the warm-up."""
+PEAK = 2e-3
+"""Learning rate after the warm-up, of Muon (Jordan et al. 2024). After 600 steps from nothing the loss is 1.76; with
+AdamW alone it is 2.10."""
+ADAM_PEAK = 1e-3
+"""Of the parameters that are no matrices."""
 WARMUP = 200
 SHORT = 0.6
 """Length that is heard at first, as a share of the full one."""
-FULL_FROM = 0.92
+FULL_FROM = 0.95
 """Share of the run after which the full length is heard."""
 AVERAGE_DECAY = 0.998
 """Of the parameters' moving average, per step."""
@@ -83,8 +86,8 @@ WARP = (0.97, 1.03)
 """The mel axis is stretched by this."""
 STRIPES = 2
 """Cut out of the time and as many of the mel axis."""
-STRIPE_FRAMES = 10
-STRIPE_BINS = 12
+STRIPE_FRAMES = 6
+STRIPE_BINS = 8
 """Widest stripes."""
 
 Array = jax.Array
@@ -230,6 +233,19 @@ def look_nearby(params: Any, config: EarConfig) -> Any:
     return {**params, "ear": {**ear, "layers": layers}}
 
 
+def matrices(params: Any) -> Any:
+    """Which axes of a listener's parameters Muon is to see as rows and columns; None where there is no matrix."""
+    axes: dict[tuple[str, ...], optax.contrib.MuonDimensionNumbers | None] = {}
+    for keys, leaf in traverse_util.flatten_dict(params).items():
+        rank = len(getattr(leaf, "shape", ()))
+        if keys[0] != "ear" or rank < 2:
+            axes[keys] = None
+        else:
+            inputs = rank - 1 if keys[-2] in ("conv1", "conv2", "out") else 1
+            axes[keys] = optax.contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, rank)))
+    return traverse_util.unflatten_dict(axes)
+
+
 def augment(mel: Array, key: Array) -> Array:
     """Warp the mel axis and cut out stripes; f32 [B, M, frames], every row its own way."""
     B, M, frames = mel.shape
@@ -261,6 +277,8 @@ class Trainer:
     config: EarConfig
     steps: int
     seed: int
+    even: bool = True
+    """Whether letters are taken as spread evenly at first; an ear that hears already would be misled."""
 
     @cached_property
     def rate(self) -> optax.Schedule:
@@ -269,11 +287,16 @@ class Trainer:
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        """AdamW; norms and biases don't decay."""
+        """Muon for the encoder's matrices, Adam for the head, norms and biases."""
         return optax.chain(
             optax.clip_by_global_norm(1.0),
-            optax.adamw(
-                self.rate, b2=0.98, weight_decay=0.05, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+            optax.contrib.muon(
+                self.rate,
+                weight_decay=0.05,
+                adam_b2=0.98,
+                adam_learning_rate=lambda step: self.rate(step) * ADAM_PEAK / PEAK,
+                muon_weight_dimension_numbers=matrices,
+                consistent_rms=0.2,
             ),
         )
 
@@ -299,7 +322,7 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         mel = augment(log_mel(audio, self.config.mels), key)
 
-        even_weight = EVEN_WEIGHT * jnp.maximum(0, 1 - state.step / EVEN_STEPS)
+        even_weight = self.even * EVEN_WEIGHT * jnp.maximum(0, 1 - state.step / EVEN_STEPS)
 
         def loss(params: Any) -> tuple[Array, Array]:
             logits = self.logits(params, mel)
@@ -390,7 +413,7 @@ def train(
     tests = {name: held_out for name, held_out in tests.items() if held_out}
     if not clips:
         raise SystemExit(f"{folder}: expected recordings of {', '.join(PARTS)}, found none: python -m nano.synthesize")
-    trainer = Trainer(config, steps, seed)
+    trainer = Trainer(config, steps, seed, even=start is None)
     state = trainer.start()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params["ear"]))
     hours = sum(len(clip.audio) for clip in clips) / wav.SAMPLE_RATE / 3600

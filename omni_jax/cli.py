@@ -237,6 +237,9 @@ def serve(
 ) -> None:
     """Talk over the network: a page, OpenAI's and Mini-Omni's endpoints, a WebSocket, figures for Prometheus."""
     with _plain_errors():
+        from omni_jax.serve import heap
+
+        heap.keep_flat()
         keys = _read_keys(api_key_file) if api_key_file is not None else ()
         omni = _load(model, codec)
         from omni_jax.serve.app import make_server
