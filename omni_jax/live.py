@@ -40,7 +40,7 @@ class Talk:
     request: Request
     deadline: float | None
     """On the clock of `time.monotonic`."""
-    notify: Callable[[], None] | None
+    notify: Callable[[], object] | None
     outcome: Outcome | None = None
     """None while it goes on; set before the last thing that the iteration gives."""
     asked: float = field(default_factory=time.monotonic)
@@ -147,7 +147,9 @@ class Live:
         """Slots in use."""
         return sum(seat is not None for seat in self._engine.seats)
 
-    def ask(self, request: Request, *, seconds: float | None = None, notify: Callable[[], None] | None = None) -> Talk:
+    def ask(
+        self, request: Request, *, seconds: float | None = None, notify: Callable[[], object] | None = None
+    ) -> Talk:
         """Queue a prepared request (`Omni.prepare`).
 
         Args:

@@ -282,7 +282,7 @@ def empty(model: OmniModel, slots: int, length: int) -> DecodeState:
 
 
 CACHE_AXES = ("batch", "kv_heads", None, None)
-"""Logical axes of a layer's keys or values [R, K, S, H]."""
+"""Logical axes of a layer's keys or values [R, K / P, S, P * H]."""
 
 
 def spread(tree: Any, mesh: Mesh) -> Any:

@@ -7,6 +7,7 @@ give the same results; `stacked` decides, for the parameters and the cache alike
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -20,7 +21,10 @@ from omni_jax.model.layers import Array, Attention, GatedMLP, Keys, RMSNorm, att
 
 Remat = Literal["none", "dots", "full"]
 Cache = dict[str, Any]
-"""`k` and `v`: stacked [L, R, K, S, H], or a tuple of L arrays [R, K, S, H]. R rows, S slots (one a position)."""
+"""`k` and `v`: stacked [L, R, K / P, S, P * H], or a tuple of L arrays [R, K, S, H]. R rows, S slots (one a position),
+P heads side by side."""
+LANES = 128
+"""Numbers that a TPU handles at once: an array's last axis is filled up to a multiple of it, in memory too."""
 
 
 class Block(nnx.Module):
@@ -46,9 +50,19 @@ class Blocks(nnx.Module):
 
         self.layers: Any = nnx.vmap(make)(keys) if stacked else nnx.List([make(key) for key in keys])
 
+    @property
+    def packed(self) -> int:
+        """How many heads stand side by side in the cache (P): where layers are stacked, as many as fill the lanes."""
+        return math.gcd(self.config.kv_heads, max(1, LANES // self.config.head_size)) if self.stacked else 1
+
+    def pack(self, heads: Array) -> Array:
+        """Keys or values [..., K, H] as the cache has them, [..., K / P, P * H]."""
+        return heads.reshape(*heads.shape[:-2], self.config.kv_heads // self.packed, -1)
+
     def cache(self, rows: int, slots: int) -> Cache:
         """An empty cache for `rows` rows of up to `slots` positions."""
-        shape = (rows, self.config.kv_heads, slots, self.config.head_size)
+        config, P = self.config, self.packed
+        shape = (rows, config.kv_heads // P, slots, P * config.head_size)
         if self.stacked:
             return {name: jnp.zeros((self.count, *shape), self.dtype) for name in "kv"}
         return {name: tuple(jnp.zeros(shape, self.dtype) for _ in range(self.count)) for name in "kv"}
@@ -77,7 +91,8 @@ class Blocks(nnx.Module):
         def block(layer: Block, x: Array) -> tuple[Array, tuple[Array, Array]]:
             query, key, value = layer.attention.project(layer.attention_norm(x), cos, sin)
             x = x + layer.attention.merge(attend(query, key, value, mask))
-            return x + layer.mlp(layer.mlp_norm(x)), (key.swapaxes(1, 2), value.swapaxes(1, 2))
+            x = x + layer.mlp(layer.mlp_norm(x))
+            return x, (self.pack(key).swapaxes(1, 2), self.pack(value).swapaxes(1, 2))
 
         def run(graph: nnx.GraphDef, weights: Any, x: Array) -> tuple[Array, tuple[Array, Array]]:
             return block(nnx.merge(graph, weights), x)
@@ -118,7 +133,8 @@ class Blocks(nnx.Module):
             query, key, value = (y[:, 0] for y in layer.attention.project(layer.attention_norm(x)[:, None], cos, sin))
             heads, updated = [], []
             for rows, cache in zip(groups, caches, strict=True):
-                cache, keys, values = write(cache, index, positions[rows], key[rows], value[rows])
+                new = self.pack(key[rows]), self.pack(value[rows])
+                cache, keys, values = write(cache, index, positions[rows], *new)
                 heads.append(attend_cache(query[rows], keys, values, positions[rows]))
                 updated.append(cache)
             x = x + layer.attention.merge(jnp.concatenate(heads))
@@ -155,11 +171,11 @@ def write(cache: Cache, layer: Any, positions: Array, key: Array, value: Array) 
         cache: the whole cache.
         layer: which layer; a traced index if the cache is stacked.
         positions: int32 [R].
-        key: [R, K, H].
-        value: [R, K, H].
+        key: [R, K / P, P * H].
+        value: [R, K / P, P * H].
 
     Returns:
-        The cache, and the layer's keys and values [R, K, S, H].
+        The cache, and the layer's keys and values [R, K / P, S, P * H].
     """
     R, K, H = key.shape
     if isinstance(cache["k"], tuple):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import math
 from collections.abc import AsyncIterator
 from importlib import metadata, resources
@@ -34,11 +36,24 @@ PAGE_HEADERS = {
 def make_app(service: Service) -> ASGIApp:
     """The application around a service, which it closes when it is shut down."""
 
+    async def settle() -> None:
+        """Once everything is compiled, let the search for cycles pass over what stays.
+
+        It is as long as all there is; with half a million objects of a model and a compiler Python would put it off
+        until hundreds of requests that broke off have left their recordings behind.
+        """
+        while not service.ready:
+            await asyncio.sleep(0.5)
+        gc.collect()
+        gc.freeze()
+
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        settling = asyncio.create_task(settle())
         try:
             yield
         finally:
+            settling.cancel()
             service.close()
 
     app = FastAPI(

@@ -170,16 +170,13 @@ class Conversation:
 
     def __init__(self, service: Service, request: Request, endpoint: str):
         self._service, self._endpoint = service, endpoint
-        self._news = asyncio.Event()
+        # Without a way from the talk back to here: in a cycle both would keep their sound until it is searched for.
+        self._news = news = asyncio.Event()
         loop = asyncio.get_running_loop()
-
-        def notify() -> None:
-            loop.call_soon_threadsafe(self._news.set)
-
         self._talk: Talk = service.live.ask(
             request,
             seconds=service.settings.max_seconds,
-            notify=notify,
+            notify=lambda: loop.call_soon_threadsafe(news.set),
         )
         self._closed = False
         self.whole: Reply | None = None

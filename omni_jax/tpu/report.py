@@ -249,7 +249,9 @@ def _decode(config: ModelConfig, mesh: Mesh, batch: int, *, parallel: bool) -> P
     ]
     steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     caches = [state.caches, state.shadows]
-    needed = {name: value for name, value in programs.weights.items() if name not in ("ear", "adapter")}
+    # Of an embedding that is not the head as well only a row for each token is read.
+    unread = {"ear", "adapter"} | ({"embed"} if "head" in programs.weights else set())
+    needed = {name: value for name, value in programs.weights.items() if name not in unread}
     ideal = _share(needed) + _share(caches)
     return Program(programs.chunk, (programs.weights, state, Routing(*idle), steps), ideal, steps=LONGEST_CHUNK)
 

@@ -146,6 +146,19 @@ def test_attention_to_a_cache_sees_its_own_slot_and_those_before() -> None:
     close(attend_cache(query, keys, values, positions), expected[:, 0])
 
 
+@pytest.mark.parametrize("side_by_side", [2, 4])
+def test_heads_side_by_side_in_a_cache_are_attended_to_as_if_apart(side_by_side: int) -> None:
+    R, K, S, H = 3, 4, 5, 4
+    query, keys, values, positions = normal(R, 8, H), normal(R, K, S, H), normal(R, K, S, H), np.array([0, 2, 4])
+
+    def pack(apart: np.ndarray) -> np.ndarray:
+        grouped = apart.reshape(R, K // side_by_side, side_by_side, S, H).swapaxes(2, 3)
+        return grouped.reshape(R, K // side_by_side, S, side_by_side * H)
+
+    packed = attend_cache(query, pack(keys), pack(values), positions)
+    close(packed, attend_cache(query, keys, values, positions))
+
+
 def test_gated_mlp() -> None:
     mlp = randomised(lambda: GatedMLP(4, 7, 3, nnx.Rngs(0)))
     gate, up, down = (np.asarray(w[...]) for w in (mlp.gate, mlp.up, mlp.down))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import socket
@@ -15,7 +16,7 @@ import pytest
 
 from omni_jax.api import Omni
 from omni_jax.audio import wav
-from omni_jax.serve.service import Service, Settings
+from omni_jax.serve.service import Conversation, Service, Settings
 from tests.serve.conftest import Held, Running, eventually, running
 
 HELLO = {"model": "small", "messages": [{"role": "user", "content": "hello"}]}
@@ -88,6 +89,25 @@ def test_nothing_is_compiled_once_it_is_ready(
         jax.config.update("jax_log_compiles", False)
     compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
     assert not compiled
+
+
+@pytest.mark.parametrize("body", [HELLO, STREAM], ids=["whole", "streamed"])
+def test_answers_leave_nothing_behind_for_the_search_for_cycles(server: Running, body: Any) -> None:
+    """They have their sound with them; see also what is passed over once the server is ready."""
+
+    def alive() -> int:
+        return sum(isinstance(thing, Conversation) for thing in gc.get_objects())
+
+    eventually(lambda: gc.get_freeze_count() > 0)
+    gc.collect()
+    before = alive()
+    gc.disable()
+    try:
+        for _ in range(3):
+            assert server.call("/v1/chat/completions", body)[0] == 200
+        eventually(lambda: alive() == before)
+    finally:
+        gc.enable()
 
 
 def test_errors_are_json_everywhere(server: Running) -> None:
