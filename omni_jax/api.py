@@ -154,17 +154,23 @@ class Omni:
         tokenizer: tokenizers.Tokenizer,
         *,
         trained: bool = True,
+        int8: bool = False,
     ):
         self.config: ModelConfig = model.config
         self.vocab = Vocab(self.config.vocab)
-        self.programs = Programs(model)
+        self.programs = Programs(model, int8=int8)
         self.codec = codec
         self.tokenizer = tokenizer
         self.trained = trained
 
     @classmethod
     def load(
-        cls, name: str | Path = "nano", *, codec: Literal["jax", "torch"] = "jax", mesh: jax.sharding.Mesh | None = None
+        cls,
+        name: str | Path = "nano",
+        *,
+        codec: Literal["jax", "torch"] = "jax",
+        int8: bool = False,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> Omni:
         """Load a model.
 
@@ -172,6 +178,7 @@ class Omni:
             name: a release folder, the folder of a finished training run, a hub id, or `nano`. The other presets'
                 names are understood too, and give untrained models; a folder of that name comes first.
             codec: decode sound by the native codec, or by the torch one in a host callback.
+            int8: decode with weights rounded to eight bits; see `omni_jax.inference.decode.Programs`.
             mesh: spread the model over devices; see `omni_jax.sharding.make_mesh`.
 
         Raises:
@@ -180,10 +187,10 @@ class Omni:
         _check_codec(codec)
         release = find_release(name)
         if release is None:
-            return cls._untrained(str(name), 0, codec, mesh)
+            return cls._untrained(str(name), 0, codec, mesh, int8=int8)
         stacked, dtype = default_layout()
         model = release.load_model(stacked=stacked, dtype=dtype, param_dtype=dtype, mesh=mesh)
-        return cls(model, _decoder(release.load_codec(), codec), release.tokenizer())
+        return cls(model, _decoder(release.load_codec(), codec), release.tokenizer(), int8=int8)
 
     @classmethod
     def untrained(
@@ -198,7 +205,9 @@ class Omni:
         return cls._untrained(preset, seed, codec, mesh)
 
     @classmethod
-    def _untrained(cls, preset: str, seed: int, codec: str, mesh: jax.sharding.Mesh | None) -> Omni:
+    def _untrained(
+        cls, preset: str, seed: int, codec: str, mesh: jax.sharding.Mesh | None, *, int8: bool = False
+    ) -> Omni:
         from omni_jax.checkpoint import init_model
 
         _check_codec(codec)
@@ -213,7 +222,7 @@ class Omni:
         stacked, dtype = default_layout()
         model = init_model(config, stacked=stacked, dtype=dtype, seed=seed, mesh=mesh)
         sound = _decoder(Snac(config.codec, rngs=nnx.Rngs(seed)), codec)
-        return cls(model, sound, byte_tokenizer(), trained=False)
+        return cls(model, sound, byte_tokenizer(), trained=False, int8=int8)
 
     def reply(
         self,

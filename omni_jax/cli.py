@@ -51,6 +51,9 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option(help="`nano`, a release folder, or a hub id.", show_default=True)]
 Codec = Annotated[Literal["jax", "torch"], typer.Option(help="What turns audio tokens into sound.")]
+EightBits = Annotated[
+    bool, typer.Option("--int8", help="Decode with weights of eight bits: half the bytes a step; slower on a CPU.")
+]
 TaskName = Annotated[
     Task | None,
     typer.Option(
@@ -186,6 +189,7 @@ def batch(
     task: TaskName = None,
     model: Model = "nano",
     codec: Codec = "jax",
+    int8: EightBits = False,
     slots: Annotated[int, typer.Option(min=1, max=1024, help="Rows answered at once.")] = 8,
     seed: Seed = 0,
     max_steps: MaxSteps = None,
@@ -210,7 +214,7 @@ def batch(
             "batch_parallel": not no_batch_parallel,
         }
         rows = _read_folder(source, out) if source.is_dir() else _read_manifest(source)
-        failed = _run_batch(rows, Answers(out), defaults, model=model, codec=codec, slots=slots)
+        failed = _run_batch(rows, Answers(out), defaults, model=model, codec=codec, int8=int8, slots=slots)
         raise typer.Exit(1 if failed else 0)
 
 
@@ -218,6 +222,7 @@ def batch(
 def serve(
     model: Model = "nano",
     codec: Codec = "jax",
+    int8: EightBits = False,
     host: Annotated[
         str, typer.Option(help="Address to listen on. Other machines reach only another one.")
     ] = "127.0.0.1",
@@ -241,7 +246,7 @@ def serve(
 
         heap.keep_flat()
         keys = _read_keys(api_key_file) if api_key_file is not None else ()
-        omni = _load(model, codec)
+        omni = _load(model, codec, int8=int8)
         from omni_jax.serve.app import make_server
         from omni_jax.serve.service import Service, Settings
 
@@ -395,6 +400,7 @@ def evaluate(
     suite: Annotated[Suite, typer.Option(help="How it is laid out.")] = Suite.manifest,
     model: Model = "nano",
     codec: Codec = "jax",
+    int8: EightBits = False,
     listener: Annotated[
         str,
         typer.Option(help="Who hears the spoken answers: none, faster-whisper=MODEL or command='PROGRAM {audio}'."),
@@ -420,7 +426,7 @@ def evaluate(
         cases = suites.read(suite, path)[:limit]
         who = listeners.listener(listener)
         other = None if against is None else Evaluation.load(against)
-        omni = _load(model, codec)
+        omni = _load(model, codec, int8=int8)
         options: Options = {
             "max_steps": max_steps,
             "temperature": temperature,
@@ -453,6 +459,7 @@ def compile_command(
         int | None, typer.Option(min=1, help="Rows over all chips. Default: the configuration's, or one a group.")
     ] = None,
     tensor: Annotated[int, typer.Option(min=1, help="Chips that share a row; train: see the configuration.")] = 1,
+    int8: EightBits = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Ask the TPU compiler, without a TPU, what a program needs: memory, bytes, and the least time."""
@@ -469,7 +476,9 @@ def compile_command(
             if program == "train" and not run.start.startswith("preset:"):
                 # Shapes are all that is needed, and the weights of an earlier stage need not be here.
                 run = dataclasses.replace(run, start=f"preset:{model}")
-        report = examine(program, Topology.parse(topology), model=model, config=run, batch=batch, tensor=tensor)
+        report = examine(
+            program, Topology.parse(topology), model=model, config=run, batch=batch, tensor=tensor, int8=int8
+        )
         if as_json:
             typer.echo(json.dumps(dataclasses.asdict(report)))
         else:
@@ -582,13 +591,20 @@ class Answers:
 
 
 def _run_batch(
-    rows: Sequence[Row], answers: Answers, defaults: dict[str, Any], *, model: str, codec: Any, slots: int
+    rows: Sequence[Row],
+    answers: Answers,
+    defaults: dict[str, Any],
+    *,
+    model: str,
+    codec: Any,
+    int8: bool,
+    slots: int,
 ) -> int:
     """Answer the rows that have no answer yet; how many failed."""
     from tqdm import tqdm
 
     rows = _not_over_questions(rows, answers.folder)
-    identity = _identity(model)
+    identity = _identity(model) + " int8" * int8
     records: dict[int, dict[str, Any]] = {}
     asked: dict[int, tuple[dict[str, Any], str]] = {}
     for index, row in enumerate(rows):
@@ -601,7 +617,7 @@ def _run_batch(
     kept = len(records)
     omni = None
     if kept < len(asked):
-        omni = _load(model, codec)
+        omni = _load(model, codec, int8=int8)
         # The command line's own options are checked once, not reported in every row.
         options = {name: value for name, value in defaults.items() if name not in ("task", "cut")}
         omni.prepare({"text": "a"}, **options)
@@ -784,7 +800,7 @@ def _identity(model: str) -> str:
     return model if release is None else release.fingerprint()
 
 
-def _load(model: str, codec: Any) -> Omni:
+def _load(model: str, codec: Any, *, int8: bool = False) -> Omni:
     """Load a model, and say so; that it is untrained too."""
     _say(f"loading {model} ...")
     start = time.perf_counter()
@@ -792,7 +808,7 @@ def _load(model: str, codec: Any) -> Omni:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UntrainedWarning)
-        omni = Omni.load(model, codec=codec)
+        omni = Omni.load(model, codec=codec, int8=int8)
     for warning in caught:
         _say(f"note: {warning.message}")
     _say(f"loaded in {time.perf_counter() - start:.1f} s")

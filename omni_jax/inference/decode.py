@@ -20,11 +20,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
 from omni_jax import sharding
 from omni_jax.inference.sampling import Sampling, sample
+from omni_jax.model.layers import Int8
 from omni_jax.model.omni import OmniModel
 from omni_jax.model.trunk import Cache, cache_slots
 from omni_jax.vocab import LAYERS, STREAMS, TEXT, Vocab
@@ -281,6 +282,10 @@ def empty(model: OmniModel, slots: int, length: int) -> DecodeState:
     )
 
 
+DECODED = ("trunk", "tts_adapter", "embed", "head")
+"""Parts that a step of decoding reads."""
+INPUT_AXES = dict.fromkeys(("q", "k", "v", "gate", "up", "down", "text", "audio", "head"), 1) | {"out": 2}
+"""Of their matrices, how many axes are multiplied."""
 CACHE_AXES = ("batch", "kv_heads", None, None)
 """Logical axes of a layer's keys or values [R, K / P, S, P * H]."""
 
@@ -299,13 +304,20 @@ class Programs:
 
     Each is compiled once per shape: `hear` per batch of recordings, `prefill` per rows and padded length, `chunk`
     per slots, cache length and routing sizes. If the weights are spread over a mesh, so is the running batch.
+
+    Args:
+        model: its weights are taken as they are.
+        int8: round those that decoding reads to eight bits: half the bytes a step, good where they are what a step
+            waits for. A CPU's products want floats and become slower.
     """
 
-    def __init__(self, model: OmniModel):
+    def __init__(self, model: OmniModel, *, int8: bool = False):
         graph, state = nnx.split(model)
         self.config = model.config
         self.weights: Any = nnx.to_pure_dict(state)
         mesh = sharding.of_array(jax.tree.leaves(self.weights)[0])
+        if int8:
+            self.weights = in_int8(self.weights)
 
         def settle(out: Any) -> Any:
             return out if mesh is None else spread(out, mesh)
@@ -331,6 +343,20 @@ class Programs:
         self.join = jax.jit(settled(join), donate_argnums=0)
         self.halt = jax.jit(settled(halt), donate_argnums=0)
         self.keep_shadows = jax.jit(settled(take_rows))
+
+
+def in_int8(weights: Any, round_to: Callable[[Any, int], Int8] = Int8.of) -> Any:
+    """The matrices of trunk, TTS adapter, embedding and heads as `Int8`; the rest of a model's weights as it is.
+
+    Args:
+        weights: nested, as `Programs` has them.
+        round_to: what makes one of a weight and the number of its input axes.
+    """
+    flat = traverse_util.flatten_dict(weights)
+    for keys, weight in flat.items():
+        if keys[0] in DECODED and keys[-1] in INPUT_AXES:
+            flat[keys] = round_to(weight, INPUT_AXES[keys[-1]])
+    return traverse_util.unflatten_dict(flat)
 
 
 def take_rows(cache: Cache, rows: Array) -> Cache:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +43,32 @@ def param(rngs: nnx.Rngs | Keys, shape: Sequence[int], axes: Sequence[str | None
     return nnx.Param(value, axes=tuple(axes))
 
 
-def linear(x: Array, weight: Array, contract: int = 1, dtype: DTypeLike | None = None) -> Array:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int8:
+    """A weight in eight bits, with a scale for each output: what decoding reads, it reads half of."""
+
+    values: Array
+    """int8 [*out, *in]."""
+    scale: Array
+    """f32 [*out]; a weight is its value times this."""
+
+    @classmethod
+    def of(cls, weight: Array, contract: int = 1) -> Int8:
+        """Round a weight [*out, *in], whose last `contract` axes are `in`."""
+        inputs = tuple(range(weight.ndim - contract, weight.ndim))
+        weight = weight.astype(jnp.float32)
+        # A row of zeros has the scale 1.
+        largest = jnp.abs(weight).max(axis=inputs, keepdims=True)
+        scale = jnp.where(largest > 0, largest / 127, 1.0)
+        return cls(jnp.round(weight / scale).astype(jnp.int8), scale.squeeze(inputs))
+
+    def __getitem__(self, index: Any) -> Any:
+        """All of it for `...`, as of an array; of a table [rows, D], the rows of an index as f32 [..., D]."""
+        return self if index is ... else self.values[index] * self.scale[index][..., None]
+
+
+def linear(x: Array, weight: Array | Int8, contract: int = 1, dtype: DTypeLike | None = None) -> Array:
     """Matrix product with weights stored [out, in], either side of one or several axes.
 
     Args:
@@ -53,6 +80,9 @@ def linear(x: Array, weight: Array, contract: int = 1, dtype: DTypeLike | None =
     Returns:
         [..., *out].
     """
+    if isinstance(weight, Int8):
+        # Whole numbers up to 127 are exact in every dtype; the scales wait until the sums are done.
+        return (linear(x, weight.values, contract, jnp.float32) * weight.scale).astype(dtype or x.dtype)
     weight = weight.astype(x.dtype)
     of_weight = tuple(range(weight.ndim - contract, weight.ndim))
     of_x = tuple(range(x.ndim - contract, x.ndim))

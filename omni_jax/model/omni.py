@@ -14,7 +14,7 @@ from flax import nnx
 
 from omni_jax.audio.features import log_mel
 from omni_jax.config import ModelConfig
-from omni_jax.model.layers import Array, GatedMLP, RMSNorm, linear, param
+from omni_jax.model.layers import Array, GatedMLP, Int8, RMSNorm, linear, param
 from omni_jax.model.trunk import Blocks, Cache, Remat
 from omni_jax.model.whisper import Whisper
 from omni_jax.vocab import LAYERS, STREAMS, TEXT, Vocab
@@ -157,7 +157,7 @@ class OmniModel(nnx.Module):
         y, tts_cache = self.tts_adapter.blocks(x, positions, segments, remat)
         return text_hidden, self.tts_adapter.norm(y), {"trunk": cache, "tts_adapter": tts_cache}
 
-    def head_tables(self) -> tuple[Array, Array]:
+    def head_tables(self) -> tuple[Array | Int8, Array | Int8]:
         """What the heads score tokens with: text [Vt, D] and audio [C, Va, D]."""
         tables = self.head or self.embed
         return tables.text[...], (tables.audio if self.tts_adapter is None else self.tts_adapter.head)[...]

@@ -3,7 +3,8 @@
 XLA's own `cost_analysis` counts the body of a loop once, whatever its trip count, and bytes as if there were no
 on-chip memory. Here a loop's body counts as often as it runs, an array that the compiler has put into VMEM (`S(1)`
 in its layout) counts nothing, arrays are as large as their tiles make them, and what is sliced, gathered or updated in
-place counts as much as is touched.
+place counts as much as is touched. Of branches the cheapest counts: ours are there to leave work out, as greedy
+decoding leaves out sorting.
 
 What the text looks like: https://openxla.org/xla/operation_semantics, layouts: https://openxla.org/xla/tiled_layout.
 """
@@ -145,7 +146,7 @@ class Module:
         if opcode == "conditional":
             branches = [self._of(name) for name in line.called("branch_computations")]
             branches += [self._of(name) for key in ("true", "false") for name in line.called(f"{key}_computation")]
-            total.add(max(branches, key=lambda cost: cost.hbm))
+            total.add(min(branches, key=lambda cost: cost.hbm))
             return
         if opcode in ("call", "async-start"):
             for name in (*line.called("to_apply"), *line.called("calls")):
@@ -165,6 +166,9 @@ class Module:
         if line.opcode == "copy-start":
             # The result is (copy, original, context).
             return _hbm(operands[0]) + _hbm(line.shapes[:1])
+        if line.opcode == "slice-start":
+            # The result is (original, slice, context).
+            return sum(s.bytes for s in line.shapes[1:2]) * operands[0][0].hbm + _hbm(line.shapes[1:2])
         if line.opcode in SLICES:
             return (_hbm(line.shapes) if operands[0] and operands[0][0].hbm else 0.0) + _hbm(line.shapes)
         if line.opcode in UPDATES:
@@ -200,7 +204,7 @@ class Module:
                 for place, operand in enumerate(user.operands):
                     if operand != name:
                         continue
-                    if user.opcode == "bitcast":
+                    if user.opcode == "bitcast" or self._passes(user, place):
                         # The same array under another name.
                         names.append(user.name)
                     elif user.opcode == "fusion":
@@ -210,6 +214,16 @@ class Module:
                     elif not (place == 0 and user.opcode in UPDATES):
                         return whole
         return min(part, whole)
+
+    def _passes(self, line: Instruction, place: int) -> bool:
+        """Whether a fusion does nothing but to give its operand of that number another shape."""
+        if line.opcode != "fusion":
+            return False
+        body = {i.name: i for i in self.computations[line.called("calls")[0]]}
+        found = next(i for i in body.values() if i.root)
+        while found.opcode == "bitcast":
+            found = body[found.operands[0]]
+        return found.opcode == "parameter" and found.attributes == f"({place})"
 
 
 def _hbm(shapes: tuple[Shape, ...]) -> float:

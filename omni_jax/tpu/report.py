@@ -22,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from omni_jax import checkpoint, sharding
 from omni_jax.codec.snac import Snac
 from omni_jax.config import PRESETS, ConfigError, ModelConfig, RunConfig
-from omni_jax.inference.decode import CACHE_AXES, LONGEST_CHUNK, Programs, Routing
+from omni_jax.inference.decode import CACHE_AXES, LONGEST_CHUNK, Programs, Routing, in_int8
+from omni_jax.model.layers import Int8
 from omni_jax.prompts import speech_positions
 from omni_jax.tpu import flops, hlo
 from omni_jax.tpu.chips import Topology
@@ -45,6 +46,8 @@ class Report:
     topology: str
     batch: int
     """Rows over all chips."""
+    int8: bool
+    """Whether decoding's weights have eight bits."""
     mesh: dict[str, int]
     compile_seconds: float
     memory_per_chip_bytes: int
@@ -74,7 +77,8 @@ class Report:
         left = (self.hbm_bytes - self.memory_per_chip_bytes) / giga
         per = " per step" if self.program in ("decode", "batch") else ""
         rows = {
-            "program": f"{self.program}, {self.model}, batch {self.batch} on {self.topology} ({mesh})",
+            "program": f"{self.program}, {self.model}{' in 8 bits' * self.int8}, batch {self.batch} on "
+            f"{self.topology} ({mesh})",
             "compiled in": f"{self.compile_seconds:.1f} s",
             "memory per chip": f"{self.memory_per_chip_bytes / giga:.2f} of {self.hbm_bytes / giga:.0f} GiB: "
             f"{verdict}, {left:.2f} GiB left (arguments {self.arguments_bytes / giga:.2f}, temporary "
@@ -111,6 +115,7 @@ def examine(
     config: RunConfig | None = None,
     batch: int | None = None,
     tensor: int = 1,
+    int8: bool = False,
 ) -> Report:
     """Compile one program.
 
@@ -121,6 +126,7 @@ def examine(
         config: of the run, for `train`.
         batch: rows over all chips; None: what the config says, otherwise one per group of chips.
         tensor: chips that share a row, for all but `train`.
+        int8: weights of eight bits, for `prefill`, `decode` and `batch`.
 
     Raises:
         ConfigError: something does not fit.
@@ -129,6 +135,8 @@ def examine(
         raise ConfigError(f"program: expected one of {', '.join(PROGRAMS)}, found {program!r}")
     if model not in PRESETS:
         raise ConfigError(f"model: expected one of {', '.join(PRESETS)}, found {model!r}")
+    if int8 and program not in ("prefill", "decode", "batch"):
+        raise ConfigError(f"int8: expected with prefill, decode or batch, found with {program}")
     devices = topology.devices()
     if program == "train":
         if config is None:
@@ -144,11 +152,14 @@ def examine(
         if batch % groups:
             raise ConfigError(f"batch: expected a multiple of {groups} groups of {tensor} chips, found {batch}")
         mesh = sharding.make_mesh(groups, 1, tensor, devices)
-        made = _BUILDERS[program](PRESETS[model], mesh, batch)
-    return _report(program, model, topology, batch, mesh, made)
+        options = {"int8": True} if int8 else {}
+        made = _BUILDERS[program](PRESETS[model], mesh, batch, **options)
+    return _report(program, model, topology, batch, mesh, made, int8=int8)
 
 
-def _report(program: str, model: str, topology: Topology, batch: int, mesh: Mesh, made: Program) -> Report:
+def _report(
+    program: str, model: str, topology: Topology, batch: int, mesh: Mesh, made: Program, *, int8: bool
+) -> Report:
     start = time.perf_counter()
     compiled = made.function.lower(*made.arguments, **made.keywords).compile()
     seconds = time.perf_counter() - start
@@ -176,6 +187,7 @@ def _report(program: str, model: str, topology: Topology, batch: int, mesh: Mesh
         model=model,
         topology=topology.name,
         batch=batch,
+        int8=int8,
         mesh=dict(mesh.shape),
         compile_seconds=seconds,
         memory_per_chip_bytes=needed,
@@ -219,19 +231,32 @@ def _train(config: RunConfig, devices: list[Any]) -> tuple[Mesh, Program]:
     return setup.mesh, Program(step_program(setup, places), (state, _placed(frozen, frozen_places), batch), ideal)
 
 
-def _programs(config: ModelConfig, mesh: Mesh) -> Programs:
+def _programs(config: ModelConfig, mesh: Mesh, *, int8: bool) -> Programs:
     """As for a loaded model, with shapes and places for weights."""
     graph, state = nnx.split(checkpoint.abstract(config, stacked=True, dtype=jnp.bfloat16))
     places = sharding.of_state(state, mesh)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), nnx.to_pure_dict(state))
     weights = _placed(shapes, places)
     nnx.update(abstract := nnx.merge(graph, state), weights)
-    return Programs(abstract)
+    programs = Programs(abstract)
+    if int8:
+        programs.weights = in_int8(programs.weights, _int8)
+    return programs
 
 
-def _decode(config: ModelConfig, mesh: Mesh, batch: int, *, parallel: bool) -> Program:
+def _int8(weight: jax.ShapeDtypeStruct, inputs: int) -> Int8:
+    """Shapes and places of a weight's eight bits and scales."""
+    shape, place = weight.shape[:-inputs], weight.sharding
+    parts = (*place.spec, *[None] * (len(weight.shape) - len(place.spec)))[: len(shape)]
+    scales = NamedSharding(place.mesh, PartitionSpec(*parts))
+    values: Any = jax.ShapeDtypeStruct(weight.shape, jnp.int8, sharding=place)
+    scale: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=scales)
+    return Int8(values, scale)
+
+
+def _decode(config: ModelConfig, mesh: Mesh, batch: int, *, parallel: bool, int8: bool = False) -> Program:
     """A chunk of steps of a full batch that writes and speaks; with `parallel`, each request has its second row."""
-    programs = _programs(config, mesh)
+    programs = _programs(config, mesh, int8=int8)
     S = config.trunk.context
     state = jax.eval_shape(lambda weights: programs.empty(weights, batch, S), programs.weights)
     if parallel:
@@ -256,8 +281,8 @@ def _decode(config: ModelConfig, mesh: Mesh, batch: int, *, parallel: bool) -> P
     return Program(programs.chunk, (programs.weights, state, Routing(*idle), steps), ideal, steps=LONGEST_CHUNK)
 
 
-def _prefill(config: ModelConfig, mesh: Mesh, batch: int) -> Program:
-    programs = _programs(config, mesh)
+def _prefill(config: ModelConfig, mesh: Mesh, batch: int, *, int8: bool = False) -> Program:
+    programs = _programs(config, mesh, int8=int8)
     rows = NamedSharding(mesh, PartitionSpec(sharding.RULES["batch"]))
     positions = speech_positions(config.ear.samples, config.ear.positions, config.adapter.stack)
     tokens = jax.ShapeDtypeStruct((batch, STREAMS, PROMPT), jnp.int32, sharding=rows)
@@ -281,7 +306,7 @@ def _codec(config: ModelConfig, mesh: Mesh, batch: int) -> Program:
     return Program(function, (weights, codes), _share(weights) + _share(codes) + sound)
 
 
-_BUILDERS: dict[str, Callable[[ModelConfig, Mesh, int], Program]] = {
+_BUILDERS: dict[str, Callable[..., Program]] = {
     "prefill": _prefill,
     "decode": partial(_decode, parallel=False),
     "batch": partial(_decode, parallel=True),

@@ -107,6 +107,27 @@ ENTRY %main (w: f32[24,100], i: s32[], cache: f32[24,100]) -> f32[24,100] {
     assert cost(text).hbm == 400 + 4 + 400
 
 
+def test_an_array_that_a_fusion_only_renames_is_read_by_who_reads_it() -> None:
+    text = """
+%rename (r: f32[100]) -> f32[10,10] {
+  %r = f32[100]{0} parameter(0)
+  ROOT %b = f32[10,10]{1,0} bitcast(%r)
+}
+
+%outer (p: f32[100]) -> f32[10,10] {
+  %p = f32[100]{0} parameter(0)
+  %same = f32[10,10]{1,0} fusion(%p), kind=kLoop, calls=%rename
+  ROOT %n = f32[10,10]{1,0:S(1)} negate(%same)
+}
+
+ENTRY %main (a: f32[100]) -> f32[10,10] {
+  %a = f32[100]{0} parameter(0)
+  ROOT %f = f32[10,10]{1,0:S(1)} fusion(%a), kind=kLoop, calls=%outer
+}
+"""
+    assert cost(text).hbm == 400
+
+
 def test_copies_in_the_background_and_collectives() -> None:
     text = """
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -119,16 +140,19 @@ ENTRY %main (a: f32[1000]) -> f32[4000] {
   %a = f32[1000]{0} parameter(0)
   %start = (f32[1000]{0:S(1)}, f32[1000]{0}, u32[]{:S(2)}) copy-start(%a)
   %near = f32[1000]{0:S(1)} copy-done(%start)
+  %begin = ((f32[1000]{0}), f32[10]{0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:10]}
+  %some = f32[10]{0:S(1)} slice-done(%begin)
   %sum = f32[1000]{0:S(1)} all-reduce(%near), replica_groups={{0,1,2,3}}, to_apply=%add
   ROOT %all = f32[4000]{0:S(1)} all-gather(%sum), dimensions={0}
 }
 """
     found = cost(text)
-    assert found.hbm == 4000
+    # All of it is fetched, then ten numbers once more.
+    assert found.hbm == 4000 + 40
     assert found.collectives == {"all-reduce": 4000, "all-gather": 16000}
 
 
-def test_the_dearer_branch_counts() -> None:
+def test_the_cheaper_branch_counts() -> None:
     text = """
 %small (p: f32[1]) -> f32[1] {
   %p = f32[1]{0} parameter(0)
@@ -147,7 +171,7 @@ ENTRY %main (i: s32[], a: f32[1]) -> f32[1] {
   ROOT %c = f32[1]{0} conditional(%i, %a, %a), branch_computations={%small, %large}
 }
 """
-    assert cost(text).hbm == 16
+    assert cost(text).hbm == 8
 
 
 def test_something_else() -> None:

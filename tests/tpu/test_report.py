@@ -51,6 +51,17 @@ def test_decoding_overwrites_its_cache() -> None:
     assert report.bound_by == "memory"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_step_of_decoding_reads_weights_and_cache_once(batch: int) -> None:
+    """The published model; heads of 64 stand side by side in the cache, or half of it would be padding, and copied."""
+    report = examine("decode", Topology.parse(ONE), model="mini_omni", batch=batch)
+    assert report.bytes_ratio < 1.10
+    cache = batch * 24 * 2 * 2048 * 2 * 64 * 2
+    assert cache <= report.aliased_bytes < 1.01 * cache + 2**20
+    assert report.temporary_bytes < 64 * 2**20 + cache / 10
+
+
 def test_prefill_and_a_group_of_chips_that_share_rows() -> None:
     alone = examine("prefill", Topology.parse(ONE), model="tiny", batch=2)
     shared = examine("prefill", Topology.parse("v5e:2x2"), model="tiny", batch=4, tensor=2)
