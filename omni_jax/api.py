@@ -199,10 +199,11 @@ class Omni:
         *,
         seed: int = 0,
         codec: Literal["jax", "torch"] = "jax",
+        int8: bool = False,
         mesh: jax.sharding.Mesh | None = None,
     ) -> Omni:
         """A model with random weights and one token per byte: runs like a trained one, says nothing sensible."""
-        return cls._untrained(preset, seed, codec, mesh)
+        return cls._untrained(preset, seed, codec, mesh, int8=int8)
 
     @classmethod
     def _untrained(

@@ -62,10 +62,10 @@ def loads(tiny: Omni, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """`Omni.load("tiny")` gives the model at hand, which has its programs compiled; the names asked for."""
     real, names = Omni.load, []
 
-    def load(name: str, *, codec: Any = "jax") -> Omni:
+    def load(name: str, *, codec: Any = "jax", int8: bool = False) -> Omni:
         names.append(name)
-        if name != "tiny" or codec != "jax":
-            return real(name, codec=codec)
+        if name != "tiny" or codec != "jax" or int8:
+            return real(name, codec=codec, int8=int8)
         warnings.warn("the model 'tiny' is untrained", UntrainedWarning, stacklevel=2)
         return tiny
 
@@ -259,7 +259,7 @@ def test_bad_usage_is_exit_code_2(args: list[object], said: str, loads: list[str
 
 
 def test_the_torch_codec_needs_its_extra(loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str, *, codec: str) -> Omni:
+    def load(name: str, **_: Any) -> Omni:
         from omni_jax.codec import torch_snac
 
         return torch_snac.import_snac()
@@ -410,6 +410,22 @@ def test_another_sound_or_model_under_the_same_name_is_asked_again(
     state["trunk.layers.1.mlp.down"] *= 1.01
     safetensors.numpy.save_file(state, model / "model.safetensors")
     assert "2 answered, 0 from an earlier run" in run(*args).stderr
+
+
+def test_a_batch_in_eight_bits_answers_anew(tiny: Omni, loads: list[str], tmp_path: Path) -> None:
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text('{"id": "a", "text": "hello", "task": "T1T2"}\n')
+    asked = ("batch", manifest, "--out", tmp_path / "out", "--model", "tiny", "--max-steps", STEPS)
+    for more in ((), ("--int8",), ("--int8",)):
+        result = run(*asked, *more)
+        assert result.exit_code == 0, result.output
+    # The second run in eight bits has nothing to do.
+    assert loads == ["tiny", "tiny"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrainedWarning)
+        rounded = Omni.untrained("tiny", int8=True)
+    answer = json.loads((tmp_path / "out" / "answers.jsonl").read_text())
+    assert answer["text"] == rounded.answer(text="hello", max_steps=STEPS).text
 
 
 def test_batch_of_a_folder(loads: list[str], tmp_path: Path) -> None:

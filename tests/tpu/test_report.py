@@ -62,6 +62,16 @@ def test_a_step_of_decoding_reads_weights_and_cache_once(batch: int) -> None:
     assert report.temporary_bytes < 64 * 2**20 + cache / 10
 
 
+def test_weights_of_eight_bits_are_half_as_many_bytes() -> None:
+    sixteen, eight = (
+        examine("decode", Topology.parse(ONE), model="tiny", batch=1, int8=int8) for int8 in (False, True)
+    )
+    sane(eight)
+    assert "in 8 bits" in eight.table()
+    assert eight.arguments_bytes < 0.75 * sixteen.arguments_bytes
+    assert eight.bytes < 0.8 * sixteen.bytes
+
+
 def test_prefill_and_a_group_of_chips_that_share_rows() -> None:
     alone = examine("prefill", Topology.parse(ONE), model="tiny", batch=2)
     shared = examine("prefill", Topology.parse("v5e:2x2"), model="tiny", batch=4, tensor=2)
@@ -89,6 +99,7 @@ def test_a_training_step_overwrites_its_state() -> None:
     [
         ({"program": "sing"}, "program: expected one of train"),
         ({"model": "huge"}, "model: expected one of mini_omni"),
+        ({"program": "codec", "int8": True}, "int8: expected with prefill, decode or batch, found with codec"),
         ({"program": "train"}, "expected --config"),
         ({"batch": 3}, "batch: expected a multiple of 4"),
         ({"tensor": 3}, "tensor: expected a divisor of 4"),
