@@ -59,7 +59,8 @@ def test_a_step_of_decoding_reads_weights_and_cache_once(batch: int) -> None:
     assert report.bytes_ratio < 1.10
     cache = batch * 24 * 2 * 2048 * 2 * 64 * 2
     assert cache <= report.aliased_bytes < 1.01 * cache + 2**20
-    assert report.temporary_bytes < 64 * 2**20 + cache / 10
+    # At 64 rows a copy of the keys alone would be 800 MB.
+    assert report.temporary_bytes < 128 * 2**20 + cache / 10
 
 
 def test_weights_of_eight_bits_are_half_as_many_bytes() -> None:
