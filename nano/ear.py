@@ -86,8 +86,8 @@ WARP = (0.97, 1.03)
 """The mel axis is stretched by this."""
 STRIPES = 2
 """Cut out of the time and as many of the mel axis."""
-STRIPE_FRAMES = 6
-STRIPE_BINS = 8
+STRIPE_FRAMES = 10
+STRIPE_BINS = 12
 """Widest stripes."""
 
 Array = jax.Array

@@ -104,7 +104,7 @@ class Sizes:
     held_out_sentences: int = 300
     dictations: int = 2400
     """Sentences said by many voices, to be written down in training."""
-    more_dictations: int = 9600
+    more_dictations: int = 38_400
     """As many again, and more: an ear that hears few texts learns them by heart instead of how they sound."""
     held_out_dictations: int = 200
     """By voices that training hears; half as many again by others."""
