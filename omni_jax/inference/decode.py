@@ -312,10 +312,15 @@ class Programs:
     """
 
     def __init__(self, model: OmniModel, *, int8: bool = False):
+        mesh = sharding.of_array(jax.tree.leaves(nnx.state(model))[0])
+        if mesh is not None:
+            model = nnx.merge(*nnx.split(model))
+            model.trunk.ways = mesh.shape["tensor"]
+            if model.tts_adapter is not None:
+                model.tts_adapter.blocks.ways = mesh.shape["tensor"]
         graph, state = nnx.split(model)
         self.config = model.config
         self.weights: Any = nnx.to_pure_dict(state)
-        mesh = sharding.of_array(jax.tree.leaves(self.weights)[0])
         if int8:
             self.weights = in_int8(self.weights)
 

@@ -42,6 +42,8 @@ class Blocks(nnx.Module):
 
     def __init__(self, config: TrunkConfig, count: int, *, stacked: bool, dtype: Any, rngs: nnx.Rngs):
         self.config, self.count, self.stacked, self.dtype = config, count, stacked, dtype
+        self.ways = 1
+        """Into how many parts a mesh splits the heads."""
         # Drawn from the same keys either way, so that a seed means the same weights on every backend.
         keys = jax.random.split(rngs.params(), count)
 
@@ -52,8 +54,13 @@ class Blocks(nnx.Module):
 
     @property
     def packed(self) -> int:
-        """How many heads stand side by side in the cache (P): where layers are stacked, as many as fill the lanes."""
-        return math.gcd(self.config.kv_heads, max(1, LANES // self.config.head_size)) if self.stacked else 1
+        """How many heads stand side by side in the cache (P): where layers are stacked, as many as fill the lanes.
+
+        Only heads that the same chip holds, so that a cache can be split by heads as the weights are.
+        """
+        heads = self.config.kv_heads
+        together = heads // self.ways if heads % self.ways == 0 else heads
+        return math.gcd(together, max(1, LANES // self.config.head_size)) if self.stacked else 1
 
     def pack(self, heads: Array) -> Array:
         """Keys or values [..., K, H] as the cache has them, [..., K / P, P * H]."""
