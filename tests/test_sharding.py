@@ -129,7 +129,13 @@ def case(stacked: bool) -> tuple[OmniModel, list[Request], list[Answer]]:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "stacked"), [((2, 2, 2), False), ((8, 1, 1), False), ((1, 4, 2), True), ((1, 1, 8), True)]
+    ("sizes", "stacked"),
+    [
+        pytest.param((2, 2, 2), False, marks=pytest.mark.slow),
+        ((8, 1, 1), False),
+        ((1, 4, 2), True),
+        ((1, 1, 8), True),
+    ],
 )
 def test_a_mesh_gives_the_same_tokens(sizes: tuple[int, int, int], stacked: bool) -> None:
     """A mixed batch on eight devices, against the slow decoder on one."""

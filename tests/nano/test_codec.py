@@ -127,6 +127,7 @@ def test_k_means_finds_directions():
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.slow
 def test_training_learns_resumes_and_exports(voice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     options = {"config": TINY, "steps": 12, "unrounded": 4, "log_every": 2, "validate_every": 6, "save_seconds": 0}
     codecs.train(voice, tmp_path / "whole", **options)

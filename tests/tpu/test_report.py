@@ -85,6 +85,7 @@ def test_prefill_and_a_group_of_chips_that_share_rows() -> None:
     assert shared.flops == pytest.approx(alone.flops / 2)
 
 
+@pytest.mark.slow
 def test_a_training_step_overwrites_its_state() -> None:
     config = load(RunConfig, ROOT / "configs" / "nano_stage3.yaml", ["start=preset:tiny", "data.length=128"])
     report = examine("train", Topology.parse("v5e:2x2"), config=config, batch=4)
