@@ -450,7 +450,7 @@ def train(
 def main(
     folder: Annotated[Path, typer.Option(help="What nano.synthesize wrote.")] = Path("build/nano"),
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("build/nano/ear"),
-    steps: Annotated[int, typer.Option(help="Steps of the whole run.")] = 8000,
+    steps: Annotated[int, typer.Option(help="Steps of the whole run.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     start: Annotated[Path | None, typer.Option(help="An ear.safetensors to go on teaching.")] = None,
 ) -> None:
