@@ -7,7 +7,7 @@ Folders of records, under build/nano/records:
     train                                   questions said aloud, and their answers
     typed_train                             for every spoken answer of training a question in writing
     read_train, read_held_out               sentences to be read aloud
-    dictation_train, dictation_more, dictation_seen, dictation_unseen       sentences to be written down
+    dictation_train, dictation_seen, dictation_unseen                       sentences to be written down
     held_out_seen, held_out_unseen          questions never trained on, by voices that training hears and others
 
 Codes are kept beside them in pieces, so that an interrupted run goes on, and are made anew for another codec. The
@@ -186,7 +186,6 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
         "read_train": read(answers("read_train")),
         "read_held_out": read(answers("read_held_out")),
         "dictation_train": dictated(corpora, "questions/dictation_train"),
-        "dictation_more": dictated(corpora, "questions/dictation_more"),
         "dictation_seen": dictated(corpora, "questions/dictation_seen"),
         "dictation_unseen": dictated(corpora, "questions/dictation_unseen"),
     }

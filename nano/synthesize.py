@@ -102,10 +102,9 @@ class Sizes:
     sentences: int = 3000
     """To be read aloud in training."""
     held_out_sentences: int = 300
-    dictations: int = 2400
-    """Sentences said by many voices, to be written down in training."""
-    more_dictations: int = 38_400
-    """As many again, and more: an ear that hears few texts learns them by heart instead of how they sound."""
+    dictations: int = 40_800
+    """Sentences said by many voices, to be written down in training. So many, as an ear that hears few texts learns
+    them by heart instead of how they sound."""
     held_out_dictations: int = 200
     """By voices that training hears; half as many again by others."""
 
@@ -144,7 +143,7 @@ def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
     """What is to be said, by part; the part's name is the folder and the beginning of its files' names.
 
     questions/train, held_out_seen, held_out_unseen: by many voices, with the answers.
-    questions/dictation_train, dictation_more, dictation_seen, dictation_unseen: sentences by many voices.
+    questions/dictation_train, dictation_seen, dictation_unseen: sentences by many voices.
     answers/train, held_out, read_train, read_held_out: answers and sentences by nano's own voice.
     """
     rng = random.Random(f"voices {seed}")
@@ -182,8 +181,6 @@ def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
     }
     # Shuffled, so that any few shards are like all of them.
     parts["questions/train"] = rng.sample(parts["questions/train"], len(parts["questions/train"]))
-    others, voices = facts.sentences("train", sizes.more_dictations, seed + 2), random.Random(f"more voices {seed}")
-    parts["questions/dictation_more"] = [_dictated(text, voices, "seen") for text in others]
     return parts
 
 

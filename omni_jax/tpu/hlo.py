@@ -26,7 +26,7 @@ FREE = {
 }  # fmt: skip
 """Instructions that move nothing."""
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-SLICES = {"dynamic-slice", "gather", "slice"}
+SLICES = {"dynamic-slice", "gather", "slice", "slice-start"}
 """Instructions that read only part of their first operand."""
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 """Instructions that write part of their first operand, in place; where their update stands among the operands."""
@@ -166,11 +166,10 @@ class Module:
         if line.opcode == "copy-start":
             # The result is (copy, original, context).
             return _hbm(operands[0]) + _hbm(line.shapes[:1])
-        if line.opcode == "slice-start":
-            # The result is (original, slice, context).
-            return sum(s.bytes for s in line.shapes[1:2]) * operands[0][0].hbm + _hbm(line.shapes[1:2])
         if line.opcode in SLICES:
-            return (_hbm(line.shapes) if operands[0] and operands[0][0].hbm else 0.0) + _hbm(line.shapes)
+            # In the background the result is (original, slice, context).
+            part = line.shapes[1:2] if line.opcode == "slice-start" else line.shapes
+            return _touched(operands[0], part) + _hbm(part)
         if line.opcode in UPDATES:
             return 2 * _touched(line.shapes, operands[UPDATES[line.opcode]])
         if line.opcode == "fusion":
@@ -185,8 +184,7 @@ class Module:
         roots = [instruction for instruction in body if instruction.root]
         outputs = [by_name[name] for name in roots[0].operands] if roots[0].opcode == "tuple" else roots
         for shape, output in zip(line.shapes, outputs, strict=False):
-            while output.opcode == "bitcast" and output.operands[0] in by_name:
-                output = by_name[output.operands[0]]
+            output = _behind(output, by_name)
             if shape.hbm and output.opcode in UPDATES:
                 total += sum(s.bytes for s in by_name[output.operands[UPDATES[output.opcode]]].shapes)
             else:
@@ -219,15 +217,20 @@ class Module:
         """Whether a fusion does nothing but to give its operand of that number another shape."""
         if line.opcode != "fusion":
             return False
-        body = {i.name: i for i in self.computations[line.called("calls")[0]]}
-        found = next(i for i in body.values() if i.root)
-        while found.opcode == "bitcast":
-            found = body[found.operands[0]]
+        body = self.computations[line.called("calls")[0]]
+        found = _behind(next(i for i in body if i.root), {i.name: i for i in body})
         return found.opcode == "parameter" and found.attributes == f"({place})"
 
 
 def _hbm(shapes: tuple[Shape, ...]) -> float:
     return float(sum(shape.bytes for shape in shapes if shape.hbm))
+
+
+def _behind(line: Instruction, by_name: dict[str, Instruction]) -> Instruction:
+    """What an array is before bitcasts give it other shapes."""
+    while line.opcode == "bitcast":
+        line = by_name[line.operands[0]]
+    return line
 
 
 def _touched(whole: tuple[Shape, ...], update: tuple[Shape, ...]) -> float:

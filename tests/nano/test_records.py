@@ -30,7 +30,7 @@ TINY = CodecConfig(
 """A frame of 64 samples, and an encoder that hears more than a frame on each side."""
 FOLDERS = (
     *("train", "typed_train", "held_out_seen", "held_out_unseen", "read_train", "read_held_out"),
-    *("dictation_train", "dictation_more", "dictation_seen", "dictation_unseen"),
+    *("dictation_train", "dictation_seen", "dictation_unseen"),
 )
 TASKS = {
     "train": set(Task),
@@ -106,7 +106,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "read_held_out": read["held_out"][:2],
     }
     dictated = {"train": read["train"][3:], "seen": read["held_out"][2:4], "unseen": read["held_out"][4:]}
-    dictated["more"] = read["train"][:2]
     for seed, (name, items) in enumerate(asked.items()):
         voiced = [
             Utterance(item.question, item.kind, "espeak", "en-us", 1.0, 0.0, item.answer, item.held_out)
@@ -168,7 +167,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     assert tuple(counts) == FOLDERS
     everything = {name: exchanges(out / name) for name in FOLDERS}
     assert {name: len(found) for name, found in everything.items()} == counts
-    assert counts == dict(zip(FOLDERS, (12, 10, 3, 3, 3, 2, 2, 2, 2, 1), strict=True))
+    assert counts == dict(zip(FOLDERS, (12, 10, 3, 3, 3, 2, 2, 2, 1), strict=True))
 
     for name, count in counts.items():
         index, tasks = Records(out / name), TASKS[name.partition("_")[0]]

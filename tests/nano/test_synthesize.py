@@ -22,8 +22,7 @@ from nano import facts, synthesize
 from nano.synthesize import Sizes, SynthesisError, Utterance, make_shard, recordings
 from omni_jax.data import speech
 
-DICTATIONS = ("questions/dictation_train", "questions/dictation_more")
-TRAINING = ("questions/train", *DICTATIONS, "answers/train", "answers/read_train")
+TRAINING = ("questions/train", "questions/dictation_train", "answers/train", "answers/read_train")
 SEEN = ("questions/held_out_seen", "questions/dictation_seen")
 UNSEEN = ("questions/held_out_unseen", "questions/dictation_unseen")
 RATE = 22_050
@@ -90,8 +89,7 @@ def test_plan_has_as_many_as_wanted(plan: dict[str, list[Utterance]]):
         "questions/train": 2 * 6000,
         "questions/held_out_seen": 1000,
         "questions/held_out_unseen": 500,
-        "questions/dictation_train": 2400,
-        "questions/dictation_more": 38_400,
+        "questions/dictation_train": 2400 + 38_400,
         "questions/dictation_seen": 200,
         "questions/dictation_unseen": 100,
         "answers/train": 6000,

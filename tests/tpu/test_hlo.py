@@ -107,6 +107,18 @@ ENTRY %main (w: f32[24,100], i: s32[], cache: f32[24,100]) -> f32[24,100] {
     assert cost(text).hbm == 400 + 4 + 400
 
 
+def test_what_is_sliced_onto_the_chip_is_read_from_memory_all_the_same() -> None:
+    text = """
+ENTRY %main (w: f32[24,100], i: s32[]) -> f32[1,100] {
+  %w = f32[24,100]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %s = f32[1,100]{1,0:S(1)} dynamic-slice(%w, %i, %i), dynamic_slice_sizes={1,100}
+}
+"""
+    assert cost(text).hbm == 400
+    assert cost(text.replace("0:S(1)", "0")).hbm == 800
+
+
 def test_an_array_that_a_fusion_only_renames_is_read_by_who_reads_it() -> None:
     text = """
 %rename (r: f32[100]) -> f32[10,10] {
