@@ -12,8 +12,8 @@ head of the encoder begins by looking a few positions before or after its own, w
 out from sinusoids, and for the first steps the letters are also taken as spread evenly over the recording, which is
 wrong by two or three letters but says roughly what is heard where.
 
-An ear always hears its full length, silence included. Most questions are short, so most of the training hears less
-silence, and only the last part all of it.
+An ear always hears its full length, silence included. Most recordings are short, so those of a step are of about the
+same length and most of the training hears little silence; only the last part hears all of it.
 
 The run saves itself every two minutes and goes on from there when it is started again. Its result,
 `ear.safetensors`, is the moving average of the encoder's parameters, named as in a release.
@@ -74,10 +74,10 @@ AdamW alone it was 2.10 (one run each)."""
 ADAM_PEAK = 1e-3
 """Of the parameters that are no matrices."""
 WARMUP = 200
-SHORT = 0.6
-"""Length that is heard at first, as a share of the full one."""
+LENGTHS = (0.36, 0.46, 0.6)
+"""Lengths that are heard at first, as shares of the full one; a step's recordings fit one of them and none before."""
 FULL_FROM = 0.95
-"""Share of the run after which the full length is heard."""
+"""Share of the run after which the full length is heard, by recordings of any length."""
 AVERAGE_DECAY = 0.998
 """Of the parameters' moving average, per step."""
 
@@ -170,8 +170,8 @@ def batch(
     """Clips drawn and played at random speeds.
 
     Args:
-        clips: to draw from.
-        samples: of every row; longer clips are not drawn.
+        clips: to draw from; none is longer than `samples`.
+        samples: of every row.
         size: rows.
         seed: the same gives the same batch.
 
@@ -180,8 +180,7 @@ def batch(
         them.
     """
     rng = np.random.default_rng(seed)
-    fitting = [clip for clip in clips if len(clip.audio) <= samples]
-    drawn = [fitting[index] for index in rng.integers(0, len(fitting), size)]
+    drawn = [clips[index] for index in rng.integers(0, len(clips), size)]
     audio, lengths = np.zeros((size, samples), np.float32), np.zeros(size, np.int32)
     for row, clip in enumerate(drawn):
         # One that fits just so is played no slower than it still does.
@@ -190,6 +189,16 @@ def batch(
         audio[row, : len(places)] = np.interp(places, np.arange(len(clip.audio)), clip.audio) / 32768
         lengths[row] = len(places)
     return audio, lengths, *numbers([clip.text for clip in drawn])
+
+
+def by_length(clips: Sequence[Clip], lengths: Sequence[int]) -> list[tuple[int, list[Clip]]]:
+    """Clips that fit each of the rising lengths, in samples, and none before it; no length that nothing fits."""
+    groups: list[tuple[int, list[Clip]]] = [(length, []) for length in lengths]
+    for clip in clips:
+        fitting = (group for length, group in groups if len(clip.audio) <= length)
+        if (group := next(fitting, None)) is not None:
+            group.append(clip)
+    return [(length, group) for length, group in groups if group]
 
 
 def spread(lengths: Array, labels: Array, padding: Array, outputs: int) -> Array:
@@ -419,12 +428,15 @@ def train(
     hours = sum(len(clip.audio) for clip in clips) / wav.SAMPLE_RATE / 3600
     print(f"{parameters} parameters, {len(clips)} recordings, {hours:.1f} hours, {steps} steps", flush=True)
     state = run.restore(out, state) or (state if start is None else begin_with(state, start))
-    short = int(SHORT * config.positions) * 320
+    groups = by_length(clips, [int(share * config.positions) * 320 for share in LENGTHS])
+    sizes = np.array([len(group) for _, group in groups], float)
     saved = last = time.monotonic()
     since: list[dict[str, Array]] = []
     for step in range(int(state.step), steps):
-        samples = short if step < FULL_FROM * steps else config.samples
-        state, values = trainer.step(state, *batch(clips, samples, BATCH, [seed, step]))
+        samples, group = config.samples, clips
+        if groups and step < FULL_FROM * steps:
+            samples, group = groups[np.random.default_rng([seed, step, 1]).choice(len(groups), p=sizes / sizes.sum())]
+        state, values = trainer.step(state, *batch(group, samples, BATCH, [seed, step]))
         since.append(values)
         done = step + 1
         if done % log_every == 0 or done == steps:
