@@ -257,6 +257,14 @@ def serve(
         make_server(Service(omni, name, settings), host, port).run()
 
 
+RUNNER = typer.Option(
+    help="Do it as an Apache Beam pipeline on this runner: DirectRunner (here, by --workers processes), "
+    "DataflowRunner, FlinkRunner, SparkRunner. Corpus and records are on a file system that all workers share.",
+    show_default=False,
+)
+RUNNER_OPTIONS = typer.Argument(help="After --: the runner's own, e.g. -- --project=P --region=R.", show_default=False)
+
+
 class Corpus(enum.StrEnum):
     """What `prepare` can read."""
 
@@ -297,6 +305,8 @@ def prepare(
         str | None, typer.Option(help="Of a text or manifest, for the index.", show_default=False)
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    runner: Annotated[str | None, RUNNER] = None,
+    runner_options: Annotated[list[str] | None, RUNNER_OPTIONS] = None,
 ) -> None:
     """Turn a corpus into records to train on; run again, it goes on where it stopped and adds nothing twice."""
     with _plain_errors():
@@ -318,7 +328,7 @@ def prepare(
         else:
             listing, known = sources.SPEECH[corpus]
             source = sources.Speech(path, str(corpus), known, listing, as_answer, rate, max_seconds or 30.0)
-        _prepare_all(source, out, encoder, workers)
+        _prepare_all(source, out, encoder, workers, _beam(runner, workers, runner_options))
 
 
 @app.command()
@@ -344,6 +354,8 @@ def synthesize(
     max_seconds: Annotated[float, typer.Option(min=0.1, help="Longest question.")] = 30.0,
     licence: Annotated[str, typer.Option(help="Of the text, for the index.")] = "unknown",
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    runner: Annotated[str | None, RUNNER] = None,
+    runner_options: Annotated[list[str] | None, RUNNER_OPTIONS] = None,
 ) -> None:
     """Give questions and answers their voices; run again, it goes on where it stopped."""
     with _plain_errors():
@@ -362,10 +374,21 @@ def synthesize(
                 raise ConfigError(f"{voices.engine}: expected voices that it has, found {', '.join(sorted(unknown))}")
         source = sources.TextQa(text, licence=licence)
         voiced = Voiced(source, asking, who, encoder.config.sample_rate, seed, not clean, max_seconds)
-        _prepare_all(voiced, out, encoder, workers)
+        _prepare_all(voiced, out, encoder, workers, _beam(runner, workers, runner_options))
 
 
-def _prepare_all(source: Any, out: Path, codec: Encoding | None, workers: int) -> None:
+def _beam(runner: str | None, workers: int, options: list[str] | None) -> list[str] | None:
+    """Options of the Beam pipeline that is asked for, if one is."""
+    if runner is None:
+        if options:
+            raise ConfigError(f"expected --runner before options for it, found {' '.join(options)}")
+        return None
+    here = ["--direct_running_mode=multi_processing", "--default_sdk_harness_log_level=ERROR"]
+    direct = [f"--direct_num_workers={workers}", *(here if workers > 1 else ())] if runner == "DirectRunner" else []
+    return [f"--runner={runner}", *direct, *(options or ())]
+
+
+def _prepare_all(source: Any, out: Path, codec: Encoding | None, workers: int, beam: list[str] | None) -> None:
     """Write the records, and say what became of the rows."""
     from tqdm import tqdm
 
@@ -377,7 +400,7 @@ def _prepare_all(source: Any, out: Path, codec: Encoding | None, workers: int) -
             bar.total = parts
             bar.update(done - bar.n)
 
-        index = prepare(source, out, codec=codec, workers=workers, progress=progress)
+        index = prepare(source, out, codec=codec, workers=workers, beam=beam, progress=progress)
     _say(f"{out}: {index['exchanges']} exchanges, {index['question_hours']} h of questions")
     for reason, count in index["rejected"].items():
         _say(f"left out, {reason}: {count}; for example {index['rejected_examples'][reason][0]}")

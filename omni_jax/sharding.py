@@ -74,10 +74,14 @@ def spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> Partit
     for size, name in zip(shape, axes, strict=True):
         if name is not None and name not in RULES:
             raise ValueError(f"logical axis {name!r} has no rule; expected one of {sorted(RULES)}")
-        target = RULES[name] if name else ()
-        ways = math.prod(mesh.shape[axis] for axis in target)
-        parts.append(target if target and ways > 1 and size % ways == 0 else None)
+        cut = ways(name, mesh) if name else 1
+        parts.append(RULES[name] if name and cut > 1 and size % cut == 0 else None)
     return PartitionSpec(*parts)
+
+
+def ways(name: str, mesh: Mesh) -> int:
+    """Into how many parts a mesh cuts a logical axis that divides evenly."""
+    return math.prod(mesh.shape[axis] for axis in RULES[name])
 
 
 def of_state(state: Any, mesh: Mesh) -> Any:
@@ -86,12 +90,12 @@ def of_state(state: Any, mesh: Mesh) -> Any:
     return nnx.to_pure_dict(shardings)
 
 
-def of_array(array: jax.Array) -> Mesh | None:
-    """The mesh an array is spread over; None for one that lives on a single device."""
+def of_array(array: jax.Array) -> Mesh:
+    """The mesh an array is spread over; of a single device for one that lives on it."""
     place = array.sharding
-    if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh) and place.num_devices > 1:
+    if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
         return place.mesh
-    return None
+    return make_mesh(devices=list(place.device_set))
 
 
 def constrain(array: jax.Array, axes: Sequence[str | None], mesh: Mesh) -> jax.Array:

@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 import omni_jax
 from omni_jax import cli
 from omni_jax.api import Omni, UntrainedWarning
+from omni_jax.config import ConfigError
 
 ROOT = Path(omni_jax.__file__).parents[1]
 QUESTIONS = Path(omni_jax.__file__).parent / "assets" / "questions"
@@ -580,3 +581,12 @@ def test_compiled_programs_are_kept_in_the_users_cache(tmp_path: Path, monkeypat
 def test_ids_that_differ_in_case_have_files_of_their_own() -> None:
     rows = [cli.Row(id, "", given=cli.ManifestRow(id, text="x")) for id in ("A", "a")]
     assert len({row.wav.casefold() for row in cli._distinct(rows)}) == 2
+
+
+def test_options_of_a_cluster() -> None:
+    assert cli._beam(None, 2, None) is None
+    assert cli._beam("DataflowRunner", 2, ["--project=p"]) == ["--runner=DataflowRunner", "--project=p"]
+    assert cli._beam("DirectRunner", 1, None) == ["--runner=DirectRunner", "--direct_num_workers=1"]
+    assert "--direct_running_mode=multi_processing" in (cli._beam("DirectRunner", 2, None) or ())
+    with pytest.raises(ConfigError, match="expected --runner before options for it, found --project=p"):
+        cli._beam(None, 2, ["--project=p"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -38,6 +39,9 @@ FRAME_STEP = 32
 EXAMPLES = 5
 """Rejected rows of each reason that a note tells of."""
 
+
+Job = tuple[int, Unit, str]
+"""A unit to be read: its number, itself, and the mark that its note will have."""
 
 Encoder = Callable[..., Any]
 """Audio f32 [B, samples] and `lengths` int32 [B] -> codes int32 [B, F, 7]; see `omni_jax.codec.snac.make_encoder`."""
@@ -98,6 +102,7 @@ def prepare(
     *,
     codec: Codec | None = None,
     workers: int = 1,
+    beam: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Read a corpus and write a folder of records.
@@ -107,13 +112,14 @@ def prepare(
         out: folder to write, or to go on with.
         codec: encodes answers that are sound; None: rows with such answers are left out.
         workers: processes; 1 works in this one.
+        beam: options of an Apache Beam pipeline that does the work instead of `workers`.
         progress: told after each unit how many are done, of how many.
 
     Returns:
         The index, as it is written.
 
     Raises:
-        ConfigError: the source can't be read, or `out` holds something else.
+        ConfigError: the source can't be read, `out` holds something else, or Beam's workers wrote elsewhere.
     """
     folder = Path(out)
     units = source.units()
@@ -140,7 +146,8 @@ def prepare(
     for number in range(len(units), len(units) + sum(1 for _ in folder.glob(f"*{NOTE}"))):
         for stale in (_shard(folder, number), _note(folder, number)):
             stale.unlink(missing_ok=True)
-    for number, note in _run(source, folder, jobs, codec, workers):
+    working = _run(source, folder, jobs, codec, workers) if beam is None else _beam(source, folder, jobs, codec, beam)
+    for number, note in working:
         notes[number] = note
         if progress is not None:
             progress(len(notes), len(units))
@@ -150,12 +157,12 @@ def prepare(
 
 
 def _run(
-    source: Source, folder: Path, jobs: list[tuple[int, Unit, str]], codec: Codec | None, workers: int
+    source: Source, folder: Path, jobs: list[Job], codec: Codec | None, workers: int
 ) -> Iterator[tuple[int, Note]]:
     if workers == 1 or len(jobs) < 2:
         encode = codec.encoder() if codec is not None else None
         for number, unit, mark in jobs:
-            yield number, _unit(source, unit, folder, number, mark, codec, encode)
+            yield number, write_unit(source, unit, folder, number, mark, codec, encode)
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (source, folder, codec)) as pool:
         waiting = {pool.submit(_work, *job): job[0] for job in jobs}
@@ -165,6 +172,24 @@ def _run(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _beam(
+    source: Source, folder: Path, jobs: list[Job], codec: Codec | None, options: Sequence[str]
+) -> Iterator[tuple[int, Note]]:
+    try:
+        from omni_jax.data import cluster
+    except ImportError as error:
+        raise ConfigError(f"--runner: expected Apache Beam, found {error}: pip install 'omni-jax[beam]'") from None
+    cluster.run(source, folder, jobs, codec, options)
+    for number, unit, mark in jobs:
+        note = Note.read(_note(folder, number))
+        if note is None or note.mark != mark:
+            raise ConfigError(
+                f"{folder}: expected what Beam's workers made of {unit.name}, found nothing: it must be a folder that "
+                "all of them share"
+            )
+        yield number, note
 
 
 _worker: dict[str, Any] = {}
@@ -177,16 +202,27 @@ def _begin(source: Source, folder: Path, codec: Codec | None) -> None:
 
 
 def _work(number: int, unit: Unit, mark: str) -> Note:
-    return _unit(_worker["source"], unit, _worker["folder"], number, mark, _worker["codec"], _worker["encode"])
+    return write_unit(_worker["source"], unit, _worker["folder"], number, mark, _worker["codec"], _worker["encode"])
 
 
-def _unit(
+def write_unit(
     source: Source, unit: Unit, folder: Path, number: int, mark: str, codec: Codec | None, encode: Encoder | None
 ) -> Note:
-    """Write a unit's shard and its note."""
+    """Write a unit's shard and, when that is whole, its note.
+
+    Args:
+        source: the corpus.
+        unit: a part of it.
+        folder: of the records.
+        number: of the unit.
+        mark: for the note.
+        codec: see `prepare`.
+        encode: the codec's encoder, loaded.
+    """
     note, content = Note(mark=mark), hashlib.sha256()
     shard = _shard(folder, number)
-    partial = shard.with_name(f".{shard.name}.part")
+    # A cluster may begin the same unit twice; the last one whole counts.
+    partial = shard.with_name(f".{shard.name}.{uuid.uuid4().hex}.part")
     writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
     try:
         rows = source.rows(unit)

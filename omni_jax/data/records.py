@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import uuid
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -172,7 +173,7 @@ class Tally:
 
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.part")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
 

@@ -313,11 +313,8 @@ class Programs:
 
     def __init__(self, model: OmniModel, *, int8: bool = False):
         mesh = sharding.of_array(jax.tree.leaves(nnx.state(model))[0])
-        if mesh is not None:
-            model = nnx.merge(*nnx.split(model))
-            model.trunk.ways = mesh.shape["tensor"]
-            if model.tts_adapter is not None:
-                model.tts_adapter.blocks.ways = mesh.shape["tensor"]
+        model = nnx.merge(*nnx.split(model))
+        model.lay_on(mesh)
         graph, state = nnx.split(model)
         self.config = model.config
         self.weights: Any = nnx.to_pure_dict(state)
@@ -325,7 +322,7 @@ class Programs:
             self.weights = in_int8(self.weights)
 
         def settle(out: Any) -> Any:
-            return out if mesh is None else spread(out, mesh)
+            return out if mesh.size == 1 else spread(out, mesh)
 
         def bind(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
             def call(weights: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from omni_jax.audio.features import log_mel
 from omni_jax.config import ModelConfig
@@ -96,6 +97,12 @@ class OmniModel(nnx.Module):
         self.tts_adapter = (
             TTSAdapter(config, stacked=stacked, dtype=dtype, rngs=rngs) if config.tts_adapter_layers else None
         )
+
+    def lay_on(self, mesh: Mesh) -> None:
+        """Tell it what it will run on, before it is split: caches are laid out and kernels chosen by that."""
+        self.trunk.mesh = mesh
+        if self.tts_adapter is not None:
+            self.tts_adapter.blocks.mesh = mesh
 
     def hear(self, sound: Array) -> Array:
         """Recordings f32 [B, samples] at 16 kHz, padded to the ear's length -> [B, ceil(positions/stack), D]."""

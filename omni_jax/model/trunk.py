@@ -8,15 +8,19 @@ give the same results; `stacked` decides, for the parameters and the cache alike
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from omni_jax import sharding
 from omni_jax.config import TrunkConfig
+from omni_jax.model import splash
 from omni_jax.model.layers import Array, Attention, GatedMLP, Keys, RMSNorm, attend, attend_cache, rope
 
 Remat = Literal["none", "dots", "full"]
@@ -42,8 +46,8 @@ class Blocks(nnx.Module):
 
     def __init__(self, config: TrunkConfig, count: int, *, stacked: bool, dtype: Any, rngs: nnx.Rngs):
         self.config, self.count, self.stacked, self.dtype = config, count, stacked, dtype
-        self.ways = 1
-        """Into how many parts a mesh splits the heads."""
+        self.mesh: Mesh | None = None
+        """What it will run on, where that is known beforehand."""
         # Drawn from the same keys either way, so that a seed means the same weights on every backend.
         keys = jax.random.split(rngs.params(), count)
 
@@ -59,7 +63,8 @@ class Blocks(nnx.Module):
         Only heads that the same chip holds, so that a cache can be split by heads as the weights are.
         """
         heads = self.config.kv_heads
-        together = heads // self.ways if heads % self.ways == 0 else heads
+        ways = 1 if self.mesh is None else sharding.ways("kv_heads", self.mesh)
+        together = heads // ways if heads % ways == 0 else heads
         return math.gcd(together, max(1, LANES // self.config.head_size)) if self.stacked else 1
 
     def pack(self, heads: Array) -> Array:
@@ -91,13 +96,19 @@ class Blocks(nnx.Module):
         """
         T = x.shape[1]
         cos, sin = rope(positions, self.config)
-        mask = jnp.tril(jnp.ones((1, T, T), bool))
-        if segments is not None:
-            mask = mask & (segments[:, :, None] == segments[:, None, :])
+        attention: Callable[[Array, Array, Array], Array]
+        if splash.fits(self.mesh, T):
+            assert self.mesh is not None
+            attention = partial(splash.attend, segments=segments, mesh=self.mesh)
+        else:
+            mask = jnp.tril(jnp.ones((1, T, T), bool))
+            if segments is not None:
+                mask = mask & (segments[:, :, None] == segments[:, None, :])
+            attention = partial(attend, mask=mask)
 
         def block(layer: Block, x: Array) -> tuple[Array, tuple[Array, Array]]:
             query, key, value = layer.attention.project(layer.attention_norm(x), cos, sin)
-            x = x + layer.attention.merge(attend(query, key, value, mask))
+            x = x + layer.attention.merge(attention(query, key, value))
             x = x + layer.mlp(layer.mlp_norm(x))
             return x, (self.pack(key).swapaxes(1, 2), self.pack(value).swapaxes(1, 2))
 

@@ -44,6 +44,8 @@ def _equation(equation: Any, loop_trips: int) -> float:
         return sum(inner) * loop_trips
     if name == "cond":
         return max(inner, default=0.0)
+    if name == "shard_map":
+        return sum(inner) * params["mesh"].size
     if name == "pallas_call":
         return sum(inner) * math.prod(params["grid_mapping"].grid)
     return sum(inner)

@@ -256,9 +256,10 @@ def parse(text: str, *, unknown_trips: int = 1) -> Module:
             assert match
             current = computations.setdefault(match[1], [])
             entry = match[1] if line.startswith("ENTRY") else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":
             current = None
-        elif current is not None and " = " in line:
+        elif current is not None and line.startswith(("  %", "  ROOT ")):
+            # A kernel's attributes go on over further lines, which say nothing that is counted.
             current.append(_instruction(line.strip()))
     if not entry:
         raise ValueError("expected a compiled module with an entry computation, found none")

@@ -116,7 +116,9 @@ class Setup:
         stacked, dtype = default_layout(mesh.devices.flat[0].platform)
         if config.dtype != "auto":
             dtype = jnp.dtype(config.dtype)
-        graph, state = nnx.split(checkpoint.abstract(start.config, stacked=stacked, dtype=dtype))
+        model = checkpoint.abstract(start.config, stacked=stacked, dtype=dtype)
+        model.lay_on(mesh)
+        graph, state = nnx.split(model)
         divide(nnx.to_pure_dict(state), config.learn)
         return cls(config, start, mesh, graph, nnx.to_pure_dict(state), sharding.of_state(state, mesh), stacked, dtype)
 

@@ -146,18 +146,18 @@ def test_what_is_done_stays_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("small_pieces")
 def test_an_interruption_leaves_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines(tmp_path / "qa.jsonl", 100)
-    source, out, whole = TextQa(tmp_path / "qa.jsonl"), tmp_path / "out", preparing._unit
+    source, out, whole = TextQa(tmp_path / "qa.jsonl"), tmp_path / "out", preparing.write_unit
 
     def broken(*args: Any) -> Any:
         if args[3] == 3:
             raise KeyboardInterrupt
         return whole(*args)
 
-    monkeypatch.setattr(preparing, "_unit", broken)
+    monkeypatch.setattr(preparing, "write_unit", broken)
     with pytest.raises(KeyboardInterrupt):
         prepare(source, out)
     assert not (out / INDEX).exists()
-    monkeypatch.setattr(preparing, "_unit", whole)
+    monkeypatch.setattr(preparing, "write_unit", whole)
     done: list[tuple[int, int]] = []
     prepare(source, out, progress=lambda *at: done.append(at))
     assert done[0][0] == 4

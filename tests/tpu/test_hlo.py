@@ -186,6 +186,19 @@ ENTRY %main (i: s32[], a: f32[1]) -> f32[1] {
     assert cost(text).hbm == 8
 
 
+def test_a_kernel_whose_attributes_take_several_lines() -> None:
+    text = """
+ENTRY %main (p.1: f32[8,128]) -> f32[8,128] {
+  %p.1 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %kernel.1 = f32[8,128]{1,0:T(8,128)} custom-call(%p.1), custom_call_target="tpu_custom_call", metadata={
+"sizes":"{\\"rows\\": 8
+}}, metadata={op_name="a = b"}
+  ROOT %copy.1 = f32[8,128]{1,0:T(8,128)} copy(%kernel.1)
+}
+"""
+    assert cost(text).hbm == 4 * 4096
+
+
 def test_something_else() -> None:
     with pytest.raises(ValueError, match="entry computation"):
         hlo.parse("HloModule nothing\n")
