@@ -25,6 +25,7 @@ def main(
     import jax
 
     from omni_jax import config as configs
+    from omni_jax import sharding
     from omni_jax.data.pipeline import PipelineError
     from omni_jax.tensorfile import CheckpointError
     from omni_jax.training import loop
@@ -33,7 +34,7 @@ def main(
         run = configs.load(configs.RunConfig, config, overrides or ())
         if coordinator is not None:
             jax.distributed.initialize(coordinator, processes, process)
-        elif not dry_run and loop.on_pod():
+        elif not dry_run and sharding.on_pod():
             jax.distributed.initialize()
         if dry_run:
             print(loop.describe(run))

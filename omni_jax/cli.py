@@ -19,7 +19,7 @@ import sys
 import time
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -190,7 +190,17 @@ def batch(
     model: Model = "nano",
     codec: Codec = "jax",
     int8: EightBits = False,
-    slots: Annotated[int, typer.Option(min=1, max=1024, help="Rows answered at once.")] = 8,
+    slots: Annotated[int, typer.Option(min=1, max=1024, help="Rows answered at once, by each process.")] = 8,
+    tensor: Annotated[int, typer.Option(min=1, help="Chips that share the work on a row.")] = 1,
+    process: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Number of this one of --processes; hosts of a TPU slice know it.", show_default=False
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="How many share the rows, each started by itself.", show_default=False)
+    ] = None,
     seed: Seed = 0,
     max_steps: MaxSteps = None,
     temperature: Temperature = 0.0,
@@ -214,7 +224,15 @@ def batch(
             "batch_parallel": not no_batch_parallel,
         }
         rows = _read_folder(source, out) if source.is_dir() else _read_manifest(source)
-        failed = _run_batch(rows, Answers(out), defaults, model=model, codec=codec, int8=int8, slots=slots)
+        rows = _not_over_questions(rows, out)
+        share = _share(process, processes)
+        answers = Answers(out, *share)
+
+        def load() -> Omni:
+            return _load(model, codec, int8=int8, mesh=_chips(tensor, slots))
+
+        identity = _identity(model) + " int8" * int8
+        failed = _run_batch(rows[share[0] :: share[1]], answers, defaults, load, identity, codec=codec, slots=slots)
         raise typer.Exit(1 if failed else 0)
 
 
@@ -571,17 +589,26 @@ class Row:
 class Answers:
     """The folder a batch writes to: one JSON line per row, one wav per spoken answer.
 
-    A row's wav is there, whole, before its line is. A half-written line, as a kill leaves it, is dropped.
+    A row's wav is there, whole, before its line is. A half-written line, as a kill leaves it, is dropped. Of several
+    processes each has a file of lines of its own.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, process: int = 0, processes: int = 1):
         self.folder = folder
-        self.path = folder / ANSWERS
+        self.path = folder / _answers_file(process, processes)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # What a kill in the middle of `wav.write` leaves.
-            for left_over in folder.glob(".*.wav.????????.part"):
-                left_over.unlink()
+            others = {path.name for path in folder.glob(f"{Path(ANSWERS).stem}*.jsonl")}
+            others -= {_answers_file(number, processes) for number in range(processes)}
+            if others:
+                raise ConfigError(
+                    f"{folder}: expected answers of {processes} processes or none, found {min(others)}: go on with as "
+                    "many processes as before, or choose another --out"
+                )
+            if processes == 1:
+                # What a kill in the middle of `wav.write` leaves.
+                for left_over in folder.glob(".*.wav.????????.part"):
+                    left_over.unlink()
             lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
         except OSError as error:
             raise ConfigError(f"{error.filename}: expected a folder to write to, found {error.strerror}") from None
@@ -603,7 +630,7 @@ class Answers:
 
     def write_all(self, records: Sequence[dict[str, Any]]) -> None:
         """Replace the file, whole or not at all."""
-        partial = self.path.with_name(f".{ANSWERS}.part")
+        partial = self.path.with_name(f".{self.path.name}.part")
         partial.write_bytes(b"".join(_line(record) for record in records))
         partial.replace(self.path)
 
@@ -613,21 +640,54 @@ class Answers:
             file.write(_line(record))
 
 
+def _answers_file(process: int, processes: int) -> str:
+    return ANSWERS if processes == 1 else f"{Path(ANSWERS).stem}-{process:05d}-of-{processes:05d}.jsonl"
+
+
+def _share(process: int | None, processes: int | None) -> tuple[int, int]:
+    """Which of how many processes this is: as told, as a TPU slice knows it, or the only one."""
+    if process is not None or processes is not None:
+        if process is None or processes is None or process >= processes:
+            raise ConfigError(f"expected --process below --processes, found {process} and {processes}")
+        return process, processes
+    from omni_jax.sharding import on_pod
+
+    if not on_pod():
+        return 0, 1
+    import jax
+
+    jax.distributed.initialize()
+    return jax.process_index(), jax.process_count()
+
+
+def _chips(tensor: int, slots: int) -> Any:
+    """The mesh of this process's chips, of which each group of `tensor` shares rows; None if there is only one."""
+    import jax
+
+    from omni_jax.sharding import make_mesh
+
+    chips = jax.local_devices()
+    groups = len(chips) // tensor
+    if groups * tensor != len(chips):
+        raise ConfigError(f"--tensor: expected a divisor of the {len(chips)} chips here, found {tensor}")
+    if slots % groups:
+        raise ConfigError(f"--slots: expected a multiple of the {groups} groups of chips here, found {slots}")
+    return make_mesh(groups, 1, tensor, chips) if len(chips) > 1 else None
+
+
 def _run_batch(
     rows: Sequence[Row],
     answers: Answers,
     defaults: dict[str, Any],
+    load: Callable[[], Omni],
+    identity: str,
     *,
-    model: str,
     codec: Any,
-    int8: bool,
     slots: int,
 ) -> int:
     """Answer the rows that have no answer yet; how many failed."""
     from tqdm import tqdm
 
-    rows = _not_over_questions(rows, answers.folder)
-    identity = _identity(model) + " int8" * int8
     records: dict[int, dict[str, Any]] = {}
     asked: dict[int, tuple[dict[str, Any], str]] = {}
     for index, row in enumerate(rows):
@@ -640,7 +700,7 @@ def _run_batch(
     kept = len(records)
     omni = None
     if kept < len(asked):
-        omni = _load(model, codec, int8=int8)
+        omni = load()
         # The command line's own options are checked once, not reported in every row.
         options = {name: value for name, value in defaults.items() if name not in ("task", "cut")}
         omni.prepare({"text": "a"}, **options)
@@ -823,7 +883,7 @@ def _identity(model: str) -> str:
     return model if release is None else release.fingerprint()
 
 
-def _load(model: str, codec: Any, *, int8: bool = False) -> Omni:
+def _load(model: str, codec: Any, *, int8: bool = False, mesh: Any = None) -> Omni:
     """Load a model, and say so; that it is untrained too."""
     _say(f"loading {model} ...")
     start = time.perf_counter()
@@ -831,7 +891,7 @@ def _load(model: str, codec: Any, *, int8: bool = False) -> Omni:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UntrainedWarning)
-        omni = Omni.load(model, codec=codec, int8=int8)
+        omni = Omni.load(model, codec=codec, int8=int8, mesh=mesh)
     for warning in caught:
         _say(f"note: {warning.message}")
     _say(f"loaded in {time.perf_counter() - start:.1f} s")

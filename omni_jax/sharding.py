@@ -7,6 +7,7 @@ mesh `data` x `fsdp` x `tensor`; the compiler does the rest. One device is a mes
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,12 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "mels": (),
 }
+
+
+def on_pod() -> bool:
+    """Whether this host is one of several of a TPU slice, which `jax.distributed` then sets up by itself."""
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -63,14 +63,15 @@ def loads(tiny: Omni, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """`Omni.load("tiny")` gives the model at hand, which has its programs compiled; the names asked for."""
     real, names = Omni.load, []
 
-    def load(name: str, *, codec: Any = "jax", int8: bool = False) -> Omni:
+    def load(name: str, *, codec: Any = "jax", int8: bool = False, mesh: Any = None) -> Omni:
         names.append(name)
-        if name != "tiny" or codec != "jax" or int8:
-            return real(name, codec=codec, int8=int8)
+        if name != "tiny" or codec != "jax" or int8 or mesh:
+            return real(name, codec=codec, int8=int8, mesh=mesh)
         warnings.warn("the model 'tiny' is untrained", UntrainedWarning, stacklevel=2)
         return tiny
 
     monkeypatch.setattr(Omni, "load", load)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     return names
 
 
@@ -84,6 +85,11 @@ def command(*args: object) -> list[str]:
 
 def shell(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*args), capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+def with_devices(count: int) -> dict[str, str]:
+    """The environment of a process that has so many devices."""
+    return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={count}")}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -517,6 +523,42 @@ def test_interrupted_is_130_for_the_shell_without_a_word(seconds: float) -> None
     assert all(line.startswith("omni-jax:") for line in rest.splitlines())
 
 
+def test_a_batch_is_shared_by_processes_of_several_chips(loads: list[str], tmp_path: Path) -> None:
+    """One of two processes fails and is started again; each has four chips, of which two share a row."""
+    rows = [{"id": f"q{number}", "text": f"question {number}", "task": "T1A2"} for number in range(9)]
+    rows[4] = {"id": "heard", "audio": str(NAME)}
+    rows[7] = {"id": "q0", "text": "not mine"}
+    manifest, out, whole = write_lines(tmp_path / "rows.jsonl", rows), tmp_path / "out", tmp_path / "whole"
+    options = ("--model", "tiny", "--max-steps", STEPS, "--slots", 4)
+    assert run("batch", manifest, "--out", whole, *options).exit_code == 1
+    expected = read_lines(whole / "answers.jsonl")
+
+    def process(number: int, *more: object) -> subprocess.Popen[str]:
+        args = ("batch", manifest, "--out", out, *options, "--tensor", 2, "--processes", 2, "--process", number)
+        return subprocess.Popen(command(*args, *more), stderr=subprocess.PIPE, text=True, cwd=ROOT, env=with_devices(4))
+
+    failing, second = process(0, "--temperature", -1), process(1)
+    assert "temperature" in failing.communicate(timeout=240)[1]
+    assert "4 rows: 3 answered, 0 from an earlier run, 1 failed" in second.communicate(timeout=240)[1]
+    first, again = process(0), process(1)
+    assert "5 rows: 5 answered, 0 from an earlier run, 0 failed" in first.communicate(timeout=240)[1]
+    assert "4 rows: 0 answered, 3 from an earlier run, 1 failed" in again.communicate(timeout=240)[1]
+    assert [process.returncode for process in (failing, second, first, again)] == [2, 1, 0, 1]
+    assert read_lines(out / "answers-00000-of-00002.jsonl") == expected[0::2]
+    assert read_lines(out / "answers-00001-of-00002.jsonl") == expected[1::2]
+    assert {path.name for path in out.glob("*.wav")} == {path.name for path in whole.glob("*.wav")}
+
+    for wrong, said in (
+        (("--processes", 3, "--process", 0), "expected answers of 3 processes or none, found answers-00000-of-00002"),
+        (("--processes", 2), "expected --process below --processes, found None and 2"),
+        (("--processes", 2, "--process", 2), "found 2 and 2"),
+        (("--processes", 2, "--process", 0, "--tensor", 2), "--tensor: expected a divisor of the 1 chips"),
+    ):
+        refused = run("batch", manifest, "--out", out, *options, *wrong, "--seed", 1)
+        assert refused.exit_code == 2
+        assert said in refused.stderr
+
+
 def test_a_killed_batch_goes_on_where_it_stopped(tiny: Omni, loads: list[str], tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = []
     for number in range(18):
@@ -534,6 +576,7 @@ def test_a_killed_batch_goes_on_where_it_stopped(tiny: Omni, loads: list[str], t
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=ROOT,
+        env=with_devices(1),
     )
     try:
         deadline = time.monotonic() + 120

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import tempfile
 import time
@@ -268,12 +267,6 @@ def step_program(setup: Setup, places: TrainState) -> Any:
         donate_argnums=0,
         out_shardings=(places, sharding.replicated(setup.mesh)),
     )
-
-
-def on_pod() -> bool:
-    """Whether this host is one of several of a TPU slice, which `jax.distributed` then sets up by itself."""
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
 
 
 class Stop:
