@@ -24,6 +24,8 @@ from omni_jax.convert.snac import config_to_json, from_torch
 
 CONFIG = CodecConfig()
 ROUNDS = 15
+ROWS = 8
+"""Of a batch, as `prepare` encodes it."""
 
 
 def reference() -> Any:
@@ -60,14 +62,16 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}, torch threads {torch.get_num_threads()}, medians of {ROUNDS} in ms")
     print(f"{'':26}{'jax':>8}{'torch':>8}{'folded':>8}{'torch/jax':>11}{'folded/jax':>12}")
 
-    def row(name: str, ours: Callable[[], Any], their: Callable[[Any], Any]) -> None:
+    def row(name: str, ours: Callable[[], Any], their: Callable[[Any], Any]) -> list[float]:
         def run(module: Any) -> None:
             with torch.inference_mode():
                 their(module)
 
-        jax_ms, torch_ms, folded_ms = milliseconds(ours, lambda: run(theirs), lambda: run(theirs_folded))
+        taken = milliseconds(ours, lambda: run(theirs), lambda: run(theirs_folded))
+        jax_ms, torch_ms, folded_ms = taken
         ratios = f"{torch_ms / jax_ms:>10.2f}x{folded_ms / jax_ms:>11.2f}x"
         print(f"{name:26}{jax_ms:8.1f}{torch_ms:8.1f}{folded_ms:8.1f}{ratios}", flush=True)
+        return taken
 
     five_seconds = round(5 * CONFIG.sample_rate / CONFIG.frame)
     for name, frames in (("decode 5 s", five_seconds), ("decode a 4-frame chunk", 4)):
@@ -81,6 +85,12 @@ def main() -> None:
     audio = random.standard_normal((1, five_seconds * CONFIG.frame)).astype(np.float32) / 4
     tensor = torch.from_numpy(audio[:, None])
     row("encode 5 s", lambda: np.asarray(encode(audio)), lambda module: module.encode(tensor))
+
+    many = np.tile(audio, (ROWS, 1))
+    many_tensor = torch.from_numpy(many[:, None])
+    taken = row(f"encode {ROWS} x 5 s", lambda: np.asarray(encode(many)), lambda module: module.encode(many_tensor))
+    speech = 1000 * many.size / CONFIG.sample_rate
+    print(f"{'  s of speech a second':26}" + "".join(f"{speech / each:8.1f}" for each in taken))
 
     # What a listener waits for: each step decodes the new frames and the context that makes them exact.
     codes = random.integers(0, CONFIG.codebook_size, (80, 7)).astype(np.int32)

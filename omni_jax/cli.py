@@ -491,6 +491,10 @@ def compile_command(
         Literal["train", "prefill", "decode", "batch", "codec"],
         typer.Argument(help="batch: decode with a second row for each request, as offline answers are made."),
     ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="field=value of the configuration, e.g. mesh.fsdp=256")
+    ] = None,
+    *,
     topology: Annotated[str, typer.Option(help="A slice of TPUs: v5e:1x1, v5e:16x16, v5p:4x4x4, v6e:4x4, ...")],
     model: Annotated[str, typer.Option(help="A preset.")] = "mini_omni",
     config: Annotated[
@@ -512,8 +516,10 @@ def compile_command(
         from omni_jax.tpu.report import examine
 
         run = None
+        if overrides and config is None:
+            raise ConfigError(f"expected --config before fields of it, found {' '.join(overrides)}")
         if config is not None:
-            run = configs.load(configs.RunConfig, config)
+            run = configs.load(configs.RunConfig, config, overrides or ())
             if program == "train" and not run.start.startswith("preset:"):
                 # Shapes are all that is needed, and the weights of an earlier stage need not be here.
                 run = dataclasses.replace(run, start=f"preset:{model}")

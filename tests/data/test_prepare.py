@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import soundfile
 from flax import nnx
 
 from omni_jax.audio import wav
@@ -198,11 +202,8 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    """Rows are read a few at a time, also within a row group: a large one is not in memory as a whole."""
-    sound = {"bytes": tone(10, 22_050), "path": ""}
-    for name, count in (("small", 20), ("large", 200)):
-        voice_assistant(tmp_path / name, [voice_assistant_row(question_audio=sound) for _ in range(count)])
+def peak_mebibytes(corpus: Path) -> int:
+    """Of a process that prepares it."""
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
@@ -211,13 +212,37 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
         "prepare(VoiceAssistant(Path(sys.argv[1])), sys.argv[2])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
+    command = [sys.executable, "-c", code, corpus, corpus.with_name(f"{corpus.name}-out")]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) // 1024
 
-    def peak(name: str) -> int:
-        command = [sys.executable, "-c", code, tmp_path / name, tmp_path / f"{name}-out"]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) // 1024
 
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """Rows are read a few at a time, also within a row group: a large one is not in memory as a whole."""
+    sound = {"bytes": tone(10, 22_050), "path": ""}
+    for name, count in (("small", 20), ("large", 200)):
+        voice_assistant(tmp_path / name, [voice_assistant_row(question_audio=sound) for _ in range(count)])
     # 200 rows hold 84 MB of sound in the file, and as much again once decoded.
-    assert peak("large") - peak("small") < 100
+    assert peak_mebibytes(tmp_path / "large") - peak_mebibytes(tmp_path / "small") < 100
+
+
+@pytest.mark.slow
+def test_a_gigabyte_is_prepared_in_the_memory_of_a_fiftieth_of_it(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(-3000, 3000, 10 * 22_050).astype(np.int16)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, noise, 22_050, format="WAV")
+    rows = [voice_assistant_row(question_audio={"bytes": buffer.getvalue(), "path": ""}) for _ in range(24)]
+    table = pa.Table.from_pylist(rows)
+    for name, times in (("small", 2), ("large", 100)):
+        (tmp_path / name).mkdir()
+        # Without dictionaries: one would hold the recording, the same in all rows, but once.
+        with pq.ParquetWriter(tmp_path / name / "train.parquet", table.schema, use_dictionary=False) as writer:
+            for _ in range(times):
+                writer.write_table(table)
+    assert (tmp_path / "large" / "train.parquet").stat().st_size > 1e9
+    small, large = peak_mebibytes(tmp_path / "small"), peak_mebibytes(tmp_path / "large")
+    assert json.loads((tmp_path / "large-out" / INDEX).read_text())["exchanges"] == 2400
+    print(f"peak memory: {small} MiB for 21 MB, {large} MiB for 1.06 GB")
+    assert large - small < 50
 
 
 def test_folders_of_another_making_are_left_alone(tmp_path: Path) -> None:
