@@ -115,7 +115,7 @@ class Ours:
                 "data": {"sources": [{"path": "unused"}], "tasks": {"T1A2": 1}, "batch": ROWS, "length": LENGTH},
                 "optimizer": OPTIMIZER,
                 "remat": "none",
-                "loss": {"chunk": 128},
+                "loss": {"chunk": 128 * ROWS},
             },
             "benchmark",
         )
@@ -232,7 +232,9 @@ def compiled_loss(chunk: int, rows: int, length: int) -> jax.stages.Compiled:
 
     def value(tables: Any, hidden: Any, targets: Any, mask: Any) -> Any:
         heads: Any = SimpleNamespace(head_tables=lambda: tables)
-        return loss.of_batch(heads, hidden, hidden, targets, mask, jnp.ones(TEXT + 1), LossConfig(chunk=chunk))[0]
+        return loss.of_batch(heads, hidden, hidden, targets, mask, jnp.ones(TEXT + 1), LossConfig(chunk=chunk * rows))[
+            0
+        ]
 
     return jax.jit(jax.value_and_grad(value, (0, 1))).lower(*loss_arguments(rows, length)).compile()
 

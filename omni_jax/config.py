@@ -303,8 +303,8 @@ class LossConfig:
     """One weight per audio layer."""
     z: float = Field(default=0.0, ge=0)
     """Weight of log^2 of the softmax's normaliser, which keeps logits from drifting; 0 leaves it out."""
-    chunk: int = Field(default=128, gt=0)
-    """Positions of every row whose logits are held at once."""
+    chunk: int = Field(default=2048, gt=0)
+    """Positions on a device, of all its rows together, whose logits are held at once."""
 
     @model_validator(mode="after")
     def _seven(self) -> LossConfig:

@@ -20,6 +20,8 @@ AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     # Rows of a batch share nothing: spread them over every device that does not split a row.
     "batch": ("data", "fsdp"),
+    # Rows just looked up in tables that are cut along the width.
+    "looked_up": ("data",),
     # The width of the residual stream is what FSDP cuts weights along: gathered layer by layer, just in time.
     "embed": ("fsdp",),
     "ear_embed": ("fsdp",),
@@ -105,9 +107,20 @@ def of_array(array: jax.Array) -> Mesh:
     return make_mesh(devices=list(place.device_set))
 
 
-def constrain(array: jax.Array, axes: Sequence[str | None], mesh: Mesh) -> jax.Array:
-    """Inside a jitted function, settle how an array with these logical axes lies on a mesh; see `spec`."""
+def constrain(array: jax.Array, axes: Sequence[str | None], mesh: Mesh | None) -> jax.Array:
+    """Inside a jitted function, settle how an array with these logical axes lies on a mesh, if there is one.
+
+    See `spec`. Left alone, the compiler keeps weights where they are and sends activations around instead, many times
+    as many bytes.
+    """
+    if mesh is None or mesh.size == 1:
+        return array
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec(array.shape, axes, mesh)))
+
+
+def by_rows(array: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """`constrain` for an array whose first axis is the batch, every row whole on its devices."""
+    return constrain(array, ("batch", *[None] * (array.ndim - 1)), mesh)
 
 
 def rows(mesh: Mesh) -> NamedSharding:

@@ -7,12 +7,15 @@ a step reads only the rows it needs.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from omni_jax import sharding
 from omni_jax.audio.features import log_mel
 from omni_jax.config import ModelConfig
 from omni_jax.model.layers import Array, GatedMLP, Int8, RMSNorm, linear, param
@@ -88,6 +91,8 @@ class OmniModel(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, stacked: bool, dtype: Any, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
+        self.mesh: Mesh | None = None
+        """What it will run on, where that is known beforehand; see `lay_on`."""
         self.ear = Whisper(config.ear, stacked=stacked, dtype=dtype, rngs=rngs)
         self.adapter = Adapter(config, rngs)
         self.embed = Tables(config, rngs)
@@ -99,14 +104,19 @@ class OmniModel(nnx.Module):
         )
 
     def lay_on(self, mesh: Mesh) -> None:
-        """Tell it what it will run on, before it is split: caches are laid out and kernels chosen by that."""
-        self.trunk.mesh = mesh
+        """Tell it what it will run on, before it is split: activations and caches are laid out by that."""
+        self.mesh = self.ear.mesh = self.trunk.mesh = mesh
         if self.tts_adapter is not None:
             self.tts_adapter.blocks.mesh = mesh
 
     def hear(self, sound: Array) -> Array:
         """Recordings f32 [B, samples] at 16 kHz, padded to the ear's length -> [B, ceil(positions/stack), D]."""
-        return self.adapter(self.ear(log_mel(sound, self.config.ear.mels)).astype(self.dtype))
+        mels = partial(log_mel, mels=self.config.ear.mels)
+        if self.mesh is not None and self.mesh.size > 1:
+            # The compiler does not cut Fourier transforms: every chip would hear the whole batch.
+            place = sharding.spec(sound.shape, ("batch", None), self.mesh)
+            mels = jax.shard_map(mels, mesh=self.mesh, in_specs=place, out_specs=place)
+        return self.adapter(self.ear(mels(sound)).astype(self.dtype))
 
     def embed_tokens(self, tokens: Array) -> Array:
         """Tokens int32 [..., 8] -> their averaged embedding [..., D]."""
@@ -124,12 +134,15 @@ class OmniModel(nnx.Module):
         Returns:
             [B, T, D]; a speech position is (7 * speech + text) / 8.
         """
-        audio, text = self.embed.lookup(tokens.swapaxes(1, 2), self.dtype)
+        looked_up = self.embed.lookup(tokens.swapaxes(1, 2), self.dtype)
+        # Two steps, each an exchange between few chips: at once, the compiler would give the whole batch to all.
+        audio, text = (sharding.constrain(x, ("looked_up", None, "embed"), self.mesh) for x in looked_up)
+        audio, text = sharding.by_rows(audio, self.mesh), sharding.by_rows(text, self.mesh)
         if speech is not None:
             assert speech_index is not None
             heard = jnp.take_along_axis(speech, jnp.maximum(speech_index, 0)[..., None], axis=1)
             audio = jnp.where((speech_index >= 0)[..., None], LAYERS * heard.astype(self.dtype), audio)
-        return (audio + text) / STREAMS
+        return sharding.by_rows((audio + text) / STREAMS, self.mesh)
 
     def __call__(
         self,

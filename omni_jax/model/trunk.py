@@ -107,6 +107,7 @@ class Blocks(nnx.Module):
             attention = partial(attend, mask=mask)
 
         def block(layer: Block, x: Array) -> tuple[Array, tuple[Array, Array]]:
+            x = sharding.by_rows(x, self.mesh)
             query, key, value = layer.attention.project(layer.attention_norm(x), cos, sin)
             x = x + layer.attention.merge(attention(query, key, value))
             x = x + layer.mlp(layer.mlp_norm(x))

@@ -10,13 +10,16 @@ Letters: B batch, T positions, S positions attended to, D width, N heads, H head
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from omni_jax import sharding
 from omni_jax.config import EarConfig
 
 SHORT_CLIP = 512
@@ -38,6 +41,8 @@ class Whisper(nnx.Module):
         self.config = config
         self.stacked = stacked
         self.dtype = dtype
+        self.mesh: Mesh | None = None
+        """What it will run on, where that is known beforehand."""
         D = config.width
         self.conv1 = Conv(config.mels, D, stride=1, axes=(None, "mels", "ear_embed"), dtype=dtype, rngs=rngs)
         self.conv2 = Conv(D, D, stride=2, axes=(None, None, "ear_embed"), dtype=dtype, rngs=rngs)
@@ -78,10 +83,14 @@ class Whisper(nnx.Module):
         x = x.astype(jnp.float32) + sinusoids(config.positions, config.width)
         if isinstance(self.layers, Block):
             graphdef, state = nnx.split(self.layers)
-            x, _ = jax.lax.scan(lambda x, layer: (nnx.merge(graphdef, layer)(x), None), x, state)
+
+            def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+                return nnx.merge(graphdef, layer)(sharding.by_rows(x, self.mesh)), None
+
+            x, _ = jax.lax.scan(body, x, state)
         else:
             for layer in self.layers:
-                x = layer(x)
+                x = layer(sharding.by_rows(x, self.mesh))
         return self.norm(x).astype(self.dtype)
 
 

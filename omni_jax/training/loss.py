@@ -12,7 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from omni_jax import sharding
 from omni_jax.config import LossConfig
 from omni_jax.model.layers import linear
 from omni_jax.model.omni import OmniModel
@@ -51,40 +53,45 @@ def of_batch(
     text, audio = model.head_tables()
     total, columns = jnp.float32(0.0), []
     for table, hidden, heads in ((audio, audio_hidden, slice(0, TEXT)), (text, text_hidden, slice(TEXT, STREAMS))):
-        value, sums = _head_loss(config.chunk, config.z, table, hidden, targets[:, heads], mask[:, heads], scale[heads])
+        value, sums = _head_loss(
+            config.chunk, config.z, model.mesh, table, hidden, targets[:, heads], mask[:, heads], scale[heads]
+        )
         total += value
         columns.append(sums)
     return total, jax.tree.map(lambda a, t: jax.lax.stop_gradient(jnp.concatenate([a, t])), *columns)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _head_loss(
-    chunk: int, z: float, table: Array, hidden: Array, targets: Array, mask: Array, scale: Array
+    chunk: int, z: float, mesh: Mesh | None, table: Array, hidden: Array, targets: Array, mask: Array, scale: Array
 ) -> tuple[Array, Sums]:
     """Loss and sums of C heads that read the same hidden states.
 
     Args:
-        chunk: positions of every row whose logits are held at once.
+        chunk: positions on a device whose logits are held at once.
         z: weight of the z-loss.
+        mesh: what it runs on, if that is known.
         table: [C, V, D], or [V, D] for a single head; one row per token.
         hidden: [B, T, D].
         targets: int32 [B, C, T].
         mask: bool [B, C, T].
         scale: float32 [C], what a position of each head weighs in the loss.
     """
-    value, sums, _, _ = _sweep(chunk, z, table, hidden, targets, mask, scale)
+    value, sums, _, _ = _sweep(chunk, z, mesh, table, hidden, targets, mask, scale)
     return value, sums
 
 
-def _forward(chunk: int, z: float, *arguments: Any) -> tuple[tuple[Array, Sums], tuple[Array | None, ...]]:
+def _forward(
+    chunk: int, z: float, mesh: Mesh | None, *arguments: Any
+) -> tuple[tuple[Array, Sums], tuple[Array | None, ...]]:
     table, hidden = arguments[:2]
     value, sums, *gradients = _sweep(
-        chunk, z, *(x.value for x in arguments), of_table=table.perturbed, of_hidden=hidden.perturbed
+        chunk, z, mesh, *(x.value for x in arguments), of_table=table.perturbed, of_hidden=hidden.perturbed
     )
     return (value, sums), tuple(gradients)
 
 
-def _backward(chunk: int, z: float, gradients: Any, cotangents: Any) -> tuple[Array | None, ...]:
+def _backward(chunk: int, z: float, mesh: Mesh | None, gradients: Any, cotangents: Any) -> tuple[Array | None, ...]:
     # Nothing asks for the gradient of the sums, and the loss is linear in its own.
     outer = cotangents[0]
     return *(None if x is None else (x * outer).astype(x.dtype) for x in gradients), None, None, None
@@ -96,6 +103,7 @@ _head_loss.defvjp(_forward, _backward, symbolic_zeros=True)
 def _sweep(
     chunk: int,
     z: float,
+    mesh: Mesh | None,
     table: Array,
     hidden: Array,
     targets: Array,
@@ -109,7 +117,10 @@ def _sweep(
     B, T, D = hidden.shape
     # The axis of heads is kept where there is one: a mesh splits the rows of each.
     rows, C = table.shape[:-1], targets.shape[1]
-    chunk = min(chunk, T)
+    ways = 1 if mesh is None else sharding.ways("batch", mesh)
+    held = T * (B // ways if B % ways == 0 else B)
+    # As few pieces as that takes, all of one size.
+    chunk = -(-T // -(-held // chunk))
     # What is left over is filled up with positions that do not count.
     short = -T % chunk
     pieces = (
@@ -122,8 +133,9 @@ def _sweep(
 
     def piece(carry: tuple[Sums, Array | None], xs: Any) -> tuple[tuple[Sums, Array | None], Array | None]:
         total, table_gradient = carry
-        states, goal, where = xs
+        states, goal, where = (sharding.by_rows(x, mesh) for x in xs)
         logits = linear(states, table, dtype=jnp.float32).reshape(B, chunk, C, -1)
+        logits = sharding.constrain(logits, ("batch", None, None, "vocab"), mesh)
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         said = jnp.take_along_axis(logits, goal[..., None], axis=-1)[..., 0]
         # The best logit, not argmax: cheaper, and a tie with the target counts as right.
@@ -152,10 +164,12 @@ def _sweep(
         if table_gradient is not None:
             states = states.reshape(B * chunk, D)
             table_gradient += jnp.tensordot(error, states, ((0,), (0,)), preferred_element_type=jnp.float32)
+            table_gradient = sharding.constrain(table_gradient, table_axes, mesh)
         return (total, table_gradient), states_gradient
 
     zero = {name: jnp.zeros(C, jnp.float32) for name in ("loss", "z", "correct", "count")}
-    start = jnp.zeros(table.shape, jnp.float32) if of_table else None
+    table_axes = (*[None] * (table.ndim - 2), "vocab", "embed")
+    start = sharding.constrain(jnp.zeros(table.shape, jnp.float32), table_axes, mesh) if of_table else None
     (sums, table_gradient), hidden_gradient = jax.lax.scan(piece, (zero, start), pieces)
     if hidden_gradient is not None:
         hidden_gradient = jnp.moveaxis(hidden_gradient, 0, 1).reshape(B, T + short, D)[:, :T]

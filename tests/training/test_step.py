@@ -45,7 +45,7 @@ def run_config(**changes) -> RunConfig:
         "learn": EVERYTHING,
         "data": {"sources": [{"path": "unused"}], "tasks": {"A1A2": 1}, "batch": ROWS, "length": LENGTH},
         "optimizer": OPTIMIZER,
-        "loss": {"chunk": 16},
+        "loss": {"chunk": 16 * ROWS},
         "remat": "none",
     }
     return configs.build(RunConfig, {**values, **changes}, "test")
@@ -132,7 +132,7 @@ def test_the_loss_is_cross_entropy_per_head_whatever_the_chunk():
         squares[k] = (normaliser**2)[where].sum()
         right[k] = (scores.argmax(-1) == arrays["targets"][:, k])[where].sum()
     counts = arrays["mask"].sum((0, 2))
-    for chunk in (LENGTH, 16, 7):
+    for chunk in (ROWS * LENGTH, ROWS * 16, ROWS * 7):
         config = LossConfig(chunk=chunk, z=0.1, text=2.0, audio=(1.0, 0.5, 0.0, 1.0, 1.0, 1.0, 1.0))
         value, sums = loss.of_batch(
             model, text, audio, arrays["targets"], arrays["mask"], counts.astype(np.float32), config
@@ -160,7 +160,7 @@ def test_a_head_without_targets_costs_nothing():
     assert not np.asarray(gradient).any()
 
 
-@pytest.mark.parametrize("chunk", [LENGTH, 16, 7])
+@pytest.mark.parametrize("chunk", [ROWS * LENGTH, ROWS * 16, ROWS * 7])
 def test_the_gradient_of_the_loss_is_what_jax_derives_from_whole_logits(chunk):
     model = init_model(MODEL, stacked=False, dtype=jnp.float32, seed=0)
     arrays = batch()
@@ -172,7 +172,7 @@ def test_the_gradient_of_the_loss_is_what_jax_derives_from_whole_logits(chunk):
     weights = np.array([*config.audio, config.text], np.float32) / counts
 
     def chunked(tables, text, audio):
-        heads = SimpleNamespace(head_tables=lambda: tables)
+        heads = SimpleNamespace(head_tables=lambda: tables, mesh=None)
         return 3.0 * loss.of_batch(heads, text, audio, arrays["targets"], arrays["mask"], counts, config)[0]
 
     def whole(tables, text, audio):
