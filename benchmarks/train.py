@@ -231,10 +231,9 @@ def compiled_loss(chunk: int, rows: int, length: int) -> jax.stages.Compiled:
     """The gradient of the loss in tables and hidden states."""
 
     def value(tables: Any, hidden: Any, targets: Any, mask: Any) -> Any:
-        heads: Any = SimpleNamespace(head_tables=lambda: tables)
-        return loss.of_batch(heads, hidden, hidden, targets, mask, jnp.ones(TEXT + 1), LossConfig(chunk=chunk * rows))[
-            0
-        ]
+        heads: Any = SimpleNamespace(head_tables=lambda: tables, mesh=None)
+        config = LossConfig(chunk=chunk * rows)
+        return loss.of_batch(heads, hidden, hidden, targets, mask, jnp.ones(TEXT + 1), config)[0]
 
     return jax.jit(jax.value_and_grad(value, (0, 1))).lower(*loss_arguments(rows, length)).compile()
 

@@ -27,7 +27,7 @@ BUILD = Path("build/nano")
 PARTS = Path(__file__).parent / "parts"
 TRUNK = "trunk.safetensors"
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""A training step on CPUs frees and takes hundreds of megabytes, and a fifth of its time went into small pages."""
+"""A training step on CPUs frees and takes hundreds of megabytes; in small pages a good part of its time goes there."""
 
 
 @dataclass(frozen=True)

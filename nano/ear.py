@@ -21,6 +21,7 @@ The run saves itself every two minutes and goes on from there when it is started
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -193,12 +194,12 @@ def batch(
 
 def by_length(clips: Sequence[Clip], lengths: Sequence[int]) -> list[tuple[int, list[Clip]]]:
     """Clips that fit each of the rising lengths, in samples, and none before it; no length that nothing fits."""
-    groups: list[tuple[int, list[Clip]]] = [(length, []) for length in lengths]
+    groups: dict[int, list[Clip]] = {length: [] for length in lengths}
     for clip in clips:
-        fitting = (group for length, group in groups if len(clip.audio) <= length)
-        if (group := next(fitting, None)) is not None:
-            group.append(clip)
-    return [(length, group) for length, group in groups if group]
+        fitting = bisect.bisect_left(lengths, len(clip.audio))
+        if fitting < len(lengths):
+            groups[lengths[fitting]].append(clip)
+    return [(length, group) for length, group in groups.items() if group]
 
 
 def spread(lengths: Array, labels: Array, padding: Array, outputs: int) -> Array:

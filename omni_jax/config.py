@@ -188,6 +188,9 @@ class ModelConfig:
 PRESETS: dict[str, ModelConfig] = {
     "mini_omni": ModelConfig(),
     "mini_omni_tts_adapter": ModelConfig(tts_adapter_layers=6),
+    "mini_omni_7b": ModelConfig(
+        trunk=TrunkConfig(width=3584, layers=28, heads=28, kv_heads=4, head_size=128, ffn=18944, tied_head=False)
+    ),
     "tiny": ModelConfig(
         ear=EarConfig(mels=80, width=32, layers=2, heads=2, ffn=64, positions=100),
         adapter=AdapterConfig(ffn=96),
@@ -221,9 +224,6 @@ PRESETS: dict[str, ModelConfig] = {
 }
 """Shapes by name. `nano` will be the small trained model that ships with the package; until then its shape may
 change."""
-PRESETS["mini_omni_7b"] = ModelConfig(
-    trunk=TrunkConfig(width=3584, layers=28, heads=28, kv_heads=4, head_size=128, ffn=18944, tied_head=False)
-)
 PRESETS["nano_tts_adapter"] = replace(PRESETS["nano"], tts_adapter_layers=2)
 
 

@@ -88,9 +88,9 @@ def spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> Partit
     return PartitionSpec(*parts)
 
 
-def ways(name: str, mesh: Mesh) -> int:
-    """Into how many parts a mesh cuts a logical axis that divides evenly."""
-    return math.prod(mesh.shape[axis] for axis in RULES[name])
+def ways(name: str, mesh: Mesh | None) -> int:
+    """Into how many parts a mesh, if there is one, cuts a logical axis that divides evenly."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES[name])
 
 
 def of_state(state: Any, mesh: Mesh) -> Any:

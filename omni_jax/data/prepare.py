@@ -96,6 +96,57 @@ class Note(Tally):
             examples.append(f"{place}: {problem}")
 
 
+@dataclass(frozen=True)
+class UnitWriter:
+    """Writes the shards and the notes of a corpus's units, in whichever process that happens."""
+
+    source: Source
+    folder: Path
+    """Of the records."""
+    codec: Codec | None
+    """See `prepare`."""
+
+    @cached_property
+    def encode(self) -> Encoder | None:
+        """The codec's encoder, loaded once in a process."""
+        return self.codec.encoder() if self.codec is not None else None
+
+    def __call__(self, number: int, unit: Unit, mark: str) -> Note:
+        """Write a unit's shard and, when that is whole, its note, which has this mark."""
+        note, content = Note(mark=mark), hashlib.sha256()
+        shard = _shard(self.folder, number)
+        # A cluster may begin the same unit twice; the last one whole counts.
+        partial = shard.with_name(f".{shard.name}.{uuid.uuid4().hex}.part")
+        writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
+        try:
+            rows = self.source.rows(unit)
+            while window := list(itertools.islice(rows, WINDOW)):
+                for draft, place in _encoded(window, note, self.codec, self.encode):
+                    try:
+                        data = to_bytes(draft.exchange)
+                    except RecordError as error:
+                        note.reject(place, Rejected("not a record", str(error)))
+                        continue
+                    tasks = serves(draft.exchange)
+                    if not tasks:
+                        note.reject(place, Rejected("serves no task"))
+                        continue
+                    writer.write(data)
+                    content.update(data)
+                    note.add(draft.exchange, tasks)
+        finally:
+            writer.close()
+        if note.exchanges:
+            partial.replace(shard)
+        else:
+            # An empty file of records can't be read again.
+            partial.unlink()
+            shard.unlink(missing_ok=True)
+        note.content = content.hexdigest()
+        write_json(_note(self.folder, number), vars(note))
+        return note
+
+
 def prepare(
     source: Source,
     out: str | Path,
@@ -146,8 +197,8 @@ def prepare(
     for number in range(len(units), len(units) + sum(1 for _ in folder.glob(f"*{NOTE}"))):
         for stale in (_shard(folder, number), _note(folder, number)):
             stale.unlink(missing_ok=True)
-    working = _run(source, folder, jobs, codec, workers) if beam is None else _beam(source, folder, jobs, codec, beam)
-    for number, note in working:
+    write = UnitWriter(source, folder, codec)
+    for number, note in _run(write, jobs, workers) if beam is None else _beam(write, jobs, beam):
         notes[number] = note
         if progress is not None:
             progress(len(notes), len(units))
@@ -156,15 +207,12 @@ def prepare(
     return index
 
 
-def _run(
-    source: Source, folder: Path, jobs: list[Job], codec: Codec | None, workers: int
-) -> Iterator[tuple[int, Note]]:
+def _run(write: UnitWriter, jobs: list[Job], workers: int) -> Iterator[tuple[int, Note]]:
     if workers == 1 or len(jobs) < 2:
-        encode = codec.encoder() if codec is not None else None
-        for number, unit, mark in jobs:
-            yield number, write_unit(source, unit, folder, number, mark, codec, encode)
+        for job in jobs:
+            yield job[0], write(*job)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (source, folder, codec)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (write,)) as pool:
         waiting = {pool.submit(_work, *job): job[0] for job in jobs}
         try:
             for done in as_completed(waiting):
@@ -174,83 +222,32 @@ def _run(
             raise
 
 
-def _beam(
-    source: Source, folder: Path, jobs: list[Job], codec: Codec | None, options: Sequence[str]
-) -> Iterator[tuple[int, Note]]:
+def _beam(write: UnitWriter, jobs: list[Job], options: Sequence[str]) -> Iterator[tuple[int, Note]]:
     try:
         from omni_jax.data import cluster
     except ImportError as error:
         raise ConfigError(f"--runner: expected Apache Beam, found {error}: pip install 'omni-jax[beam]'") from None
-    cluster.run(source, folder, jobs, codec, options)
+    cluster.run(write, jobs, options)
     for number, unit, mark in jobs:
-        note = Note.read(_note(folder, number))
+        note = Note.read(_note(write.folder, number))
         if note is None or note.mark != mark:
             raise ConfigError(
-                f"{folder}: expected what Beam's workers made of {unit.name}, found nothing: it must be a folder that "
-                "all of them share"
+                f"{write.folder}: expected what Beam's workers made of {unit.name}, found nothing: it must be a folder "
+                "that all of them share"
             )
         yield number, note
 
 
-_worker: dict[str, Any] = {}
+_worker: dict[str, UnitWriter] = {}
 """What a worker process was begun with."""
 
 
-def _begin(source: Source, folder: Path, codec: Codec | None) -> None:
-    encode = codec.encoder() if codec is not None else None
-    _worker.update(source=source, folder=folder, codec=codec, encode=encode)
+def _begin(write: UnitWriter) -> None:
+    _worker["write"] = write
 
 
-def _work(number: int, unit: Unit, mark: str) -> Note:
-    return write_unit(_worker["source"], unit, _worker["folder"], number, mark, _worker["codec"], _worker["encode"])
-
-
-def write_unit(
-    source: Source, unit: Unit, folder: Path, number: int, mark: str, codec: Codec | None, encode: Encoder | None
-) -> Note:
-    """Write a unit's shard and, when that is whole, its note.
-
-    Args:
-        source: the corpus.
-        unit: a part of it.
-        folder: of the records.
-        number: of the unit.
-        mark: for the note.
-        codec: see `prepare`.
-        encode: the codec's encoder, loaded.
-    """
-    note, content = Note(mark=mark), hashlib.sha256()
-    shard = _shard(folder, number)
-    # A cluster may begin the same unit twice; the last one whole counts.
-    partial = shard.with_name(f".{shard.name}.{uuid.uuid4().hex}.part")
-    writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
-    try:
-        rows = source.rows(unit)
-        while window := list(itertools.islice(rows, WINDOW)):
-            for draft, place in _encoded(window, note, codec, encode):
-                try:
-                    data = to_bytes(draft.exchange)
-                except RecordError as error:
-                    note.reject(place, Rejected("not a record", str(error)))
-                    continue
-                tasks = serves(draft.exchange)
-                if not tasks:
-                    note.reject(place, Rejected("serves no task"))
-                    continue
-                writer.write(data)
-                content.update(data)
-                note.add(draft.exchange, tasks)
-    finally:
-        writer.close()
-    if note.exchanges:
-        partial.replace(shard)
-    else:
-        # An empty file of records can't be read again.
-        partial.unlink()
-        shard.unlink(missing_ok=True)
-    note.content = content.hexdigest()
-    write_json(_note(folder, number), vars(note))
-    return note
+def _work(*job: Any) -> Note:
+    return _worker["write"](*job)
 
 
 def _encoded(window: list[Any], note: Note, codec: Codec | None, encode: Encoder | None) -> Iterator[tuple[Draft, str]]:

@@ -11,8 +11,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh
 
 from omni_jax import sharding
@@ -44,6 +42,10 @@ def attend(
     Returns:
         [B, T, N, H], in query's dtype.
     """
+    # Importing these takes two seconds on a CPU, which never needs them.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     B, T, K, H = key.shape
     block = next(size for size in BLOCKS if T % size == 0)
     sizes = kernel.BlockSizes(

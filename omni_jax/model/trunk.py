@@ -63,7 +63,7 @@ class Blocks(nnx.Module):
         Only heads that the same chip holds, so that a cache can be split by heads as the weights are.
         """
         heads = self.config.kv_heads
-        ways = 1 if self.mesh is None else sharding.ways("kv_heads", self.mesh)
+        ways = sharding.ways("kv_heads", self.mesh)
         together = heads // ways if heads % ways == 0 else heads
         return math.gcd(together, max(1, LANES // self.config.head_size)) if self.stacked else 1
 

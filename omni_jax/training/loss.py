@@ -117,7 +117,7 @@ def _sweep(
     B, T, D = hidden.shape
     # The axis of heads is kept where there is one: a mesh splits the rows of each.
     rows, C = table.shape[:-1], targets.shape[1]
-    ways = 1 if mesh is None else sharding.ways("batch", mesh)
+    ways = sharding.ways("batch", mesh)
     held = T * (B // ways if B % ways == 0 else B)
     # As few pieces as that takes, all of one size.
     chunk = -(-T // -(-held // chunk))

@@ -150,18 +150,18 @@ def test_what_is_done_stays_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("small_pieces")
 def test_an_interruption_leaves_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines(tmp_path / "qa.jsonl", 100)
-    source, out, whole = TextQa(tmp_path / "qa.jsonl"), tmp_path / "out", preparing.write_unit
+    source, out, whole = TextQa(tmp_path / "qa.jsonl"), tmp_path / "out", preparing.UnitWriter.__call__
 
     def broken(*args: Any) -> Any:
-        if args[3] == 3:
+        if args[1] == 3:
             raise KeyboardInterrupt
         return whole(*args)
 
-    monkeypatch.setattr(preparing, "write_unit", broken)
+    monkeypatch.setattr(preparing.UnitWriter, "__call__", broken)
     with pytest.raises(KeyboardInterrupt):
         prepare(source, out)
     assert not (out / INDEX).exists()
-    monkeypatch.setattr(preparing, "write_unit", whole)
+    monkeypatch.setattr(preparing.UnitWriter, "__call__", whole)
     done: list[tuple[int, int]] = []
     prepare(source, out, progress=lambda *at: done.append(at))
     assert done[0][0] == 4
