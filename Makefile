@@ -8,14 +8,13 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := -c constraints.txt
-DEMO := omni_jax/assets/questions/name.wav
 
 .PHONY: help demo test lint format bench nano
 # Two targets at once would install into the same environment.
 .NOTPARALLEL:
 
 help:
-	@echo 'make demo     ask a recorded question; the spoken answer is demo/answer.wav'
+	@echo 'make demo     ask three recorded questions; the spoken answers go to demo/'
 	@echo 'make test     all tests, the slow ones last'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   let ruff lay out the code'
@@ -23,10 +22,9 @@ help:
 	@echo 'make nano     teach the small model, hours on two cores; goes on where it was interrupted'
 
 demo: $(VENV)/.base
-	@mkdir -p demo
-	@echo 'Asking $(DEMO): "What is your name?"'
-	$(BIN)/omni-jax ask $(DEMO) --out demo/answer.wav --max-steps 100
-	@echo 'The spoken answer is demo/answer.wav. Now ask your own: $(BIN)/omni-jax ask my.wav'
+	$(BIN)/omni-jax demo --out demo
+	@echo
+	@echo 'Listen to demo/*.wav. Now ask your own: $(BIN)/omni-jax ask my.wav'
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile

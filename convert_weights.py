@@ -19,8 +19,12 @@ from omni_jax.convert.mapping import ConversionError
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 Out = Annotated[Path, typer.Argument(help="new or empty folder")]
-Whisper = Annotated[str, typer.Option(help="transformers folder or hub id, such as openai/whisper-small")]
-Snac = Annotated[str, typer.Option(help="folder or hub id, such as hubertsiuzdak/snac_24khz")]
+Whisper = Annotated[
+    str, typer.Option(help="transformers folder or hub id, such as openai/whisper-small; or a release, for its ear")
+]
+Snac = Annotated[
+    str, typer.Option(help="folder or hub id, such as hubertsiuzdak/snac_24khz; or a release, for its codec")
+]
 
 
 class Format(StrEnum):
@@ -62,7 +66,7 @@ def import_(
 
 @app.command()
 def export(
-    release: Annotated[str, typer.Argument(help="release folder or hub id")],
+    release: Annotated[str, typer.Argument(help="release folder, hub id, or nano")],
     out: Out,
     to: Annotated[
         Format, typer.Option(help="the whole model for the published code, or the trunk for transformers")
@@ -101,7 +105,7 @@ def init(
 
 @app.command()
 def inspect(
-    source: Annotated[str, typer.Argument(help="release or Mini-Omni folder, or hub id")],
+    source: Annotated[str, typer.Argument(help="release or Mini-Omni folder, hub id, or nano")],
 ) -> None:
     """Show what is in a folder: parts, shapes, types and parameter counts."""
     with _plain_errors():

@@ -2,20 +2,18 @@
 
 `streamed` is ours: a frame is decoded once it is whole, exactly. `strided` gathers four frames and decodes them on
 their own, without what stands around them, as Mini-Omni's streaming does; it clicks where pieces meet. `whole` decodes
-when all has been said. Typed and spoken questions; untrained weights never end, so answers stop after so many steps.
+when all has been said. Typed and spoken questions.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 
 import numpy as np
 
 from omni_jax import Omni
-from omni_jax.api import UntrainedWarning
 from omni_jax.delay import playable, undelay
 from omni_jax.inference.engine import Engine, Request
 from omni_jax.vocab import TEXT
@@ -59,9 +57,7 @@ def whole(omni: Omni, request: Request) -> float:
 
 
 def main() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UntrainedWarning)
-        omni = Omni.load("nano")
+    omni = Omni.load("nano")
     ways: dict[str, Callable[[Omni, Request], float]] = {"streamed": streamed, "strided": strided, "whole": whole}
     for name, ask in (("spoken", {"audio": QUESTION}), ("typed", {"text": "What is two plus three?"})):
         request = omni.prepare({**ask, "options": {"max_steps": STEPS}})

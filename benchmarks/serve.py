@@ -21,7 +21,6 @@ import sys
 import threading
 import time
 import urllib.request
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -29,7 +28,6 @@ import numpy as np
 import psutil
 
 from omni_jax import Omni
-from omni_jax.api import UntrainedWarning
 from omni_jax.audio import wav
 
 CLIENTS, SLOTS, WAITING = 64, 8, 48
@@ -151,9 +149,7 @@ def figures(port: int) -> dict[str, float]:
 
 def main() -> None:
     minutes = float(os.environ.get("MINUTES", "1"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UntrainedWarning)
-        asked = questions(Omni.load("nano"))
+    asked = questions(Omni.load("nano"))
     port = free_port()
     command = ["serve", "--port", str(port), "--slots", str(SLOTS), "--waiting", str(WAITING)]
     start = time.monotonic()

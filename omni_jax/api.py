@@ -17,7 +17,7 @@ from flax import nnx
 
 from omni_jax.audio import wav
 from omni_jax.codec.snac import DecodeFn, Snac, StreamDecoder, make_decoder
-from omni_jax.config import PRESETS, ConfigError, ModelConfig
+from omni_jax.config import PRESETS, SHIPPED, ConfigError, ModelConfig
 from omni_jax.delay import playable, undelay
 from omni_jax.inference.decode import Programs
 from omni_jax.inference.engine import Engine, Progress, Request
@@ -175,8 +175,9 @@ class Omni:
         """Load a model.
 
         Args:
-            name: a release folder, the folder of a finished training run, a hub id, or `nano`. The other presets'
-                names are understood too, and give untrained models; a folder of that name comes first.
+            name: `nano`, the model that comes with the package; a release folder, the folder of a finished training
+                run, or a hub id. The other presets' names are understood too, and give untrained models. A folder of
+                such a name comes first.
             codec: decode sound by the native codec, or by the torch one in a host callback.
             int8: decode with weights rounded to eight bits; see `omni_jax.inference.decode.Programs`.
             mesh: spread the model over devices; see `omni_jax.sharding.make_mesh`.
@@ -530,14 +531,15 @@ class _Clock:
 
 
 def find_release(name: str | Path) -> Release | None:
-    """What `Omni.load` loads under a name; None if that is a preset's, of which there are no trained weights.
+    """What `Omni.load` loads under a name; None if that is a preset's of which there are no trained weights.
 
     Raises:
         ConfigError, CheckpointError: there is neither such a preset nor such a release.
     """
     from omni_jax.checkpoint import is_release, open_release
 
-    return None if str(name) in PRESETS and not is_release(name) else open_release(name)
+    untaught = str(name) in PRESETS and str(name) not in SHIPPED and not is_release(name)
+    return None if untaught else open_release(name)
 
 
 def default_layout(platform: str | None = None) -> tuple[bool, Any]:

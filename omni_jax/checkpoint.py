@@ -132,12 +132,18 @@ def is_release(source: str | Path) -> bool:
 
 
 def open_release(source: str | Path) -> Release:
-    """Open a release folder, the folder of a finished training run, or a hub repository; weights are not read yet.
+    """Open a release; weights are not read yet.
+
+    Args:
+        source: a release folder, the folder of a finished training run, the name of a model that comes with the
+            package (a folder of that name comes first), or a hub repository.
 
     Raises:
         CheckpointError: it is not there, a file of it is missing or damaged, or the run has not finished.
         ConfigError: `config.yaml` is wrong.
     """
+    if str(source) in configs.SHIPPED and not is_release(source):
+        source = configs.SHIPPED[str(source)]
     if (Path(source) / RUN).is_dir():
         if not (Path(source) / RELEASE).is_dir():
             raise CheckpointError(f"{source}: a training run that has not finished: there is no release in it yet")

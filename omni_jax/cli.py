@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 RECORDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
 """Endings by which `batch` knows the recordings of a folder. A manifest may name files of any ending."""
+QUESTIONS = Path(__file__).parent / "assets" / "questions"
+"""What `demo` asks."""
+DEMO_STEPS = 150
+"""Its answers are at most so long: twelve seconds."""
 WINDOW = 8
 """Rows per slot that `batch` takes on at a time: what is in memory at once, and what a kill loses at most."""
 ANSWERS = "answers.jsonl"
@@ -172,6 +176,46 @@ def ask(
             typer.echo(json.dumps(_as_dict(reply, omni, model, heard, out), ensure_ascii=False))
         else:
             _say(_summary(reply, heard, out))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the spoken answers.")] = Path("demo"),
+    model: Model = "nano",
+) -> None:
+    """Ask the recorded questions that come with the package; print what was heard, answered, and how fast."""
+    with _plain_errors():
+        from omni_jax.audio import wav
+
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out: {out}: expected a folder, found {error.strerror}") from None
+        omni = _load(model, "jax")
+        start = time.perf_counter()
+        heard = {}
+        for path in sorted(QUESTIONS.glob("*.wav")):
+            heard[path] = omni.transcribe(path, max_steps=DEMO_STEPS)
+            # The timings of a first answer would be those of the compiler.
+            for _ in omni.stream(path, max_steps=DEMO_STEPS):
+                pass
+        _say(f"compiled, and everything asked once, in {time.perf_counter() - start:.1f} s")
+        for path, transcript in heard.items():
+            typer.echo(f"\n{path.name}, {len(wav.read(path)) / wav.SAMPLE_RATE:.1f} s of speech")
+            typer.echo(f"  heard:    {printable(transcript.text)}")
+            typer.echo("  answered: ", nl=False)
+            for part in omni.stream(path, max_steps=DEMO_STEPS):
+                typer.echo(printable(part.text), nl=False)
+            assert part.reply is not None, "a stream ends with the whole answer"
+            reply, timing = part.reply, part.reply.timing
+            file = out / path.name
+            reply.save(file)
+            typer.echo(f"\n  spoken:   {file}, {reply.seconds:.1f} s of speech")
+            if timing.first_sound is not None and timing.real_time_factor is not None:
+                typer.echo(
+                    f"  timings:  first sound after {timing.first_sound:.2f} s, all of it after {timing.total:.2f} s: "
+                    f"{timing.real_time_factor:.2f} x the duration of the sound"
+                )
 
 
 @app.command()
@@ -477,8 +521,8 @@ def evaluate(
         omni.prepare({"text": "a"}, **options)
         with tqdm(total=len(cases), unit="case", file=sys.stderr, dynamic_ncols=True) as bar:
             found = measure(
-                omni, cases, out, model=model, suite=f"{suite} {path.name}", listener=who, options=options, slots=slots,
-                progress=bar.update,
+                omni, cases, out, model=model + " in 8 bits" * int8, suite=f"{suite} {path.name}", listener=who,
+                options=options, slots=slots, progress=bar.update,
             )  # fmt: skip
         report.write(found, out, other)
         typer.echo(report.markdown(found, other), nl=False)

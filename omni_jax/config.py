@@ -222,8 +222,10 @@ PRESETS: dict[str, ModelConfig] = {
         ),
     ),
 }
-"""Shapes by name. `nano` will be the small trained model that ships with the package; until then its shape may
-change."""
+"""Shapes by name. `nano` is that of the small taught model which comes with the package, in `SHIPPED`."""
+_ASSETS = Path(__file__).parent / "assets"
+SHIPPED = {"nano": _ASSETS / "nano"} if (_ASSETS / "nano").is_dir() else {}
+"""Folders of the releases that come with the package, by name."""
 PRESETS["nano_tts_adapter"] = replace(PRESETS["nano"], tts_adapter_layers=2)
 
 

@@ -27,7 +27,7 @@ CONFIG = "model_config.yaml"
 
 TEXT_SPECIALS = 64
 """A constant of the published code, not in its config. A model with another number says so in `hf_config`, the
-one field of the config that is free."""
+one field of the config that is free; so does one whose adapter joins ear frames or is narrower than the trunk."""
 
 TABLE, HEAD = "transformer.wte.weight", "lm_head.weight"
 _TTS_ADAPTER = "transformer.post_adapter"
@@ -114,17 +114,20 @@ def config_from_yaml(
     if wrong := [f"{name}: expected a number, found {field[name]!r}" for name in sizes if type(field[name]) is not int]:
         raise ConversionError(f"{source}:\n" + "\n".join(wrong))
     text, audio, all_audio = (field[name] for name in sizes[:3])
+    ours = field["hf_config"] or {}
+    stack = ours.get("adapter_stack", 1)
     for name, expected in (
         ("cat_audio_vocab_size", LAYERS * audio),
         ("padded_vocab_size", text + all_audio),
-        ("whisper_adapter_dim", ear.width),
+        ("whisper_adapter_dim", ear.width * stack),
     ):
         if field[name] != expected:
             wrong.append(f"{name}: expected {expected}, found {field[name]!r}")
     if wrong:
         raise ConversionError(f"{source}:\n" + "\n".join(wrong))
 
-    text_specials = (field["hf_config"] or {}).get("text_specials", TEXT_SPECIALS)
+    text_specials = ours.get("text_specials", TEXT_SPECIALS)
+    ffn = ours.get("adapter_ffn", field["intermediate_size"])
     trunk = {
         "width": field["n_embd"],
         "layers": field["n_layer"],
@@ -140,7 +143,7 @@ def config_from_yaml(
     }
     values = {
         "ear": ear,
-        "adapter": {"kind": field["asr_adapter"], "ffn": field["intermediate_size"]},
+        "adapter": {"kind": field["asr_adapter"], "ffn": ffn, "stack": stack},
         "trunk": trunk,
         "vocab": {
             "text": text - text_specials,
@@ -160,15 +163,18 @@ def config_from_yaml(
 def config_to_yaml(config: ModelConfig) -> dict[str, Any]:
     """The content of `model_config.yaml` for a model; the inverse of `config_from_yaml`.
 
+    What the published code doesn't know of is in `hf_config`, and it computes the same: an adapter that joins ear
+    frames is one of a wider ear, to be given joined frames; one that is narrower than the trunk's MLPs is filled up
+    with zeros.
+
     Raises:
         ConversionError: names everything about the model that the published code cannot do.
     """
     trunk, vocab = config.trunk, Vocab(config.vocab)
     wrong = []
-    if config.adapter.stack != 1:
-        wrong.append(f"adapter.stack: expected 1, found {config.adapter.stack}")
-    if config.adapter.kind == "llamamlp" and config.adapter.ffn != trunk.ffn:
-        wrong.append(f"adapter.ffn: expected trunk.ffn, which is {trunk.ffn}, found {config.adapter.ffn}")
+    gated = config.adapter.kind == "llamamlp"
+    if gated and config.adapter.ffn > trunk.ffn:
+        wrong.append(f"adapter.ffn: expected at most trunk.ffn, which is {trunk.ffn}, found {config.adapter.ffn}")
     if trunk.rope_scaling is not None:
         wrong.append(f"trunk.rope_scaling: expected none, found {trunk.rope_scaling}")
     if wrong:
@@ -176,6 +182,10 @@ def config_to_yaml(config: ModelConfig) -> dict[str, Any]:
     hf_config: dict[str, Any] = {}
     if config.vocab.text_specials != TEXT_SPECIALS:
         hf_config["text_specials"] = config.vocab.text_specials
+    if config.adapter.stack != 1:
+        hf_config["adapter_stack"] = config.adapter.stack
+    if gated and config.adapter.ffn != trunk.ffn:
+        hf_config["adapter_ffn"] = config.adapter.ffn
     theta = trunk.rope_theta
     return {
         "name": "mini-omni",
@@ -196,7 +206,7 @@ def config_to_yaml(config: ModelConfig) -> dict[str, Any]:
         "text_vocab_size": vocab.text_rows,
         "audio_vocab_size": vocab.audio_rows,
         "cat_audio_vocab_size": LAYERS * vocab.audio_rows,
-        "whisper_adapter_dim": config.ear.width,
+        "whisper_adapter_dim": config.ear.width * config.adapter.stack,
         "asr_adapter": config.adapter.kind,
         "tie_word_embeddings": trunk.tied_head,
         "post_adapter": config.tts_adapter_layers > 0,
@@ -333,11 +343,11 @@ def _table(config: ModelConfig) -> list[Entry]:
     table = [rows(TABLE, "embed"), same("transformer.ln_f.weight", "norm.scale", (D,))]
     if not trunk.tied_head:
         table.append(rows(HEAD, "head"))
+    E, F = config.ear.width * config.adapter.stack, config.adapter.ffn
     if config.adapter.kind == "llamamlp":
-        E, F = config.ear.width, config.adapter.ffn
-        table += _gated_mlp("whisper_adapter", "adapter.map", E, F, D)
+        table += _gated_mlp("whisper_adapter", "adapter.map", E, F, D, padded=trunk.ffn)
     else:
-        table.append(same("whisper_adapter.weight", "adapter.map.weight", (D, config.ear.width)))
+        table.append(same("whisper_adapter.weight", "adapter.map.weight", (D, E)))
         table.append(same("whisper_adapter.bias", "adapter.map.bias", (D,)))
     for layer in range(trunk.layers):
         table += _block(f"transformer.h.{layer}", f"trunk.layers.{layer}", trunk)
@@ -384,11 +394,24 @@ def _fused(theirs: str, ours: str, suffix: str, trunk: TrunkConfig, inputs: tupl
     )
 
 
-def _gated_mlp(theirs: str, ours: str, width: int, ffn: int, out: int) -> list[Entry]:
+def _gated_mlp(theirs: str, ours: str, width: int, ffn: int, out: int, padded: int | None = None) -> list[Entry]:
+    """Gate, up and down; theirs is `padded` wide inside, with zeros beyond ours."""
+    padded = padded or ffn
+
+    def entry(theirs: str, ours: str, shape: tuple[int, int], axis: int) -> Entry:
+        wide, rest = list(shape), [(0, 0), (0, 0)]
+        wide[axis], rest[axis] = padded, (0, padded - ffn)
+        return Entry(
+            theirs,
+            tuple(wide),
+            (Part(ours, shape, lambda array: array[: shape[0], : shape[1]]),),
+            lambda array: np.pad(array, rest),
+        )
+
     return [
-        same(f"{theirs}.fc_1.weight", f"{ours}.gate", (ffn, width)),
-        same(f"{theirs}.fc_2.weight", f"{ours}.up", (ffn, width)),
-        same(f"{theirs}.proj.weight", f"{ours}.down", (out, ffn)),
+        entry(f"{theirs}.fc_1.weight", f"{ours}.gate", (ffn, width), 0),
+        entry(f"{theirs}.fc_2.weight", f"{ours}.up", (ffn, width), 0),
+        entry(f"{theirs}.proj.weight", f"{ours}.down", (out, ffn), 1),
     ]
 
 

@@ -29,7 +29,7 @@ from omni_jax.checkpoint import (
     require_free,
     save_release,
 )
-from omni_jax.config import AdapterConfig, CodecConfig, EarConfig, ModelConfig, VocabConfig
+from omni_jax.config import SHIPPED, AdapterConfig, CodecConfig, EarConfig, ModelConfig, VocabConfig
 from omni_jax.convert import mini_omni, qwen2, snac, whisper
 from omni_jax.convert.mapping import ConversionError
 from omni_jax.model.omni import Adapter, TTSAdapter
@@ -201,10 +201,21 @@ def _rows(tensors: Tensors) -> Iterator[Row]:
 def _ear_and_codec(
     whisper_source: str, snac_source: str
 ) -> tuple[EarConfig, dict[str, LazyTensor], CodecConfig, dict[str, LazyTensor]]:
-    ear, ear_arrays = whisper.read(fetch(whisper_source, _TRANSFORMERS_FILES, "a Whisper"))
-    codec, codec_arrays = snac.read(fetch(snac_source, _SNAC_FILES, "a SNAC"))
-    ear_tensors = {f"ear.{name}": LazyTensor.of(array) for name, array in ear_arrays.items()}
-    return ear, ear_tensors, codec, {name: LazyTensor.of(array) for name, array in codec_arrays.items()}
+    """A release may stand in for either: its ear, its codec."""
+    if release := _release(whisper_source):
+        ear = release.config.ear
+        ear_tensors = {name: tensor for name, tensor in release.model_tensors().items() if name.startswith("ear.")}
+    else:
+        ear, arrays = whisper.read(fetch(whisper_source, _TRANSFORMERS_FILES, "a Whisper"))
+        ear_tensors = {f"ear.{name}": LazyTensor.of(array) for name, array in arrays.items()}
+    if release := _release(snac_source):
+        return ear, ear_tensors, release.config.codec, dict(release.codec_tensors())
+    codec, arrays = snac.read(fetch(snac_source, _SNAC_FILES, "a SNAC"))
+    return ear, ear_tensors, codec, {name: LazyTensor.of(array) for name, array in arrays.items()}
+
+
+def _release(source: str) -> Release | None:
+    return open_release(source) if source in SHIPPED or is_release(source) else None
 
 
 def _new_parts(config: ModelConfig, seed: int) -> dict[str, LazyTensor]:

@@ -119,6 +119,33 @@ def test_a_model_of_ours_goes_out(tmp_path):
     np.testing.assert_allclose(audio, expected[1].numpy(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["llamamlp", "mlp"])
+def test_an_adapter_that_joins_frames_and_is_narrow(kind, tiny_parts, tmp_path):
+    """As nano has it: the published code computes the same from frames that are joined before."""
+    config = replace(builders.tiny_config(), adapter=AdapterConfig(kind=kind, ffn=40, stack=3))
+    builders.release_folder(tmp_path / "release", config)
+    release = checkpoint.open_release(tmp_path / "release")
+    export_mini_omni(release, tmp_path / "out")
+    reference = MiniOmni(yaml.safe_load((tmp_path / "out" / "model_config.yaml").read_text())).eval()
+    reference.load_state_dict(state_of(tmp_path / "out"), strict=True)
+
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(1, 9, 32)).astype(np.float32)
+    model = release.load_model(stacked=False, dtype=jnp.float32)
+    with torch.no_grad():
+        expected = reference.whisper_adapter(torch.from_numpy(features.reshape(1, 3, 96)))
+    np.testing.assert_allclose(model.adapter(jnp.asarray(features)), expected, atol=1e-4, rtol=0)
+
+    # The release lends its ear and its codec, which the format has no place for.
+    source = str(tmp_path / "release")
+    import_mini_omni(str(tmp_path / "out"), tmp_path / "again", whisper_source=source, snac_source=source)
+    again = checkpoint.open_release(tmp_path / "again")
+    assert again.config == (config if kind == "llamamlp" else replace(config, adapter=replace(config.adapter, ffn=96)))
+    for name, tensor in {**release.model_tensors(), **release.codec_tensors()}.items():
+        found = {**again.model_tensors(), **again.codec_tensors()}[name]
+        assert found.read().tobytes() == tensor.read().tobytes(), name
+
+
 def test_layout_of_the_fused_matrix_and_of_the_table(tiny_config):
     """Worked out by hand: 2 key/value heads with 2 query heads each, 16 rows a head."""
     numbers = np.arange(8 * 16, dtype=np.float32)
@@ -244,13 +271,12 @@ def test_what_the_published_code_cannot_do(tiny_config, tiny_parts, tmp_path):
     scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
     config = replace(
         tiny_config,
-        adapter=AdapterConfig(ffn=50, stack=2),
+        adapter=AdapterConfig(ffn=100),
         trunk=replace(tiny_config.trunk, rope_scaling=scaling),
     )
     with pytest.raises(ConversionError) as error:
         mini_omni.config_to_yaml(config)
     assert [line.split(":")[0] for line in str(error.value).splitlines()[1:]] == [
-        "adapter.stack",
         "adapter.ffn",
         "trunk.rope_scaling",
     ]
