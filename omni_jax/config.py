@@ -223,8 +223,7 @@ PRESETS: dict[str, ModelConfig] = {
     ),
 }
 """Shapes by name. `nano` is that of the small taught model which comes with the package, in `SHIPPED`."""
-_ASSETS = Path(__file__).parent / "assets"
-SHIPPED = {"nano": _ASSETS / "nano"} if (_ASSETS / "nano").is_dir() else {}
+SHIPPED = {"nano": Path(__file__).parent / "assets" / "nano"}
 """Folders of the releases that come with the package, by name."""
 PRESETS["nano_tts_adapter"] = replace(PRESETS["nano"], tts_adapter_layers=2)
 

@@ -293,6 +293,29 @@ def test_version() -> None:
     assert result.stdout.startswith("omni-jax ")
 
 
+# ---- demo
+
+
+def test_demo_asks_every_recording(
+    tiny: Omni, loads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "DEMO_STEPS", STEPS)
+    result = run("demo", "--model", "tiny", "--out", tmp_path / "new" / "demo")
+    assert result.exit_code == 0, result.output
+    assert "untrained" in result.stderr
+    blocks = [block.splitlines() for block in result.stdout.strip().split("\n\n")]
+    assert [block[0].split(",")[0] for block in blocks] == ["capital.wav", "name.wav", "sum.wav"]
+    for block in blocks:
+        assert [line.split()[0] for line in block[-4:]] == ["heard:", "answered:", "spoken:", "timings:"]
+    expected = tiny.reply(SUM, max_steps=STEPS)
+    sound, _ = soundfile.read(tmp_path / "new" / "demo" / "sum.wav", dtype="float32")
+    assert expected.audio is not None
+    np.testing.assert_allclose(sound, np.clip(expected.audio, -1, 1), atol=1e-4)
+    (tmp_path / "file").touch()
+    refused = run("demo", "--model", "tiny", "--out", tmp_path / "file")
+    assert (refused.exit_code, "--out" in refused.stderr) == (2, True)
+
+
 # ---- batch
 
 
