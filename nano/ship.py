@@ -21,23 +21,24 @@ from matplotlib.figure import Figure
 from nano import run
 from nano.evaluate import RECORDS
 from omni_jax import Omni
-from omni_jax.api import Ask, Reply
+from omni_jax.api import Reply
 from omni_jax.audio import wav
 from omni_jax.config import SHIPPED
 from omni_jax.data.records import Exchange, Records, from_bytes
+from omni_jax.evaluation.report import draw_spectrogram
 
 ROOT = Path(__file__).parents[1]
 QUESTIONS = "omni_jax/assets/questions"
 GUARDED: tuple[Mapping[str, Any], ...] = (
     {"audio": f"{QUESTIONS}/name.wav"},
     {"audio": f"{QUESTIONS}/sum.wav"},
-    {"audio": f"{QUESTIONS}/capital.wav", "batch_parallel": False},
+    {"audio": f"{QUESTIONS}/capital.wav", "options": {"batch_parallel": False}},
     {"audio": f"{QUESTIONS}/sum.wav", "task": "A1T2"},
     {"audio": f"{QUESTIONS}/capital.wav", "task": "A1T1"},
     {"text": "What is the opposite of hot?"},
     {"text": "The dog is in the garden.", "task": "T1A1"},
 )
-"""Asked by `tests/nano/test_shipped.py`; paths from the root of the project."""
+"""Fields of `Ask`, with paths from the root of the project; asked by `tests/nano/test_shipped.py`."""
 SAMPLES = (("held_out_seen", 1), ("held_out_seen", 2), ("held_out_unseen", 0), ("held_out_unseen", 1))
 """Folders and numbers of the exchanges to listen to: the first ones, whatever is answered."""
 CURVES = ("loss", "loss/text", "loss/audio_0", "accuracy/audio_0")
@@ -45,19 +46,17 @@ CURVES = ("loss", "loss/text", "loss/audio_0", "accuracy/audio_0")
 
 def guarded(omni: Omni) -> list[dict[str, Any]]:
     """The questions that are asked again by a test, their answers and the tokens these consist of."""
-    asks = [dict(question) for question in GUARDED]
-    replies = [ask(omni, question) for question in asks]
     return [
         {"ask": question, "text": reply.text, "tokens": reply.tokens.tolist()}
-        for question, reply in zip(asks, replies, strict=True)
+        for question in GUARDED
+        for reply in [ask(omni, question)]
     ]
 
 
 def ask(omni: Omni, question: Mapping[str, Any]) -> Reply:
-    """Ask one of `GUARDED`."""
-    options = {key: value for key, value in question.items() if key == "batch_parallel"}
-    audio = ROOT / question["audio"] if "audio" in question else None
-    (reply,) = omni.batch([Ask(audio, question.get("text"), question.get("task"), options=options)])  # type: ignore[arg-type]
+    """Ask one of `GUARDED`, by itself."""
+    here = {"audio": ROOT / question["audio"]} if "audio" in question else {}
+    (reply,) = omni.batch([{**question, **here}])
     return reply
 
 
@@ -68,32 +67,27 @@ def sample(omni: Omni, exchange: Exchange, path: Path) -> str:
         What to say of it, in Markdown.
     """
     assert exchange.question_audio is not None
-    question = exchange.question_audio.astype(np.float32) / 32768
-    reply = omni.reply(exchange.question_audio, sample_rate=wav.SAMPLE_RATE)
+    question = wav.as_mono(exchange.question_audio, wav.SAMPLE_RATE)
+    reply = omni.reply(question, sample_rate=wav.SAMPLE_RATE)
     assert reply.audio is not None
     wav.write(path.with_name(f"{path.name}-question.wav"), question, wav.SAMPLE_RATE)
     reply.save(path.with_name(f"{path.name}-answer.wav"))
     spectrograms([(question, wav.SAMPLE_RATE), (reply.audio, reply.sample_rate)], path.with_suffix(".png"))
     verdict = "right" if reply.text == exchange.answer_text else f"expected: {exchange.answer_text}"
     links = ", ".join(f"[{part}](nano/{path.name}-{part}.wav)" for part in ("question", "answer"))
-    return (
-        f"**{exchange.question_text}** *{reply.text}* ({verdict}; {links})\n\n![Question, answer](nano/{path.name}.png)"
-    )
+    said = f"**{exchange.question_text}** *{reply.text}* ({verdict}; {links})"
+    return f"{said}\n\n![Question and answer](nano/{path.name}.png)"
 
 
 def spectrograms(sounds: Sequence[tuple[np.ndarray, int]], path: Path) -> None:
-    """Draw sounds side by side, as long as they are, up to 8 kHz."""
+    """Draw sounds side by side, as wide as they are long."""
     lengths = [max(len(audio) / rate, 0.3) for audio, rate in sounds]
     figure = Figure(figsize=(9, 2.2), layout="constrained")
-    for axis, (audio, rate) in zip(
-        figure.subplots(1, len(sounds), sharey=True, width_ratios=lengths), sounds, strict=True
-    ):
-        with np.errstate(divide="ignore"):
-            axis.specgram(audio + 1e-6, NFFT=512, Fs=rate, noverlap=384, cmap="magma", vmin=-120, vmax=-40)
-        axis.set_ylim(0, 8000)
+    axes = figure.subplots(1, len(sounds), sharey=True, width_ratios=lengths)
+    for axis, (audio, rate) in zip(axes, sounds, strict=True):
+        draw_spectrogram(axis, audio, rate)
         axis.locator_params(axis="x", nbins=5)
-        axis.set_xlabel("s")
-    figure.axes[0].set_ylabel("Hz")
+        axis.label_outer()
     figure.savefig(path, dpi=80)
 
 

@@ -17,7 +17,7 @@ from flax import nnx
 
 from omni_jax.audio import wav
 from omni_jax.codec.snac import DecodeFn, Snac, StreamDecoder, make_decoder
-from omni_jax.config import PRESETS, SHIPPED, ConfigError, ModelConfig
+from omni_jax.config import PRESETS, ConfigError, ModelConfig
 from omni_jax.delay import playable, undelay
 from omni_jax.inference.decode import Programs
 from omni_jax.inference.engine import Engine, Progress, Request
@@ -538,8 +538,7 @@ def find_release(name: str | Path) -> Release | None:
     """
     from omni_jax.checkpoint import is_release, open_release
 
-    untaught = str(name) in PRESETS and str(name) not in SHIPPED and not is_release(name)
-    return None if untaught else open_release(name)
+    return None if str(name) in PRESETS and not is_release(name) else open_release(name)
 
 
 def default_layout(platform: str | None = None) -> tuple[bool, Any]:

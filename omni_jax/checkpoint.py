@@ -127,7 +127,11 @@ def require_files(folder: Path, files: Sequence[str], what: str) -> None:
 
 
 def is_release(source: str | Path) -> bool:
-    """Whether there is a folder here that `open_release` is meant for, whole or not."""
+    """Whether `open_release` is meant for this: a folder here, whole or not, or a model that comes with the package."""
+    return str(source) in configs.SHIPPED or _is_folder_of_release(source)
+
+
+def _is_folder_of_release(source: str | Path) -> bool:
     return (Path(source) / CONFIG).is_file() or (Path(source) / RUN).is_dir()
 
 
@@ -142,7 +146,7 @@ def open_release(source: str | Path) -> Release:
         CheckpointError: it is not there, a file of it is missing or damaged, or the run has not finished.
         ConfigError: `config.yaml` is wrong.
     """
-    if str(source) in configs.SHIPPED and not is_release(source):
+    if str(source) in configs.SHIPPED and not _is_folder_of_release(source):
         source = configs.SHIPPED[str(source)]
     if (Path(source) / RUN).is_dir():
         if not (Path(source) / RELEASE).is_dir():

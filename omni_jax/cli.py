@@ -187,28 +187,30 @@ def demo(
     with _plain_errors():
         from omni_jax.audio import wav
 
+        rate = wav.SAMPLE_RATE
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--out: {out}: expected a folder, found {error.strerror}") from None
+        questions = {path.name: wav.read(path) for path in sorted(QUESTIONS.glob("*.wav"))}
         omni = _load(model, "jax")
         start = time.perf_counter()
         heard = {}
-        for path in sorted(QUESTIONS.glob("*.wav")):
-            heard[path] = omni.transcribe(path, max_steps=DEMO_STEPS)
+        for name, sound in questions.items():
+            heard[name] = omni.transcribe(sound, sample_rate=rate, max_steps=DEMO_STEPS).text
             # The timings of a first answer would be those of the compiler.
-            for _ in omni.stream(path, max_steps=DEMO_STEPS):
+            for _ in omni.stream(sound, sample_rate=rate, max_steps=DEMO_STEPS):
                 pass
         _say(f"compiled, and everything asked once, in {time.perf_counter() - start:.1f} s")
-        for path, transcript in heard.items():
-            typer.echo(f"\n{path.name}, {len(wav.read(path)) / wav.SAMPLE_RATE:.1f} s of speech")
-            typer.echo(f"  heard:    {printable(transcript.text)}")
+        for name, sound in questions.items():
+            typer.echo(f"\n{name}, {len(sound) / rate:.1f} s of speech")
+            typer.echo(f"  heard:    {printable(heard[name])}")
             typer.echo("  answered: ", nl=False)
-            for part in omni.stream(path, max_steps=DEMO_STEPS):
+            for part in omni.stream(sound, sample_rate=rate, max_steps=DEMO_STEPS):
                 typer.echo(printable(part.text), nl=False)
             assert part.reply is not None, "a stream ends with the whole answer"
             reply, timing = part.reply, part.reply.timing
-            file = out / path.name
+            file = out / name
             reply.save(file)
             typer.echo(f"\n  spoken:   {file}, {reply.seconds:.1f} s of speech")
             if timing.first_sound is not None and timing.real_time_factor is not None:

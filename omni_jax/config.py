@@ -223,9 +223,9 @@ PRESETS: dict[str, ModelConfig] = {
     ),
 }
 """Shapes by name. `nano` is that of the small taught model which comes with the package, in `SHIPPED`."""
+PRESETS["nano_tts_adapter"] = replace(PRESETS["nano"], tts_adapter_layers=2)
 SHIPPED = {"nano": Path(__file__).parent / "assets" / "nano"}
 """Folders of the releases that come with the package, by name."""
-PRESETS["nano_tts_adapter"] = replace(PRESETS["nano"], tts_adapter_layers=2)
 
 
 TASKS = ("A1A2", "A1T2", "A1T1", "T1A2", "T1T2", "T1A1")

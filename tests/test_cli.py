@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import soundfile
-from jax.experimental.compilation_cache import compilation_cache
 from typer.testing import CliRunner, Result
 
 import omni_jax
@@ -28,27 +26,6 @@ QUESTIONS = Path(omni_jax.__file__).parent / "assets" / "questions"
 NAME, SUM, CAPITAL = (QUESTIONS / f"{name}.wav" for name in ("name", "sum", "capital"))
 STEPS = 12
 """Enough for the layers' delays and a few frames."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiled programs are shared between this process and the ones it starts."""
-    folder = str(tmp_path_factory.mktemp("programs"))
-    settings = {
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.05,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-            patch.setenv(name.upper(), str(value))
-        compilation_cache.reset_cache()
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

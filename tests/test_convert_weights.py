@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import convert_weights
 from omni_jax.checkpoint import open_release
-from omni_jax.config import EarConfig, TrunkConfig, VocabConfig
+from omni_jax.config import SHIPPED, EarConfig, TrunkConfig, VocabConfig
 from tests import builders
 
 ROOT = Path(convert_weights.__file__).parent
@@ -72,6 +72,11 @@ def test_inspect(tiny_parts, tiny_release):
     files = ("model.safetensors", "codec.safetensors")
     held = sum((tiny_release / name).stat().st_size for name in files)
     assert 0 <= held - 4 * sizes["total"] < 50_000, release
+
+    # What comes with the package, by name; a folder of that name, which is no release, does not hide it.
+    shipped = run("inspect", "nano")
+    assert shipped.exit_code == 0, shipped.output
+    assert shipped.output == run("inspect", SHIPPED["nano"]).output
 
     # The tied head is counted once.
     theirs = run("inspect", tiny_parts / "mini_omni")

@@ -54,6 +54,16 @@ def same(theirs: str, ours: str, shape: Shape, our_shape: Shape | None = None) -
     return Entry(theirs, shape, (part,), lambda array: array.reshape(shape))
 
 
+def filled(theirs: str, ours: str, shape: Shape, our_shape: Shape) -> Entry:
+    """An entry of one tensor that is filled up with zeros in theirs, at the end of every axis that is longer there."""
+    if shape == our_shape:
+        return same(theirs, ours, shape)
+    rest = [(0, wide - narrow) for wide, narrow in zip(shape, our_shape, strict=True)]
+    inside = tuple(slice(size) for size in our_shape)
+    part = Part(ours, our_shape, lambda array: array[inside])
+    return Entry(theirs, shape, (part,), lambda array: np.pad(array, rest))
+
+
 def to_ours(table: Sequence[Entry], tensors: Tensors, source: str) -> dict[str, LazyTensor]:
     """Their tensors in our layout, each of its own type.
 

@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from omni_jax.config import CodecConfig, ConfigError, EarConfig, ModelConfig, TrunkConfig, build
-from omni_jax.convert.mapping import ConversionError, Entry, Part, check, identical, same, to_ours, to_theirs
+from omni_jax.convert.mapping import ConversionError, Entry, Part, check, filled, identical, same, to_ours, to_theirs
 from omni_jax.tensorfile import DTYPES, LazyTensor, Tensors
 from omni_jax.vocab import LAYERS, Vocab
 
@@ -345,7 +345,7 @@ def _table(config: ModelConfig) -> list[Entry]:
         table.append(rows(HEAD, "head"))
     E, F = config.ear.width * config.adapter.stack, config.adapter.ffn
     if config.adapter.kind == "llamamlp":
-        table += _gated_mlp("whisper_adapter", "adapter.map", E, F, D, padded=trunk.ffn)
+        table += _gated_mlp("whisper_adapter", "adapter.map", E, F, D, their_ffn=trunk.ffn)
     else:
         table.append(same("whisper_adapter.weight", "adapter.map.weight", (D, E)))
         table.append(same("whisper_adapter.bias", "adapter.map.bias", (D,)))
@@ -394,24 +394,12 @@ def _fused(theirs: str, ours: str, suffix: str, trunk: TrunkConfig, inputs: tupl
     )
 
 
-def _gated_mlp(theirs: str, ours: str, width: int, ffn: int, out: int, padded: int | None = None) -> list[Entry]:
-    """Gate, up and down; theirs is `padded` wide inside, with zeros beyond ours."""
-    padded = padded or ffn
-
-    def entry(theirs: str, ours: str, shape: tuple[int, int], axis: int) -> Entry:
-        wide, rest = list(shape), [(0, 0), (0, 0)]
-        wide[axis], rest[axis] = padded, (0, padded - ffn)
-        return Entry(
-            theirs,
-            tuple(wide),
-            (Part(ours, shape, lambda array: array[: shape[0], : shape[1]]),),
-            lambda array: np.pad(array, rest),
-        )
-
+def _gated_mlp(theirs: str, ours: str, width: int, ffn: int, out: int, their_ffn: int | None = None) -> list[Entry]:
+    wide = their_ffn or ffn
     return [
-        entry(f"{theirs}.fc_1.weight", f"{ours}.gate", (ffn, width), 0),
-        entry(f"{theirs}.fc_2.weight", f"{ours}.up", (ffn, width), 0),
-        entry(f"{theirs}.proj.weight", f"{ours}.down", (out, ffn), 1),
+        filled(f"{theirs}.fc_1.weight", f"{ours}.gate", (wide, width), (ffn, width)),
+        filled(f"{theirs}.fc_2.weight", f"{ours}.up", (wide, width), (ffn, width)),
+        filled(f"{theirs}.proj.weight", f"{ours}.down", (out, wide), (out, ffn)),
     ]
 
 

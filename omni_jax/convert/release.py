@@ -29,7 +29,7 @@ from omni_jax.checkpoint import (
     require_free,
     save_release,
 )
-from omni_jax.config import SHIPPED, AdapterConfig, CodecConfig, EarConfig, ModelConfig, VocabConfig
+from omni_jax.config import AdapterConfig, CodecConfig, EarConfig, ModelConfig, VocabConfig
 from omni_jax.convert import mini_omni, qwen2, snac, whisper
 from omni_jax.convert.mapping import ConversionError
 from omni_jax.model.omni import Adapter, TTSAdapter
@@ -173,7 +173,8 @@ def inspect(source: str) -> list[Row]:
         ConversionError: it is neither.
         CheckpointError: it is not there, or damaged.
     """
-    folder = fetch(source, (CONFIG, *_MINI_OMNI_FILES, "*.safetensors"), "a release or a Mini-Omni checkpoint")
+    files = (CONFIG, *_MINI_OMNI_FILES, "*.safetensors")
+    folder = Path(source) if is_release(source) else fetch(source, files, "a release or a Mini-Omni checkpoint")
     if is_release(folder):
         tensors = open_release(folder).inspect()
     elif (folder / mini_omni.WEIGHTS).is_file():
@@ -215,7 +216,7 @@ def _ear_and_codec(
 
 
 def _release(source: str) -> Release | None:
-    return open_release(source) if source in SHIPPED or is_release(source) else None
+    return open_release(source) if is_release(source) else None
 
 
 def _new_parts(config: ModelConfig, seed: int) -> dict[str, LazyTensor]:

@@ -18,6 +18,7 @@ from omni_jax.evaluation.metrics import CONFIDENCE, RESAMPLES, Estimate
 from omni_jax.evaluation.run import Evaluation, Result
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SHOWN = 12
@@ -178,13 +179,23 @@ def _player(audio: np.ndarray, rate: int) -> str:
 
 def _spectrogram(audio: np.ndarray, rate: int) -> str:
     figure = _figure(6, 1.4)
-    axis = figure.subplots()
+    draw_spectrogram(figure.subplots(), audio, rate)
+    return _picture(figure, "spectrogram")
+
+
+def draw_spectrogram(axis: Axes, audio: np.ndarray, rate: int) -> None:
+    """Fill a plot with the spectrogram of a sound, up to 8 kHz.
+
+    Args:
+        axis: an empty plot of matplotlib.
+        audio: f32 [samples].
+        rate: samples per second.
+    """
     with np.errstate(divide="ignore"):
         axis.specgram(audio + 1e-6, NFFT=512, Fs=rate, noverlap=384, cmap="magma", vmin=-120)
     axis.set_ylim(0, min(8000, rate / 2))
     axis.set_xlabel("s")
     axis.set_ylabel("Hz")
-    return _picture(figure, "spectrogram")
 
 
 def _histograms(evaluation: Evaluation) -> str:

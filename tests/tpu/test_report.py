@@ -106,7 +106,7 @@ def test_training_on_a_pod(capfd: pytest.CaptureFixture[str]) -> None:
     assert report.mesh == {"data": 32, "fsdp": 8, "tensor": 1}
     assert report.memory_per_chip_bytes < 6 * 2**30
     assert report.aliased_bytes > 0.9 * report.arguments_bytes
-    # Whatever else would be sent around is at least the activations of a layer, 24 times; they come to 15 GB.
+    # With weights that stay and activations that travel, 21 GB were sent, and 107 GB of HBM moved.
     assert sum(report.collective_bytes.values()) < 1.5e9
     assert report.bytes < 25e9
     assert report.bound_by == "compute"
