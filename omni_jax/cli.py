@@ -1036,9 +1036,12 @@ def _plain_errors() -> Iterator[None]:
 def _keep_compiled_programs() -> None:
     """Let JAX keep what it compiles in the user's cache folder, so that the next run need not compile it again.
 
-    JAX's own variables come first: JAX_COMPILATION_CACHE_DIR names another folder, empty means none.
+    JAX's own variables come first: JAX_COMPILATION_CACHE_DIR names another folder, empty means none. Nothing is kept
+    for virtual CPU devices: read back, a program of several has forgotten the order of its collectives and can wait
+    for itself for ever (jax 0.10.2).
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    virtual = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or virtual:
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "omni_jax" / "compiled"
     try:

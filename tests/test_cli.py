@@ -610,6 +610,9 @@ def test_compiled_programs_are_kept_in_the_users_cache(tmp_path: Path, monkeypat
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cli._keep_compiled_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ  # tests have virtual devices
+    monkeypatch.delenv("XLA_FLAGS")
+    cli._keep_compiled_programs()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "omni_jax" / "compiled")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     cli._keep_compiled_programs()
