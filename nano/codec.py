@@ -16,6 +16,7 @@ The run saves itself every two minutes and goes on from there when it is started
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -37,6 +38,8 @@ from omni_jax.config import PRESETS, CodecConfig
 
 CONFIG = PRESETS["nano"].codec
 PARTS = ("answers/train", "answers/read_train")
+MOST = 6000
+"""Recordings of a part that are read: more would take memory and teach it nothing."""
 HELD_BACK = 40
 """One recording of so many is for validation."""
 VALIDATION = 8
@@ -321,7 +324,9 @@ class Corpus:
 
 def load(folder: Path, parts: tuple[str, ...] = PARTS) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Recordings to learn from and recordings held back, int16 [samples] each."""
-    every = [recording.audio for part in parts for recording in recordings(folder, part)]
+    every = [
+        recording.audio for part in parts for recording in itertools.islice(recordings(folder, part), MOST)
+    ]
     return [one for i, one in enumerate(every) if i % HELD_BACK], every[::HELD_BACK]
 
 

@@ -16,6 +16,7 @@ folders are written anew for another codec and for other recordings.
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 import zlib
@@ -81,12 +82,11 @@ def spoken(corpora: Path, part: str, keep: Path, encode: Encode, mark: int) -> d
     """
     made: dict[str, np.ndarray] = {}
     keep.mkdir(parents=True, exist_ok=True)
-    recordings = list(synthesize.recordings(corpora, part))
-    pieces = range(0, len(recordings), _PIECE)
-    for start in tqdm(pieces, desc=part, unit="piece"):
-        piece = recordings[start : start + _PIECE]
+    recordings = synthesize.recordings(corpora, part)
+    pieces = iter(lambda: list(itertools.islice(recordings, _PIECE)), [])
+    for number, piece in enumerate(tqdm(pieces, desc=part, unit="piece")):
         texts = [recording.utterance.text for recording in piece]
-        path = keep / f"{part.replace('/', '-')}-{start // _PIECE:05d}.npz"
+        path = keep / f"{part.replace('/', '-')}-{number:05d}.npz"
         codes = _kept(path, texts, mark)
         if codes is None:
             codes = encode([recording.audio.astype(np.float32) / 32768 for recording in piece])
@@ -180,7 +180,7 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
     known = own | answers("held_out")
     folders: dict[str, Iterator[Exchange]] = {
         "train": asked(corpora, "questions/train", own),
-        "typed_train": typed(own),
+        "typed_train": typed(own | answers("more")),
         "held_out_seen": asked(corpora, "questions/held_out_seen", known),
         "held_out_unseen": asked(corpora, "questions/held_out_unseen", known),
         "read_train": read(answers("read_train")),

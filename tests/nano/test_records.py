@@ -91,7 +91,8 @@ def shard(path: Path, utterances: list[Utterance], rate: int, seed: int) -> None
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     train, held_out = (facts.sample(split, 300, 0) for split in ("train", "held_out"))
-    known = list(dict.fromkeys(item.answer for item in train))[:10]
+    every = list(dict.fromkeys(item.answer for item in train))
+    known, more = every[:10], every[10:11]
     asked = {
         "train": [item for item in train if item.answer in known][:12],
         "held_out_seen": held_out[:3],
@@ -101,6 +102,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     read = {split: facts.sentences(split, 5, 0) for split in ("train", "held_out")}
     said = {
         "train": known,
+        "more": more,
         "held_out": sorted(answers),
         "read_train": read["train"][:3],
         "read_held_out": read["held_out"][:2],
@@ -167,7 +169,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     assert tuple(counts) == FOLDERS
     everything = {name: exchanges(out / name) for name in FOLDERS}
     assert {name: len(found) for name, found in everything.items()} == counts
-    assert counts == dict(zip(FOLDERS, (12, 10, 3, 3, 3, 2, 2, 2, 1), strict=True))
+    assert counts == dict(zip(FOLDERS, (12, 11, 3, 3, 3, 2, 2, 2, 1), strict=True))
 
     for name, count in counts.items():
         index, tasks = Records(out / name), TASKS[name.partition("_")[0]]
@@ -176,7 +178,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     encode = alone(codec)
     own = {
         recording.utterance.text: encode(recording.audio)
-        for part in ("train", "held_out", "read_train", "read_held_out")
+        for part in ("train", "more", "held_out", "read_train", "read_held_out")
         for recording in synthesize.recordings(corpora, f"answers/{part}")
     }
     for found in everything.values():
@@ -197,7 +199,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
 
     # Every answer of training is asked for in writing, too, by a question that has it.
     answers = {(item.question, item.answer): item.kind for item in questions("train")}
-    assert len({exchange.answer_text for exchange in everything["typed_train"]}) == 10
+    assert len({exchange.answer_text for exchange in everything["typed_train"]}) == 11
     for exchange in everything["typed_train"]:
         assert exchange.source == f"nano {answers[exchange.question_text, exchange.answer_text]}"
 
@@ -206,7 +208,7 @@ def test_what_is_there_is_not_made_again(corpora: Path, codec: Snac, tmp_path: P
     out = tmp_path / "records"
     whole = records.write(corpora, out, codec)
     held_out = sum(1 for _ in synthesize.recordings(corpora, "answers/held_out"))
-    assert sorted(pieces) == sorted([4, 4, 2, held_out, 3, 2])
+    assert sorted(pieces) == sorted([4, 4, 2, 1, held_out, 3, 2])
     before = {name: exchanges(out / name) for name in FOLDERS}
     pieces.clear()
     assert records.write(corpora, out, codec) == {}
@@ -214,7 +216,7 @@ def test_what_is_there_is_not_made_again(corpora: Path, codec: Snac, tmp_path: P
     # What a killed run leaves: no index, or no codes.
     (out / "read_train" / INDEX).unlink()
     (out / "typed_train" / "origin.txt").unlink()
-    assert records.write(corpora, out, codec) == {"typed_train": 10, "read_train": 3}
+    assert records.write(corpora, out, codec) == {"typed_train": 11, "read_train": 3}
     assert pieces == []
     (out / "codes" / "answers-train-00001.npz").unlink()
     assert records.write(corpora, out, codec) == {}
@@ -224,7 +226,7 @@ def test_what_is_there_is_not_made_again(corpora: Path, codec: Snac, tmp_path: P
     pieces.clear()
     other = Snac(TINY, rngs=nnx.Rngs(1))
     assert records.write(corpora, out, other) == whole
-    assert sum(pieces) == 10 + held_out + 3 + 2
+    assert sum(pieces) == 10 + 1 + held_out + 3 + 2
     encode = alone(other)
     recording = next(synthesize.recordings(corpora, "answers/read_train"))
     after = exchanges(out / "read_train")

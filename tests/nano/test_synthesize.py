@@ -84,7 +84,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_plan_has_as_many_as_wanted(plan: dict[str, list[Utterance]]):
     counts = {name: len(utterances) for name, utterances in plan.items()}
-    held_out = counts.pop("answers/held_out")
+    held_out, more = counts.pop("answers/held_out"), counts.pop("answers/more")
     assert counts == {
         "questions/train": 2 * 6000,
         "questions/held_out_seen": 1000,
@@ -93,10 +93,13 @@ def test_plan_has_as_many_as_wanted(plan: dict[str, list[Utterance]]):
         "questions/dictation_seen": 200,
         "questions/dictation_unseen": 100,
         "answers/train": 6000,
-        "answers/read_train": 3000,
+        "answers/read_train": 24_000,
         "answers/read_held_out": 300,
     }
     assert held_out > 100
+    answers = {item.answer for item in facts.questions("train")}
+    assert texts(plan["answers/train"] + plan["answers/more"]) == {facts.normalise(answer) for answer in answers}
+    assert more == len(answers) - 6000
     said = Counter(utterance.text for utterance in plan["questions/train"])
     assert all(count % 2 == 0 for count in said.values()), "every question is said twice"
 
