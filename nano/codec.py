@@ -324,9 +324,7 @@ class Corpus:
 
 def load(folder: Path, parts: tuple[str, ...] = PARTS) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Recordings to learn from and recordings held back, int16 [samples] each."""
-    every = [
-        recording.audio for part in parts for recording in itertools.islice(recordings(folder, part), MOST)
-    ]
+    every = [recording.audio for part in parts for recording in itertools.islice(recordings(folder, part), MOST)]
     return [one for i, one in enumerate(every) if i % HELD_BACK], every[::HELD_BACK]
 
 
