@@ -66,7 +66,9 @@ STEPS = (
     train("stage1", "stage1"),
     train("stage2", "stage2"),
     train("stage3", "stage3"),
-    Step("package", ("-m", "nano.assemble", "package", str(BUILD / "stage3"))),
+    train("stage3_voice", "stage3_voice"),
+    train("stage3_together", "stage3_together"),
+    Step("package", ("-m", "nano.assemble", "package", str(BUILD / "stage3_together"))),
     Step("evaluate", ("-m", "nano.evaluate", "ask", str(BUILD / "packaged"))),
     Step("ship", ("-m", "nano.ship", str(BUILD / "packaged"))),
 )

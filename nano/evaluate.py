@@ -1,6 +1,6 @@
 """Examines a model on what nano is never trained on: held-out questions and sentences, by seen and unseen voices.
 
-    python -m nano.evaluate ask build/nano/stage3           # asks everything, into build/nano/evaluated
+    python -m nano.evaluate ask build/nano/packaged         # asks everything, into build/nano/evaluated
     build/listener/bin/python -m nano.listen hear build/nano/evaluated
     python -m nano.evaluate table build/nano/evaluated      # the table, as Markdown
 

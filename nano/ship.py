@@ -94,7 +94,7 @@ def spectrograms(sounds: Sequence[tuple[np.ndarray, int]], path: Path) -> None:
 def main(
     packaged: Annotated[Path, typer.Argument(help="What `nano.assemble package` wrote")],
     records: Annotated[Path, typer.Option(help="What nano.records wrote")] = RECORDS,
-    runs: Annotated[Path, typer.Option(help="Folder of the three stages' runs")] = Path("build/nano"),
+    runs: Annotated[Path, typer.Option(help="Folder of the stages' runs")] = Path("build/nano"),
 ) -> None:
     """Ship it."""
     for file in packaged.iterdir():
@@ -103,7 +103,7 @@ def main(
     lines = ",\n".join(json.dumps(entry) for entry in guarded(omni))
     (ROOT / "tests/nano/shipped.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     docs = ROOT / "docs/nano"
-    for stage in ("stage1", "stage2", "stage3"):
+    for stage in ("stage1", "stage2", "stage3", "stage3_voice", "stage3_together"):
         run.draw(runs / stage, CURVES)
         shutil.copyfile(runs / stage / "curve.png", docs / f"{stage}.png")
     for number, (folder, index) in enumerate(SAMPLES, 1):
