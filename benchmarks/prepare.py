@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import soundfile
 import soxr
 
-ROWS = 1200
+ROWS = 4800
 GROUP = 100
 ROUNDS = 3
 

@@ -21,10 +21,7 @@ from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
-from flax import nnx
 
-from omni_jax.api import find_release
-from omni_jax.codec.snac import Snac, make_encoder
 from omni_jax.config import PRESETS, CodecConfig, ConfigError
 from omni_jax.data.records import INDEX, SUFFIX, WRITER_OPTIONS, RecordError, Tally, serves, to_bytes, write_json
 from omni_jax.data.sources import Draft, Rejected, Source, Unit
@@ -54,14 +51,23 @@ class Codec:
     model: str
     """Whose codec it is: what `Omni.load` takes."""
 
+    # JAX is imported where sound is encoded: a worker that only reads codes starts in half the time.
+
     @cached_property
     def config(self) -> CodecConfig:
         """Its shape."""
+        from omni_jax.api import find_release
+
         release = find_release(self.model)
         return (PRESETS[self.model] if release is None else release.config).codec
 
     def encoder(self) -> Encoder:
         """Load it."""
+        from flax import nnx
+
+        from omni_jax.api import find_release
+        from omni_jax.codec.snac import Snac, make_encoder
+
         release = find_release(self.model)
         return make_encoder(Snac(self.config, rngs=nnx.Rngs(0)) if release is None else release.load_codec())
 

@@ -33,7 +33,7 @@ LONGEST_QUESTION = 15.0
 VOICE_ASSISTANT = ("split_name", "index", "round", "question", "question_audio", "answer", "answer_snac")
 """Columns of VoiceAssistant-400K."""
 
-_FRAME = re.compile(r"#((?:\s+\d+){7})\s*")
+_FRAME = re.compile(r"#(?:\s+[0-9]{1,18}(?![0-9])){7}\s*")
 
 
 class Rejected(ValueError):  # noqa: N818 - a row's fate, not a fault
@@ -146,14 +146,13 @@ def snac_codes(text: Any, codebook_size: int) -> np.ndarray:
     """
     if not isinstance(text, str) or not text.strip():
         raise Rejected("answer without codes")
-    frames, place, text = [], 0, text.strip() + " "
+    place, text = 0, text.strip()
     while place < len(text):
         match = _FRAME.match(text, place)
         if not match:
             raise Rejected("codes in disorder", f"expected '#' and {LAYERS} codes, found {text[place : place + 40]!r}")
-        frames.append([int(code) for code in match[1].split()])
         place = match.end()
-    codes = np.array(frames, np.int64)
+    codes = np.array(text.replace("#", " ").split(), np.int64).reshape(-1, LAYERS)
     if codes.max() >= codebook_size:
         raise Rejected("code out of range", f"expected codes below {codebook_size}, found {codes.max()}")
     return codes.astype(np.int32)

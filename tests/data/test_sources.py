@@ -91,6 +91,7 @@ def test_voice_assistant(tmp_path: Path) -> None:
         ({"answer_snac": "# 1 2 3 4 5 6 7 #"}, "codes in disorder"),
         ({"answer_snac": "# 1 2 3 4 5 6 4096"}, "code out of range"),
         ({"answer_snac": "# 1 2 3 4 5 6 99999999999"}, "code out of range"),
+        ({"answer_snac": "# 1 2 3 4 5 6 99999999999999999999"}, "codes in disorder"),
         ({"question": "  "}, "question is empty"),
         ({"answer": None}, "answer is empty"),
         ({"question_audio": None}, "question without sound"),
