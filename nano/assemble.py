@@ -1,8 +1,8 @@
 """Puts a release together from parts that were taught on their own.
 
-python -m nano.assemble untaught build/nano/untaught    # random weights, the tokenizer: where the text stage starts
-python -m nano.assemble trunk build/nano/text_run       # what the text stage has taught, in a file of its own
-python -m nano.assemble taught build/nano/start         # the taught trunk, ear and codec: where stage 1 starts
+python -m nano.assemble untaught build/nano/untaught        # random weights, the tokenizer: where the text stage starts
+python -m nano.assemble trunk build/nano/text_run           # what the text stage has taught, in a file of its own
+python -m nano.assemble taught build/nano/start             # the taught trunk, ear and codec: where stage 1 starts
 python -m nano.assemble package build/nano/stage3_together  # what is shipped: the same in eight bits
 """
 

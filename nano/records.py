@@ -177,10 +177,11 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
         return spoken(corpora, f"answers/{part}", out / "codes", encode, mark)
 
     own = answers("train")
-    known = own | answers("held_out")
+    every = own | answers("more")
+    known = every | answers("held_out")
     folders: dict[str, Iterator[Exchange]] = {
         "train": asked(corpora, "questions/train", own),
-        "typed_train": typed(own | answers("more")),
+        "typed_train": typed(every),
         "held_out_seen": asked(corpora, "questions/held_out_seen", known),
         "held_out_unseen": asked(corpora, "questions/held_out_unseen", known),
         "read_train": read(answers("read_train")),

@@ -98,9 +98,7 @@ class Sizes:
     held_out_unseen: int = 500
     """Held-out questions by voices that it never hears."""
     answers: int = 6000
-    """Distinct training answers that are spoken, those of the spoken questions among them."""
-    more_answers: int = 4000
-    """Other training answers, to questions that are only typed; about all there are."""
+    """Distinct training answers, those to the spoken questions among them; the others are part of the plan, too."""
     sentences: int = 24_000
     """To be read aloud in training. Of 3,000 a voice learns the codes by heart, and reads nothing else."""
     held_out_sentences: int = 300
@@ -146,7 +144,8 @@ def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
 
     questions/train, held_out_seen, held_out_unseen: by many voices, with the answers.
     questions/dictation_train, dictation_seen, dictation_unseen: sentences by many voices.
-    answers/train, more, held_out, read_train, read_held_out: answers and sentences by nano's own voice.
+    answers/train, more: every training answer by nano's own voice; `more` are those that only typed questions have.
+    answers/held_out, read_train, read_held_out: other answers and sentences by it.
     """
     rng = random.Random(f"voices {seed}")
     asked = facts.sample("train", sizes.questions, seed)
@@ -159,8 +158,8 @@ def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
     tests = facts.sentences("held_out", sizes.held_out_dictations + unseen, seed + 1)
 
     answers = dict.fromkeys(item.answer for item in asked)
-    more = dict.fromkeys(item.answer for item in facts.questions("train"))
-    for answer in rng.sample(list(more), len(more)):
+    every = dict.fromkeys(item.answer for item in facts.questions("train"))
+    for answer in rng.sample(list(every), len(every)):
         if len(answers) >= sizes.answers:
             break
         answers.setdefault(answer)
@@ -175,8 +174,8 @@ def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
         "questions/dictation_seen": [_dictated(text, rng, "seen") for text in tests[unseen:]],
         "questions/dictation_unseen": [_dictated(text, rng, "unseen") for text in tests[:unseen]],
         "answers/train": [_own(text, "answer") for text in mixed],
-        "answers/more": [_own(text, "answer") for text in more if text not in answers][: sizes.more_answers],
-        "answers/held_out": [_own(text, "answer") for text in held_out if text not in answers],
+        "answers/more": [_own(text, "answer") for text in every if text not in answers],
+        "answers/held_out": [_own(text, "answer") for text in held_out if text not in every],
         "answers/read_train": [_own(text, "sentence") for text in facts.sentences("train", sizes.sentences, seed)],
         "answers/read_held_out": [
             _own(text, "sentence") for text in facts.sentences("held_out", sizes.held_out_sentences, seed)
