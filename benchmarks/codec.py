@@ -23,7 +23,7 @@ from omni_jax.config import CodecConfig
 from omni_jax.convert.snac import config_to_json, from_torch
 
 CONFIG = CodecConfig()
-ROUNDS = 7
+ROUNDS = 5
 ROWS = 8
 """Of a batch, as `prepare` encodes it."""
 
@@ -40,10 +40,10 @@ def folded(module: Any) -> Any:
     return module
 
 
-def milliseconds(*contestants: Callable[[], Any], rounds: int = ROUNDS) -> list[float]:
+def milliseconds(*contestants: Callable[[], Any]) -> list[float]:
     """Median time of each, taking turns; the first round, which compiles, is not counted."""
     times: list[list[float]] = [[] for _ in contestants]
-    for turn in range(rounds + 1):
+    for turn in range(ROUNDS + 1):
         for contestant, taken in zip(contestants, times, strict=True):
             start = time.perf_counter()
             contestant()
@@ -59,17 +59,15 @@ def main() -> None:
     decode, encode = make_decoder(codec), make_encoder(codec)
     random = np.random.default_rng(0)
 
-    print(
-        f"{jax.devices()[0].device_kind}, torch threads {torch.get_num_threads()}, medians of {ROUNDS} (batch: 2) in ms"
-    )
+    print(f"{jax.devices()[0].device_kind}, torch threads {torch.get_num_threads()}, medians of {ROUNDS} in ms")
     print(f"{'':26}{'jax':>8}{'torch':>8}{'folded':>8}{'torch/jax':>11}{'folded/jax':>12}")
 
-    def row(name: str, ours: Callable[[], Any], their: Callable[[Any], Any], rounds: int = ROUNDS) -> list[float]:
+    def row(name: str, ours: Callable[[], Any], their: Callable[[Any], Any]) -> list[float]:
         def run(module: Any) -> None:
             with torch.inference_mode():
                 their(module)
 
-        taken = milliseconds(ours, lambda: run(theirs), lambda: run(theirs_folded), rounds=rounds)
+        taken = milliseconds(ours, lambda: run(theirs), lambda: run(theirs_folded))
         jax_ms, torch_ms, folded_ms = taken
         ratios = f"{torch_ms / jax_ms:>10.2f}x{folded_ms / jax_ms:>11.2f}x"
         print(f"{name:26}{jax_ms:8.1f}{torch_ms:8.1f}{folded_ms:8.1f}{ratios}", flush=True)
@@ -90,8 +88,7 @@ def main() -> None:
 
     many = np.tile(audio, (ROWS, 1))
     many_tensor = torch.from_numpy(many[:, None])
-    # torch takes many seconds for these.
-    taken = row(f"encode {ROWS} x 5 s", lambda: np.asarray(encode(many)), lambda module: module.encode(many_tensor), 2)
+    taken = row(f"encode {ROWS} x 5 s", lambda: np.asarray(encode(many)), lambda module: module.encode(many_tensor))
     speech = 1000 * many.size / CONFIG.sample_rate
     print(f"{'  s of speech a second':26}" + "".join(f"{speech / each:8.1f}" for each in taken))
 

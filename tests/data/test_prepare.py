@@ -202,6 +202,11 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob(".*"))
 
 
+def test_without_a_codec_nobody_waits_for_jax() -> None:
+    code = "import sys, omni_jax.data.prepare, omni_jax.data.sources; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def peak_mebibytes(corpus: Path) -> int:
     """Of a process that prepares it."""
     code = (
