@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax.extend import core
 
 
-def count(function: Callable[..., Any], *args: Any, loop_trips: int = 1) -> float:
+def count(traced: core.ClosedJaxpr, loop_trips: int = 1) -> float:
     """Floating-point operations of a call, over all devices together; two for a product and its sum.
 
     Loops of a known length count as often as they run, what is computed again in a backward pass counts again.
 
     Args:
-        function: to trace.
-        *args: abstract or real.
+        traced: the program, `jax.make_jaxpr(function)(*arguments)` or the `jaxpr` of a jitted function's trace.
         loop_trips: how often a loop runs whose length is not known.
     """
-    return _of(jax.make_jaxpr(function)(*args).jaxpr, loop_trips)
+    return _of(traced.jaxpr, loop_trips)
 
 
 def _of(jaxpr: core.Jaxpr, loop_trips: int) -> float:

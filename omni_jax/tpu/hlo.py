@@ -4,7 +4,8 @@ XLA's own `cost_analysis` counts the body of a loop once, whatever its trip coun
 on-chip memory. Here a loop's body counts as often as it runs, an array that the compiler has put into VMEM (`S(1)`
 in its layout) counts nothing, arrays are as large as their tiles make them, and what is sliced, gathered or updated in
 place counts as much as is touched. Of branches the cheapest counts: ours are there to leave work out, as greedy
-decoding leaves out sorting.
+decoding leaves out sorting. A collective that runs beside other work stands in several fusions, which start it, go on
+with it and end it: it counts where it starts.
 
 What the text looks like: https://openxla.org/xla/operation_semantics, layouts: https://openxla.org/xla/tiled_layout.
 """
@@ -152,13 +153,41 @@ class Module:
             for name in (*line.called("to_apply"), *line.called("calls")):
                 total.add(self._of(name))
             return
+        if opcode == "fusion":
+            self._send(line.called("calls")[0], total)
+        self._transfer(computation, line, total, opcode)
+        total.hbm += self._moved(computation, line)
+
+    def _asynchronous(self, fused: str) -> bool:
+        """Whether a fused computation starts, goes on with or ends a collective that runs beside other work."""
+        return fused.startswith("async_collective_fusion") or any(
+            "AsyncCollective" in line.attributes for line in self.computations[fused]
+        )
+
+    def _started(self, fused: str) -> set[str]:
+        """The collectives that a fused computation starts."""
+        starts = (line for line in self.computations[fused] if '"AsyncCollectiveStart"' in line.attributes)
+        return {name for line in starts for name in line.operands}
+
+    def _send(self, fused: str, total: Cost) -> None:
+        """Count the collectives that a fused computation runs or starts."""
+        asynchronous, started = self._asynchronous(fused), self._started(fused)
+        for line in self.computations[fused]:
+            if line.opcode == "fusion":
+                self._send(line.called("calls")[0], total)
+            elif not asynchronous or line.name in started:
+                # Of a sum that all have, and that is then cut, only what each chip keeps goes to it.
+                scatters = line.opcode == "all-reduce" and fused.startswith("all-reduce-scatter")
+                self._transfer(fused, line, total, "reduce-scatter" if scatters else line.opcode)
+
+    def _transfer(self, computation: str, line: Instruction, total: Cost, opcode: str) -> None:
+        """Count what an instruction sends, if `opcode`, its own or what it amounts to, is one of a collective."""
         kind = opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             # A start gives operands and results as one tuple; the larger is what goes through.
             sizes = [sum(s.bytes for s in self.shapes.get((computation, name), ())) for name in line.operands]
-            results = line.shapes if not opcode.endswith("-start") else line.shapes[len(line.shapes) // 2 :]
+            results = line.shapes if not line.opcode.endswith("-start") else line.shapes[len(line.shapes) // 2 :]
             total.transfer(kind, max(sum(sizes), sum(s.bytes for s in results)))
-        total.hbm += self._moved(computation, line)
 
     def _moved(self, computation: str, line: Instruction) -> float:
         """Bytes of HBM that an instruction reads and writes."""
@@ -180,11 +209,28 @@ class Module:
         name = line.called("calls")[0]
         body = self.computations[name]
         by_name = {instruction.name: instruction for instruction in body}
-        total = sum(self._read(name, number, _hbm(shapes)) for number, shapes in enumerate(operands) if _hbm(shapes))
+        passed: dict[int, int] = {}
+        if self._asynchronous(name):
+            # What a collective reads and writes is handed on from its start to its end; it counts at the start.
+            if any('"AsyncCollectiveDone"' in instruction.attributes for instruction in body):
+                return 0.0
+            found = re.findall(r"\{(\d*)\}: \((\d+)", line.attributes.partition("output_to_operand_aliasing=")[2])
+            passed = {int(output or 0): int(operand) for output, operand in found}
+        kept = set(passed.values()) if not self._started(name) else set()
+        total = sum(
+            self._read(name, number, _hbm(shapes))
+            for number, shapes in enumerate(operands)
+            if number not in kept and _hbm(shapes)
+        )
         roots = [instruction for instruction in body if instruction.root]
-        outputs = [by_name[name] for name in roots[0].operands] if roots[0].opcode == "tuple" else roots
-        for shape, output in zip(line.shapes, outputs, strict=False):
+        if roots[0].opcode == "tuple":
+            outputs = [by_name[name] for name in roots[0].operands]
+        else:
+            outputs = roots * len(line.shapes)
+        for number, (shape, output) in enumerate(zip(line.shapes, outputs, strict=False)):
             output = _behind(output, by_name)
+            if number in passed:
+                continue
             if shape.hbm and output.opcode in UPDATES:
                 total += sum(s.bytes for s in by_name[output.operands[UPDATES[output.opcode]]].shapes)
             else:

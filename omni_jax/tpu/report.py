@@ -161,11 +161,12 @@ def _report(
     program: str, model: str, topology: Topology, batch: int, mesh: Mesh, made: Program, *, int8: bool
 ) -> Report:
     start = time.perf_counter()
-    compiled = made.function.lower(*made.arguments, **made.keywords).compile()
+    traced = made.function.trace(*made.arguments, **made.keywords)
+    compiled = traced.lower().compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     cost = hlo.parse(compiled.as_text(), unknown_trips=made.steps).cost
-    work = flops.count(partial(made.function, **made.keywords), *made.arguments, loop_trips=made.steps)
+    work = flops.count(traced.jaxpr, made.steps)
     chip = topology.chip
     per_chip, moved = work / topology.chips / made.steps, cost.hbm / made.steps
     links = {kind: amount / made.steps for kind, amount in cost.collectives.items()}

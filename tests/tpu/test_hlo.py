@@ -202,3 +202,66 @@ ENTRY %main (p.1: f32[8,128]) -> f32[8,128] {
 def test_something_else() -> None:
     with pytest.raises(ValueError, match="entry computation"):
         hlo.parse("HloModule nothing\n")
+
+
+def test_a_collective_beside_other_work_counts_where_it_starts() -> None:
+    text = """
+%start (p: f32[10]) -> (f32[10], f32[80], u32[]) {
+  %p = f32[10]{0} parameter(0)
+  %gather = f32[80]{0} all-gather(%p), channel_id=3, dimensions={0}
+  ROOT %s = (f32[10]{0}, f32[80]{0}, u32[]{:S(2)}) custom-call(%gather), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (a: f32[10], b: f32[80], c: u32[], x: f32[6]) -> (f32[6], f32[10], f32[80], f32[80]) {
+  %a = f32[10]{0} parameter(0)
+  %b = f32[80]{0} parameter(1)
+  %c = u32[]{:S(2)} parameter(2)
+  %x = f32[6]{0} parameter(3)
+  %further = f32[80]{0} all-gather(%a), channel_id=3, dimensions={0}
+  %y = f32[6]{0} negate(%x)
+  ROOT %t = (f32[6]{0}, f32[10]{0}, f32[80]{0}, f32[80]{0}) tuple(%y, %a, %b, %further)
+}
+
+%done (d: f32[10], e: f32[80]) -> f32[80] {
+  %d = f32[10]{0} parameter(0)
+  %e = f32[80]{0} parameter(1)
+  %last = f32[80]{0} all-gather(%d), channel_id=3, dimensions={0}
+  ROOT %r = f32[80]{0} custom-call(%d, %e, %last), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (p: f32[10], x: f32[6]) -> f32[80] {
+  %p = f32[10]{0} parameter(0)
+  %x = f32[6]{0} parameter(1)
+  %s = (f32[10]{0}, f32[80]{0}, u32[]{:S(2)}) fusion(%p), kind=kCustom, output_to_operand_aliasing={{0}: (0, {})}, calls=%start
+  %a = f32[10]{0} get-tuple-element(%s), index=0
+  %b = f32[80]{0} get-tuple-element(%s), index=1
+  %c = u32[]{:S(2)} get-tuple-element(%s), index=2
+  %w = (f32[6]{0}, f32[10]{0}, f32[80]{0}, f32[80]{0}) fusion(%a, %b, %c, %x), kind=kOutput, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {}), {3}: (1, {})}, calls=%async_collective_fusion.1
+  %d = f32[10]{0} get-tuple-element(%w), index=1
+  %e = f32[80]{0} get-tuple-element(%w), index=3
+  ROOT %r = f32[80]{0} fusion(%d, %e), kind=kCustom, output_to_operand_aliasing={{}: (1, {})}, calls=%done
+}
+"""  # noqa: E501
+    found = cost(text)
+    assert found.collectives == {"all-gather": 320}
+    # What is gathered in and out once; x in, y out.
+    assert found.hbm == 40 + 320 + 24 + 24
+
+
+def test_a_sum_that_is_cut_is_scattered() -> None:
+    text = """
+%all-reduce-scatter.2 (p: f32[80]) -> f32[10] {
+  %p = f32[80]{0} parameter(0)
+  %sum = f32[80]{0} all-reduce(%p), channel_id=4
+  %zero = s32[] constant(0)
+  ROOT %part = f32[10]{0} dynamic-slice(%sum, %zero), dynamic_slice_sizes={10}
+}
+
+ENTRY %main (p: f32[80]) -> f32[10] {
+  %p = f32[80]{0} parameter(0)
+  ROOT %r = f32[10]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.2
+}
+"""
+    found = cost(text)
+    assert found.collectives == {"reduce-scatter": 320}
+    assert found.hbm == 320 + 40

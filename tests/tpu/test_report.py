@@ -112,6 +112,27 @@ def test_training_on_a_pod(capfd: pytest.CaptureFixture[str]) -> None:
     assert report.bound_by == "compute"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "batch", "gibibytes", "moved", "sent"),
+    [("v5p:4x4x4", 64, 10, 350e9, 48e9), ("v5e:16x16", 256, 11, 580e9, 20e9)],
+)
+def test_training_seven_billion_parameters(
+    topology: str, batch: int, gibibytes: int, moved: float, sent: float, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every chip holds a row and a share of the weights, gathered a layer at a time."""
+    chips = Topology.parse(topology).chips
+    overrides = ["start=preset:mini_omni_7b", "mesh.data=1", f"mesh.fsdp={chips}"]
+    config = load(RunConfig, ROOT / "configs" / "mini_omni_stage3.yaml", overrides)
+    report = examine("train", Topology.parse(topology), config=config, batch=batch)
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+    sane(report)
+    assert report.memory_per_chip_bytes < gibibytes * 2**30
+    assert report.aliased_bytes > 0.9 * report.arguments_bytes
+    assert report.bytes < moved
+    assert sum(report.collective_bytes.values()) < sent
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -21,7 +21,7 @@ from omni_jax import sharding
 from omni_jax.checkpoint import init_model
 from omni_jax.config import LossConfig, RunConfig
 from omni_jax.model.omni import OmniModel
-from omni_jax.training import loss
+from omni_jax.training import loss, step
 from omni_jax.training.stages import divide
 from omni_jax.training.step import TrainState, advance, forward, optimizer, train_step, updates
 from tests.builders import tiny_config
@@ -195,6 +195,15 @@ def test_tasks_without_speech_never_run_the_ear(monkeypatch):
     arrays = batch() | {"speech_index": np.full((ROWS, LENGTH), -1, np.int32)}
     data = {"sources": [{"path": "unused"}], "tasks": {"T1T2": 1, "T1A2": 1}, "batch": ROWS, "length": LENGTH}
     assert np.isfinite(forward(model, arrays, jnp.ones(8), run_config(data=data))[0])
+
+
+def test_clips_are_heard_alike_together_and_apart(monkeypatch):
+    model = init_model(MODEL, stacked=False, dtype=jnp.float32, seed=0)
+    losses = []
+    for apart in (True, False):
+        monkeypatch.setattr(step, "clips_apart", lambda model, apart=apart: apart)
+        losses.append(forward(model, batch(), jnp.ones(8), run_config())[1]["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_it_learns_a_batch():
