@@ -115,7 +115,9 @@ def step(model: OmniModel, state: DecodeState, routing: Routing) -> tuple[Decode
 
     text = jnp.full((B,), vocab.pad_t, jnp.int32)
     if texts:
-        logits = model.text_logits(model.norm(hidden.at[routing.text_row].get(mode="clip")))
+        # Rows taken from anywhere are spread again, or every device would score all of them.
+        chosen = sharding.by_rows(hidden.at[routing.text_row].get(mode="clip"), model.mesh)
+        logits = model.text_logits(model.norm(chosen))
         settings = ask.sampling.take(routing.text_slot)
         steps = state.step.at[routing.text_slot].get(mode="clip")
         said = sample(logits, settings, steps, jnp.full((texts,), TEXT))
@@ -131,7 +133,7 @@ def step(model: OmniModel, state: DecodeState, routing: Routing) -> tuple[Decode
             voice, new_caches["tts_adapter"] = model.tts_adapter.norm(voice), adapted[0]
         else:
             voice = model.norm(voice)
-        logits = model.audio_logits(voice.at[routing.audio_slot].get(mode="clip"))
+        logits = model.audio_logits(sharding.by_rows(voice.at[routing.audio_slot].get(mode="clip"), model.mesh))
         settings = ask.sampling.take(jnp.repeat(routing.audio_slot, LAYERS))
         steps = jnp.repeat(state.step.at[routing.audio_slot].get(mode="clip"), LAYERS)
         layer = jnp.arange(LAYERS)

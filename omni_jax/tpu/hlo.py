@@ -74,16 +74,20 @@ class Cost:
     hbm: float = 0.0
     collectives: dict[str, float] = field(default_factory=dict)
     """By kind, what each sends or receives."""
+    beside: float = 0.0
+    """Of that, what is sent beside other work."""
 
     def add(self, other: Cost, times: float = 1.0) -> None:
         """Count `other` as well, so many times."""
         self.hbm += other.hbm * times
+        self.beside += other.beside * times
         for kind, amount in other.collectives.items():
             self.transfer(kind, amount * times)
 
-    def transfer(self, kind: str, amount: float) -> None:
+    def transfer(self, kind: str, amount: float, *, beside: bool = False) -> None:
         """Count what a collective moves."""
         self.collectives[kind] = self.collectives.get(kind, 0.0) + amount
+        self.beside += amount * beside
 
 
 @dataclass
@@ -155,7 +159,7 @@ class Module:
             return
         if opcode == "fusion":
             self._send(line.called("calls")[0], total)
-        self._transfer(computation, line, total, opcode)
+        self._transfer(computation, line, total, opcode, beside=opcode.endswith("-start"))
         total.hbm += self._moved(computation, line)
 
     def _asynchronous(self, fused: str) -> bool:
@@ -178,16 +182,17 @@ class Module:
             elif not asynchronous or line.name in started:
                 # Of a sum that all have, and that is then cut, only what each chip keeps goes to it.
                 scatters = line.opcode == "all-reduce" and fused.startswith("all-reduce-scatter")
-                self._transfer(fused, line, total, "reduce-scatter" if scatters else line.opcode)
+                kind = "reduce-scatter" if scatters else line.opcode
+                self._transfer(fused, line, total, kind, beside=line.name in started)
 
-    def _transfer(self, computation: str, line: Instruction, total: Cost, opcode: str) -> None:
+    def _transfer(self, computation: str, line: Instruction, total: Cost, opcode: str, *, beside: bool) -> None:
         """Count what an instruction sends, if `opcode`, its own or what it amounts to, is one of a collective."""
         kind = opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             # A start gives operands and results as one tuple; the larger is what goes through.
             sizes = [sum(s.bytes for s in self.shapes.get((computation, name), ())) for name in line.operands]
             results = line.shapes if not line.opcode.endswith("-start") else line.shapes[len(line.shapes) // 2 :]
-            total.transfer(kind, max(sum(sizes), sum(s.bytes for s in results)))
+            total.transfer(kind, max(sum(sizes), sum(s.bytes for s in results)), beside=beside)
 
     def _moved(self, computation: str, line: Instruction) -> float:
         """Bytes of HBM that an instruction reads and writes."""

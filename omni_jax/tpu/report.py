@@ -63,6 +63,9 @@ class Report:
     roofline_seconds: float
     bound_by: str
     collective_bytes: dict[str, float]
+    """By kind, over the links."""
+    beside_bytes: float
+    """Of `collective_bytes`, what is sent beside other work; for the rest everything waits."""
     aliased_bytes: int
     """Of arguments that the results overwrite: a donated cache or state."""
     flop_utilisation: float
@@ -72,7 +75,10 @@ class Report:
         """For reading."""
         giga = 2**30
         mesh = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
-        links = ", ".join(f"{kind} {amount / 1e6:.1f} MB" for kind, amount in self.collective_bytes.items()) or "none"
+        links = ", ".join(f"{kind} {amount / 1e6:.1f} MB" for kind, amount in self.collective_bytes.items())
+        links += (
+            f"; {self.beside_bytes / sum(self.collective_bytes.values()):.0%} beside other work" if links else "none"
+        )
         verdict = "fits" if self.fits else "DOES NOT FIT"
         left = (self.hbm_bytes - self.memory_per_chip_bytes) / giga
         per = " per step" if self.program in ("decode", "batch") else ""
@@ -203,6 +209,7 @@ def _report(
         roofline_seconds=times[bound_by],
         bound_by=bound_by,
         collective_bytes=links,
+        beside_bytes=cost.beside / made.steps,
         aliased_bytes=memory.alias_size_in_bytes,
         flop_utilisation=times["compute"] / times[bound_by],
     )

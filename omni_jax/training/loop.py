@@ -257,13 +257,17 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
     return out / checkpoint.RELEASE
 
 
-TPU_OPTIONS = {
-    # Left to itself the compiler gathers weights beside other work, but waits while gradients are summed.
-    "xla_enable_async_reduce_scatter_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
-    # The sums need a little more than the 16 MiB that a fusion may take of the chip's own memory.
-    "xla_tpu_scoped_vmem_limit_kib": "20480",
+OPTIONS = {
+    # Left to itself the compiler gathers weights beside other work, but waits while gradients are summed. It refuses
+    # to do otherwise on any other kind.
+    "TPU v5 lite": {
+        "xla_enable_async_reduce_scatter_fusion": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
+        # The sums need a little more than the 16 MiB that a fusion may take of the chip's own memory.
+        "xla_tpu_scoped_vmem_limit_kib": "20480",
+    },
 }
+"""What the compiler is told of a step, by kind of device."""
 
 
 def step_program(setup: Setup, places: TrainState) -> Any:
@@ -275,7 +279,7 @@ def step_program(setup: Setup, places: TrainState) -> Any:
         partial(train_step, setup.graph, setup.config),
         donate_argnums=0,
         out_shardings=(places, sharding.replicated(setup.mesh)),
-        compiler_options=TPU_OPTIONS if setup.mesh.devices.flat[0].platform == "tpu" else None,
+        compiler_options=OPTIONS.get(setup.mesh.devices.flat[0].device_kind),
     )
 
 

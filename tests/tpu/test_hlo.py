@@ -244,6 +244,7 @@ ENTRY %main (p: f32[10], x: f32[6]) -> f32[80] {
 """  # noqa: E501
     found = cost(text)
     assert found.collectives == {"all-gather": 320}
+    assert found.beside == 320
     # What is gathered in and out once; x in, y out.
     assert found.hbm == 40 + 320 + 24 + 24
 
@@ -264,4 +265,5 @@ ENTRY %main (p: f32[80]) -> f32[10] {
 """
     found = cost(text)
     assert found.collectives == {"reduce-scatter": 320}
+    assert not found.beside
     assert found.hbm == 320 + 40

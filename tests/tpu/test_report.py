@@ -52,6 +52,17 @@ def test_decoding_overwrites_its_cache() -> None:
 
 
 @pytest.mark.slow
+def test_the_chips_of_a_host_decode_their_rows_apart() -> None:
+    """Rows that the routing takes from anywhere are spread again before they are scored."""
+    report = examine("decode", Topology.parse("v5e:2x2"), model="mini_omni", batch=256)
+    assert report.mesh == {"data": 4, "fsdp": 1, "tensor": 1}
+    assert report.bytes_ratio < 1.10
+    # The logits of all rows would take 156 MB.
+    assert report.temporary_bytes < 0.12 * 2**30
+    assert sum(report.collective_bytes.values()) < 2e6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 64])
 def test_a_step_of_decoding_reads_weights_and_cache_once(batch: int) -> None:
     """The published model; heads of 64 stand side by side in the cache, or half of it would be padding, and copied."""
@@ -106,16 +117,19 @@ def test_training_on_a_pod(capfd: pytest.CaptureFixture[str]) -> None:
     assert report.mesh == {"data": 32, "fsdp": 8, "tensor": 1}
     assert report.memory_per_chip_bytes < 6 * 2**30
     assert report.aliased_bytes > 0.9 * report.arguments_bytes
-    # With weights that stay and activations that travel, 21 GB were sent, and 107 GB of HBM moved.
-    assert sum(report.collective_bytes.values()) < 1.5e9
-    assert report.bytes < 25e9
+    # With weights that stay and activations that travel, 107 GB of HBM were moved. Gathered for every clip apart, the
+    # ear's weights made it 6.3 GB over the links; without the options of the step no gradient went beside other work.
+    assert sum(report.collective_bytes.values()) < 5e9
+    assert report.beside_bytes > 0.75 * sum(report.collective_bytes.values())
+    assert report.collective_bytes["reduce-scatter"] > 1e9
+    assert report.bytes < 30e9
     assert report.bound_by == "compute"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "batch", "gibibytes", "moved", "sent"),
-    [("v5p:4x4x4", 64, 10, 350e9, 48e9), ("v5e:16x16", 256, 11, 580e9, 20e9)],
+    [("v5p:4x4x4", 64, 8, 340e9, 46e9), ("v5e:16x16", 256, 10, 310e9, 72e9)],
 )
 def test_training_seven_billion_parameters(
     topology: str, batch: int, gibibytes: int, moved: float, sent: float, capfd: pytest.CaptureFixture[str]
