@@ -14,7 +14,7 @@ from omni_jax import checkpoint
 from omni_jax.config import PRESETS
 from omni_jax.inference.decode import in_int8
 
-B, T, CLIPS = 2, 6, 1
+B, T, CLIPS = 2, 6, 2
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def batch() -> dict[str, np.ndarray]:
         "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
         "segments": np.ones((B, T), np.int32),
         "speech_index": np.full((B, T), -1, np.int32),
-        "sound": np.zeros((B, CLIPS, 8000), np.int16),
+        "sound": np.zeros((B, CLIPS, PRESETS["tiny"].ear.samples), np.int16),
     }
 
 
