@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from omni_jax.config import ConfigError, RunConfig, load
+from omni_jax.sharding import make_mesh
 from omni_jax.tpu.chips import CHIPS, Topology
 from omni_jax.tpu.report import Report, examine
 
@@ -30,6 +31,10 @@ def test_topologies() -> None:
             Topology.parse(wrong)
     with pytest.raises(ConfigError, match="does not know it"):
         Topology.parse("v5e:3x7").devices()
+
+
+def test_a_mesh_may_cut_an_axis_of_the_slice() -> None:
+    assert dict(make_mesh(8, 8, 1, Topology.parse("v5p:4x4x4").devices()).shape) == {"data": 8, "fsdp": 8, "tensor": 1}
 
 
 def sane(report: Report) -> None:
