@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +25,7 @@ from omni_jax.config import RunConfig, load
 from omni_jax.data import pipeline
 from omni_jax.inference.decode import in_int8
 from omni_jax.training.loop import Start
+from omni_jax.training.step import hear
 from omni_jax.vocab import TEXT
 
 CONFIG = Path("configs/nano_stage3.yaml")
@@ -55,8 +55,7 @@ def compare(graph: nnx.GraphDef, exact: Any, rounded: Any, batch: pipeline.Batch
 
     def logits(weights: Any) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graph, weights)
-        clips = batch["sound"].swapaxes(0, 1).astype(jnp.float32) / 32768.0
-        heard = jnp.concatenate([model.hear(clip) for clip in clips], axis=1)
+        heard = hear(model, batch["sound"])
         text, audio, _ = model(batch["tokens"], batch["positions"], heard, batch["speech_index"], batch["segments"])
         return model.audio_logits(audio).transpose(0, 2, 1, 3), model.text_logits(text)[:, None]
 
@@ -117,18 +116,10 @@ def answers_table(exact: dict[str, list[Any]], rounded: dict[str, list[Any]]) ->
     """What both wrote, by examination, as Markdown."""
     lines = ["| examination | questions | right | right, rounded | written the same |", "|---|---|---|---|---|"]
     for name, ours in exact.items():
-        rights = [
-            float(np.mean([entry["written"] == entry["expected"] for entry in entries]))
-            for entries in (ours, rounded[name])
-        ]
+        right, kept = (evaluate.scores(entries)["exact"] for entries in (ours, rounded[name]))
         same = float(np.mean([a["written"] == b["written"] for a, b in zip(ours, rounded[name], strict=True)]))
-        lines.append(f"| {name} | {len(ours)} | {rights[0]:.1%} | {rights[1]:.1%} | {same:.1%} |")
+        lines.append(f"| {name} | {len(ours)} | {right:.1%} | {kept:.1%} | {same:.1%} |")
     return lines
-
-
-def show(lines: Iterable[str]) -> None:
-    """Print a table."""
-    typer.echo("\n".join(lines) + "\n")
 
 
 def main(
@@ -139,12 +130,12 @@ def main(
 ) -> None:
     """Compare a model with itself in eight bits."""
     config = load(RunConfig, CONFIG, [f"start={model}"])
-    show(logits_table(of_logits(Start.find(model, 0), config, batches)))
+    typer.echo("\n".join(logits_table(of_logits(Start.find(model, 0), config, batches))) + "\n")
     answers = []
     for int8 in (False, True):
         omni = Omni.load(model, int8=int8)
         answers.append({e.name: evaluate.examine(omni, records, e, count, 0, records) for e in ANSWERS})
-    show(answers_table(*answers))
+    typer.echo("\n".join(answers_table(*answers)))
 
 
 if __name__ == "__main__":

@@ -233,9 +233,9 @@ class Module:
         else:
             outputs = roots * len(line.shapes)
         for number, (shape, output) in enumerate(zip(line.shapes, outputs, strict=False)):
-            output = _behind(output, by_name)
             if number in passed:
                 continue
+            output = _behind(output, by_name)
             if shape.hbm and output.opcode in UPDATES:
                 total += sum(s.bytes for s in by_name[output.operands[UPDATES[output.opcode]]].shapes)
             else:

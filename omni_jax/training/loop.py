@@ -257,10 +257,10 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
     return out / checkpoint.RELEASE
 
 
-OPTIONS = {
+COMPILER_OPTIONS = {
     # Left to itself the compiler gathers weights beside other work, but waits while gradients are summed. It refuses
     # to do otherwise on any other kind.
-    "TPU v5 lite": {
+    CHIPS["v5e"].kind: {
         "xla_enable_async_reduce_scatter_fusion": "true",
         "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
         # The sums need a little more than the 16 MiB that a fusion may take of the chip's own memory.
@@ -279,7 +279,7 @@ def step_program(setup: Setup, places: TrainState) -> Any:
         partial(train_step, setup.graph, setup.config),
         donate_argnums=0,
         out_shardings=(places, sharding.replicated(setup.mesh)),
-        compiler_options=OPTIONS.get(setup.mesh.devices.flat[0].device_kind),
+        compiler_options=COMPILER_OPTIONS.get(setup.mesh.devices.flat[0].device_kind),
     )
 
 

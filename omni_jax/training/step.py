@@ -114,13 +114,7 @@ def forward(model: OmniModel, batch: Batch, counts: Array, config: RunConfig) ->
     """What `loss.of_batch` gives for a batch whose heads have `counts` float32 [8] targets in all."""
     heard = None
     if any(Task(task).hears for task in config.data.tasks):
-        sound = batch["sound"]
-        B, clips, samples = sound.shape
-        if clips_apart(model):
-            heard = jax.lax.map(lambda clip: hear(model, clip), sound.swapaxes(0, 1)).swapaxes(0, 1)
-        else:
-            heard = hear(model, sound.reshape(B * clips, samples))
-        heard = heard.reshape(B, -1, heard.shape[-1])
+        heard = hear(model, batch["sound"])
     text_hidden, audio_hidden, _ = model(
         batch["tokens"],
         batch["positions"],
@@ -133,8 +127,17 @@ def forward(model: OmniModel, batch: Batch, counts: Array, config: RunConfig) ->
 
 
 def hear(model: OmniModel, sound: Array) -> Array:
-    """Recordings int16 [B, samples] -> [B, positions, D]."""
-    return model.hear(sound.astype(jnp.float32) / 32768.0)
+    """What a batch's rows hear: recordings int16 [B, clips, samples] -> [B, clips * positions, D]."""
+
+    def features(sound: Array) -> Array:
+        return model.hear(sound.astype(jnp.float32) / 32768.0)
+
+    B, clips, samples = sound.shape
+    if clips_apart(model):
+        heard = jax.lax.map(features, sound.swapaxes(0, 1)).swapaxes(0, 1)
+    else:
+        heard = features(sound.reshape(B * clips, samples))
+    return heard.reshape(B, -1, heard.shape[-1])
 
 
 def clips_apart(model: OmniModel) -> bool:

@@ -84,7 +84,7 @@ def test_tables_say_what_was_found():
     assert lines[2:] == ["| T1A1 | audio | 7 | 1.0000 | 1.0000 | 1.00000 | 100.00% | 100.00% |"]
 
     def entries(*written: str) -> list[dict[str, str]]:
-        return [{"written": text, "expected": "four"} for text in written]
+        return [{"written": text, "expected": "four", "kind": "sum", "held_out": "pair"} for text in written]
 
     lines = rounding.answers_table({"A": entries("four", "four")}, {"A": entries("four", "five")})
     assert lines[2:] == ["| A | 2 | 100.0% | 50.0% | 50.0% |"]

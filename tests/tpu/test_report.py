@@ -120,10 +120,10 @@ def test_training_on_a_pod(capfd: pytest.CaptureFixture[str]) -> None:
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
     sane(report)
     assert report.mesh == {"data": 32, "fsdp": 8, "tensor": 1}
-    assert report.memory_per_chip_bytes < 6 * 2**30
+    assert report.memory_per_chip_bytes < 5 * 2**30
     assert report.aliased_bytes > 0.9 * report.arguments_bytes
     # With weights that stay and activations that travel, 107 GB of HBM were moved. Gathered for every clip apart, the
-    # ear's weights made it 6.3 GB over the links; without the options of the step no gradient went beside other work.
+    # ear's weights made it 6.3 GB over the links; without the compiler options no gradient went beside other work.
     assert sum(report.collective_bytes.values()) < 5e9
     assert report.beside_bytes > 0.75 * sum(report.collective_bytes.values())
     assert report.collective_bytes["reduce-scatter"] > 1e9
