@@ -7,8 +7,12 @@ Folders of records, under build/nano/records:
     train                                   questions said aloud, and their answers
     typed_train                             for every spoken answer of training a question in writing
     read_train, read_held_out               sentences to be read aloud
+    train_again, typed_again, read_again    for the last leg: the same questions, other sentences, all shifted
     dictation_train, dictation_seen, dictation_unseen                       sentences to be written down
     held_out_seen, held_out_unseen          questions never trained on, by voices that training hears and others
+
+What is shifted begins anywhere within a frame. The same sound then has other codes, and a voice that knows the first by
+heart has to learn what they have in common.
 
 Codes are kept beside them in pieces, so that an interrupted run goes on, and are made anew for another codec. The
 folders are written anew for another codec and for other recordings.
@@ -70,7 +74,9 @@ def encoder(codec: Snac) -> Encode:
     return encode
 
 
-def spoken(corpora: Path, part: str, keep: Path, encode: Encode, mark: int) -> dict[str, np.ndarray]:
+def spoken(
+    corpora: Path, part: str, keep: Path, encode: Encode, mark: int, most_shift: int = 0
+) -> dict[str, np.ndarray]:
     """The codes of every text of a part that nano's own voice speaks.
 
     Args:
@@ -79,6 +85,7 @@ def spoken(corpora: Path, part: str, keep: Path, encode: Encode, mark: int) -> d
         keep: folder of the codes that are made already.
         encode: from `encoder`.
         mark: of the codec; kept codes with another mark are made anew.
+        most_shift: samples of silence that a recording may begin with, besides its own; each has another number.
     """
     made: dict[str, np.ndarray] = {}
     keep.mkdir(parents=True, exist_ok=True)
@@ -86,10 +93,10 @@ def spoken(corpora: Path, part: str, keep: Path, encode: Encode, mark: int) -> d
     pieces = iter(lambda: list(itertools.islice(recordings, _PIECE)), [])
     for number, piece in enumerate(tqdm(pieces, desc=part, unit="piece")):
         texts = [recording.utterance.text for recording in piece]
-        path = keep / f"{part.replace('/', '-')}-{number:05d}.npz"
+        path = keep / f"{part.replace('/', '-')}{'-shifted' * bool(most_shift)}-{number:05d}.npz"
         codes = _kept(path, texts, mark)
         if codes is None:
-            codes = encode([recording.audio.astype(np.float32) / 32768 for recording in piece])
+            codes = encode([_shifted(recording, most_shift) for recording in piece])
             partial = path.with_name(f".{path.name}.part")
             with partial.open("wb") as file:
                 lengths = [len(code) for code in codes]
@@ -97,6 +104,12 @@ def spoken(corpora: Path, part: str, keep: Path, encode: Encode, mark: int) -> d
             partial.replace(path)
         made.update(zip(texts, codes, strict=True))
     return made
+
+
+def _shifted(recording: synthesize.Recording, most: int) -> np.ndarray:
+    """f32 [samples], after up to `most` samples of silence."""
+    shift = zlib.crc32(recording.utterance.text.encode()) % (most + 1)
+    return np.pad(recording.audio.astype(np.float32) / 32768, (shift, 0))
 
 
 def _kept(path: Path, texts: list[str], mark: int) -> list[np.ndarray] | None:
@@ -173,12 +186,14 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
     encode, mark = encoder(codec), _mark(codec)
     origin = f"codec {mark}, recordings {_made(corpora)}\n"
 
-    def answers(part: str) -> dict[str, np.ndarray]:
-        return spoken(corpora, f"answers/{part}", out / "codes", encode, mark)
+    def answers(part: str, most_shift: int = 0) -> dict[str, np.ndarray]:
+        return spoken(corpora, f"answers/{part}", out / "codes", encode, mark, most_shift)
 
     own = answers("train")
     every = own | answers("more")
     known = every | answers("held_out")
+    frame = codec.config.frame
+    own_again = answers("train", frame - 1)
     folders: dict[str, Iterator[Exchange]] = {
         "train": asked(corpora, "questions/train", own),
         "typed_train": typed(every),
@@ -186,6 +201,9 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
         "held_out_unseen": asked(corpora, "questions/held_out_unseen", known),
         "read_train": read(answers("read_train")),
         "read_held_out": read(answers("read_held_out")),
+        "train_again": asked(corpora, "questions/train", own_again),
+        "typed_again": typed(own_again | answers("more", frame - 1), seed=1),
+        "read_again": read(answers("read_more", frame - 1)),
         "dictation_train": dictated(corpora, "questions/dictation_train"),
         "dictation_seen": dictated(corpora, "questions/dictation_seen"),
         "dictation_unseen": dictated(corpora, "questions/dictation_unseen"),

@@ -101,6 +101,8 @@ class Sizes:
     """Distinct training answers, those to the spoken questions among them; the others are part of the plan, too."""
     sentences: int = 24_000
     """To be read aloud in training. Of 3,000 a voice learns the codes by heart, and reads nothing else."""
+    more_sentences: int = 12_000
+    """Others, for the last leg: it is to practise, not to say again what it knows by heart."""
     held_out_sentences: int = 300
     dictations: int = 40_800
     """Sentences said by many voices, to be written down in training. So many, as an ear that hears few texts learns
@@ -145,7 +147,7 @@ def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
     questions/train, held_out_seen, held_out_unseen: by many voices, with the answers.
     questions/dictation_train, dictation_seen, dictation_unseen: sentences by many voices.
     answers/train, more: every training answer by nano's own voice; `more` are those that only typed questions have.
-    answers/held_out, read_train, read_held_out: other answers and sentences by it.
+    answers/held_out, read_train, read_more, read_held_out: other answers and sentences by it.
     """
     rng = random.Random(f"voices {seed}")
     asked = facts.sample("train", sizes.questions, seed)
@@ -165,6 +167,11 @@ def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
         answers.setdefault(answer)
     held_out = dict.fromkeys(item.answer for items in tested.values() for item in items)
     mixed = rng.sample(list(answers), len(answers))
+    known = facts.sentences("train", sizes.sentences, seed)
+    # Drawn apart, of twice as many as are wanted: some are known already.
+    others = dict.fromkeys(facts.sentences("train", 2 * sizes.more_sentences, seed + 2))
+    already = set(known)
+    more = [text for text in others if text not in already][: sizes.more_sentences]
 
     parts = {
         "questions/train": [_asked(item, rng, "seen") for item in asked for _ in range(sizes.voicings)],
@@ -176,7 +183,8 @@ def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
         "answers/train": [_own(text, "answer") for text in mixed],
         "answers/more": [_own(text, "answer") for text in every if text not in answers],
         "answers/held_out": [_own(text, "answer") for text in held_out if text not in every],
-        "answers/read_train": [_own(text, "sentence") for text in facts.sentences("train", sizes.sentences, seed)],
+        "answers/read_train": [_own(text, "sentence") for text in known],
+        "answers/read_more": [_own(text, "sentence") for text in more],
         "answers/read_held_out": [
             _own(text, "sentence") for text in facts.sentences("held_out", sizes.held_out_sentences, seed)
         ],

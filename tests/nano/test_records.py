@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
@@ -30,6 +31,7 @@ TINY = CodecConfig(
 """A frame of 64 samples, and an encoder that hears more than a frame on each side."""
 FOLDERS = (
     *("train", "typed_train", "held_out_seen", "held_out_unseen", "read_train", "read_held_out"),
+    *("train_again", "typed_again", "read_again"),
     *("dictation_train", "dictation_seen", "dictation_unseen"),
 )
 TASKS = {
@@ -99,15 +101,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "held_out_unseen": held_out[3:5] + [item for item in held_out if item.answer in known][:1],
     }
     answers = {item.answer for name in ("held_out_seen", "held_out_unseen") for item in asked[name]} - set(known)
-    read = {split: facts.sentences(split, 5, 0) for split in ("train", "held_out")}
+    read = {split: facts.sentences(split, 6, 0) for split in ("train", "held_out")}
     said = {
         "train": known,
         "more": more,
         "held_out": sorted(answers),
         "read_train": read["train"][:3],
+        "read_more": read["train"][5:],
         "read_held_out": read["held_out"][:2],
     }
-    dictated = {"train": read["train"][3:], "seen": read["held_out"][2:4], "unseen": read["held_out"][4:]}
+    dictated = {"train": read["train"][3:5], "seen": read["held_out"][2:4], "unseen": read["held_out"][4:5]}
     for seed, (name, items) in enumerate(asked.items()):
         voiced = [
             Utterance(item.question, item.kind, "espeak", "en-us", 1.0, 0.0, item.answer, item.held_out)
@@ -169,26 +172,32 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     assert tuple(counts) == FOLDERS
     everything = {name: exchanges(out / name) for name in FOLDERS}
     assert {name: len(found) for name, found in everything.items()} == counts
-    assert counts == dict(zip(FOLDERS, (12, 11, 3, 3, 3, 2, 2, 2, 1), strict=True))
+    assert counts == dict(zip(FOLDERS, (12, 11, 3, 3, 3, 2, 12, 11, 1, 2, 2, 1), strict=True))
 
     for name, count in counts.items():
         index, tasks = Records(out / name), TASKS[name.partition("_")[0]]
         assert {task: index.count(task) for task in Task} == {task: count * (task in tasks) for task in Task}
 
     encode = alone(codec)
-    own = {
-        recording.utterance.text: encode(recording.audio)
-        for part in ("train", "more", "held_out", "read_train", "read_held_out")
-        for recording in synthesize.recordings(corpora, f"answers/{part}")
-    }
-    for found in everything.values():
+    own, shifted = {}, {}
+    for part in ("train", "more", "held_out", "read_train", "read_more", "read_held_out"):
+        for recording in synthesize.recordings(corpora, f"answers/{part}"):
+            text = recording.utterance.text
+            shift = zlib.crc32(text.encode()) % codec.config.frame
+            own[text], shifted[text] = encode(recording.audio), encode(np.pad(recording.audio, (shift, 0)))
+    for name, found in everything.items():
+        codes = shifted if name.endswith("_again") else own
         for exchange in found:
             if exchange.answer_text:
-                np.testing.assert_array_equal(exchange.answer_codes, own[exchange.answer_text])
+                np.testing.assert_array_equal(exchange.answer_codes, codes[exchange.answer_text])
                 assert exchange.voice == "heart"
+    changed = [not np.array_equal(shifted[text], own[text]) for text in own]
+    assert np.mean(changed) > 0.9, "a recording that begins elsewhere in a frame has other codes"
     for name in (name for name in FOLDERS if name.startswith(("train", "held_out", "dictation"))):
         for exchange, recording in zip(
-            everything[name], synthesize.recordings(corpora, f"questions/{name}"), strict=True
+            everything[name],
+            synthesize.recordings(corpora, f"questions/{name.removesuffix('_again')}"),
+            strict=True,
         ):
             np.testing.assert_array_equal(exchange.question_audio, recording.audio)
             assert exchange.question_text == recording.utterance.text
@@ -199,16 +208,17 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
 
     # Every answer of training is asked for in writing, too, by a question that has it.
     answers = {(item.question, item.answer): item.kind for item in questions("train")}
-    assert len({exchange.answer_text for exchange in everything["typed_train"]}) == 11
-    for exchange in everything["typed_train"]:
-        assert exchange.source == f"nano {answers[exchange.question_text, exchange.answer_text]}"
+    for name in ("typed_train", "typed_again"):
+        assert len({exchange.answer_text for exchange in everything[name]}) == 11
+        for exchange in everything[name]:
+            assert exchange.source == f"nano {answers[exchange.question_text, exchange.answer_text]}"
 
 
 def test_what_is_there_is_not_made_again(corpora: Path, codec: Snac, tmp_path: Path, pieces: list[int]):
     out = tmp_path / "records"
     whole = records.write(corpora, out, codec)
     held_out = sum(1 for _ in synthesize.recordings(corpora, "answers/held_out"))
-    assert sorted(pieces) == sorted([4, 4, 2, 1, held_out, 3, 2])
+    assert sorted(pieces) == sorted([4, 4, 2, 1, held_out, 3, 2, 4, 4, 2, 1, 1])
     before = {name: exchanges(out / name) for name in FOLDERS}
     pieces.clear()
     assert records.write(corpora, out, codec) == {}
@@ -226,7 +236,7 @@ def test_what_is_there_is_not_made_again(corpora: Path, codec: Snac, tmp_path: P
     pieces.clear()
     other = Snac(TINY, rngs=nnx.Rngs(1))
     assert records.write(corpora, out, other) == whole
-    assert sum(pieces) == 10 + 1 + held_out + 3 + 2
+    assert sum(pieces) == 10 + 1 + held_out + 3 + 2 + 10 + 1 + 1
     encode = alone(other)
     recording = next(synthesize.recordings(corpora, "answers/read_train"))
     after = exchanges(out / "read_train")

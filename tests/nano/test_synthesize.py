@@ -22,7 +22,10 @@ from nano import facts, synthesize
 from nano.synthesize import Sizes, SynthesisError, Utterance, make_shard, recordings
 from omni_jax.data import speech
 
-TRAINING = ("questions/train", "questions/dictation_train", "answers/train", "answers/more", "answers/read_train")
+TRAINING = (
+    *("questions/train", "questions/dictation_train"),
+    *("answers/train", "answers/more", "answers/read_train", "answers/read_more"),
+)
 SEEN = ("questions/held_out_seen", "questions/dictation_seen")
 UNSEEN = ("questions/held_out_unseen", "questions/dictation_unseen")
 RATE = 22_050
@@ -94,12 +97,14 @@ def test_plan_has_as_many_as_wanted(plan: dict[str, list[Utterance]]):
         "questions/dictation_unseen": 100,
         "answers/train": 6000,
         "answers/read_train": 24_000,
+        "answers/read_more": 12_000,
         "answers/read_held_out": 300,
     }
     assert held_out > 100
     answers = {item.answer for item in facts.questions("train")}
     assert texts(plan["answers/train"] + plan["answers/more"]) == {facts.normalise(answer) for answer in answers}
     assert more == len(answers) - 6000
+    assert not texts(plan["answers/read_more"]) & texts(plan["answers/read_train"])
     said = Counter(utterance.text for utterance in plan["questions/train"])
     assert all(count % 2 == 0 for count in said.values()), "every question is said twice"
 
@@ -160,7 +165,7 @@ def test_every_question_has_its_answer_spoken(plan: dict[str, list[Utterance]]):
     assert {utterance.answer for utterance in plan["questions/train"]} <= training
     tested = {utterance.answer for part in UNSEEN[:1] + SEEN[:1] for utterance in plan[part]}
     assert others < tested <= training | more | others
-    for part in ("train", "more", "held_out", "read_train", "read_held_out"):
+    for part in ("train", "more", "held_out", "read_train", "read_more", "read_held_out"):
         voices = {(u.engine, u.voice, u.speed, u.pitch) for u in plan[f"answers/{part}"]}
         assert voices == {("hibari", "heart", 1.0, 0.0)}
 
