@@ -74,9 +74,7 @@ def encoder(codec: Snac) -> Encode:
     return encode
 
 
-def spoken(
-    corpora: Path, part: str, keep: Path, encode: Encode, mark: int, most_shift: int = 0
-) -> dict[str, np.ndarray]:
+def spoken(corpora: Path, part: str, keep: Path, encode: Encode, mark: int, within: int = 1) -> dict[str, np.ndarray]:
     """The codes of every text of a part that nano's own voice speaks.
 
     Args:
@@ -85,7 +83,7 @@ def spoken(
         keep: folder of the codes that are made already.
         encode: from `encoder`.
         mark: of the codec; kept codes with another mark are made anew.
-        most_shift: samples of silence that a recording may begin with, besides its own; each has another number.
+        within: how many samples further on a recording may begin, its own text decides where; 1 leaves it as it is.
     """
     made: dict[str, np.ndarray] = {}
     keep.mkdir(parents=True, exist_ok=True)
@@ -93,10 +91,10 @@ def spoken(
     pieces = iter(lambda: list(itertools.islice(recordings, _PIECE)), [])
     for number, piece in enumerate(tqdm(pieces, desc=part, unit="piece")):
         texts = [recording.utterance.text for recording in piece]
-        path = keep / f"{part.replace('/', '-')}{'-shifted' * bool(most_shift)}-{number:05d}.npz"
+        path = keep / f"{part.replace('/', '-')}{'-shifted' * (within > 1)}-{number:05d}.npz"
         codes = _kept(path, texts, mark)
         if codes is None:
-            codes = encode([_shifted(recording, most_shift) for recording in piece])
+            codes = encode([_shifted(recording, within) for recording in piece])
             partial = path.with_name(f".{path.name}.part")
             with partial.open("wb") as file:
                 lengths = [len(code) for code in codes]
@@ -106,9 +104,9 @@ def spoken(
     return made
 
 
-def _shifted(recording: synthesize.Recording, most: int) -> np.ndarray:
-    """f32 [samples], after up to `most` samples of silence."""
-    shift = zlib.crc32(recording.utterance.text.encode()) % (most + 1)
+def _shifted(recording: synthesize.Recording, within: int) -> np.ndarray:
+    """f32 [samples], after fewer than `within` samples of silence."""
+    shift = zlib.crc32(recording.utterance.text.encode()) % within
     return np.pad(recording.audio.astype(np.float32) / 32768, (shift, 0))
 
 
@@ -186,14 +184,14 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
     encode, mark = encoder(codec), _mark(codec)
     origin = f"codec {mark}, recordings {_made(corpora)}\n"
 
-    def answers(part: str, most_shift: int = 0) -> dict[str, np.ndarray]:
-        return spoken(corpora, f"answers/{part}", out / "codes", encode, mark, most_shift)
+    def answers(part: str, within: int = 1) -> dict[str, np.ndarray]:
+        return spoken(corpora, f"answers/{part}", out / "codes", encode, mark, within)
 
     own = answers("train")
     every = own | answers("more")
     known = every | answers("held_out")
     frame = codec.config.frame
-    own_again = answers("train", frame - 1)
+    own_again = answers("train", frame)
     folders: dict[str, Iterator[Exchange]] = {
         "train": asked(corpora, "questions/train", own),
         "typed_train": typed(every),
@@ -202,8 +200,8 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
         "read_train": read(answers("read_train")),
         "read_held_out": read(answers("read_held_out")),
         "train_again": asked(corpora, "questions/train", own_again),
-        "typed_again": typed(own_again | answers("more", frame - 1), seed=1),
-        "read_again": read(answers("read_more", frame - 1)),
+        "typed_again": typed(own_again | answers("more", frame), seed=1),
+        "read_again": read(answers("read_more", frame)),
         "dictation_train": dictated(corpora, "questions/dictation_train"),
         "dictation_seen": dictated(corpora, "questions/dictation_seen"),
         "dictation_unseen": dictated(corpora, "questions/dictation_unseen"),

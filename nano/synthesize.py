@@ -167,11 +167,11 @@ def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
         answers.setdefault(answer)
     held_out = dict.fromkeys(item.answer for items in tested.values() for item in items)
     mixed = rng.sample(list(answers), len(answers))
-    known = facts.sentences("train", sizes.sentences, seed)
-    # Drawn apart, of twice as many as are wanted: some are known already.
-    others = dict.fromkeys(facts.sentences("train", 2 * sizes.more_sentences, seed + 2))
-    already = set(known)
-    more = [text for text in others if text not in already][: sizes.more_sentences]
+    read = facts.sentences("train", sizes.sentences, seed)
+    known = set(read)
+    # Of twice as many as are wanted: some are known already.
+    drawn = facts.sentences("train", 2 * sizes.more_sentences, seed + 2)
+    read_more = [text for text in drawn if text not in known][: sizes.more_sentences]
 
     parts = {
         "questions/train": [_asked(item, rng, "seen") for item in asked for _ in range(sizes.voicings)],
@@ -183,8 +183,8 @@ def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
         "answers/train": [_own(text, "answer") for text in mixed],
         "answers/more": [_own(text, "answer") for text in every if text not in answers],
         "answers/held_out": [_own(text, "answer") for text in held_out if text not in every],
-        "answers/read_train": [_own(text, "sentence") for text in known],
-        "answers/read_more": [_own(text, "sentence") for text in more],
+        "answers/read_train": [_own(text, "sentence") for text in read],
+        "answers/read_more": [_own(text, "sentence") for text in read_more],
         "answers/read_held_out": [
             _own(text, "sentence") for text in facts.sentences("held_out", sizes.held_out_sentences, seed)
         ],
