@@ -38,6 +38,7 @@ from flax import nnx
 from benchmarks.decode import alternate
 from benchmarks.pipeline import exchange
 from omni_jax import config as configs
+from omni_jax import sharding
 from omni_jax.api import default_layout
 from omni_jax.checkpoint import init_model, model_tensors
 from omni_jax.config import PRESETS, TASKS, EarConfig, LossConfig, ModelConfig, RunConfig
@@ -61,21 +62,24 @@ def main() -> None:
 
 
 def step() -> None:
-    """The train step against torch."""
+    """The train step against torch, in float32 and with products in bfloat16."""
     config = slice_of_mini_omni()
     arrays = rows_of_answers(config)
-    ours = Ours(config, arrays)
-    theirs = Torch(config, ours.weights(), arrays)
-    print(f"train step, {ROWS} rows of {LENGTH} positions; torch threads {torch.get_num_threads()}")
+    runs: dict[str, Ours | Torch] = {"ours": Ours(config, arrays, "float32")}
+    runs["torch"] = Torch(config, runs["ours"].weights(), arrays, "float32")
+    runs["ours, bfloat16"] = Ours(config, arrays, "bfloat16")
+    runs["torch, bfloat16"] = Torch(config, runs["ours"].weights(), arrays, "bfloat16")
+    count = sum(x.size for x in jax.tree.leaves(runs["ours"].state.learning))
+    print(f"train step, {ROWS} rows of {LENGTH} positions, {count / 1e6:.0f}M parameters; ", end="")
+    print(f"torch threads {torch.get_num_threads()}")
     # The first step of each is the warm-up's.
-    seconds = [x / 1e3 for x in alternate(ours.step, theirs.step)]
-    print(
-        f"first loss: ours {ours.losses[0]:.5f}, torch {theirs.losses[0]:.5f}; the last {ours.losses[-1]:.5f}, ", end=""
-    )
-    print(f"{theirs.losses[-1]:.5f}")
-    print(f"{'parameters':>11} {'ours s':>7} {'torch s':>8} {'torch/ours':>11}")
-    count = sum(x.size for x in jax.tree.leaves(ours.state.learning))
-    print(f"{count / 1e6:>10.0f}M {seconds[0]:>7.2f} {seconds[1]:>8.2f} {seconds[1] / seconds[0]:>10.2f}x", flush=True)
+    milliseconds = alternate(*(run.step for run in runs.values()))
+    print(f"{'':>16} {'seconds':>8} {'ours in float32 takes':>22} {'first loss':>11} {'last':>8}")
+    for (name, run), taken in zip(runs.items(), milliseconds, strict=True):
+        ratio = milliseconds[0] / taken
+        print(
+            f"{name:>16} {taken / 1e3:>8.2f} {ratio:>21.2f}x {run.losses[0]:>11.5f} {run.losses[-1]:>8.5f}", flush=True
+        )
 
 
 def slice_of_mini_omni() -> ModelConfig:
@@ -105,7 +109,7 @@ def rows_of_answers(config: ModelConfig) -> dict[str, np.ndarray]:
 class Ours:
     """The step as a run compiles it."""
 
-    def __init__(self, config: ModelConfig, arrays: dict[str, np.ndarray]):
+    def __init__(self, config: ModelConfig, arrays: dict[str, np.ndarray], dtype: str):
         run = configs.build(
             RunConfig,
             {
@@ -119,8 +123,10 @@ class Ours:
             },
             "benchmark",
         )
-        stacked, dtype = default_layout()
-        self.graph, params = nnx.split(init_model(config, stacked=stacked, dtype=dtype, seed=0))
+        stacked, _ = default_layout()
+        model = init_model(config, stacked=stacked, dtype=jnp.dtype(dtype), seed=0)
+        model.lay_on(sharding.make_mesh())
+        self.graph, params = nnx.split(model)
         learning, self.frozen = divide(nnx.to_pure_dict(params), run.learn)
         self.state = TrainState(
             jnp.int32(0), learning, jax.jit(optimizer(run.optimizer).init)(learning), jnp.int32(0), jnp.int32(0)
@@ -144,7 +150,7 @@ class Ours:
 class Torch:
     """The same model and step in PyTorch."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, np.ndarray], arrays: dict[str, np.ndarray]):
+    def __init__(self, config: ModelConfig, weights: dict[str, np.ndarray], arrays: dict[str, np.ndarray], dtype: str):
         vocab, D = Vocab(config.vocab), config.trunk.width
         # One table, the audio layers' rows after the text's, as published.
         named = {name: x for name, x in weights.items() if name.startswith(("trunk.", "norm."))}
@@ -168,17 +174,19 @@ class Torch:
         self.ids = torch.from_numpy(arrays["tokens"].astype(np.int64)) + torch.tensor(offsets)[:, None]
         # What does not count is -100, which cross_entropy leaves out.
         self.targets = torch.from_numpy(np.where(arrays["mask"], arrays["targets"], -100).astype(np.int64))
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
         self.losses: list[float] = []
 
     def step(self) -> None:
         """One step on the same batch."""
         self.optimizer.zero_grad()
-        x = self.model.model.embed_tokens(self.ids).mean(1)
-        logits = self.model(inputs_embeds=x, use_cache=False).logits
-        total = sum(
-            torch.nn.functional.cross_entropy(logits[..., rows].flatten(0, 1), self.targets[:, head].flatten())
-            for head, rows in enumerate(self.slices)
-        )
+        with self.autocast:
+            x = self.model.model.embed_tokens(self.ids).mean(1)
+            logits = self.model(inputs_embeds=x, use_cache=False).logits
+            total = sum(
+                torch.nn.functional.cross_entropy(logits[..., rows].flatten(0, 1), self.targets[:, head].flatten())
+                for head, rows in enumerate(self.slices)
+            )
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER["clip"])
         self.optimizer.step()

@@ -5,14 +5,13 @@
 Folders of records, under build/nano/records:
 
     train                                   questions said aloud, and their answers
-    typed_train                             for every spoken answer of training a question in writing
+    typed_train                             for every spoken answer of training a few questions in writing
     read_train, read_held_out               sentences to be read aloud
-    train_again, typed_again, read_again    for the last leg: the same questions, other sentences, all shifted
     dictation_train, dictation_seen, dictation_unseen                       sentences to be written down
     held_out_seen, held_out_unseen          questions never trained on, by voices that training hears and others
 
-What is shifted begins anywhere within a frame. The same sound then has other codes, and a voice that knows the first by
-heart has to learn what they have in common.
+Every answer begins anywhere within a frame, those of training in four places. The same sound then has other codes; a
+voice that has but one version of each learns the codes by heart, and not what sounds they stand for.
 
 Codes are kept beside them in pieces, so that an interrupted run goes on, and are made anew for another codec. The
 folders are written anew for another codec and for other recordings.
@@ -24,7 +23,7 @@ import itertools
 import random
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +43,8 @@ FOLDER = Path("build/nano/records")
 Encode = Callable[[list[np.ndarray]], list[np.ndarray]]
 """Recordings, f32 [samples] each, to codes, int32 [F, 7] each."""
 
+VERSIONS = 4
+"""Of each answer in training."""
 _PIECE = 250
 """Recordings whose codes are kept in one file."""
 _BATCH = 16
@@ -74,7 +75,9 @@ def encoder(codec: Snac) -> Encode:
     return encode
 
 
-def spoken(corpora: Path, part: str, keep: Path, encode: Encode, mark: int, within: int = 1) -> dict[str, np.ndarray]:
+def spoken(
+    corpora: Path, part: str, keep: Path, encode: Encode, mark: int, frame: int, version: int = 0
+) -> dict[str, np.ndarray]:
     """The codes of every text of a part that nano's own voice speaks.
 
     Args:
@@ -83,7 +86,8 @@ def spoken(corpora: Path, part: str, keep: Path, encode: Encode, mark: int, with
         keep: folder of the codes that are made already.
         encode: from `encoder`.
         mark: of the codec; kept codes with another mark are made anew.
-        within: how many samples further on a recording may begin, its own text decides where; 1 leaves it as it is.
+        frame: samples of the codec's frame.
+        version: each begins elsewhere in the frame.
     """
     made: dict[str, np.ndarray] = {}
     keep.mkdir(parents=True, exist_ok=True)
@@ -91,10 +95,10 @@ def spoken(corpora: Path, part: str, keep: Path, encode: Encode, mark: int, with
     pieces = iter(lambda: list(itertools.islice(recordings, _PIECE)), [])
     for number, piece in enumerate(tqdm(pieces, desc=part, unit="piece")):
         texts = [recording.utterance.text for recording in piece]
-        path = keep / f"{part.replace('/', '-')}{'-shifted' * (within > 1)}-{number:05d}.npz"
+        path = keep / f"{part.replace('/', '-')}-version{version}-{number:05d}.npz"
         codes = _kept(path, texts, mark)
         if codes is None:
-            codes = encode([_shifted(recording, within) for recording in piece])
+            codes = encode([_shifted(recording, frame, version) for recording in piece])
             partial = path.with_name(f".{path.name}.part")
             with partial.open("wb") as file:
                 lengths = [len(code) for code in codes]
@@ -104,9 +108,9 @@ def spoken(corpora: Path, part: str, keep: Path, encode: Encode, mark: int, with
     return made
 
 
-def _shifted(recording: synthesize.Recording, within: int) -> np.ndarray:
-    """f32 [samples], after fewer than `within` samples of silence."""
-    shift = zlib.crc32(recording.utterance.text.encode()) % within
+def _shifted(recording: synthesize.Recording, frame: int, version: int) -> np.ndarray:
+    """f32 [samples], after less than a frame of silence: how much, text and version decide."""
+    shift = zlib.crc32(recording.utterance.text.encode(), version) % frame
     return np.pad(recording.audio.astype(np.float32) / 32768, (shift, 0))
 
 
@@ -120,13 +124,15 @@ def _kept(path: Path, texts: list[str], mark: int) -> list[np.ndarray] | None:
         return np.split(file["codes"], np.cumsum(file["lengths"])[:-1])
 
 
-def asked(corpora: Path, part: str, codes: dict[str, np.ndarray]) -> Iterator[Exchange]:
+def asked(corpora: Path, part: str, versions: Sequence[dict[str, np.ndarray]]) -> Iterator[Exchange]:
     """Questions said aloud; the source of each says its kind and why it is held out, if it is.
+
+    Their answers take turns among the versions of the codes.
 
     Raises:
         nano.synthesize.SynthesisError: an answer is missing.
     """
-    for recording in synthesize.recordings(corpora, part):
+    for recording, codes in zip(synthesize.recordings(corpora, part), itertools.cycle(versions)):
         said = recording.utterance
         if said.answer not in codes:
             raise synthesize.SynthesisError(
@@ -143,13 +149,13 @@ def asked(corpora: Path, part: str, codes: dict[str, np.ndarray]) -> Iterator[Ex
         )
 
 
-def typed(codes: dict[str, np.ndarray], seed: int = 0) -> Iterator[Exchange]:
-    """A training question in writing for each of the answers."""
-    rng = random.Random(f"typed {seed}")
+def typed(versions: Sequence[dict[str, np.ndarray]]) -> Iterator[Exchange]:
+    """A training question in writing for each version of each of the answers."""
+    rng = random.Random("typed 0")
     choices: dict[str, list[facts.Item]] = {}
     for item in facts.questions("train"):
         choices.setdefault(item.answer, []).append(item)
-    for answer, code in codes.items():
+    for answer, code in itertools.chain.from_iterable(codes.items() for codes in versions):
         item = rng.choice(choices[answer])
         yield Exchange(item.question, None, answer, code, f"nano {item.kind}", synthesize.ANSWER_VOICE)
 
@@ -184,24 +190,19 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
     encode, mark = encoder(codec), _mark(codec)
     origin = f"codec {mark}, recordings {_made(corpora)}\n"
 
-    def answers(part: str, within: int = 1) -> dict[str, np.ndarray]:
-        return spoken(corpora, f"answers/{part}", out / "codes", encode, mark, within)
+    def answers(part: str, version: int = 0) -> dict[str, np.ndarray]:
+        keep = out / "codes"
+        return spoken(corpora, f"answers/{part}", keep, encode, mark, codec.config.frame, version)
 
-    own = answers("train")
-    every = own | answers("more")
-    known = every | answers("held_out")
-    frame = codec.config.frame
-    own_again = answers("train", frame)
+    every = [answers("train", version) | answers("more", version) for version in range(VERSIONS)]
+    known = [every[0] | answers("held_out")]
     folders: dict[str, Iterator[Exchange]] = {
-        "train": asked(corpora, "questions/train", own),
+        "train": itertools.chain(asked(corpora, "questions/train", every), asked(corpora, "questions/more", every)),
         "typed_train": typed(every),
         "held_out_seen": asked(corpora, "questions/held_out_seen", known),
         "held_out_unseen": asked(corpora, "questions/held_out_unseen", known),
-        "read_train": read(answers("read_train")),
+        "read_train": read(answers("read_train") | answers("read_more")),
         "read_held_out": read(answers("read_held_out")),
-        "train_again": asked(corpora, "questions/train", own_again),
-        "typed_again": typed(own_again | answers("more", frame), seed=1),
-        "read_again": read(answers("read_more", frame)),
         "dictation_train": dictated(corpora, "questions/dictation_train"),
         "dictation_seen": dictated(corpora, "questions/dictation_seen"),
         "dictation_unseen": dictated(corpora, "questions/dictation_unseen"),

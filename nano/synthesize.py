@@ -93,6 +93,8 @@ class Sizes:
     questions: int = 6000
     """Drawn for training; each is said `voicings` times."""
     voicings: int = 2
+    more_questions: int = 18_000
+    """Others, said once, for the last leg: it is to hear what it has not heard before."""
     held_out_seen: int = 1000
     """Held-out questions by voices that training hears."""
     held_out_unseen: int = 500
@@ -101,8 +103,8 @@ class Sizes:
     """Distinct training answers, those to the spoken questions among them; the others are part of the plan, too."""
     sentences: int = 24_000
     """To be read aloud in training. Of 3,000 a voice learns the codes by heart, and reads nothing else."""
-    more_sentences: int = 12_000
-    """Others, for the last leg: it is to practise, not to say again what it knows by heart."""
+    more_sentences: int = 60_000
+    """Others: a voice is to practise, not to say again what it knows by heart."""
     held_out_sentences: int = 300
     dictations: int = 40_800
     """Sentences said by many voices, to be written down in training. So many, as an ear that hears few texts learns
@@ -144,7 +146,7 @@ class Recording:
 def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
     """What is to be said, by part; the part's name is the folder and the beginning of its files' names.
 
-    questions/train, held_out_seen, held_out_unseen: by many voices, with the answers.
+    questions/train, more, held_out_seen, held_out_unseen: by many voices, with the answers.
     questions/dictation_train, dictation_seen, dictation_unseen: sentences by many voices.
     answers/train, more: every training answer by nano's own voice; `more` are those that only typed questions have.
     answers/held_out, read_train, read_more, read_held_out: other answers and sentences by it.
@@ -191,6 +193,8 @@ def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
     }
     # Shuffled, so that any few shards are like all of them.
     parts["questions/train"] = rng.sample(parts["questions/train"], len(parts["questions/train"]))
+    more = facts.sample("train", sizes.more_questions, seed + 2)
+    parts["questions/more"] = [_asked(item, rng, "seen") for item in rng.sample(more, len(more))]
     return parts
 
 

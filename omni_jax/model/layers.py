@@ -8,14 +8,19 @@ them to a mesh. Matrix products run in `dtype`, norms and softmax in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from omni_jax.config import RopeScaling, TrunkConfig
@@ -83,6 +88,8 @@ def linear(x: Array, weight: Array | Int8, contract: int = 1, dtype: DTypeLike |
     if isinstance(weight, Int8):
         # Whole numbers up to 127 are exact in every dtype; the scales wait until the sums are done.
         return (linear(x, weight.values, contract, jnp.float32) * weight.scale).astype(dtype or x.dtype)
+    if for_one_cpu(x.dtype) and math.prod(x.shape[: x.ndim - contract]) > MOST_DECODE_ROWS:
+        return _product(x, weight, contract).astype(dtype or x.dtype)
     weight = weight.astype(x.dtype)
     of_weight = tuple(range(weight.ndim - contract, weight.ndim))
     of_x = tuple(range(x.ndim - contract, x.ndim))
@@ -103,6 +110,92 @@ def linear(x: Array, weight: Array | Int8, contract: int = 1, dtype: DTypeLike |
     if math.prod(x.shape[: x.ndim - contract]) > MOST_DECODE_ROWS:
         return product(x, weight)
     return jax.lax.platform_dependent(x, weight, cpu=weight_first, default=product)
+
+
+_traced_for_one_cpu: ContextVar[bool] = ContextVar("_traced_for_one_cpu", default=False)
+
+
+@contextmanager
+def traced_for(mesh: Mesh | None) -> Iterator[None]:
+    """Within it, what is traced will run on this mesh: see `for_one_cpu`."""
+    token = _traced_for_one_cpu.set(mesh is not None and mesh.size == 1 and mesh.devices.flat[0].platform == "cpu")
+    try:
+        yield
+    finally:
+        _traced_for_one_cpu.reset(token)
+
+
+def for_one_cpu(dtype: DTypeLike) -> bool:
+    """Whether products of this dtype are to be in the one form that XLA:CPU has fast instructions for.
+
+    Rows times rows or rows times columns, bfloat16 each, to float32: 2.5 times as fast as float32 on a processor with
+    AVX512-BF16. Anything else of bfloat16 it computes in float32.
+    """
+    return _traced_for_one_cpu.get() and dtype == jnp.bfloat16
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, weight: Array, contract: int) -> Array:
+    """`linear` of bfloat16 on one CPU: x [..., *in], weight [*out, *in] of any dtype -> f32 [..., *out]."""
+    outs = weight.shape[: weight.ndim - contract]
+    rows = _flat(x, x.ndim - contract)
+    y = _bfloat16_dot(rows, _flat(weight, len(outs)), 1)
+    return y.reshape(*x.shape[: x.ndim - contract], *outs)
+
+
+def _product_forward(x: Array, weight: Array, contract: int) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, weight, contract), (x, weight)
+
+
+def _product_backward(contract: int, kept: tuple[Array, Array], error: Array) -> tuple[Array, Array]:
+    x, weight = kept
+    outs = weight.ndim - contract
+    error, rows = _flat(error, error.ndim - outs).astype(x.dtype), _flat(x, x.ndim - contract)
+    of_x = _bfloat16_dot(error, _flat(weight, outs), 0).reshape(x.shape)
+    return of_x.astype(x.dtype), _weight_gradient(error, rows).reshape(weight.shape).astype(weight.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def linear_gradients(x: Array, table: Array, error: Array) -> tuple[Array, Array]:
+    """What `linear(x, table)` passes back.
+
+    Args:
+        x: [R, D].
+        table: [*out, D].
+        error: [R, *out], of the dtype to compute in.
+
+    Returns:
+        [R, D] in error's dtype, and f32 [*out, D]. Where one of them is not used, it costs nothing.
+    """
+    if for_one_cpu(error.dtype):
+        flat = _flat(error, 1)
+        of_x = _bfloat16_dot(flat, _flat(table, table.ndim - 1), 0).astype(error.dtype)
+        return of_x, _weight_gradient(flat, x).reshape(table.shape)
+    # The large factor first and the small result transposed: the other way XLA:CPU takes a quarter longer.
+    axes = tuple(range(table.ndim - 1))
+    of_x = jnp.tensordot(table.astype(error.dtype), error, (axes, tuple(a + 1 for a in axes))).T
+    return of_x, jnp.tensordot(error, x, ((0,), (0,)), preferred_element_type=jnp.float32)
+
+
+def _flat(x: Array, leading: int) -> Array:
+    """An array as a matrix: the first `leading` axes, and the others."""
+    return x.reshape(math.prod(x.shape[:leading]), -1)
+
+
+def _bfloat16_dot(x: Array, y: Array, axis: int) -> Array:
+    """[R, N] times y's `axis` -> f32 [R, other axis of y]."""
+    x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+    return jax.lax.dot_general(x, y, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _weight_gradient(error: Array, x: Array) -> Array:
+    """[R, out] and [R, in] -> f32 [out, in]."""
+    # Columns times columns is not among the fast forms. The layout has the transpose made, for a tenth of what it
+    # saves; the barrier keeps the result from being transposed by the product, which XLA:CPU would refuse to run.
+    turned = with_layout_constraint(error.astype(jnp.bfloat16).T, Layout(major_to_minor=(0, 1)))
+    return jax.lax.optimization_barrier(_bfloat16_dot(turned, x, 0))
 
 
 class RMSNorm(nnx.Module):

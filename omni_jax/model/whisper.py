@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from omni_jax import sharding
 from omni_jax.config import EarConfig
+from omni_jax.model.layers import for_one_cpu
 
 SHORT_CLIP = 512
 """Positions up to which attention takes all queries at once."""
@@ -139,7 +140,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., *inputs] -> dtype [..., *outputs]."""
-        y = jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), axes=self.inputs)
+        wide = jnp.float32 if for_one_cpu(self.dtype) else None
+        kernel = self.kernel[...].astype(self.dtype)
+        y = jnp.tensordot(x.astype(self.dtype), kernel, axes=self.inputs, preferred_element_type=wide)
+        y = y.astype(self.dtype)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 

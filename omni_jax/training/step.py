@@ -11,6 +11,7 @@ import optax
 from flax import nnx, traverse_util
 
 from omni_jax.config import OptimizerConfig, RunConfig
+from omni_jax.model.layers import traced_for
 from omni_jax.model.omni import OmniModel
 from omni_jax.prompts import Task
 from omni_jax.training import loss
@@ -112,18 +113,19 @@ def updates(config: OptimizerConfig, moments: Any, learning: Params) -> Params:
 
 def forward(model: OmniModel, batch: Batch, counts: Array, config: RunConfig) -> tuple[Array, loss.Sums]:
     """What `loss.of_batch` gives for a batch whose heads have `counts` float32 [8] targets in all."""
-    heard = None
-    if any(Task(task).hears for task in config.data.tasks):
-        heard = hear(model, batch["sound"])
-    text_hidden, audio_hidden, _ = model(
-        batch["tokens"],
-        batch["positions"],
-        heard,
-        batch["speech_index"],
-        batch["segments"],
-        remat=config.remat,
-    )
-    return loss.of_batch(model, text_hidden, audio_hidden, batch["targets"], batch["mask"], counts, config.loss)
+    with traced_for(model.mesh):
+        heard = None
+        if any(Task(task).hears for task in config.data.tasks):
+            heard = hear(model, batch["sound"])
+        text_hidden, audio_hidden, _ = model(
+            batch["tokens"],
+            batch["positions"],
+            heard,
+            batch["speech_index"],
+            batch["segments"],
+            remat=config.remat,
+        )
+        return loss.of_batch(model, text_hidden, audio_hidden, batch["targets"], batch["mask"], counts, config.loss)
 
 
 def hear(model: OmniModel, sound: Array) -> Array:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 from omni_jax.config import RopeScaling, TrunkConfig
 from omni_jax.model.layers import (
@@ -20,10 +22,13 @@ from omni_jax.model.layers import (
     attend,
     attend_cache,
     linear,
+    linear_gradients,
     rope,
     rope_frequencies,
     rotate,
+    traced_for,
 )
+from omni_jax.sharding import make_mesh
 from tests.model.randomised import randomised
 
 RANDOM = np.random.default_rng(0)
@@ -110,6 +115,66 @@ def test_linear_has_gradients(rows: int) -> None:
     gradients = jax.grad(lambda x, w: linear(x, w).sum(), argnums=(0, 1))(x, weight)
     close(gradients[0], np.broadcast_to(weight.sum(0), x.shape))
     close(gradients[1], np.broadcast_to(x.sum(0), weight.shape), 1e-4)
+
+
+def test_bfloat16_products_on_one_cpu() -> None:
+    """Forward, and back to both factors: as exact as rounded factors let them be, and each in the fast form."""
+    x, weight = normal(3, 40, 4, 6), normal(5, 7, 4, 6)
+    pull = normal(3, 40, 5, 7)
+    rounded_x, rounded_weight, rounded_pull = (y.astype(jnp.bfloat16).astype(np.float32) for y in (x, weight, pull))
+
+    def back(x: jax.Array, weight: jax.Array, pull: jax.Array) -> tuple[jax.Array, ...]:
+        with traced_for(make_mesh()):
+            y, gradients = jax.vjp(lambda x, w: linear(x, w, contract=2, dtype=jnp.float32), x, weight)
+        return y, *gradients(pull)
+
+    program = jax.jit(back).lower(jnp.asarray(x, jnp.bfloat16), weight, pull).compile()
+    y, of_x, of_weight = program(jnp.asarray(x, jnp.bfloat16), weight, pull)
+    assert (y.dtype, of_x.dtype, of_weight.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    close(y, np.einsum("abnh,oqnh->aboq", rounded_x, rounded_weight), 1e-5)
+    close(of_weight, np.einsum("aboq,abnh->oqnh", rounded_pull, rounded_x), 1e-4)
+    np.testing.assert_allclose(
+        of_x.astype(jnp.float32), np.einsum("aboq,oqnh->abnh", rounded_pull, rounded_weight), rtol=2**-8, atol=1e-5
+    )
+    # The compiler would have taken other forms apart into conversions and a product of float32.
+    factors = re.findall(
+        r"^%fused_computation\S* \(\S+: (\w+)\[[\d,]+\], \S+: (\w+)\[[\d,]+\]\)", program.as_text(), re.M
+    )
+    assert factors == [("bf16", "bf16")] * 3
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7)])
+def test_linear_gradients(shape: tuple[int, ...]) -> None:
+    x, table, error = normal(40, 6), normal(*shape, 6), normal(40, *shape)
+    _, expected = jax.vjp(linear, x, table)
+    for ours, theirs in zip(linear_gradients(x, table, error), expected(error), strict=True):
+        close(ours, theirs)
+    halved = jnp.asarray(error, jnp.bfloat16)
+
+    def gradients(x: jax.Array, table: jax.Array, error: jax.Array) -> tuple[jax.Array, jax.Array]:
+        with traced_for(make_mesh()):
+            return linear_gradients(x, table, error)
+
+    of_x, of_table = jax.jit(gradients)(jnp.asarray(x, jnp.bfloat16), table, halved)
+    assert (of_x.dtype, of_table.dtype) == (jnp.bfloat16, jnp.float32)
+    for ours, theirs in zip((of_x, of_table), linear_gradients(x, table, error), strict=True):
+        close(ours.astype(jnp.float32), theirs, 0.02 * float(jnp.abs(theirs).max()))
+
+
+def test_only_bfloat16_on_one_cpu_is_special() -> None:
+    def traced(mesh: Mesh | None, dtype: str, rows: int) -> str:
+        with traced_for(mesh):
+            # A function of its own, as traces are kept.
+            return str(jax.make_jaxpr(lambda x, w: linear(x, w))(jnp.ones((rows, 4), dtype), jnp.ones((3, 4))))
+
+    assert "custom_vjp" in traced(make_mesh(), "bfloat16", 64)
+    for mesh, dtype, rows in (
+        (None, "bfloat16", 64),
+        (make_mesh(data=2), "bfloat16", 64),
+        (make_mesh(), "float32", 64),
+        (make_mesh(), "bfloat16", MOST_DECODE_ROWS),
+    ):
+        assert "custom_vjp" not in traced(mesh, dtype, rows)
 
 
 def reference_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray) -> np.ndarray:

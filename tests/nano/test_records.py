@@ -31,7 +31,6 @@ TINY = CodecConfig(
 """A frame of 64 samples, and an encoder that hears more than a frame on each side."""
 FOLDERS = (
     *("train", "typed_train", "held_out_seen", "held_out_unseen", "read_train", "read_held_out"),
-    *("train_again", "typed_again", "read_again"),
     *("dictation_train", "dictation_seen", "dictation_unseen"),
 )
 TASKS = {
@@ -56,7 +55,8 @@ def codec() -> Snac:
 
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Small pieces and batches; how many recordings were encoded each time."""
+    """Small pieces and batches, two versions; how many recordings were encoded each time."""
+    monkeypatch.setattr(records, "VERSIONS", 2)
     monkeypatch.setattr(records, "_PIECE", 4)
     monkeypatch.setattr(records, "_BATCH", 3)
     monkeypatch.setattr(facts, "questions", questions)
@@ -97,6 +97,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     known, more = every[:10], every[10:11]
     asked = {
         "train": [item for item in train if item.answer in known][:12],
+        "more": [item for item in train if item.answer in known + more][12:15],
         "held_out_seen": held_out[:3],
         "held_out_unseen": held_out[3:5] + [item for item in held_out if item.answer in known][:1],
     }
@@ -172,33 +173,38 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     assert tuple(counts) == FOLDERS
     everything = {name: exchanges(out / name) for name in FOLDERS}
     assert {name: len(found) for name, found in everything.items()} == counts
-    assert counts == dict(zip(FOLDERS, (12, 11, 3, 3, 3, 2, 12, 11, 1, 2, 2, 1), strict=True))
+    assert counts == dict(zip(FOLDERS, (15, 22, 3, 3, 4, 2, 2, 2, 1), strict=True))
 
     for name, count in counts.items():
         index, tasks = Records(out / name), TASKS[name.partition("_")[0]]
         assert {task: index.count(task) for task in Task} == {task: count * (task in tasks) for task in Task}
 
     encode = alone(codec)
-    own, shifted = {}, {}
+    plain, versions = {}, ({}, {})
     for part in ("train", "more", "held_out", "read_train", "read_more", "read_held_out"):
         for recording in synthesize.recordings(corpora, f"answers/{part}"):
             text = recording.utterance.text
-            shift = zlib.crc32(text.encode()) % codec.config.frame
-            own[text], shifted[text] = encode(recording.audio), encode(np.pad(recording.audio, (shift, 0)))
+            plain[text] = encode(recording.audio)
+            for version, codes in enumerate(versions):
+                shift = zlib.crc32(text.encode(), version) % codec.config.frame
+                codes[text] = encode(np.pad(recording.audio, (shift, 0)))
+    for other in (plain, versions[1]):
+        changed = [not np.array_equal(versions[0][text], other[text]) for text in plain]
+        assert np.mean(changed) > 0.9, "a recording that begins elsewhere in a frame has other codes"
+    asked = {name: [*synthesize.recordings(corpora, f"questions/{name}")] for name in ("train", "more")}
+    turns = [number % 2 for part in asked.values() for number in range(len(part))]
+    assert len(turns) == 15
     for name, found in everything.items():
-        codes = shifted if name.endswith("_again") else own
-        for exchange in found:
+        expected = {"train": turns, "typed_train": [0] * 11 + [1] * 11}.get(name, [0] * len(found))
+        for exchange, version in zip(found, expected, strict=True):
             if exchange.answer_text:
-                np.testing.assert_array_equal(exchange.answer_codes, codes[exchange.answer_text])
+                np.testing.assert_array_equal(exchange.answer_codes, versions[version][exchange.answer_text])
                 assert exchange.voice == "heart"
-    changed = [not np.array_equal(shifted[text], own[text]) for text in own]
-    assert np.mean(changed) > 0.9, "a recording that begins elsewhere in a frame has other codes"
     for name in (name for name in FOLDERS if name.startswith(("train", "held_out", "dictation"))):
-        for exchange, recording in zip(
-            everything[name],
-            synthesize.recordings(corpora, f"questions/{name.removesuffix('_again')}"),
-            strict=True,
-        ):
+        said = (
+            asked["train"] + asked["more"] if name == "train" else synthesize.recordings(corpora, f"questions/{name}")
+        )
+        for exchange, recording in zip(everything[name], said, strict=True):
             np.testing.assert_array_equal(exchange.question_audio, recording.audio)
             assert exchange.question_text == recording.utterance.text
             assert exchange.answer_text == recording.utterance.answer
@@ -208,17 +214,16 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
 
     # Every answer of training is asked for in writing, too, by a question that has it.
     answers = {(item.question, item.answer): item.kind for item in questions("train")}
-    for name in ("typed_train", "typed_again"):
-        assert len({exchange.answer_text for exchange in everything[name]}) == 11
-        for exchange in everything[name]:
-            assert exchange.source == f"nano {answers[exchange.question_text, exchange.answer_text]}"
+    assert len({exchange.answer_text for exchange in everything["typed_train"]}) == 11
+    for exchange in everything["typed_train"]:
+        assert exchange.source == f"nano {answers[exchange.question_text, exchange.answer_text]}"
 
 
 def test_what_is_there_is_not_made_again(corpora: Path, codec: Snac, tmp_path: Path, pieces: list[int]):
     out = tmp_path / "records"
     whole = records.write(corpora, out, codec)
     held_out = sum(1 for _ in synthesize.recordings(corpora, "answers/held_out"))
-    assert sorted(pieces) == sorted([4, 4, 2, 1, held_out, 3, 2, 4, 4, 2, 1, 1])
+    assert sorted(pieces) == sorted([4, 4, 2, 1, 4, 4, 2, 1, held_out, 3, 1, 2])
     before = {name: exchanges(out / name) for name in FOLDERS}
     pieces.clear()
     assert records.write(corpora, out, codec) == {}
@@ -226,9 +231,9 @@ def test_what_is_there_is_not_made_again(corpora: Path, codec: Snac, tmp_path: P
     # What a killed run leaves: no index, or no codes.
     (out / "read_train" / INDEX).unlink()
     (out / "typed_train" / "origin.txt").unlink()
-    assert records.write(corpora, out, codec) == {"typed_train": 11, "read_train": 3}
+    assert records.write(corpora, out, codec) == {"typed_train": 22, "read_train": 4}
     assert pieces == []
-    (out / "codes" / "answers-train-00001.npz").unlink()
+    (out / "codes" / "answers-train-version1-00001.npz").unlink()
     assert records.write(corpora, out, codec) == {}
     assert pieces == [4]
 
@@ -236,11 +241,12 @@ def test_what_is_there_is_not_made_again(corpora: Path, codec: Snac, tmp_path: P
     pieces.clear()
     other = Snac(TINY, rngs=nnx.Rngs(1))
     assert records.write(corpora, out, other) == whole
-    assert sum(pieces) == 10 + 1 + held_out + 3 + 2 + 10 + 1 + 1
+    assert sum(pieces) == 2 * (10 + 1) + held_out + 3 + 1 + 2
     encode = alone(other)
     recording = next(synthesize.recordings(corpora, "answers/read_train"))
     after = exchanges(out / "read_train")
-    np.testing.assert_array_equal(after[0].answer_codes, encode(recording.audio))
+    shift = zlib.crc32(recording.utterance.text.encode()) % other.config.frame
+    np.testing.assert_array_equal(after[0].answer_codes, encode(np.pad(recording.audio, (shift, 0))))
     assert not np.array_equal(after[0].answer_codes, before["read_train"][0].answer_codes)
 
 
@@ -251,7 +257,7 @@ def test_more_recordings_are_written_and_only_they_are_coded(
     records.write(corpora, out, codec)
     pieces.clear()
     shard(corpora / "answers/read_train-00001", [Utterance("New words.", "sentence", "hibari", "heart")] * 1, 24_000, 9)
-    assert records.write(corpora, out, codec)["read_train"] == 4
+    assert records.write(corpora, out, codec)["read_train"] == 5
     assert pieces == [4], "the piece that has the new one, and no other"
     assert exchanges(out / "read_train")[3].answer_text == "New words."
 

@@ -23,7 +23,7 @@ from nano.synthesize import Sizes, SynthesisError, Utterance, make_shard, record
 from omni_jax.data import speech
 
 TRAINING = (
-    *("questions/train", "questions/dictation_train"),
+    *("questions/train", "questions/more", "questions/dictation_train"),
     *("answers/train", "answers/more", "answers/read_train", "answers/read_more"),
 )
 SEEN = ("questions/held_out_seen", "questions/dictation_seen")
@@ -90,6 +90,7 @@ def test_plan_has_as_many_as_wanted(plan: dict[str, list[Utterance]]):
     held_out, more = counts.pop("answers/held_out"), counts.pop("answers/more")
     assert counts == {
         "questions/train": 2 * 6000,
+        "questions/more": 18_000,
         "questions/held_out_seen": 1000,
         "questions/held_out_unseen": 500,
         "questions/dictation_train": 2400 + 38_400,
@@ -97,7 +98,7 @@ def test_plan_has_as_many_as_wanted(plan: dict[str, list[Utterance]]):
         "questions/dictation_unseen": 100,
         "answers/train": 6000,
         "answers/read_train": 24_000,
-        "answers/read_more": 12_000,
+        "answers/read_more": 60_000,
         "answers/read_held_out": 300,
     }
     assert held_out > 100
@@ -161,6 +162,7 @@ def test_every_question_has_its_answer_spoken(plan: dict[str, list[Utterance]]):
     more, others = ({utterance.text for utterance in plan[f"answers/{part}"]} for part in ("more", "held_out"))
     assert len(training) == 6000
     assert not training & more
+    assert {utterance.answer for utterance in plan["questions/more"]} <= training | more
     assert not (training | more) & others
     assert {utterance.answer for utterance in plan["questions/train"]} <= training
     tested = {utterance.answer for part in UNSEEN[:1] + SEEN[:1] for utterance in plan[part]}
@@ -171,12 +173,12 @@ def test_every_question_has_its_answer_spoken(plan: dict[str, list[Utterance]]):
 
 
 def test_any_shard_is_like_all(plan: dict[str, list[Utterance]]):
-    everything = plan["questions/train"]
-    shard = everything[: synthesize.SHARD]
-    for kind, count in Counter(utterance.kind for utterance in everything).items():
-        share = count / len(everything)
-        found = sum(utterance.kind == kind for utterance in shard) / len(shard)
-        assert found == pytest.approx(share, abs=4 * (share / len(shard)) ** 0.5), kind
+    for everything in (plan["questions/train"], plan["questions/more"]):
+        shard = everything[: synthesize.SHARD]
+        for kind, count in Counter(utterance.kind for utterance in everything).items():
+            share = count / len(everything)
+            found = sum(utterance.kind == kind for utterance in shard) / len(shard)
+            assert found == pytest.approx(share, abs=4 * (share / len(shard)) ** 0.5), kind
     answers = [utterance.text for utterance in plan["answers/train"]]
     spoken = {utterance.answer for utterance in everything}
     share = sum(answer in spoken for answer in answers) / len(answers)
