@@ -6,7 +6,8 @@ a question. What is held out is never trained on and decided by hashes, so it st
 - a tenth of the number pairs of every kind that asks for two numbers: of sums both orders together (7 + 5 and 5 + 7),
   of products one order only, as nobody can work out a times table that they were never shown,
 - a fifth of the phrasings of every kind, never its first, which is the plainest,
-- of the sentences, a fifth of the patterns and a tenth of what the other patterns give.
+- of the sentences, a fifth of the patterns and a tenth of what the other patterns give; nor does a free sentence have a
+  held-out pattern anywhere in it.
 
 Spelling is American, as the voice that answers; numbers are words.
 
@@ -35,6 +36,8 @@ T = TypeVar("T")
 HELD_OUT_PAIRS = 1 / 10
 HELD_OUT_PHRASINGS = 1 / 5
 HELD_OUT_SENTENCES = 1 / 10
+LONGEST_FREE_SENTENCE = 14
+"""In words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,39 @@ def sentences(split: Split, count: int, seed: int) -> list[str]:
         if group is not known or new_words == (split == "held_out"):
             found.setdefault(text)
     return list(found)
+
+
+def free_sentences(count: int, seed: int) -> list[str]:
+    """Distinct sentences for training, of many forms and sometimes of none, in words that nano knows and a few others.
+
+    Who has read only sentences of two dozen patterns knows what words sound like where these have them, and in a new
+    pattern is lost.
+
+    Args:
+        count: how many.
+        seed: of the choice.
+    """
+    rng = random.Random(f"free sentences {seed}")
+    held_out = [
+        re.compile(re.sub(r"\{(\w+)\}", lambda slot: f"({'|'.join(_slots()[slot[1]])})", pattern.rstrip(".?")), re.I)
+        for pattern in _held_out(_PATTERNS, HELD_OUT_PHRASINGS, "pattern")
+    ]
+    found: dict[str, None] = {}
+    while len(found) < count:
+        text = _compose(_grow("sentence", rng), rng)
+        known = _hash("sentence", text) >= HELD_OUT_SENTENCES and not any(form.search(text) for form in held_out)
+        if known and len(text.split()) <= LONGEST_FREE_SENTENCE:
+            found.setdefault(text)
+    return list(found)
+
+
+def _grow(symbol: str, rng: random.Random) -> str:
+    """A pattern that the grammar gives."""
+    parts = rng.choice(_GRAMMAR[symbol]).replace("}", "{").split("{")
+    for position in range(1, len(parts), 2):
+        part = parts[position]
+        parts[position] = _grow(part, rng) if part in _GRAMMAR else f"{{{part}}}"
+    return "".join(parts)
 
 
 def _draw(kind: Kind, split: Split, count: int, rng: random.Random) -> list[Item]:
@@ -493,6 +529,183 @@ _PATTERNS = _lines("""
     The first {animal} is {color}, the last is {color}.
     Tell {name} that the {thing} is {adj}.
 """)
+
+_GRAMMAR = {
+    "sentence": _lines("""
+        {clause}.
+        {clause}.
+        {clause}.
+        {clause}.
+        {when}, {clause}.
+        {clause}, and {clause}.
+        {clause}, but {clause}.
+        {clause} because {clause}.
+        {clause} when {clause}.
+        if {clause}, {clause}.
+        I think {clause}.
+        tell {one} that {clause}.
+        does {one} {do} {what}?
+        do {many} {do} {what} {place}?
+        is {one} {adj} or {adj}?
+        is {one} {place}?
+        are {many} {color} or {color}?
+        where is {one}?
+        where are {many}?
+        who {does} {what}?
+        do you {do} {what}?
+        can you {do} {what} {when}?
+        how many {animals} are {place}?
+        {do} {what}, please.
+        {do} {what} and {what}.
+        show {what} to {name}.
+        {one}, {one} and {one}.
+        {one} {place}, {many} {place}.
+        {one} says {sound}, {sound}, {sound}.
+        {word}, {word}, {word}.
+        {word}, {word}, {word}, {word}.
+        {word} {word} {word} {word}.
+        {word} {does} {word} {place}.
+    """),
+    "clause": _lines("""
+        {one} {does} {what}
+        {one} {does} {what} {place}
+        {one} {does} {what} {when}
+        {many} {do} {what}
+        {many} {do} {what} {place}
+        {one} is {how}
+        {one} is {place}
+        {many} are {how}
+        {many} are {place}
+        {one} lives {place}
+        {many} live {place}
+        {one} comes from {city} {when}
+        {one} goes to {city} {when}
+        {one} says {sound} {when}
+        there is a {color} {thing} {place}
+        there are {many} {place}
+        {one} was {adj} {when}
+        the favorite {thing} of {name} is {how}
+        my favorite {thing} is {place}
+        your favorite animal is the {animal}
+    """),
+    "one": _lines("""
+        {name}
+        {name}
+        the {animal}
+        the {adj} {animal}
+        a {color} {animal}
+        my {thing}
+        his {adj} {thing}
+        the {color} {thing}
+        the {thing} of {name}
+        the {animal} from {city}
+        your favorite {animal}
+        the first {animal}
+        the last {thing}
+        this {thing}
+    """),
+    "many": _lines("""
+        we
+        they
+        {number} {animals}
+        {number} {animals}
+        {number} {adj} {animals}
+        the {color} {animals}
+        {name} and {name}
+        all {animals}
+    """),
+    "what": _lines("""
+        {one}
+        {one}
+        {one}
+        {number} {animals}
+        {number} {unit}
+        the {thing} and the {thing}
+        a {adj}, {color} {thing}
+        me
+        it
+    """),
+    "does": _lines("""
+        likes
+        sees
+        eats
+        buys
+        sells
+        counts
+        knows
+        wants
+        finds
+        has
+        hears
+        loves
+        takes
+        needs
+        asks
+    """),
+    "do": _lines("""
+        like
+        see
+        eat
+        buy
+        sell
+        count
+        know
+        want
+        find
+        have
+        hear
+        love
+        take
+        need
+        ask
+    """),
+    "how": _lines("""
+        {adj}
+        {color}
+        {adj} and {adj}
+        {adj} but not {adj}
+        {color} or {color}
+        very {adj}
+        as {adj} as {one}
+    """),
+    "place": _lines("""
+        in {city}
+        in {country}
+        above {one}
+        below {one}
+        behind {one}
+        near {one}
+        with {one}
+        from {city} to {city}
+        in the house
+    """),
+    "when": _lines("""
+        on {day}
+        in {month}
+        every {day}
+        for {number} {unit}
+        after {number} {unit}
+        today
+        at night
+    """),
+    "word": _lines("""
+        {adj}
+        {animal}
+        {animals}
+        {color}
+        {number}
+        {number}
+        {day}
+        {month}
+        {country}
+        {city}
+        {thing}
+        {unit}
+        {sound}
+    """),
+}
+"""What a part of a free sentence can be; what is not a part is a slot of `_slots`. A part named twice comes twice as
+often."""
 
 _ALL = [
     _kind(

@@ -6,8 +6,8 @@ Folders of records, under build/nano/records:
 
     train                                   questions said aloud, and their answers
     typed_train                             for every spoken answer of training a few questions in writing
-    read_train, read_held_out               sentences to be read aloud
-    dictation_train, dictation_seen, dictation_unseen                       sentences to be written down
+    read_train, read_free, read_held_out    sentences to be read aloud
+    dictation_train, dictation_free, dictation_seen, dictation_unseen       sentences to be written down
     held_out_seen, held_out_unseen          questions never trained on, by voices that training hears and others
 
 Every answer begins anywhere within a frame, those of training in four places. The same sound then has other codes; a
@@ -202,8 +202,10 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
         "held_out_seen": asked(corpora, "questions/held_out_seen", known),
         "held_out_unseen": asked(corpora, "questions/held_out_unseen", known),
         "read_train": read(answers("read_train") | answers("read_more")),
+        "read_free": read(answers("read_free")),
         "read_held_out": read(answers("read_held_out")),
         "dictation_train": dictated(corpora, "questions/dictation_train"),
+        "dictation_free": dictated(corpora, "questions/dictation_free"),
         "dictation_seen": dictated(corpora, "questions/dictation_seen"),
         "dictation_unseen": dictated(corpora, "questions/dictation_unseen"),
     }

@@ -226,6 +226,26 @@ def test_sentences_are_new_and_in_known_words():
         assert not re.search(r"\b[Aa] [aeiou]", text), text
 
 
+def test_free_sentences_have_many_forms_and_nothing_held_out():
+    free, held_out = facts.free_sentences(3000, seed=0), facts.sentences("held_out", 300, seed=0)
+    adjective = "|".join(facts._slots()["adj"])
+    assert len(set(free)) == 3000
+    assert free == facts.free_sentences(4000, seed=0)[:3000]
+    assert not set(free) & set(held_out)
+    for text in free:
+        assert re.fullmatch(r"[A-Z][A-Za-z' ,-]*[.?]", text), text
+        assert not re.search(r"\b[Aa] [aeiou]", text), text
+        assert len(text.split()) <= 14
+        # Two of the patterns that are held out, also as parts of a sentence.
+        assert not re.search(rf"\bthe ({adjective}) \w+ likes the ({adjective}) ", text, re.IGNORECASE), text
+        assert not re.search(r"my favorite (cow|dog|cat|pig|sheep|lion|bear) is", text, re.IGNORECASE), text
+    # The words of those patterns have to be learnt elsewhere.
+    words = {word for text in free for word in facts.normalise(text).split()}
+    assert {"likes", "my", "favorite", "above", "below", "do", "you", "know", "from", "live", "in"} <= words
+    openings = {tuple(text.split()[:2]) for text in free}
+    assert len(openings) > 1000, "no two dozen patterns"
+
+
 def test_normalise():
     assert facts.normalise("Forty-seven, isn't IT?  No.") == "forty seven isn't it no"
 

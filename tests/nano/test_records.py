@@ -30,8 +30,8 @@ TINY = CodecConfig(
 )
 """A frame of 64 samples, and an encoder that hears more than a frame on each side."""
 FOLDERS = (
-    *("train", "typed_train", "held_out_seen", "held_out_unseen", "read_train", "read_held_out"),
-    *("dictation_train", "dictation_seen", "dictation_unseen"),
+    *("train", "typed_train", "held_out_seen", "held_out_unseen", "read_train", "read_free", "read_held_out"),
+    *("dictation_train", "dictation_free", "dictation_seen", "dictation_unseen"),
 )
 TASKS = {
     "train": set(Task),
@@ -109,9 +109,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "held_out": sorted(answers),
         "read_train": read["train"][:3],
         "read_more": read["train"][5:],
+        "read_free": facts.free_sentences(1, 0),
         "read_held_out": read["held_out"][:2],
     }
-    dictated = {"train": read["train"][3:5], "seen": read["held_out"][2:4], "unseen": read["held_out"][4:5]}
+    dictated = {
+        "train": read["train"][3:5],
+        "free": facts.free_sentences(2, 1),
+        "seen": read["held_out"][2:4],
+        "unseen": read["held_out"][4:5],
+    }
     for seed, (name, items) in enumerate(asked.items()):
         voiced = [
             Utterance(item.question, item.kind, "espeak", "en-us", 1.0, 0.0, item.answer, item.held_out)
@@ -173,7 +179,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     assert tuple(counts) == FOLDERS
     everything = {name: exchanges(out / name) for name in FOLDERS}
     assert {name: len(found) for name, found in everything.items()} == counts
-    assert counts == dict(zip(FOLDERS, (15, 22, 3, 3, 4, 2, 2, 2, 1), strict=True))
+    assert counts == dict(zip(FOLDERS, (15, 22, 3, 3, 4, 1, 2, 2, 2, 2, 1), strict=True))
 
     for name, count in counts.items():
         index, tasks = Records(out / name), TASKS[name.partition("_")[0]]
@@ -181,7 +187,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
 
     encode = alone(codec)
     plain, versions = {}, ({}, {})
-    for part in ("train", "more", "held_out", "read_train", "read_more", "read_held_out"):
+    for part in ("train", "more", "held_out", "read_train", "read_more", "read_free", "read_held_out"):
         for recording in synthesize.recordings(corpora, f"answers/{part}"):
             text = recording.utterance.text
             plain[text] = encode(recording.audio)
@@ -223,7 +229,7 @@ def test_what_is_there_is_not_made_again(corpora: Path, codec: Snac, tmp_path: P
     out = tmp_path / "records"
     whole = records.write(corpora, out, codec)
     held_out = sum(1 for _ in synthesize.recordings(corpora, "answers/held_out"))
-    assert sorted(pieces) == sorted([4, 4, 2, 1, 4, 4, 2, 1, held_out, 3, 1, 2])
+    assert sorted(pieces) == sorted([4, 4, 2, 1, 4, 4, 2, 1, held_out, 3, 1, 1, 2])
     before = {name: exchanges(out / name) for name in FOLDERS}
     pieces.clear()
     assert records.write(corpora, out, codec) == {}
@@ -241,7 +247,7 @@ def test_what_is_there_is_not_made_again(corpora: Path, codec: Snac, tmp_path: P
     pieces.clear()
     other = Snac(TINY, rngs=nnx.Rngs(1))
     assert records.write(corpora, out, other) == whole
-    assert sum(pieces) == 2 * (10 + 1) + held_out + 3 + 1 + 2
+    assert sum(pieces) == 2 * (10 + 1) + held_out + 3 + 1 + 1 + 2
     encode = alone(other)
     recording = next(synthesize.recordings(corpora, "answers/read_train"))
     after = exchanges(out / "read_train")

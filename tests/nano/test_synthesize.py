@@ -23,8 +23,8 @@ from nano.synthesize import Sizes, SynthesisError, Utterance, make_shard, record
 from omni_jax.data import speech
 
 TRAINING = (
-    *("questions/train", "questions/more", "questions/dictation_train"),
-    *("answers/train", "answers/more", "answers/read_train", "answers/read_more"),
+    *("questions/train", "questions/more", "questions/dictation_train", "questions/dictation_free"),
+    *("answers/train", "answers/more", "answers/read_train", "answers/read_more", "answers/read_free"),
 )
 SEEN = ("questions/held_out_seen", "questions/dictation_seen")
 UNSEEN = ("questions/held_out_unseen", "questions/dictation_unseen")
@@ -94,11 +94,13 @@ def test_plan_has_as_many_as_wanted(plan: dict[str, list[Utterance]]):
         "questions/held_out_seen": 1000,
         "questions/held_out_unseen": 500,
         "questions/dictation_train": 2400 + 38_400,
+        "questions/dictation_free": 12_000,
         "questions/dictation_seen": 200,
         "questions/dictation_unseen": 100,
         "answers/train": 6000,
         "answers/read_train": 24_000,
         "answers/read_more": 60_000,
+        "answers/read_free": 30_000,
         "answers/read_held_out": 300,
     }
     assert held_out > 100
@@ -167,7 +169,7 @@ def test_every_question_has_its_answer_spoken(plan: dict[str, list[Utterance]]):
     assert {utterance.answer for utterance in plan["questions/train"]} <= training
     tested = {utterance.answer for part in UNSEEN[:1] + SEEN[:1] for utterance in plan[part]}
     assert others < tested <= training | more | others
-    for part in ("train", "more", "held_out", "read_train", "read_more", "read_held_out"):
+    for part in ("train", "more", "held_out", "read_train", "read_more", "read_free", "read_held_out"):
         voices = {(u.engine, u.voice, u.speed, u.pitch) for u in plan[f"answers/{part}"]}
         assert voices == {("hibari", "heart", 1.0, 0.0)}
 
