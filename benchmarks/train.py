@@ -1,10 +1,11 @@
 """Training on this machine: the step against torch, the memory of the loss, and how long a run waits for its data.
 
-The step is that of a slice of Mini-Omni: its width, its whole vocabulary, 6 of its 24 layers; float32, weights equal in
-both, rows of spoken answers, no ear. Ours is the step that runs train with (forward, backward, clip, AdamW, and in one
-of ten the norms it reports); the other is transformers' Qwen2 with its tied head of 181120 rows, eight cross entropies
-over slices of the logits, `clip_grad_norm_` and torch's fused AdamW. They take turns and their medians are compared;
-that they do the same is shown by their losses.
+The step is that of a slice of Mini-Omni: its width, its whole vocabulary, 6 of its 24 layers; rows of spoken answers,
+no ear; in float32, and with products in bfloat16. Ours is the step that runs train with (forward, backward, clip,
+AdamW, and in one of ten the norms it reports); the other is transformers' Qwen2 with its tied head of 181120 rows,
+eight cross entropies over slices of the logits, `clip_grad_norm_` and torch's fused AdamW, bfloat16 by autocast. All
+four begin with the same weights, are in memory together (15 GB) and take turns; their medians are compared; that they
+do the same is shown by their losses.
 
 The loss alone, forward and backward, is run in chunks and with whole logits, each way in a process of its own, whose
 peak memory (VmHWM) beyond weights, hidden states and compiled program is what counts. At the size of a real step, for
@@ -74,11 +75,11 @@ def step() -> None:
     print(f"torch threads {torch.get_num_threads()}")
     # The first step of each is the warm-up's.
     milliseconds = alternate(*(run.step for run in runs.values()))
-    print(f"{'':>16} {'seconds':>8} {'ours in float32 takes':>22} {'first loss':>11} {'last':>8}")
+    print(f"{'':>16} {'seconds':>8} {'of the first':>13} {'first loss':>11} {'last':>8}")
     for (name, run), taken in zip(runs.items(), milliseconds, strict=True):
         ratio = milliseconds[0] / taken
         print(
-            f"{name:>16} {taken / 1e3:>8.2f} {ratio:>21.2f}x {run.losses[0]:>11.5f} {run.losses[-1]:>8.5f}", flush=True
+            f"{name:>16} {taken / 1e3:>8.2f} {ratio:>12.2f}x {run.losses[0]:>11.5f} {run.losses[-1]:>8.5f}", flush=True
         )
 
 

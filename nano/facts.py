@@ -530,7 +530,7 @@ _PATTERNS = _lines("""
     Tell {name} that the {thing} is {adj}.
 """)
 
-_GRAMMAR = {
+_GRAMMAR: dict[str, Sequence[str]] = {
     "sentence": _lines("""
         {clause}.
         {clause}.
@@ -588,31 +588,14 @@ _GRAMMAR = {
         my favorite {thing} is {place}
         your favorite animal is the {animal}
     """),
-    "one": _lines("""
-        {name}
-        {name}
-        the {animal}
-        the {adj} {animal}
-        a {color} {animal}
-        my {thing}
-        his {adj} {thing}
-        the {color} {thing}
-        the {thing} of {name}
-        the {animal} from {city}
-        your favorite {animal}
-        the first {animal}
-        the last {thing}
-        this {thing}
+    "one": _row("""
+        {name}, {name}, the {animal}, the {adj} {animal}, a {color} {animal}, my {thing}, his {adj} {thing},
+        the {color} {thing}, the {thing} of {name}, the {animal} from {city}, your favorite {animal},
+        the first {animal}, the last {thing}, this {thing}
     """),
-    "many": _lines("""
-        we
-        they
-        {number} {animals}
-        {number} {animals}
-        {number} {adj} {animals}
-        the {color} {animals}
-        {name} and {name}
-        all {animals}
+    "many": _row("""
+        we, they, {number} {animals}, {number} {animals}, {number} {adj} {animals}, the {color} {animals},
+        {name} and {name}, all {animals}
     """),
     "what": _lines("""
         {one}
@@ -625,83 +608,25 @@ _GRAMMAR = {
         me
         it
     """),
-    "does": _lines("""
-        likes
-        sees
-        eats
-        buys
-        sells
-        counts
-        knows
-        wants
-        finds
-        has
-        hears
-        loves
-        takes
-        needs
-        asks
+    "does": _row("""
+        likes, sees, eats, buys, sells, counts, knows, wants, finds, has, hears, loves, takes, needs, asks
     """),
-    "do": _lines("""
-        like
-        see
-        eat
-        buy
-        sell
-        count
-        know
-        want
-        find
-        have
-        hear
-        love
-        take
-        need
-        ask
+    "do": _row("""
+        like, see, eat, buy, sell, count, know, want, find, have, hear, love, take, need, ask
     """),
-    "how": _lines("""
-        {adj}
-        {color}
-        {adj} and {adj}
-        {adj} but not {adj}
-        {color} or {color}
-        very {adj}
-        as {adj} as {one}
+    "how": _row("""
+        {adj}, {color}, {adj} and {adj}, {adj} but not {adj}, {color} or {color}, very {adj}, as {adj} as {one}
     """),
-    "place": _lines("""
-        in {city}
-        in {country}
-        above {one}
-        below {one}
-        behind {one}
-        near {one}
-        with {one}
-        from {city} to {city}
-        in the house
+    "place": _row("""
+        in {city}, in {country}, above {one}, below {one}, behind {one}, near {one}, with {one},
+        from {city} to {city}, in the house
     """),
-    "when": _lines("""
-        on {day}
-        in {month}
-        every {day}
-        for {number} {unit}
-        after {number} {unit}
-        today
-        at night
+    "when": _row("""
+        on {day}, in {month}, every {day}, for {number} {unit}, after {number} {unit}, today, at night
     """),
-    "word": _lines("""
-        {adj}
-        {animal}
-        {animals}
-        {color}
-        {number}
-        {number}
-        {day}
-        {month}
-        {country}
-        {city}
-        {thing}
-        {unit}
-        {sound}
+    "word": _row("""
+        {adj}, {animal}, {animals}, {color}, {number}, {number}, {day}, {month}, {country}, {city}, {thing},
+        {unit}, {sound}
     """),
 }
 """What a part of a free sentence can be; what is not a part is a slot of `_slots`. A part named twice comes twice as

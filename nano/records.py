@@ -76,9 +76,9 @@ def encoder(codec: Snac) -> Encode:
 
 
 def spoken(
-    corpora: Path, part: str, keep: Path, encode: Encode, mark: int, frame: int, version: int = 0
-) -> dict[str, np.ndarray]:
-    """The codes of every text of a part that nano's own voice speaks.
+    corpora: Path, part: str, keep: Path, encode: Encode, mark: int, frame: int, versions: int = 1
+) -> list[dict[str, np.ndarray]]:
+    """The codes of every text of a part that nano's own voice speaks, in each version.
 
     Args:
         corpora: what `nano.synthesize` wrote.
@@ -87,24 +87,21 @@ def spoken(
         encode: from `encoder`.
         mark: of the codec; kept codes with another mark are made anew.
         frame: samples of the codec's frame.
-        version: each begins elsewhere in the frame.
+        versions: how many; each begins elsewhere in the frame.
     """
-    made: dict[str, np.ndarray] = {}
+    made: list[dict[str, np.ndarray]] = [{} for _ in range(versions)]
     keep.mkdir(parents=True, exist_ok=True)
     recordings = synthesize.recordings(corpora, part)
     pieces = iter(lambda: list(itertools.islice(recordings, _PIECE)), [])
     for number, piece in enumerate(tqdm(pieces, desc=part, unit="piece")):
         texts = [recording.utterance.text for recording in piece]
-        path = keep / f"{part.replace('/', '-')}-version{version}-{number:05d}.npz"
-        codes = _kept(path, texts, mark)
-        if codes is None:
-            codes = encode([_shifted(recording, frame, version) for recording in piece])
-            partial = path.with_name(f".{path.name}.part")
-            with partial.open("wb") as file:
-                lengths = [len(code) for code in codes]
-                np.savez(file, mark=mark, texts=np.array(texts), codes=np.concatenate(codes), lengths=lengths)
-            partial.replace(path)
-        made.update(zip(texts, codes, strict=True))
+        for version, known in enumerate(made):
+            path = keep / f"{part.replace('/', '-')}-version{version}-{number:05d}.npz"
+            codes = _kept(path, texts, mark)
+            if codes is None:
+                codes = encode([_shifted(recording, frame, version) for recording in piece])
+                _keep(path, texts, codes, mark)
+            known.update(zip(texts, codes, strict=True))
     return made
 
 
@@ -112,6 +109,15 @@ def _shifted(recording: synthesize.Recording, frame: int, version: int) -> np.nd
     """f32 [samples], after less than a frame of silence: how much, text and version decide."""
     shift = zlib.crc32(recording.utterance.text.encode(), version) % frame
     return np.pad(recording.audio.astype(np.float32) / 32768, (shift, 0))
+
+
+def _keep(path: Path, texts: list[str], codes: list[np.ndarray], mark: int) -> None:
+    """Write what `_kept` finds, whole or not at all."""
+    partial = path.with_name(f".{path.name}.part")
+    with partial.open("wb") as file:
+        lengths = [len(code) for code in codes]
+        np.savez(file, mark=mark, texts=np.array(texts), codes=np.concatenate(codes), lengths=lengths)
+    partial.replace(path)
 
 
 def _kept(path: Path, texts: list[str], mark: int) -> list[np.ndarray] | None:
@@ -155,15 +161,20 @@ def typed(versions: Sequence[dict[str, np.ndarray]]) -> Iterator[Exchange]:
     choices: dict[str, list[facts.Item]] = {}
     for item in facts.questions("train"):
         choices.setdefault(item.answer, []).append(item)
-    for answer, code in itertools.chain.from_iterable(codes.items() for codes in versions):
+    for answer, code in _items(versions):
         item = rng.choice(choices[answer])
         yield Exchange(item.question, None, answer, code, f"nano {item.kind}", synthesize.ANSWER_VOICE)
 
 
-def read(codes: dict[str, np.ndarray]) -> Iterator[Exchange]:
+def read(versions: Sequence[dict[str, np.ndarray]]) -> Iterator[Exchange]:
     """Sentences to be read aloud."""
-    for text, code in codes.items():
+    for text, code in _items(versions):
         yield Exchange(answer_text=text, answer_codes=code, source="nano sentence", voice=synthesize.ANSWER_VOICE)
+
+
+def _items(versions: Sequence[dict[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Texts and codes of one version after the other."""
+    return itertools.chain.from_iterable(codes.items() for codes in versions)
 
 
 def dictated(corpora: Path, part: str) -> Iterator[Exchange]:
@@ -190,18 +201,18 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
     encode, mark = encoder(codec), _mark(codec)
     origin = f"codec {mark}, recordings {_made(corpora)}\n"
 
-    def answers(part: str, version: int = 0) -> dict[str, np.ndarray]:
-        keep = out / "codes"
-        return spoken(corpora, f"answers/{part}", keep, encode, mark, codec.config.frame, version)
+    def answers(part: str, versions: int = 1) -> list[dict[str, np.ndarray]]:
+        return spoken(corpora, f"answers/{part}", out / "codes", encode, mark, codec.config.frame, versions)
 
-    every = [answers("train", version) | answers("more", version) for version in range(VERSIONS)]
-    known = [every[0] | answers("held_out")]
+    every = [own | more for own, more in zip(answers("train", VERSIONS), answers("more", VERSIONS), strict=True)]
+    (held_out,) = answers("held_out")
+    known = [every[0] | held_out]
     folders: dict[str, Iterator[Exchange]] = {
         "train": itertools.chain(asked(corpora, "questions/train", every), asked(corpora, "questions/more", every)),
         "typed_train": typed(every),
         "held_out_seen": asked(corpora, "questions/held_out_seen", known),
         "held_out_unseen": asked(corpora, "questions/held_out_unseen", known),
-        "read_train": read(answers("read_train") | answers("read_more")),
+        "read_train": read(answers("read_train") + answers("read_more")),
         "read_free": read(answers("read_free")),
         "read_held_out": read(answers("read_held_out")),
         "dictation_train": dictated(corpora, "questions/dictation_train"),

@@ -94,7 +94,7 @@ class Sizes:
     """Drawn for training; each is said `voicings` times."""
     voicings: int = 2
     more_questions: int = 18_000
-    """Others, said once, for the last leg: it is to hear what it has not heard before."""
+    """Others, said once: whoever hears few questions learns them by heart."""
     held_out_seen: int = 1000
     """Held-out questions by voices that training hears."""
     held_out_unseen: int = 500

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -88,8 +87,11 @@ def linear(x: Array, weight: Array | Int8, contract: int = 1, dtype: DTypeLike |
     if isinstance(weight, Int8):
         # Whole numbers up to 127 are exact in every dtype; the scales wait until the sums are done.
         return (linear(x, weight.values, contract, jnp.float32) * weight.scale).astype(dtype or x.dtype)
-    if for_one_cpu(x.dtype) and math.prod(x.shape[: x.ndim - contract]) > MOST_DECODE_ROWS:
-        return _product(x, weight, contract).astype(dtype or x.dtype)
+    rows, outs = x.shape[: x.ndim - contract], weight.shape[: weight.ndim - contract]
+    many = math.prod(rows) > MOST_DECODE_ROWS
+    if many and for_one_cpu(x.dtype):
+        y = _bfloat16_product(_matrix(x, len(rows)), _matrix(weight, len(outs)))
+        return y.reshape(*rows, *outs).astype(dtype or x.dtype)
     weight = weight.astype(x.dtype)
     of_weight = tuple(range(weight.ndim - contract, weight.ndim))
     of_x = tuple(range(x.ndim - contract, x.ndim))
@@ -104,10 +106,9 @@ def linear(x: Array, weight: Array | Int8, contract: int = 1, dtype: DTypeLike |
         transposed = jax.lax.optimization_barrier(
             jax.lax.dot_general(weight, x, ((of_weight, of_x), ((), ())), preferred_element_type=dtype)
         )
-        outs = weight.ndim - contract
-        return jnp.moveaxis(transposed, range(outs), range(transposed.ndim - outs, transposed.ndim))
+        return jnp.moveaxis(transposed, range(len(outs)), range(len(rows), transposed.ndim))
 
-    if math.prod(x.shape[: x.ndim - contract]) > MOST_DECODE_ROWS:
+    if many:
         return product(x, weight)
     return jax.lax.platform_dependent(x, weight, cpu=weight_first, default=product)
 
@@ -134,28 +135,26 @@ def for_one_cpu(dtype: DTypeLike) -> bool:
     return _traced_for_one_cpu.get() and dtype == jnp.bfloat16
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: Array, weight: Array, contract: int) -> Array:
-    """`linear` of bfloat16 on one CPU: x [..., *in], weight [*out, *in] of any dtype -> f32 [..., *out]."""
-    outs = weight.shape[: weight.ndim - contract]
-    rows = _flat(x, x.ndim - contract)
-    y = _bfloat16_dot(rows, _flat(weight, len(outs)), 1)
-    return y.reshape(*x.shape[: x.ndim - contract], *outs)
+@jax.custom_vjp
+def _bfloat16_product(x: Array, weight: Array) -> Array:
+    """`linear` of bfloat16 on one CPU: [R, in] and [out, in] of any dtype -> f32 [R, out]."""
+    return _bfloat16_dot(x, weight, 1)
 
 
-def _product_forward(x: Array, weight: Array, contract: int) -> tuple[Array, tuple[Array, Array]]:
-    return _product(x, weight, contract), (x, weight)
+def _bfloat16_gradients(x: Array, weight: Array, error: Array) -> tuple[Array, Array]:
+    """What it passes back of an error [R, out]: f32 [R, in] and f32 [out, in]."""
+    # Columns times columns is not among the fast forms. The layout has the transpose made, for a tenth of what it
+    # saves; the barrier keeps the result from being transposed by the product, which XLA:CPU would refuse to run.
+    turned = with_layout_constraint(error.astype(jnp.bfloat16).T, Layout(major_to_minor=(0, 1)))
+    return _bfloat16_dot(error, weight, 0), jax.lax.optimization_barrier(_bfloat16_dot(turned, x, 0))
 
 
-def _product_backward(contract: int, kept: tuple[Array, Array], error: Array) -> tuple[Array, Array]:
-    x, weight = kept
-    outs = weight.ndim - contract
-    error, rows = _flat(error, error.ndim - outs).astype(x.dtype), _flat(x, x.ndim - contract)
-    of_x = _bfloat16_dot(error, _flat(weight, outs), 0).reshape(x.shape)
-    return of_x.astype(x.dtype), _weight_gradient(error, rows).reshape(weight.shape).astype(weight.dtype)
+def _backward(kept: tuple[Array, Array], error: Array) -> tuple[Array, Array]:
+    of_x, of_weight = _bfloat16_gradients(*kept, error)
+    return of_x.astype(kept[0].dtype), of_weight.astype(kept[1].dtype)
 
 
-_product.defvjp(_product_forward, _product_backward)
+_bfloat16_product.defvjp(lambda x, weight: (_bfloat16_product(x, weight), (x, weight)), _backward)
 
 
 def linear_gradients(x: Array, table: Array, error: Array) -> tuple[Array, Array]:
@@ -170,16 +169,15 @@ def linear_gradients(x: Array, table: Array, error: Array) -> tuple[Array, Array
         [R, D] in error's dtype, and f32 [*out, D]. Where one of them is not used, it costs nothing.
     """
     if for_one_cpu(error.dtype):
-        flat = _flat(error, 1)
-        of_x = _bfloat16_dot(flat, _flat(table, table.ndim - 1), 0).astype(error.dtype)
-        return of_x, _weight_gradient(flat, x).reshape(table.shape)
+        of_x, of_table = _bfloat16_gradients(x, _matrix(table, table.ndim - 1), _matrix(error, 1))
+        return of_x.astype(error.dtype), of_table.reshape(table.shape)
     # The large factor first and the small result transposed: the other way XLA:CPU takes a quarter longer.
     axes = tuple(range(table.ndim - 1))
     of_x = jnp.tensordot(table.astype(error.dtype), error, (axes, tuple(a + 1 for a in axes))).T
     return of_x, jnp.tensordot(error, x, ((0,), (0,)), preferred_element_type=jnp.float32)
 
 
-def _flat(x: Array, leading: int) -> Array:
+def _matrix(x: Array, leading: int) -> Array:
     """An array as a matrix: the first `leading` axes, and the others."""
     return x.reshape(math.prod(x.shape[:leading]), -1)
 
@@ -188,14 +186,6 @@ def _bfloat16_dot(x: Array, y: Array, axis: int) -> Array:
     """[R, N] times y's `axis` -> f32 [R, other axis of y]."""
     x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
     return jax.lax.dot_general(x, y, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _weight_gradient(error: Array, x: Array) -> Array:
-    """[R, out] and [R, in] -> f32 [out, in]."""
-    # Columns times columns is not among the fast forms. The layout has the transpose made, for a tenth of what it
-    # saves; the barrier keeps the result from being transposed by the product, which XLA:CPU would refuse to run.
-    turned = with_layout_constraint(error.astype(jnp.bfloat16).T, Layout(major_to_minor=(0, 1)))
-    return jax.lax.optimization_barrier(_bfloat16_dot(turned, x, 0))
 
 
 class RMSNorm(nnx.Module):
