@@ -47,7 +47,7 @@ from omni_jax.config import PRESETS, EarConfig
 from omni_jax.model.whisper import Linear, Whisper
 
 CONFIG = PRESETS["nano"].ear
-PARTS = ("questions/train", "questions/dictation_train")
+PARTS = ("questions/train", "questions/more", "questions/dictation_train", "questions/dictation_free")
 TESTS = (
     "questions/held_out_seen",
     "questions/held_out_unseen",
@@ -82,9 +82,9 @@ FULL_FROM = 0.95
 AVERAGE_DECAY = 0.998
 """Of the parameters' moving average, per step."""
 
-SPEED = (0.95, 1.05)
-WARP = (0.97, 1.03)
-"""The mel axis is stretched by this."""
+SPEED = (0.9, 1.1)
+WARP = (0.92, 1.08)
+"""The mel axis is stretched by this: a longer or shorter throat is what tells voices apart that are never heard."""
 STRIPES = 2
 """Cut out of the time and as many of the mel axis."""
 STRIPE_FRAMES = 10

@@ -30,6 +30,8 @@ from typing import Annotated, Literal, TypeVar
 
 import typer
 
+from nano.phrasings import WRITTEN
+
 Split = Literal["train", "held_out"]
 T = TypeVar("T")
 
@@ -73,13 +75,15 @@ class Kind:
     share: float
     """Of the spoken questions, relative to the other kinds."""
     phrasings: tuple[str, ...]
+    written_phrasings: tuple[str, ...]
+    """Others, for training alone, which no voice says."""
     facts: tuple[Fact, ...]
     held_out_phrasings: frozenset[str]
     held_out_pairs: frozenset[tuple[int, int]]
 
-    def items(self, fact: Fact) -> Iterator[Item]:
-        """A fact in every phrasing."""
-        for phrasing in self.phrasings:
+    def items(self, fact: Fact, *, written: bool = False) -> Iterator[Item]:
+        """A fact in every phrasing that is spoken, and in those that are written only if they are wanted."""
+        for phrasing in (*self.phrasings, *(self.written_phrasings if written else ())):
             reasons = (fact.pair in self.held_out_pairs, phrasing in self.held_out_phrasings)
             why = {(False, False): "", (True, False): "pair", (False, True): "phrasing", (True, True): "both"}[reasons]
             yield Item(self.name, _sentence(phrasing.format(**fact.fields)), fact.answer, fact.key, why)
@@ -109,19 +113,20 @@ def normalise(text: str) -> str:
     return " ".join(kept.split())
 
 
-def questions(split: Split, kinds: Iterable[str] | None = None) -> list[Item]:
+def questions(split: Split, kinds: Iterable[str] | None = None, *, written: bool = False) -> list[Item]:
     """Every question of a split, each once, in a fixed order.
 
     Args:
         split: `train` or `held_out`.
         kinds: names of `KINDS`; all of them if None.
+        written: also in the phrasings that no voice says.
     """
     wanted = set(KINDS if kinds is None else kinds)
     found: dict[str, Item] = {}
     for kind in KINDS.values():
         if kind.name in wanted:
             for fact in kind.facts:
-                for item in kind.items(fact):
+                for item in kind.items(fact, written=written):
                     if (item.held_out == "") == (split == "train"):
                         found.setdefault(item.question, item)
     return list(found.values())
@@ -273,6 +278,7 @@ def _kind(
         name,
         share,
         lines,
+        _lines(WRITTEN[name]),
         known,
         _held_out_phrasings(name, lines),
         _held_out((fact.pair for fact in known if fact.pair), held_out_pairs, "pair", name),

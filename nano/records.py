@@ -14,7 +14,7 @@ Every answer begins anywhere within a frame, those of training in four places. T
 voice that has but one version of each learns the codes by heart, and not what sounds they stand for.
 
 Codes are kept beside them in pieces, so that an interrupted run goes on, and are made anew for another codec. The
-folders are written anew for another codec and for other recordings.
+folders are written anew for another codec and for other recordings of theirs.
 """
 
 from __future__ import annotations
@@ -45,6 +45,13 @@ Encode = Callable[[list[np.ndarray]], list[np.ndarray]]
 
 VERSIONS = 4
 """Of each answer in training."""
+READ = {
+    "read_train": ("read_train", "read_more"),
+    "read_free": ("read_free", "read_more_free"),
+    "read_held_out": ("read_held_out",),
+}
+"""Folders of sentences to be read aloud, and the parts of the answers that they are made of."""
+DICTATED = ("dictation_train", "dictation_free", "dictation_seen", "dictation_unseen")
 _PIECE = 250
 """Recordings whose codes are kept in one file."""
 _BATCH = 16
@@ -159,7 +166,7 @@ def typed(versions: Sequence[dict[str, np.ndarray]]) -> Iterator[Exchange]:
     """A training question in writing for each version of each of the answers."""
     rng = random.Random("typed 0")
     choices: dict[str, list[facts.Item]] = {}
-    for item in facts.questions("train"):
+    for item in facts.questions("train", written=True):
         choices.setdefault(item.answer, []).append(item)
     for answer, code in _items(versions):
         item = rng.choice(choices[answer])
@@ -199,7 +206,6 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
         omni_jax.data.records.RecordError: a folder cannot be written to.
     """
     encode, mark = encoder(codec), _mark(codec)
-    origin = f"codec {mark}, recordings {_made(corpora)}\n"
 
     def answers(part: str, versions: int = 1) -> list[dict[str, np.ndarray]]:
         return spoken(corpora, f"answers/{part}", out / "codes", encode, mark, codec.config.frame, versions)
@@ -207,23 +213,28 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
     every = [own | more for own, more in zip(answers("train", VERSIONS), answers("more", VERSIONS), strict=True)]
     (held_out,) = answers("held_out")
     known = [every[0] | held_out]
-    folders: dict[str, Iterator[Exchange]] = {
-        "train": itertools.chain(asked(corpora, "questions/train", every), asked(corpora, "questions/more", every)),
-        "typed_train": typed(every),
-        "held_out_seen": asked(corpora, "questions/held_out_seen", known),
-        "held_out_unseen": asked(corpora, "questions/held_out_unseen", known),
-        "read_train": read(answers("read_train") + answers("read_more")),
-        "read_free": read(answers("read_free")),
-        "read_held_out": read(answers("read_held_out")),
-        "dictation_train": dictated(corpora, "questions/dictation_train"),
-        "dictation_free": dictated(corpora, "questions/dictation_free"),
-        "dictation_seen": dictated(corpora, "questions/dictation_seen"),
-        "dictation_unseen": dictated(corpora, "questions/dictation_unseen"),
+    own = ("answers/train", "answers/more")
+    tested = (*own, "answers/held_out")
+    # With the parts whose recordings they are made of.
+    folders: dict[str, tuple[Iterator[Exchange], Sequence[str]]] = {
+        "train": (
+            itertools.chain(asked(corpora, "questions/train", every), asked(corpora, "questions/more", every)),
+            ("questions/train", "questions/more", *own),
+        ),
+        "typed_train": (typed(every), own),
+        "held_out_seen": (asked(corpora, "questions/held_out_seen", known), ("questions/held_out_seen", *tested)),
+        "held_out_unseen": (asked(corpora, "questions/held_out_unseen", known), ("questions/held_out_unseen", *tested)),
     }
+    for name, parts in READ.items():
+        codes = itertools.chain.from_iterable(answers(part) for part in parts)
+        folders[name] = read(list(codes)), [f"answers/{part}" for part in parts]
+    for name in DICTATED:
+        folders[name] = dictated(corpora, f"questions/{name}"), [f"questions/{name}"]
     written = {}
-    for name, exchanges in folders.items():
+    for name, (exchanges, parts) in folders.items():
         folder = out / name
         note = folder / "origin.txt"
+        origin = f"codec {mark}, recordings {_made(corpora, parts)}\n"
         if (folder / INDEX).exists() and note.exists() and note.read_text() == origin:
             continue
         shutil.rmtree(folder, ignore_errors=True)
@@ -245,11 +256,11 @@ def _mark(codec: Snac) -> int:
     return mark
 
 
-def _made(corpora: Path) -> int:
-    """A number that other recordings will hardly have."""
+def _made(corpora: Path, parts: Sequence[str]) -> int:
+    """A number that other recordings of these parts will hardly have."""
     mark = 0
-    for kind in ("answers", "questions"):
-        for path in sorted((corpora / kind).glob("*.jsonl")):
+    for part in parts:
+        for path in sorted(corpora.glob(f"{part}-*.jsonl")):
             mark = zlib.crc32(path.read_bytes(), mark)
     return mark
 

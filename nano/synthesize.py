@@ -14,6 +14,7 @@ Needs the Debian packages espeak-ng and flite, and hibari-tts from PyPI.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import zlib
@@ -108,6 +109,8 @@ class Sizes:
     free_sentences: int = 30_000
     """To be read aloud, of any form. Two dozen patterns teach to read these patterns: of 24 new sentences 17 of a
     hundred words were heard wrong where the pattern was known, and 70 where it was not."""
+    more_free_sentences: int = 30_000
+    """Others."""
     held_out_sentences: int = 300
     dictations: int = 40_800
     """Sentences said by many voices, to be written down in training. So many, as an ear that hears few texts learns
@@ -154,7 +157,7 @@ def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
     questions/train, more, held_out_seen, held_out_unseen: by many voices, with the answers.
     questions/dictation_train, dictation_free, dictation_seen, dictation_unseen: sentences by many voices.
     answers/train, more: every training answer by nano's own voice; `more` are those that only typed questions have.
-    answers/held_out, read_train, read_more, read_free, read_held_out: other answers and sentences by it.
+    answers/held_out: others that are asked for. read_train, more, free, more_free, held_out: sentences by it.
     """
     rng = random.Random(f"voices {seed}")
     asked = facts.sample("train", sizes.questions, seed)
@@ -200,9 +203,12 @@ def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
     parts["questions/train"] = rng.sample(parts["questions/train"], len(parts["questions/train"]))
     more = facts.sample("train", sizes.more_questions, seed + 2)
     parts["questions/more"] = [_asked(item, rng, "seen") for item in rng.sample(more, len(more))]
-    free = facts.free_sentences(sizes.free_sentences + sizes.free_dictations, seed)
-    parts["answers/read_free"] = [_own(text, "sentence") for text in free[: sizes.free_sentences]]
-    parts["questions/dictation_free"] = [_dictated(text, rng, "seen") for text in free[sizes.free_sentences :]]
+    wanted = (sizes.free_sentences, sizes.free_dictations, sizes.more_free_sentences)
+    free = iter(facts.free_sentences(sum(wanted), seed))
+    read_free, dictated_free, more_free = (list(itertools.islice(free, count)) for count in wanted)
+    parts["answers/read_free"] = [_own(text, "sentence") for text in read_free]
+    parts["answers/read_more_free"] = [_own(text, "sentence") for text in more_free]
+    parts["questions/dictation_free"] = [_dictated(text, rng, "seen") for text in dictated_free]
     return parts
 
 

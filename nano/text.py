@@ -4,10 +4,14 @@
 
 Folders of records, under build/nano/text:
 
-    numbers     every training question about two numbers, and its answer
-    knowledge   every other training question, and its answer
+    numbers     every training question for a sum or a difference, and its answer
+    products    every training question for a product, too few to be met often among those
+    knowledge   those about anything else in the world
+    smalltalk   those about nano itself, greetings, thanks and the like: of each kind there are but two dozen
     repeat      training questions and sentences that are asked to be said again, word for word
     held_out    questions never trained on, a thousand of them
+
+Questions of training also come in phrasings that no voice says.
 
 What a published model brings along, the skill of repeating what it was told, has to be learnt here: transcribing and
 reading aloud build on it.
@@ -34,6 +38,7 @@ from omni_jax.data.records import INDEX, Exchange, Writer
 FOLDER = Path("build/nano/text")
 TOKENIZER = Path("build/nano/tokenizer")
 NUMBERS = ("sum", "difference", "product")
+SMALLTALK = tuple(kind.name for kind in facts.KINDS.values() if len(kind.facts) <= 10)
 SENTENCES = 20_000
 HELD_OUT = 1000
 REPEAT = ("say: {}", "repeat: {}", "say again: {}", "repeat after me: {}", "please say: {}", "please repeat: {}")
@@ -73,12 +78,17 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> list[Path]:
 def repeated(sentences: int, seed: int = 0) -> Iterator[Exchange]:
     """Training questions about anything but two numbers, some that are, and sentences, asked to be said again."""
     rng = random.Random(f"repeat {seed}")
-    texts = [item.question for item in facts.questions("train", set(facts.KINDS) - set(NUMBERS))]
+    texts = [item.question for item in questions(set(facts.KINDS) - set(NUMBERS))]
     texts += [item.question for item in facts.sample("train", sentences, seed)]
     texts += facts.sentences("train", sentences, seed)
     for text in rng.sample(texts, len(texts)):
         asked = rng.choice(REPEAT).format(text)
         yield Exchange(asked[0].upper() + asked[1:], None, text, source="nano repeat")
+
+
+def questions(kinds: Iterable[str]) -> list[facts.Item]:
+    """Those of training, however they are phrased."""
+    return facts.questions("train", kinds, written=True)
 
 
 def exchanges(items: Iterable[facts.Item]) -> Iterator[Exchange]:
@@ -99,8 +109,10 @@ def write(out: Path, *, sentences: int = SENTENCES, held_out: int = HELD_OUT) ->
         How many exchanges went into each folder written now.
     """
     folders = {
-        "numbers": exchanges(facts.questions("train", NUMBERS)),
-        "knowledge": exchanges(facts.questions("train", set(facts.KINDS) - set(NUMBERS))),
+        "numbers": exchanges(questions(kind for kind in NUMBERS if kind != "product")),
+        "products": exchanges(questions(["product"])),
+        "knowledge": exchanges(questions(set(facts.KINDS) - {*NUMBERS, *SMALLTALK})),
+        "smalltalk": exchanges(questions(SMALLTALK)),
         "repeat": repeated(sentences),
         "held_out": exchanges(facts.sample("held_out", held_out, 0)),
     }

@@ -205,6 +205,22 @@ def test_the_sample_is_the_same_every_time_and_follows_the_shares():
     assert len(set(sums)) == len(sums)
 
 
+def test_phrasings_in_writing_alone_are_others_and_ask_for_nothing_held_out(train: list[Item], held_out: list[Item]):
+    written = facts.questions("train", written=True)
+    assert written != train
+    assert {item.question for item in train} < {item.question for item in written}
+    secret = {facts.normalise(item.question) for item in held_out}
+    assert not {facts.normalise(item.question) for item in written} & secret
+    assert {item.fact for item in written} == {item.fact for item in train}
+    answers = defaultdict(set)
+    for item in written:
+        answers[facts.normalise(item.question)].add(item.answer)
+    assert all(len(found) == 1 for found in answers.values()), "no question has two answers"
+    for kind in KINDS.values():
+        assert len(kind.written_phrasings) >= 12
+        assert not set(kind.written_phrasings) & set(kind.phrasings)
+
+
 def test_half_of_the_held_out_sums_are_of_held_out_pairs():
     sums = [item.held_out for item in facts.sample("held_out", 1000, seed=0) if item.kind == "sum"]
     assert abs(sum(reason != "phrasing" for reason in sums) - len(sums) / 2) <= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import zlib
@@ -110,6 +111,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "read_train": read["train"][:3],
         "read_more": read["train"][5:],
         "read_free": facts.free_sentences(1, 0),
+        "read_more_free": facts.free_sentences(2, 0)[1:],
         "read_held_out": read["held_out"][:2],
     }
     dictated = {
@@ -179,7 +181,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     assert tuple(counts) == FOLDERS
     everything = {name: exchanges(out / name) for name in FOLDERS}
     assert {name: len(found) for name, found in everything.items()} == counts
-    assert counts == dict(zip(FOLDERS, (15, 22, 3, 3, 4, 1, 2, 2, 2, 2, 1), strict=True))
+    assert counts == dict(zip(FOLDERS, (15, 22, 3, 3, 4, 2, 2, 2, 2, 2, 1), strict=True))
 
     for name, count in counts.items():
         index, tasks = Records(out / name), TASKS[name.partition("_")[0]]
@@ -187,7 +189,8 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
 
     encode = alone(codec)
     plain, versions = {}, ({}, {})
-    for part in ("train", "more", "held_out", "read_train", "read_more", "read_free", "read_held_out"):
+    read = itertools.chain.from_iterable(records.READ.values())
+    for part in ("train", "more", "held_out", *read):
         for recording in synthesize.recordings(corpora, f"answers/{part}"):
             text = recording.utterance.text
             plain[text] = encode(recording.audio)
@@ -219,7 +222,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     assert {exchange.source.split()[2] for exchange in everything["held_out_seen"]} <= {"pair", "phrasing", "both"}
 
     # Every answer of training is asked for in writing, too, by a question that has it.
-    answers = {(item.question, item.answer): item.kind for item in questions("train")}
+    answers = {(item.question, item.answer): item.kind for item in questions("train", written=True)}
     assert len({exchange.answer_text for exchange in everything["typed_train"]}) == 11
     for exchange in everything["typed_train"]:
         assert exchange.source == f"nano {answers[exchange.question_text, exchange.answer_text]}"
@@ -229,7 +232,7 @@ def test_what_is_there_is_not_made_again(corpora: Path, codec: Snac, tmp_path: P
     out = tmp_path / "records"
     whole = records.write(corpora, out, codec)
     held_out = sum(1 for _ in synthesize.recordings(corpora, "answers/held_out"))
-    assert sorted(pieces) == sorted([4, 4, 2, 1, 4, 4, 2, 1, held_out, 3, 1, 1, 2])
+    assert sorted(pieces) == sorted([4, 4, 2, 1, 4, 4, 2, 1, held_out, 3, 1, 1, 1, 2])
     before = {name: exchanges(out / name) for name in FOLDERS}
     pieces.clear()
     assert records.write(corpora, out, codec) == {}
@@ -247,7 +250,7 @@ def test_what_is_there_is_not_made_again(corpora: Path, codec: Snac, tmp_path: P
     pieces.clear()
     other = Snac(TINY, rngs=nnx.Rngs(1))
     assert records.write(corpora, out, other) == whole
-    assert sum(pieces) == 2 * (10 + 1) + held_out + 3 + 1 + 1 + 2
+    assert sum(pieces) == 2 * (10 + 1) + held_out + 3 + 1 + 1 + 1 + 2
     encode = alone(other)
     recording = next(synthesize.recordings(corpora, "answers/read_train"))
     after = exchanges(out / "read_train")
@@ -263,7 +266,7 @@ def test_more_recordings_are_written_and_only_they_are_coded(
     records.write(corpora, out, codec)
     pieces.clear()
     shard(corpora / "answers/read_train-00001", [Utterance("New words.", "sentence", "hibari", "heart")] * 1, 24_000, 9)
-    assert records.write(corpora, out, codec)["read_train"] == 5
+    assert records.write(corpora, out, codec) == {"read_train": 5}, "the folder of the new one, and no other"
     assert pieces == [4], "the piece that has the new one, and no other"
     assert exchanges(out / "read_train")[3].answer_text == "New words."
 

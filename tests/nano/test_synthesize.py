@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -19,12 +20,14 @@ import typer
 from typer.testing import CliRunner
 
 from nano import facts, synthesize
+from nano.records import READ
 from nano.synthesize import Sizes, SynthesisError, Utterance, make_shard, recordings
 from omni_jax.data import speech
 
 TRAINING = (
     *("questions/train", "questions/more", "questions/dictation_train", "questions/dictation_free"),
     *("answers/train", "answers/more", "answers/read_train", "answers/read_more", "answers/read_free"),
+    "answers/read_more_free",
 )
 SEEN = ("questions/held_out_seen", "questions/dictation_seen")
 UNSEEN = ("questions/held_out_unseen", "questions/dictation_unseen")
@@ -101,6 +104,7 @@ def test_plan_has_as_many_as_wanted(plan: dict[str, list[Utterance]]):
         "answers/read_train": 24_000,
         "answers/read_more": 60_000,
         "answers/read_free": 30_000,
+        "answers/read_more_free": 30_000,
         "answers/read_held_out": 300,
     }
     assert held_out > 100
@@ -108,6 +112,8 @@ def test_plan_has_as_many_as_wanted(plan: dict[str, list[Utterance]]):
     assert texts(plan["answers/train"] + plan["answers/more"]) == {facts.normalise(answer) for answer in answers}
     assert more == len(answers) - 6000
     assert not texts(plan["answers/read_more"]) & texts(plan["answers/read_train"])
+    free = [*plan["answers/read_free"], *plan["questions/dictation_free"]]
+    assert not texts(plan["answers/read_more_free"]) & texts(free)
     said = Counter(utterance.text for utterance in plan["questions/train"])
     assert all(count % 2 == 0 for count in said.values()), "every question is said twice"
 
@@ -169,7 +175,7 @@ def test_every_question_has_its_answer_spoken(plan: dict[str, list[Utterance]]):
     assert {utterance.answer for utterance in plan["questions/train"]} <= training
     tested = {utterance.answer for part in UNSEEN[:1] + SEEN[:1] for utterance in plan[part]}
     assert others < tested <= training | more | others
-    for part in ("train", "more", "held_out", "read_train", "read_more", "read_free", "read_held_out"):
+    for part in ("train", "more", "held_out", *itertools.chain.from_iterable(READ.values())):
         voices = {(u.engine, u.voice, u.speed, u.pitch) for u in plan[f"answers/{part}"]}
         assert voices == {("hibari", "heart", 1.0, 0.0)}
 

@@ -36,13 +36,20 @@ def test_a_tokenizer_can_write_anything_and_is_saved_as_a_release_has_it(tmp_pat
 
 
 def test_every_question_is_in_one_folder_and_nothing_held_out_is_trained_on(written: Path):
-    numbers, knowledge, held_out = (exchanges(written / name) for name in ("numbers", "knowledge", "held_out"))
-    asked = {exchange.question_text: exchange.answer_text for exchange in (*numbers, *knowledge)}
-    assert asked == {item.question: item.answer for item in facts.questions("train")}
-    assert len(asked) == len(numbers) + len(knowledge)
+    training = {name: exchanges(written / name) for name in ("numbers", "products", "knowledge", "smalltalk")}
+    held_out = exchanges(written / "held_out")
+    everything = [exchange for found in training.values() for exchange in found]
+    asked = {exchange.question_text: exchange.answer_text for exchange in everything}
+    assert asked == {item.question: item.answer for item in facts.questions("train", written=True)}
+    assert len(asked) == len(everything)
     assert len(held_out) == 100
     assert not {exchange.question_text for exchange in held_out} & set(asked)
-    assert {exchange.source.split()[1] for exchange in numbers} == set(text.NUMBERS)
+    kinds = {name: {exchange.source.split()[1] for exchange in found} for name, found in training.items()}
+    assert kinds["numbers"] | kinds["products"] == set(text.NUMBERS)
+    assert kinds["products"] == {"product"}
+    assert kinds["smalltalk"] == set(text.SMALLTALK)
+    assert "joke" in kinds["smalltalk"]
+    assert not kinds["knowledge"] & {*text.NUMBERS, *text.SMALLTALK}
 
 
 def test_what_is_repeated_was_never_held_out(written: Path):
@@ -55,7 +62,7 @@ def test_what_is_repeated_was_never_held_out(written: Path):
 
 
 def test_records_serve_text_only_and_are_written_once(written: Path):
-    for name in ("numbers", "knowledge", "repeat", "held_out"):
+    for name in ("numbers", "products", "knowledge", "smalltalk", "repeat", "held_out"):
         records = Records(written / name)
         assert [task for task in Task if records.count(task)] == [Task.T1T2]
     assert text.write(written, sentences=50, held_out=100) == {}
