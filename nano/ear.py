@@ -292,8 +292,9 @@ class Trainer:
 
     @cached_property
     def rate(self) -> optax.Schedule:
-        """The learning rate by step."""
-        return optax.warmup_cosine_decay_schedule(0.0, PEAK, min(WARMUP, self.steps // 10), self.steps, PEAK / 100)
+        """The learning rate by step; an ear that hears already would unlearn at the full one."""
+        peak = PEAK if self.even else PEAK / 2
+        return optax.warmup_cosine_decay_schedule(0.0, peak, min(WARMUP, self.steps // 10), self.steps, peak / 100)
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
