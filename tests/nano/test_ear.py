@@ -166,6 +166,9 @@ def test_an_ear_taught_before_is_taught_further(tmp_path: Path):
             before.params["ear"],
         )
         jax.tree.map(np.testing.assert_array_equal, params["head"], after.params["head"])
+    trainers = (ears.Trainer(TINY, 10, 0, even=even) for even in (True, False))
+    first, further = (max(float(trainer.rate(step)) for step in range(10)) for trainer in trainers)
+    assert further == pytest.approx(first / 2), "it is taught gently"
     with pytest.raises(CheckpointError, match="another ear"):
         ears.begin_with(ears.Trainer(ears.CONFIG, 10, 0).start(), tmp_path / "ear.safetensors")
 
