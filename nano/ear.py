@@ -70,8 +70,8 @@ EVEN_WEIGHT = 2.0
 EDGE = 0.2
 """Seconds of silence at either end of a recording, about."""
 PEAK = 2e-3
-"""Learning rate after the warm-up, of Muon (Jordan et al. 2024). After 600 steps from nothing the loss was 1.76; with
-AdamW alone it was 2.10 (one run each)."""
+"""Learning rate of an untaught ear after the warm-up, of Muon (Jordan et al. 2024). After 600 steps from nothing the
+loss was 1.76; with AdamW alone it was 2.10 (one run each)."""
 ADAM_PEAK = 1e-3
 """Of the parameters that are no matrices."""
 WARMUP = 200
@@ -84,7 +84,7 @@ AVERAGE_DECAY = 0.998
 
 SPEED = (0.9, 1.1)
 WARP = (0.92, 1.08)
-"""The mel axis is stretched by this: a longer or shorter throat is what tells voices apart that are never heard."""
+"""The mel axis is stretched by this, as by longer and shorter throats: those of voices that it never hears."""
 STRIPES = 2
 """Cut out of the time and as many of the mel axis."""
 STRIPE_FRAMES = 10
@@ -287,13 +287,14 @@ class Trainer:
     config: EarConfig
     steps: int
     seed: int
-    even: bool = True
-    """Whether letters are taken as spread evenly at first; an ear that hears already would be misled."""
+    hears: bool = False
+    """Whether the ear hears already. Letters taken as spread evenly would mislead it, and at the full learning rate it
+    would unlearn."""
 
     @cached_property
     def rate(self) -> optax.Schedule:
-        """The learning rate by step; an ear that hears already would unlearn at the full one."""
-        peak = PEAK if self.even else PEAK / 2
+        """The learning rate by step."""
+        peak = PEAK / 2 if self.hears else PEAK
         return optax.warmup_cosine_decay_schedule(0.0, peak, min(WARMUP, self.steps // 10), self.steps, peak / 100)
 
     @cached_property
@@ -333,7 +334,7 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         mel = augment(log_mel(audio, self.config.mels), key)
 
-        even_weight = self.even * EVEN_WEIGHT * jnp.maximum(0, 1 - state.step / EVEN_STEPS)
+        even_weight = (not self.hears) * EVEN_WEIGHT * jnp.maximum(0, 1 - state.step / EVEN_STEPS)
 
         def loss(params: Any) -> tuple[Array, Array]:
             logits = self.logits(params, mel)
@@ -424,7 +425,7 @@ def train(
     tests = {name: held_out for name, held_out in tests.items() if held_out}
     if not clips:
         raise SystemExit(f"{folder}: expected recordings of {', '.join(PARTS)}, found none: python -m nano.synthesize")
-    trainer = Trainer(config, steps, seed, even=start is None)
+    trainer = Trainer(config, steps, seed, hears=start is not None)
     state = trainer.start()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params["ear"]))
     hours = sum(len(clip.audio) for clip in clips) / wav.SAMPLE_RATE / 3600

@@ -213,21 +213,21 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
     every = [own | more for own, more in zip(answers("train", VERSIONS), answers("more", VERSIONS), strict=True)]
     (held_out,) = answers("held_out")
     known = [every[0] | held_out]
-    own = ("answers/train", "answers/more")
-    tested = (*own, "answers/held_out")
+    answered = ("answers/train", "answers/more")
+    tested = (*answered, "answers/held_out")
     # With the parts whose recordings they are made of.
     folders: dict[str, tuple[Iterator[Exchange], Sequence[str]]] = {
         "train": (
             itertools.chain(asked(corpora, "questions/train", every), asked(corpora, "questions/more", every)),
-            ("questions/train", "questions/more", *own),
+            ("questions/train", "questions/more", *answered),
         ),
-        "typed_train": (typed(every), own),
+        "typed_train": (typed(every), answered),
         "held_out_seen": (asked(corpora, "questions/held_out_seen", known), ("questions/held_out_seen", *tested)),
         "held_out_unseen": (asked(corpora, "questions/held_out_unseen", known), ("questions/held_out_unseen", *tested)),
     }
     for name, parts in READ.items():
-        codes = itertools.chain.from_iterable(answers(part) for part in parts)
-        folders[name] = read(list(codes)), [f"answers/{part}" for part in parts]
+        codes = [version for part in parts for version in answers(part)]
+        folders[name] = read(codes), [f"answers/{part}" for part in parts]
     for name in DICTATED:
         folders[name] = dictated(corpora, f"questions/{name}"), [f"questions/{name}"]
     written = {}

@@ -157,7 +157,8 @@ def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
     questions/train, more, held_out_seen, held_out_unseen: by many voices, with the answers.
     questions/dictation_train, dictation_free, dictation_seen, dictation_unseen: sentences by many voices.
     answers/train, more: every training answer by nano's own voice; `more` are those that only typed questions have.
-    answers/held_out: others that are asked for. read_train, more, free, more_free, held_out: sentences by it.
+    answers/held_out: others that are asked for.
+    answers/read_train, read_more, read_free, read_more_free, read_held_out: sentences by it.
     """
     rng = random.Random(f"voices {seed}")
     asked = facts.sample("train", sizes.questions, seed)

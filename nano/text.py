@@ -7,7 +7,7 @@ Folders of records, under build/nano/text:
     numbers     every training question for a sum or a difference, and its answer
     products    every training question for a product, too few to be met often among those
     knowledge   those about anything else in the world
-    smalltalk   those about nano itself, greetings, thanks and the like: of each kind there are but two dozen
+    smalltalk   those about nano itself, greetings, thanks and the like, too few as well
     repeat      training questions and sentences that are asked to be said again, word for word
     held_out    questions never trained on, a thousand of them
 
@@ -39,6 +39,7 @@ FOLDER = Path("build/nano/text")
 TOKENIZER = Path("build/nano/tokenizer")
 NUMBERS = ("sum", "difference", "product")
 SMALLTALK = tuple(kind.name for kind in facts.KINDS.values() if len(kind.facts) <= 10)
+"""Kinds with so few facts that among the others they would hardly be met."""
 SENTENCES = 20_000
 HELD_OUT = 1000
 REPEAT = ("say: {}", "repeat: {}", "say again: {}", "repeat after me: {}", "please say: {}", "please repeat: {}")
@@ -109,7 +110,7 @@ def write(out: Path, *, sentences: int = SENTENCES, held_out: int = HELD_OUT) ->
         How many exchanges went into each folder written now.
     """
     folders = {
-        "numbers": exchanges(questions(kind for kind in NUMBERS if kind != "product")),
+        "numbers": exchanges(questions(["sum", "difference"])),
         "products": exchanges(questions(["product"])),
         "knowledge": exchanges(questions(set(facts.KINDS) - {*NUMBERS, *SMALLTALK})),
         "smalltalk": exchanges(questions(SMALLTALK)),

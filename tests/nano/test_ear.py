@@ -166,7 +166,7 @@ def test_an_ear_taught_before_is_taught_further(tmp_path: Path):
             before.params["ear"],
         )
         jax.tree.map(np.testing.assert_array_equal, params["head"], after.params["head"])
-    trainers = (ears.Trainer(TINY, 10, 0, even=even) for even in (True, False))
+    trainers = (ears.Trainer(TINY, 10, 0, hears=hears) for hears in (False, True))
     first, further = (max(float(trainer.rate(step)) for step in range(10)) for trainer in trainers)
     assert further == pytest.approx(first / 2), "it is taught gently"
     with pytest.raises(CheckpointError, match="another ear"):
