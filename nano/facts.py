@@ -30,7 +30,7 @@ from typing import Annotated, Literal, TypeVar
 
 import typer
 
-from nano.phrasings import WRITTEN
+from nano.phrasings import FURTHER
 
 Split = Literal["train", "held_out"]
 T = TypeVar("T")
@@ -75,15 +75,15 @@ class Kind:
     share: float
     """Of the spoken questions, relative to the other kinds."""
     phrasings: tuple[str, ...]
-    written_phrasings: tuple[str, ...]
-    """Others, for training alone, which no voice says."""
+    further_phrasings: tuple[str, ...]
+    """Others, for training alone."""
     facts: tuple[Fact, ...]
     held_out_phrasings: frozenset[str]
     held_out_pairs: frozenset[tuple[int, int]]
 
-    def items(self, fact: Fact, *, written: bool = False) -> Iterator[Item]:
-        """A fact in every phrasing that is spoken, and in those that are written only if they are wanted."""
-        for phrasing in (*self.phrasings, *(self.written_phrasings if written else ())):
+    def items(self, fact: Fact, phrasings: Sequence[str] | None = None) -> Iterator[Item]:
+        """A fact in some phrasings, or in all but the further ones."""
+        for phrasing in self.phrasings if phrasings is None else phrasings:
             reasons = (fact.pair in self.held_out_pairs, phrasing in self.held_out_phrasings)
             why = {(False, False): "", (True, False): "pair", (False, True): "phrasing", (True, True): "both"}[reasons]
             yield Item(self.name, _sentence(phrasing.format(**fact.fields)), fact.answer, fact.key, why)
@@ -113,26 +113,39 @@ def normalise(text: str) -> str:
     return " ".join(kept.split())
 
 
-def questions(split: Split, kinds: Iterable[str] | None = None, *, written: bool = False) -> list[Item]:
+def questions(split: Split, kinds: Iterable[str] | None = None, *, further: bool = False) -> list[Item]:
     """Every question of a split, each once, in a fixed order.
 
     Args:
         split: `train` or `held_out`.
         kinds: names of `KINDS`; all of them if None.
-        written: also in the phrasings that no voice says.
+        further: also in the further phrasings.
     """
     wanted = set(KINDS if kinds is None else kinds)
     found: dict[str, Item] = {}
     for kind in KINDS.values():
         if kind.name in wanted:
             for fact in kind.facts:
-                for item in kind.items(fact, written=written):
+                for item in kind.items(fact, (*kind.phrasings, *(kind.further_phrasings if further else ()))):
                     if (item.held_out == "") == (split == "train"):
                         found.setdefault(item.question, item)
     return list(found.values())
 
 
-def sample(split: Split, count: int, seed: int) -> list[Item]:
+def larger_products() -> list[Item]:
+    """Questions for products of a number up to ten and one up to a hundred, in either order, to be read in training.
+
+    Nobody asks nano for them. But of a hundred products one learns each by heart and nothing about the others; a table
+    this long teaches that the order of the numbers does not matter.
+    """
+    kind = KINDS["product"]
+    phrasings = (*kind.phrasings, *kind.further_phrasings)
+    pairs = [(a, b) for a, b in itertools.product(range(1, 101), repeat=2) if min(a, b) <= 10 < max(a, b)]
+    products = _number_facts("product", "times", ((a, b, a * b) for a, b in pairs), lambda a, b: None)
+    return [item for fact in products for item in kind.items(fact, phrasings) if not item.held_out]
+
+
+def sample(split: Split, count: int, seed: int, *, further: bool = False) -> list[Item]:
     """Questions to be spoken: every kind by its share, every fact of a kind as often as its neighbours.
 
     A kind with fewer questions than its share has some of them again. Of the held-out questions about two numbers
@@ -142,6 +155,7 @@ def sample(split: Split, count: int, seed: int) -> list[Item]:
         split: `train` or `held_out`.
         count: how many.
         seed: of the choice and the order.
+        further: in the further phrasings instead of the others.
     """
     rng = random.Random(f"questions {split} {seed}")
     total = sum(kind.share for kind in KINDS.values())
@@ -150,7 +164,7 @@ def sample(split: Split, count: int, seed: int) -> list[Item]:
     counts = {name: math.floor(value) for name, value in exact.items()}
     for name in sorted(exact, key=lambda name: counts[name] - exact[name])[: count - sum(counts.values())]:
         counts[name] += 1
-    chosen = [item for name, wanted in counts.items() for item in _draw(KINDS[name], split, wanted, rng)]
+    chosen = [item for name, wanted in counts.items() for item in _draw(KINDS[name], split, wanted, rng, further)]
     return _shuffled(chosen, rng)
 
 
@@ -210,13 +224,14 @@ def _grow(symbol: str, rng: random.Random) -> str:
     return "".join(parts)
 
 
-def _draw(kind: Kind, split: Split, count: int, rng: random.Random) -> list[Item]:
+def _draw(kind: Kind, split: Split, count: int, rng: random.Random, further: bool) -> list[Item]:
     """`count` questions of a kind, going round its facts, each time in a phrasing not yet drawn for the fact."""
     left: dict[str, list[Item]] = {}
     held: list[Fact] = []
     rest: list[Fact] = []
     for fact in kind.facts:
-        items = [item for item in kind.items(fact) if (item.held_out == "") == (split == "train")]
+        phrasings = kind.further_phrasings if further else kind.phrasings
+        items = [item for item in kind.items(fact, phrasings) if (item.held_out == "") == (split == "train")]
         if items:
             left[fact.key] = items
             (held if fact.pair in kind.held_out_pairs else rest).append(fact)
@@ -278,7 +293,7 @@ def _kind(
         name,
         share,
         lines,
-        _lines(WRITTEN[name]),
+        _lines(FURTHER[name]),
         known,
         _held_out_phrasings(name, lines),
         _held_out((fact.pair for fact in known if fact.pair), held_out_pairs, "pair", name),

@@ -1,10 +1,10 @@
-"""More ways to ask for what nano knows, which it meets in writing only.
+"""More ways to ask for what nano knows: for training alone, none is ever held out.
 
-A phrasing costs nothing to write and hours to voice; one that was never met is understood the sooner, the more others
-were. The fields are those of a kind's facts in `nano.facts`.
+One that was never met is understood the sooner, the more others were. The fields are those of a kind's facts in
+`nano.facts`.
 """
 
-WRITTEN = {
+FURTHER = {
     "sum": """
         what is {a} and {b} together?
         {a} and {b} make what?

@@ -51,6 +51,7 @@ READ = {
     "read_held_out": ("read_held_out",),
 }
 """Folders of sentences to be read aloud, and the parts of the answers that they are made of."""
+ASKED = ("questions/train", "questions/more", "questions/phrased")
 DICTATED = ("dictation_train", "dictation_free", "dictation_seen", "dictation_unseen")
 _PIECE = 250
 """Recordings whose codes are kept in one file."""
@@ -166,7 +167,7 @@ def typed(versions: Sequence[dict[str, np.ndarray]]) -> Iterator[Exchange]:
     """A training question in writing for each version of each of the answers."""
     rng = random.Random("typed 0")
     choices: dict[str, list[facts.Item]] = {}
-    for item in facts.questions("train", written=True):
+    for item in facts.questions("train", further=True):
         choices.setdefault(item.answer, []).append(item)
     for answer, code in _items(versions):
         item = rng.choice(choices[answer])
@@ -218,8 +219,8 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
     # With the parts whose recordings they are made of.
     folders: dict[str, tuple[Iterator[Exchange], Sequence[str]]] = {
         "train": (
-            itertools.chain(asked(corpora, "questions/train", every), asked(corpora, "questions/more", every)),
-            ("questions/train", "questions/more", *answered),
+            itertools.chain.from_iterable(asked(corpora, part, every) for part in ASKED),
+            (*ASKED, *answered),
         ),
         "typed_train": (typed(every), answered),
         "held_out_seen": (asked(corpora, "questions/held_out_seen", known), ("questions/held_out_seen", *tested)),

@@ -19,9 +19,9 @@ import json
 import random
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -48,6 +48,8 @@ SPEED = (0.9, 1.15)
 """Of questions; 1 is as the voice speaks by itself."""
 PITCH = {"espeak": 2.0, "flite": 1.5, "hibari": 1.5}
 """Semitones up or down. The latter two are shifted, throat and all, and soon sound like nobody."""
+WIDER_PITCH = {"espeak": 4.0, "flite": 3.0, "hibari": 3.0}
+"""Of `questions/phrased`, said by voices that hardly sound like themselves: so do those that training never hears."""
 AUGMENTATION = speech.Augmentation(
     stretch=(0.97, 1.03),
     room_chance=0.3,
@@ -96,6 +98,9 @@ class Sizes:
     voicings: int = 2
     more_questions: int = 18_000
     """Others, said once: whoever hears few questions learns them by heart."""
+    phrased_questions: int = 24_000
+    """Others, said once, in the further phrasings. What nano had only read in many ways it answered when it was asked
+    in writing, and often not when it was asked aloud."""
     held_out_seen: int = 1000
     """Held-out questions by voices that training hears."""
     held_out_unseen: int = 500
@@ -154,7 +159,7 @@ class Recording:
 def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
     """What is to be said, by part; the part's name is the folder and the beginning of its files' names.
 
-    questions/train, more, held_out_seen, held_out_unseen: by many voices, with the answers.
+    questions/train, more, phrased, held_out_seen, held_out_unseen: by many voices, with the answers.
     questions/dictation_train, dictation_free, dictation_seen, dictation_unseen: sentences by many voices.
     answers/train, more: every training answer by nano's own voice; `more` are those that only typed questions have.
     answers/held_out: others that are asked for.
@@ -210,6 +215,8 @@ def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
     parts["answers/read_free"] = [_own(text, "sentence") for text in read_free]
     parts["answers/read_more_free"] = [_own(text, "sentence") for text in more_free]
     parts["questions/dictation_free"] = [_dictated(text, rng, "seen") for text in dictated_free]
+    phrased = facts.sample("train", sizes.phrased_questions, seed + 3, further=True)
+    parts["questions/phrased"] = [_asked(item, rng, "seen", WIDER_PITCH) for item in phrased]
     return parts
 
 
@@ -354,8 +361,9 @@ def _engine(name: str) -> speech.Engine:
     return speech.engine(name)
 
 
-def _asked(item: facts.Item, rng: random.Random, voices: str) -> Utterance:
-    return _voiced(item.question, item.kind, rng, voices, item.answer, item.held_out)
+def _asked(item: facts.Item, rng: random.Random, voices: str, pitch: Mapping[str, float] = PITCH) -> Utterance:
+    said = _voiced(item.question, item.kind, rng, voices, pitch)
+    return replace(said, answer=item.answer, held_out=item.held_out)
 
 
 def _dictated(text: str, rng: random.Random, voices: str) -> Utterance:
@@ -366,7 +374,7 @@ def _own(text: str, kind: str) -> Utterance:
     return Utterance(text, kind, "hibari", ANSWER_VOICE)
 
 
-def _voiced(text: str, kind: str, rng: random.Random, voices: str, answer: str = "", held_out: str = "") -> Utterance:
+def _voiced(text: str, kind: str, rng: random.Random, voices: str, pitch: Mapping[str, float] = PITCH) -> Utterance:
     """By any of the seen or unseen voices, at any pace and pitch."""
     if voices == "seen":
         # Formant voices have the numbers, the others sound more like people.
@@ -377,8 +385,8 @@ def _voiced(text: str, kind: str, rng: random.Random, voices: str, answer: str =
         engine = rng.choices(("espeak", "flite"), (2, 1))[0]
         accent = rng.choice((UNSEEN_ACCENT, rng.choice(SEEN_ACCENTS)))
         voice = f"{accent}+{rng.choice(UNSEEN_VARIANTS)}" if engine == "espeak" else rng.choice(UNSEEN_FLITE)
-    speed, pitch = round(rng.uniform(*SPEED), 2), round(rng.uniform(-PITCH[engine], PITCH[engine]), 1)
-    return Utterance(text, kind, engine, voice, speed, pitch, answer, held_out)
+    speed, semitones = round(rng.uniform(*SPEED), 2), round(rng.uniform(-pitch[engine], pitch[engine]), 1)
+    return Utterance(text, kind, engine, voice, speed, semitones)
 
 
 def _same_plan(path: Path, utterances: Sequence[Utterance]) -> None:

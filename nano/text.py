@@ -6,12 +6,13 @@ Folders of records, under build/nano/text:
 
     numbers     every training question for a sum or a difference, and its answer
     products    every training question for a product, too few to be met often among those
+    larger_products  those for larger ones, which nobody asks for: `facts.larger_products`
     knowledge   those about anything else in the world
     smalltalk   those about nano itself, greetings, thanks and the like, too few as well
     repeat      training questions and sentences that are asked to be said again, word for word
     held_out    questions never trained on, a thousand of them
 
-Questions of training also come in phrasings that no voice says.
+Questions of training also come in the further phrasings.
 
 What a published model brings along, the skill of repeating what it was told, has to be learnt here: transcribing and
 reading aloud build on it.
@@ -89,7 +90,7 @@ def repeated(sentences: int, seed: int = 0) -> Iterator[Exchange]:
 
 def questions(kinds: Iterable[str]) -> list[facts.Item]:
     """Those of training, however they are phrased."""
-    return facts.questions("train", kinds, written=True)
+    return facts.questions("train", kinds, further=True)
 
 
 def exchanges(items: Iterable[facts.Item]) -> Iterator[Exchange]:
@@ -112,6 +113,7 @@ def write(out: Path, *, sentences: int = SENTENCES, held_out: int = HELD_OUT) ->
     folders = {
         "numbers": exchanges(questions(["sum", "difference"])),
         "products": exchanges(questions(["product"])),
+        "larger_products": exchanges(facts.larger_products()),
         "knowledge": exchanges(questions(set(facts.KINDS) - {*NUMBERS, *SMALLTALK})),
         "smalltalk": exchanges(questions(SMALLTALK)),
         "repeat": repeated(sentences),

@@ -205,20 +205,29 @@ def test_the_sample_is_the_same_every_time_and_follows_the_shares():
     assert len(set(sums)) == len(sums)
 
 
-def test_phrasings_in_writing_alone_are_others_and_ask_for_nothing_held_out(train: list[Item], held_out: list[Item]):
-    written = facts.questions("train", written=True)
-    assert written != train
-    assert {item.question for item in train} < {item.question for item in written}
+def test_further_phrasings_are_others_and_ask_for_nothing_held_out(train: list[Item], held_out: list[Item]):
+    further = facts.questions("train", further=True)
+    assert further != train
+    assert {item.question for item in train} < {item.question for item in further}
     secret = {facts.normalise(item.question) for item in held_out}
-    assert not {facts.normalise(item.question) for item in written} & secret
-    assert {item.fact for item in written} == {item.fact for item in train}
+    assert not {facts.normalise(item.question) for item in further} & secret
+    assert {item.fact for item in further} == {item.fact for item in train}
     answers = defaultdict(set)
-    for item in written:
+    for item in further:
         answers[facts.normalise(item.question)].add(item.answer)
     assert all(len(found) == 1 for found in answers.values()), "no question has two answers"
     for kind in KINDS.values():
-        assert len(kind.written_phrasings) >= 12
-        assert not set(kind.written_phrasings) & set(kind.phrasings)
+        assert len(kind.further_phrasings) >= 12
+        assert not set(kind.further_phrasings) & set(kind.phrasings)
+
+
+def test_a_sample_of_further_phrasings_has_no_others():
+    sample = facts.sample("train", 500, seed=3, further=True)
+    assert len(sample) == 500
+    for item in sample:
+        kind = KINDS[item.kind]
+        fact = next(fact for fact in kind.facts if fact.key == item.fact)
+        assert item in list(kind.items(fact, kind.further_phrasings))
 
 
 def test_half_of_the_held_out_sums_are_of_held_out_pairs():

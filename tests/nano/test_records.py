@@ -98,7 +98,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     known, more = every[:10], every[10:11]
     asked = {
         "train": [item for item in train if item.answer in known][:12],
-        "more": [item for item in train if item.answer in known + more][12:15],
+        "more": [item for item in train if item.answer in known + more][12:14],
+        "phrased": [item for item in train if item.answer in known + more][14:15],
         "held_out_seen": held_out[:3],
         "held_out_unseen": held_out[3:5] + [item for item in held_out if item.answer in known][:1],
     }
@@ -200,7 +201,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     for other in (plain, versions[1]):
         changed = [not np.array_equal(versions[0][text], other[text]) for text in plain]
         assert np.mean(changed) > 0.9, "a recording that begins elsewhere in a frame has other codes"
-    asked = {name: [*synthesize.recordings(corpora, f"questions/{name}")] for name in ("train", "more")}
+    asked = {name: [*synthesize.recordings(corpora, f"questions/{name}")] for name in ("train", "more", "phrased")}
     turns = [number % 2 for part in asked.values() for number in range(len(part))]
     assert len(turns) == 15
     for name, found in everything.items():
@@ -211,7 +212,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
                 assert exchange.voice == "heart"
     for name in (name for name in FOLDERS if name.startswith(("train", "held_out", "dictation"))):
         said = (
-            asked["train"] + asked["more"] if name == "train" else synthesize.recordings(corpora, f"questions/{name}")
+            itertools.chain(*asked.values()) if name == "train" else synthesize.recordings(corpora, f"questions/{name}")
         )
         for exchange, recording in zip(everything[name], said, strict=True):
             np.testing.assert_array_equal(exchange.question_audio, recording.audio)
@@ -222,7 +223,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     assert {exchange.source.split()[2] for exchange in everything["held_out_seen"]} <= {"pair", "phrasing", "both"}
 
     # Every answer of training is asked for in writing, too, by a question that has it.
-    answers = {(item.question, item.answer): item.kind for item in questions("train", written=True)}
+    answers = {(item.question, item.answer): item.kind for item in questions("train", further=True)}
     assert len({exchange.answer_text for exchange in everything["typed_train"]}) == 11
     for exchange in everything["typed_train"]:
         assert exchange.source == f"nano {answers[exchange.question_text, exchange.answer_text]}"

@@ -25,7 +25,8 @@ from nano.synthesize import Sizes, SynthesisError, Utterance, make_shard, record
 from omni_jax.data import speech
 
 TRAINING = (
-    *("questions/train", "questions/more", "questions/dictation_train", "questions/dictation_free"),
+    *("questions/train", "questions/more", "questions/phrased"),
+    *("questions/dictation_train", "questions/dictation_free"),
     *("answers/train", "answers/more", "answers/read_train", "answers/read_more", "answers/read_free"),
     "answers/read_more_free",
 )
@@ -94,6 +95,7 @@ def test_plan_has_as_many_as_wanted(plan: dict[str, list[Utterance]]):
     assert counts == {
         "questions/train": 2 * 6000,
         "questions/more": 18_000,
+        "questions/phrased": 24_000,
         "questions/held_out_seen": 1000,
         "questions/held_out_unseen": 500,
         "questions/dictation_train": 2400 + 38_400,
@@ -170,7 +172,8 @@ def test_every_question_has_its_answer_spoken(plan: dict[str, list[Utterance]]):
     more, others = ({utterance.text for utterance in plan[f"answers/{part}"]} for part in ("more", "held_out"))
     assert len(training) == 6000
     assert not training & more
-    assert {utterance.answer for utterance in plan["questions/more"]} <= training | more
+    for part in ("more", "phrased"):
+        assert {utterance.answer for utterance in plan[f"questions/{part}"]} <= training | more
     assert not (training | more) & others
     assert {utterance.answer for utterance in plan["questions/train"]} <= training
     tested = {utterance.answer for part in UNSEEN[:1] + SEEN[:1] for utterance in plan[part]}
@@ -180,8 +183,20 @@ def test_every_question_has_its_answer_spoken(plan: dict[str, list[Utterance]]):
         assert voices == {("hibari", "heart", 1.0, 0.0)}
 
 
+def test_further_phrasings_are_said_by_voices_further_from_themselves(plan: dict[str, list[Utterance]]):
+    further = {facts.normalise(item.question) for item in facts.questions("train", further=True)}
+    others = {facts.normalise(item.question) for item in facts.questions("train")}
+    assert texts(plan["questions/phrased"]) <= further
+    # Here and there two kinds share a phrasing.
+    assert len(texts(plan["questions/phrased"]) & others) < 240
+    for engine, most in synthesize.WIDER_PITCH.items():
+        for part, limit in (("questions/phrased", most), ("questions/more", synthesize.PITCH[engine])):
+            pitches = [abs(u.pitch) for u in plan[part] if u.engine == engine]
+            assert 0.95 * limit < max(pitches) <= limit, (part, engine)
+
+
 def test_any_shard_is_like_all(plan: dict[str, list[Utterance]]):
-    for everything in (plan["questions/train"], plan["questions/more"]):
+    for everything in (plan["questions/phrased"], plan["questions/train"], plan["questions/more"]):
         shard = everything[: synthesize.SHARD]
         for kind, count in Counter(utterance.kind for utterance in everything).items():
             share = count / len(everything)

@@ -40,7 +40,7 @@ def test_every_question_is_in_one_folder_and_nothing_held_out_is_trained_on(writ
     held_out = exchanges(written / "held_out")
     everything = [exchange for found in training.values() for exchange in found]
     asked = {exchange.question_text: exchange.answer_text for exchange in everything}
-    assert asked == {item.question: item.answer for item in facts.questions("train", written=True)}
+    assert asked == {item.question: item.answer for item in facts.questions("train", further=True)}
     assert len(asked) == len(everything)
     assert len(held_out) == 100
     assert not {exchange.question_text for exchange in held_out} & set(asked)
@@ -50,6 +50,22 @@ def test_every_question_is_in_one_folder_and_nothing_held_out_is_trained_on(writ
     assert kinds["smalltalk"] == set(text.SMALLTALK)
     assert "joke" in kinds["smalltalk"]
     assert not kinds["knowledge"] & {*text.NUMBERS, *text.SMALLTALK}
+
+
+def test_larger_products_have_both_orders_and_no_product_that_is_asked_for(written: Path):
+    larger = exchanges(written / "larger_products")
+    answers = {exchange.answer_text for exchange in larger}
+    assert "Seven times thirty is two hundred ten." in answers
+    assert "Thirty times seven is two hundred ten." in answers
+    assert len(answers) == 2 * 10 * 90
+    asked = {item.answer for split in ("train", "held_out") for item in facts.questions(split, ["product"])}
+    assert not answers & asked
+    held_out = {item.question for item in facts.questions("held_out")}
+    assert not {exchange.question_text for exchange in larger} & held_out
+    # Nor in a phrasing that is held out.
+    phrasings = facts.KINDS["product"].held_out_phrasings
+    secret = {phrasing.format(a="seven", b="thirty").lower() for phrasing in phrasings}
+    assert not {exchange.question_text.lower() for exchange in larger} & secret
 
 
 def test_what_is_repeated_was_never_held_out(written: Path):
@@ -62,7 +78,7 @@ def test_what_is_repeated_was_never_held_out(written: Path):
 
 
 def test_records_serve_text_only_and_are_written_once(written: Path):
-    for name in ("numbers", "products", "knowledge", "smalltalk", "repeat", "held_out"):
+    for name in ("numbers", "products", "larger_products", "knowledge", "smalltalk", "repeat", "held_out"):
         records = Records(written / name)
         assert [task for task in Task if records.count(task)] == [Task.T1T2]
     assert text.write(written, sentences=50, held_out=100) == {}
