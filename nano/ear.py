@@ -41,9 +41,9 @@ from nano import facts, run
 from nano.synthesize import recordings
 from omni_jax import tensorfile
 from omni_jax.audio import wav
-from omni_jax.audio.features import HOP, log_mel
+from omni_jax.audio.features import HOP, log_mel, spec_augment
 from omni_jax.checkpoint import dotted
-from omni_jax.config import PRESETS, EarConfig
+from omni_jax.config import PRESETS, EarConfig, SpecAugmentConfig
 from omni_jax.model.whisper import Linear, Whisper
 
 CONFIG = PRESETS["nano"].ear
@@ -86,13 +86,8 @@ AVERAGE_DECAY = 0.998
 """Of the parameters' moving average, per step."""
 
 SPEED = (0.9, 1.1)
-WARP = (0.9, 1.1)
-"""The mel axis is stretched by this, as by longer and shorter throats: those of voices that it never hears."""
-STRIPES = 2
-"""Cut out of the time and as many of the mel axis."""
-STRIPE_FRAMES = 10
-STRIPE_BINS = 12
-"""Widest stripes."""
+AUGMENTATION = SpecAugmentConfig(warp=0.1, stripes=2, frames=10, bins=12)
+"""Longer and shorter throats are those of voices that it never hears."""
 
 Array = jax.Array
 
@@ -259,30 +254,6 @@ def matrices(params: Any) -> Any:
     return traverse_util.unflatten_dict(axes)
 
 
-def augment(mel: Array, key: Array) -> Array:
-    """Warp the mel axis and cut out stripes; f32 [B, M, frames], every row its own way."""
-    B, M, frames = mel.shape
-    warp_key, width_key, place_key = jax.random.split(key, 3)
-    factor = jax.random.uniform(warp_key, (B, 1), minval=WARP[0], maxval=WARP[1])
-    place = jnp.clip(jnp.arange(M) * factor, 0, M - 1)
-    below = jnp.clip(jnp.floor(place).astype(jnp.int32), 0, M - 2)
-    share = (place - below)[..., None]
-    lower, upper = (jnp.take_along_axis(mel, (below + step)[..., None], axis=1) for step in (0, 1))
-    mel = lower * (1 - share) + upper * share
-
-    sizes, widest = jnp.array([frames, M]), jnp.array([STRIPE_FRAMES, STRIPE_BINS])
-    widths = jax.random.uniform(width_key, (B, STRIPES, 2)) * widest
-    starts = jax.random.uniform(place_key, (B, STRIPES, 2)) * (sizes - widths)
-
-    def cut(axis: int) -> Array:
-        at = jnp.arange(mel.shape[2 - axis])
-        begin, width = starts[..., axis, None], widths[..., axis, None]
-        return ((at >= begin) & (at < begin + width)).any(1)
-
-    silent = cut(0)[:, None, :] | cut(1)[:, :, None]
-    return jnp.where(silent, mel.mean(axis=(1, 2), keepdims=True), mel)
-
-
 @dataclasses.dataclass(frozen=True)
 class Trainer:
     """The compiled steps of a run; equal ones share their programs."""
@@ -335,7 +306,7 @@ class Trainer:
     ) -> tuple[State, dict[str, Array]]:
         """One step on what `batch` gives."""
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
-        mel = augment(log_mel(audio, self.config.mels), key)
+        mel = spec_augment(log_mel(audio, self.config.mels), key, AUGMENTATION)
 
         even_weight = (not self.hears) * EVEN_WEIGHT * jnp.maximum(0, 1 - state.step / EVEN_STEPS)
 

@@ -261,6 +261,20 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class SpecAugmentConfig:
+    """How a recording is varied each time it is heard in training; see `omni_jax.audio.features.spec_augment`."""
+
+    warp: float = Field(default=0.1, ge=0, lt=1)
+    """The mel axis is stretched by 1 minus to 1 plus this, as by a longer or shorter throat."""
+    stripes: int = Field(default=2, ge=0)
+    """Cut out of the time axis, and as many of the mel axis."""
+    frames: int = Field(default=10, gt=0)
+    """Of the widest stripe of time, 10 ms each."""
+    bins: int = Field(default=12, gt=0)
+    """Of the widest stripe of the mel axis."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class DataConfig:
     """What a run reads, and how it is laid out."""
 
@@ -275,6 +289,9 @@ class DataConfig:
     """Positions of a row (T); examples are packed into rows, one that is longer is counted and left out."""
     clips: int = Field(default=8, gt=0)
     """Recordings a row can hold."""
+    spec_augment: SpecAugmentConfig | None = None
+    """How recordings are varied in training; None leaves them as they are. Where the ear was taught on the same
+    recordings it mishears none of them, and what follows it does not learn to cope with an ear that does."""
     workers: int = Field(default=2, ge=0)
     """Processes that read and pack ahead; 0 reads in the training process."""
     most_corrupt: int = Field(default=100, ge=0)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from omni_jax.audio.wav import SAMPLE_RATE
+from omni_jax.config import SpecAugmentConfig
 
 WINDOW = 400
 """Samples per Fourier window (25 ms)."""
@@ -52,6 +53,43 @@ def log_mel(audio: jax.Array, mels: int = 80) -> jax.Array:
     level = jnp.log10(jnp.maximum(energy, 1e-10))
     level = jnp.maximum(level, level.max(axis=(1, 2), keepdims=True) - 8.0)
     return (level + 4.0) / 4.0
+
+
+def spec_augment(mel: jax.Array, key: jax.Array, config: SpecAugmentConfig) -> jax.Array:
+    """Vary log-mel features at random, every row its own way; jittable.
+
+    The mel axis is stretched as by longer and shorter throats (Jaitly and Hinton 2013, "Vocal tract length
+    perturbation"), then stripes of time and of the mel axis are cut out (SpecAugment, Park et al. 2019, arXiv
+    1904.08779) and filled with the row's mean.
+
+    Args:
+        mel: f32 [B, M, frames].
+        key: of the draws.
+        config: how far they go.
+
+    Returns:
+        f32 [B, M, frames].
+    """
+    B, M, frames = mel.shape
+    warp_key, width_key, place_key = jax.random.split(key, 3)
+    factor = jax.random.uniform(warp_key, (B, 1, 1), minval=1 - config.warp, maxval=1 + config.warp)
+    bins = jnp.arange(M, dtype=mel.dtype)
+    # Linear interpolation as a product: a gather along the mel axis would not be cut by rows on a mesh.
+    place = jnp.clip(bins[:, None] * factor, 0, M - 1)
+    weights = jnp.maximum(0.0, 1.0 - jnp.abs(place - bins))
+    mel = jnp.einsum("bmk,bkt->bmt", weights, mel, precision=jax.lax.Precision.HIGHEST)
+
+    sizes, widest = jnp.array([frames, M]), jnp.array([config.frames, config.bins])
+    widths = jax.random.uniform(width_key, (B, config.stripes, 2)) * widest
+    starts = jax.random.uniform(place_key, (B, config.stripes, 2)) * (sizes - widths)
+
+    def cut(axis: int) -> jax.Array:
+        at = jnp.arange(mel.shape[2 - axis])
+        begin, width = starts[..., axis, None], widths[..., axis, None]
+        return ((at >= begin) & (at < begin + width)).any(1)
+
+    silent = cut(0)[:, None, :] | cut(1)[:, :, None]
+    return jnp.where(silent, mel.mean(axis=(1, 2), keepdims=True), mel)
 
 
 def pad(audio: np.ndarray, samples: int) -> np.ndarray:

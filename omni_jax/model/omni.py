@@ -7,6 +7,7 @@ a step reads only the rows it needs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -109,14 +110,18 @@ class OmniModel(nnx.Module):
         if self.tts_adapter is not None:
             self.tts_adapter.blocks.mesh = mesh
 
-    def hear(self, sound: Array) -> Array:
-        """Recordings f32 [B, samples] at 16 kHz, padded to the ear's length -> [B, ceil(positions/stack), D]."""
+    def hear(self, sound: Array, vary: Callable[[Array], Array] | None = None) -> Array:
+        """Recordings f32 [B, samples] at 16 kHz, padded to the ear's length -> [B, ceil(positions/stack), D].
+
+        What `vary` makes of their log-mel features, f32 [B, M, frames], is heard in place of these.
+        """
         mels = partial(log_mel, mels=self.config.ear.mels)
         if self.mesh is not None and self.mesh.size > 1:
             # The compiler does not cut Fourier transforms: every chip would hear the whole batch.
             place = sharding.spec(sound.shape, ("batch", None), self.mesh)
             mels = jax.shard_map(mels, mesh=self.mesh, in_specs=place, out_specs=place)
-        return self.adapter(self.ear(mels(sound)).astype(self.dtype))
+        mel = mels(sound)
+        return self.adapter(self.ear(mel if vary is None else vary(mel)).astype(self.dtype))
 
     def embed_tokens(self, tokens: Array) -> Array:
         """Tokens int32 [..., 8] -> their averaged embedding [..., D]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, traverse_util
 
-from omni_jax.config import OptimizerConfig, RunConfig
+from omni_jax.audio.features import spec_augment
+from omni_jax.config import OptimizerConfig, RunConfig, SpecAugmentConfig
 from omni_jax.model.layers import traced_for
 from omni_jax.model.omni import OmniModel
 from omni_jax.prompts import Task
@@ -111,12 +113,17 @@ def updates(config: OptimizerConfig, moments: Any, learning: Params) -> Params:
     return jax.tree.map(update, adam.mu, adam.nu, learning, decays(learning))
 
 
-def forward(model: OmniModel, batch: Batch, counts: Array, config: RunConfig) -> tuple[Array, loss.Sums]:
-    """What `loss.of_batch` gives for a batch whose heads have `counts` float32 [8] targets in all."""
+def forward(
+    model: OmniModel, batch: Batch, counts: Array, config: RunConfig, key: Array | None = None
+) -> tuple[Array, loss.Sums]:
+    """What `loss.of_batch` gives for a batch whose heads have `counts` float32 [8] targets in all.
+
+    With a key, recordings are heard as `config.data.spec_augment` varies them.
+    """
     with traced_for(model.mesh):
         heard = None
         if any(Task(task).hears for task in config.data.tasks):
-            heard = hear(model, batch["sound"])
+            heard = hear(model, batch["sound"], config.data.spec_augment, key)
         text_hidden, audio_hidden, _ = model(
             batch["tokens"],
             batch["positions"],
@@ -128,17 +135,22 @@ def forward(model: OmniModel, batch: Batch, counts: Array, config: RunConfig) ->
         return loss.of_batch(model, text_hidden, audio_hidden, batch["targets"], batch["mask"], counts, config.loss)
 
 
-def hear(model: OmniModel, sound: Array) -> Array:
-    """What a batch's rows hear: recordings int16 [B, clips, samples] -> [B, clips * positions, D]."""
+def hear(model: OmniModel, sound: Array, augment: SpecAugmentConfig | None = None, key: Array | None = None) -> Array:
+    """What a batch's rows hear: recordings int16 [B, clips, samples] -> [B, clips * positions, D].
 
-    def features(sound: Array) -> Array:
-        return model.hear(sound.astype(jnp.float32) / 32768.0)
-
+    They are varied where there are both `augment` and a key.
+    """
     B, clips, samples = sound.shape
+    keys = None if augment is None or key is None else jax.random.split(key, clips)
+
+    def features(sound: Array, key: Array | None) -> Array:
+        vary = None if augment is None or key is None else partial(spec_augment, key=key, config=augment)
+        return model.hear(sound.astype(jnp.float32) / 32768.0, vary)
+
     if clips_apart(model):
-        heard = jax.lax.map(features, sound.swapaxes(0, 1)).swapaxes(0, 1)
+        heard = jax.lax.map(lambda one: features(*one), (sound.swapaxes(0, 1), keys)).swapaxes(0, 1)
     else:
-        heard = features(sound.reshape(B * clips, samples))
+        heard = features(sound.reshape(B * clips, samples), key)
     return heard.reshape(B, -1, heard.shape[-1])
 
 
@@ -165,25 +177,29 @@ def train_step(
     parts = config.optimizer.accumulate
     counts = jnp.sum(batch["mask"], axis=(0, 2)).astype(jnp.float32)
 
-    def part_loss(learning: Params, part: Batch) -> tuple[Array, dict[str, Array]]:
-        return forward(nnx.merge(graph, unite(learning, frozen)), part, counts, config)
+    keys = None
+    if config.data.spec_augment is not None:
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step), parts)
+
+    def part_loss(learning: Params, part: Batch, key: Array | None) -> tuple[Array, dict[str, Array]]:
+        return forward(nnx.merge(graph, unite(learning, frozen)), part, counts, config, key)
 
     compute = jax.value_and_grad(part_loss, has_aux=True)
     if parts == 1:
-        (value, sums), gradient = compute(state.learning, batch)
+        (value, sums), gradient = compute(state.learning, batch, None if keys is None else keys[0])
     else:
         # Every part takes some rows of every device, so that nothing moves between devices.
         split = {
             name: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0) for name, x in batch.items()
         }
 
-        def add(carry: Any, part: Batch) -> tuple[Any, None]:
-            (value, sums), gradient = compute(state.learning, part)
+        def add(carry: Any, part: tuple[Batch, Array | None]) -> tuple[Any, None]:
+            (value, sums), gradient = compute(state.learning, *part)
             return jax.tree.map(jnp.add, carry, (value, sums, gradient)), None
 
-        shapes = jax.eval_shape(compute, state.learning, jax.tree.map(lambda x: x[0], split))
+        shapes = jax.eval_shape(compute, state.learning, *jax.tree.map(lambda x: x[0], (split, keys)))
         ((value, sums), gradient) = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (value, sums, gradient), _ = jax.lax.scan(add, (value, sums, gradient), split)
+        (value, sums, gradient), _ = jax.lax.scan(add, (value, sums, gradient), (split, keys))
 
     norm = optax.tree.norm(gradient)
     fine = jnp.isfinite(value) & jnp.isfinite(norm)

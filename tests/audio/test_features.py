@@ -5,6 +5,7 @@ import pytest
 from transformers import WhisperFeatureExtractor
 
 from omni_jax.audio import features
+from omni_jax.config import SpecAugmentConfig
 
 SECONDS = np.arange(480_000) / 16_000
 RNG = np.random.default_rng(0)
@@ -80,6 +81,43 @@ def test_mel_filters(mels):
 def test_wrong_shape(shape):
     with pytest.raises(ValueError, match=r"expected audio as \[B, samples\]"):
         features.log_mel(jnp.zeros(shape))
+
+
+def test_a_warped_spectrum_is_the_old_one_read_between_its_bins():
+    mel = np.asarray(jax.random.normal(jax.random.key(0), (4, 80, 30)))
+    ramp = np.broadcast_to(np.arange(80.0, dtype=np.float32)[:, None], (80, 30))
+    config = SpecAugmentConfig(warp=0.3, stripes=0)
+    vary = jax.jit(features.spec_augment, static_argnums=2)
+    # Of a ramp it makes the places that it reads at.
+    places = np.asarray(vary(np.broadcast_to(ramp, mel.shape), jax.random.key(1), config))[:, :, 0]
+    factors = places[:, 1]
+    assert len({*factors.tolist()}) == 4
+    assert np.all(np.abs(factors - 1) <= 0.3)
+    assert np.ptp(factors) > 0.1
+    np.testing.assert_allclose(places, np.minimum(factors[:, None] * np.arange(80), 79), rtol=1e-4)
+    varied = np.asarray(vary(mel, jax.random.key(1), config))
+    for row, original, place in zip(varied, mel, places, strict=True):
+        expected = [np.interp(place, np.arange(80), original[:, frame]) for frame in range(30)]
+        np.testing.assert_allclose(row, np.stack(expected, 1), atol=1e-4)
+
+
+def test_stripes_are_cut_out_of_time_and_mel_and_filled_with_the_mean():
+    mel = np.asarray(jax.random.normal(jax.random.key(0), (8, 80, 300)))
+    config = SpecAugmentConfig(warp=0.0, stripes=2, frames=10, bins=12)
+    varied = np.asarray(features.spec_augment(mel, jax.random.key(2), config))
+    changed = varied != mel
+    frames, bins = changed.all(1).sum(1), changed.all(2).sum(1)
+    assert frames.max() <= 2 * 10 + 2
+    assert bins.max() <= 2 * 12 + 2
+    assert frames.min() < frames.max()
+    assert frames.max() > 4
+    assert bins.max() > 4
+    for row in range(8):
+        expected = changed[row].all(0)[None, :] | changed[row].all(1)[:, None]
+        np.testing.assert_array_equal(changed[row], expected)
+        np.testing.assert_allclose(varied[row][changed[row]], mel[row].mean(), atol=1e-5)
+    same = features.spec_augment(mel, jax.random.key(2), SpecAugmentConfig(warp=0.0, stripes=0))
+    np.testing.assert_allclose(same, mel, atol=1e-6)
 
 
 def test_pad():

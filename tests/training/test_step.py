@@ -206,6 +206,26 @@ def test_clips_are_heard_alike_together_and_apart(monkeypatch):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+def test_varied_recordings_are_heard_otherwise_at_every_step_and_alike_on_every_mesh():
+    data = {"sources": [{"path": "unused"}], "tasks": {"A1A2": 1}, "batch": ROWS, "length": LENGTH}
+    varied = run_config(data={**data, "spec_augment": {"warp": 0.2}}, log_every=1)
+
+    def losses(trainer: Trainer) -> list[float]:
+        """Of one batch at different steps, nothing learnt between them."""
+        state, arrays = trainer.begin(), trainer.place(batch())
+        found = []
+        for number in range(2):
+            at = replace(state, step=state.step + number)
+            found.append(float(trainer.step(at, trainer.frozen, arrays)[1]["loss"]))
+        return found
+
+    alone = losses(Trainer(varied))
+    assert len({*alone, *losses(Trainer(run_config()))}) == 3, "two draws and none"
+    np.testing.assert_allclose(losses(Trainer(varied, sharding.make_mesh(2, 2, 2))), alone, rtol=1e-5)
+    parts = run_config(data=varied.data, optimizer={**OPTIMIZER, "accumulate": 4})
+    assert np.isfinite(losses(Trainer(parts))).all()
+
+
 def test_it_learns_a_batch():
     trainer = Trainer(run_config(optimizer={"steps": 60, "peak": 1e-2, "warmup": 2, "weight_decay": 0.0}))
     state, losses = trainer.begin(), []
