@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -100,7 +101,7 @@ def exchanges(items: Iterable[facts.Item]) -> Iterator[Exchange]:
 
 
 def write(out: Path, *, sentences: int = SENTENCES, held_out: int = HELD_OUT) -> dict[str, int]:
-    """Write every folder of records that is not there yet.
+    """Write every folder of records that is not there yet, not whole, or of other texts.
 
     Args:
         out: folder of the folders.
@@ -121,15 +122,25 @@ def write(out: Path, *, sentences: int = SENTENCES, held_out: int = HELD_OUT) ->
     }
     written = {}
     for name, texts in folders.items():
-        if (out / name / INDEX).exists():
+        made = list(texts)
+        note, origin = out / name / "origin.txt", f"texts {_mark(made)}\n"
+        if (out / name / INDEX).exists() and note.exists() and note.read_text() == origin:
             continue
         shutil.rmtree(out / name, ignore_errors=True)
         with Writer(out / name, shard_size=100_000) as writer:
-            written[name] = 0
-            for exchange in texts:
+            for exchange in made:
                 writer.write(exchange)
-                written[name] += 1
+        note.write_text(origin)
+        written[name] = len(made)
     return written
+
+
+def _mark(made: Iterable[Exchange]) -> int:
+    """A number that other exchanges will hardly have."""
+    mark = 0
+    for exchange in made:
+        mark = zlib.crc32(f"{exchange.question_text}\n{exchange.answer_text}\n".encode(), mark)
+    return mark
 
 
 def main(

@@ -8,7 +8,7 @@ import pytest
 
 from nano import facts, text
 from omni_jax.checkpoint import TOKENIZER_FILES
-from omni_jax.data.records import Exchange, Records, from_bytes
+from omni_jax.data.records import INDEX, Exchange, Records, from_bytes
 from omni_jax.prompts import Task
 
 
@@ -82,3 +82,19 @@ def test_records_serve_text_only_and_are_written_once(written: Path):
         records = Records(written / name)
         assert [task for task in Task if records.count(task)] == [Task.T1T2]
     assert text.write(written, sentences=50, held_out=100) == {}
+
+
+def test_other_texts_are_written_anew_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    few = facts.sample("train", 12, seed=0)
+    monkeypatch.setattr(text, "questions", lambda kinds: few[:5])
+    monkeypatch.setattr(text, "repeated", lambda sentences: text.exchanges(few[:3]))
+    monkeypatch.setattr(facts, "larger_products", lambda: few[:7])
+    first = text.write(tmp_path, held_out=10)
+    assert first == {**dict.fromkeys(first, 5), "larger_products": 7, "repeat": 3, "held_out": 10}
+    monkeypatch.setattr(facts, "larger_products", lambda: few[5:])
+    (tmp_path / "products" / INDEX).unlink()
+    assert text.write(tmp_path, held_out=10) == {"products": 5, "larger_products": 7}
+    assert {exchange.question_text for exchange in exchanges(tmp_path / "larger_products")} == {
+        item.question for item in few[5:]
+    }
+    assert text.write(tmp_path, held_out=10) == {}
