@@ -38,7 +38,7 @@ import typer
 from flax import nnx, traverse_util
 
 from nano import facts, run
-from nano.synthesize import recordings
+from nano.synthesize import ASKED, recordings
 from omni_jax import tensorfile
 from omni_jax.audio import wav
 from omni_jax.audio.features import HOP, log_mel, spec_augment
@@ -47,10 +47,7 @@ from omni_jax.config import PRESETS, EarConfig, SpecAugmentConfig
 from omni_jax.model.whisper import Linear, Whisper
 
 CONFIG = PRESETS["nano"].ear
-PARTS = (
-    *("questions/train", "questions/more", "questions/phrased"),
-    *("questions/dictation_train", "questions/dictation_free"),
-)
+PARTS = (*ASKED, "questions/dictation_train", "questions/dictation_free")
 TESTS = (
     "questions/held_out_seen",
     "questions/held_out_unseen",

@@ -81,9 +81,9 @@ class Kind:
     held_out_phrasings: frozenset[str]
     held_out_pairs: frozenset[tuple[int, int]]
 
-    def items(self, fact: Fact, phrasings: Sequence[str] | None = None) -> Iterator[Item]:
-        """A fact in some phrasings, or in all but the further ones."""
-        for phrasing in self.phrasings if phrasings is None else phrasings:
+    def items(self, fact: Fact, phrasings: Iterable[str]) -> Iterator[Item]:
+        """A fact in some phrasings."""
+        for phrasing in phrasings:
             reasons = (fact.pair in self.held_out_pairs, phrasing in self.held_out_phrasings)
             why = {(False, False): "", (True, False): "pair", (False, True): "phrasing", (True, True): "both"}[reasons]
             yield Item(self.name, _sentence(phrasing.format(**fact.fields)), fact.answer, fact.key, why)
@@ -125,8 +125,9 @@ def questions(split: Split, kinds: Iterable[str] | None = None, *, further: bool
     found: dict[str, Item] = {}
     for kind in KINDS.values():
         if kind.name in wanted:
+            phrasings = kind.phrasings + kind.further_phrasings if further else kind.phrasings
             for fact in kind.facts:
-                for item in kind.items(fact, (*kind.phrasings, *(kind.further_phrasings if further else ()))):
+                for item in kind.items(fact, phrasings):
                     if (item.held_out == "") == (split == "train"):
                         found.setdefault(item.question, item)
     return list(found.values())
@@ -139,7 +140,7 @@ def larger_products() -> list[Item]:
     this long teaches that the order of the numbers does not matter.
     """
     kind = KINDS["product"]
-    phrasings = (*kind.phrasings, *kind.further_phrasings)
+    phrasings = kind.phrasings + kind.further_phrasings
     pairs = [(a, b) for a, b in itertools.product(range(1, 101), repeat=2) if min(a, b) <= 10 < max(a, b)]
     products = _number_facts("product", "times", ((a, b, a * b) for a, b in pairs), lambda a, b: None)
     return [item for fact in products for item in kind.items(fact, phrasings) if not item.held_out]
@@ -229,8 +230,8 @@ def _draw(kind: Kind, split: Split, count: int, rng: random.Random, further: boo
     left: dict[str, list[Item]] = {}
     held: list[Fact] = []
     rest: list[Fact] = []
+    phrasings = kind.further_phrasings if further else kind.phrasings
     for fact in kind.facts:
-        phrasings = kind.further_phrasings if further else kind.phrasings
         items = [item for item in kind.items(fact, phrasings) if (item.held_out == "") == (split == "train")]
         if items:
             left[fact.key] = items

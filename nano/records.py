@@ -23,7 +23,7 @@ import itertools
 import random
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -51,7 +51,6 @@ READ = {
     "read_held_out": ("read_held_out",),
 }
 """Folders of sentences to be read aloud, and the parts of the answers that they are made of."""
-ASKED = ("questions/train", "questions/more", "questions/phrased")
 DICTATED = ("dictation_train", "dictation_free", "dictation_seen", "dictation_unseen")
 _PIECE = 250
 """Recordings whose codes are kept in one file."""
@@ -219,8 +218,8 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
     # With the parts whose recordings they are made of.
     folders: dict[str, tuple[Iterator[Exchange], Sequence[str]]] = {
         "train": (
-            itertools.chain.from_iterable(asked(corpora, part, every) for part in ASKED),
-            (*ASKED, *answered),
+            itertools.chain.from_iterable(asked(corpora, part, every) for part in synthesize.ASKED),
+            (*synthesize.ASKED, *answered),
         ),
         "typed_train": (typed(every), answered),
         "held_out_seen": (asked(corpora, "questions/held_out_seen", known), ("questions/held_out_seen", *tested)),
@@ -233,20 +232,35 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
         folders[name] = dictated(corpora, f"questions/{name}"), [f"questions/{name}"]
     written = {}
     for name, (exchanges, parts) in folders.items():
-        folder = out / name
-        note = folder / "origin.txt"
-        origin = f"codec {mark}, recordings {_made(corpora, parts)}\n"
-        if (folder / INDEX).exists() and note.exists() and note.read_text() == origin:
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
-        with Writer(folder) as writer:
-            count = 0
-            for exchange in tqdm(exchanges, desc=name, unit="exchange"):
-                writer.write(exchange)
-                count += 1
-        note.write_text(origin)
-        written[name] = count
+        count = renew(out / name, f"codec {mark}, recordings {_made(corpora, parts)}", exchanges)
+        if count is not None:
+            written[name] = count
     return written
+
+
+def renew(folder: Path, origin: str, exchanges: Iterable[Exchange], *, shard_size: int = 2048) -> int | None:
+    """Write a folder of records, unless it is whole and was made from the same.
+
+    Args:
+        folder: what is in it is replaced.
+        origin: what the exchanges are made from, one line; noted beside them.
+        exchanges: drawn only if they are written.
+        shard_size: exchanges per file.
+
+    Returns:
+        How many were written, None if the folder has been left as it is.
+    """
+    note = folder / "origin.txt"
+    if (folder / INDEX).exists() and note.exists() and note.read_text() == f"{origin}\n":
+        return None
+    shutil.rmtree(folder, ignore_errors=True)
+    count = 0
+    with Writer(folder, shard_size=shard_size) as writer:
+        for exchange in tqdm(exchanges, desc=folder.name, unit="exchange"):
+            writer.write(exchange)
+            count += 1
+    note.write_text(f"{origin}\n")
+    return count
 
 
 def _mark(codec: Snac) -> int:

@@ -44,6 +44,9 @@ MAX_QUESTION_SECONDS = 6.0
 SHARD = 250
 """Recordings per file."""
 
+ASKED = ("questions/train", "questions/more", "questions/phrased")
+"""Parts of the plan: the spoken questions of training."""
+
 SPEED = (0.9, 1.15)
 """Of questions; 1 is as the voice speaks by itself."""
 PITCH = {"espeak": 2.0, "flite": 1.5, "hibari": 1.5}

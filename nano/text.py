@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -33,9 +32,10 @@ import typer
 from tokenizers import Tokenizer
 
 from nano import facts
+from nano.records import renew
 from omni_jax.checkpoint import TOKENIZER_FILES
 from omni_jax.config import PRESETS
-from omni_jax.data.records import INDEX, Exchange, Writer
+from omni_jax.data.records import Exchange
 
 FOLDER = Path("build/nano/text")
 TOKENIZER = Path("build/nano/tokenizer")
@@ -123,15 +123,9 @@ def write(out: Path, *, sentences: int = SENTENCES, held_out: int = HELD_OUT) ->
     written = {}
     for name, texts in folders.items():
         made = list(texts)
-        note, origin = out / name / "origin.txt", f"texts {_mark(made)}\n"
-        if (out / name / INDEX).exists() and note.exists() and note.read_text() == origin:
-            continue
-        shutil.rmtree(out / name, ignore_errors=True)
-        with Writer(out / name, shard_size=100_000) as writer:
-            for exchange in made:
-                writer.write(exchange)
-        note.write_text(origin)
-        written[name] = len(made)
+        count = renew(out / name, f"texts {_mark(made)}", made, shard_size=100_000)
+        if count is not None:
+            written[name] = count
     return written
 
 
