@@ -42,9 +42,10 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
 
+SYNTHESISERS := espeak-ng flite festival festvox-kdlpc16k
 nano: $(VENV)/.nano
-	@command -v espeak-ng >/dev/null && command -v flite >/dev/null || \
-		{ echo 'make nano needs the programs espeak-ng and flite: apt-get install espeak-ng flite'; exit 1; }
+	@for program in espeak-ng flite festival; do command -v $$program >/dev/null || \
+		{ echo "make nano needs the program $$program: apt-get install $(SYNTHESISERS)"; exit 1; }; done
 	$(BIN)/python -m nano
 
 $(BIN)/python:

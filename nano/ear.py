@@ -47,7 +47,7 @@ from omni_jax.config import PRESETS, EarConfig, SpecAugmentConfig
 from omni_jax.model.whisper import Linear, Whisper
 
 CONFIG = PRESETS["nano"].ear
-PARTS = (*ASKED, "questions/dictation_train", "questions/dictation_free")
+PARTS = (*ASKED, *(f"questions/dictation_{part}" for part in ("train", "free", "recorded")))
 TESTS = (
     "questions/held_out_seen",
     "questions/held_out_unseen",

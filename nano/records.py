@@ -51,7 +51,13 @@ READ = {
     "read_held_out": ("read_held_out",),
 }
 """Folders of sentences to be read aloud, and the parts of the answers that they are made of."""
-DICTATED = ("dictation_train", "dictation_free", "dictation_seen", "dictation_unseen")
+DICTATED = {
+    "dictation_train": ("dictation_train",),
+    "dictation_free": ("dictation_free", "dictation_recorded"),
+    "dictation_seen": ("dictation_seen",),
+    "dictation_unseen": ("dictation_unseen",),
+}
+"""Folders of sentences to be written down, and the parts of the questions that they are made of."""
 _PIECE = 250
 """Recordings whose codes are kept in one file."""
 _BATCH = 16
@@ -228,8 +234,9 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
     for name, parts in READ.items():
         codes = [version for part in parts for version in answers(part)]
         folders[name] = read(codes), [f"answers/{part}" for part in parts]
-    for name in DICTATED:
-        folders[name] = dictated(corpora, f"questions/{name}"), [f"questions/{name}"]
+    for name, parts in DICTATED.items():
+        sources = [f"questions/{part}" for part in parts]
+        folders[name] = itertools.chain.from_iterable(dictated(corpora, source) for source in sources), sources
     written = {}
     for name, (exchanges, parts) in folders.items():
         count = renew(out / name, f"codec {mark}, recordings {_made(corpora, parts)}", exchanges)

@@ -405,8 +405,9 @@ def synthesize(
     questions: Annotated[
         list[str] | None,
         typer.Option(
-            help="Who asks; may be repeated, one is drawn for each question: espeak, flite or hibari, perhaps with "
-            "=VOICE,...; command='PROGRAM {text} {out}'; openai='URL MODEL', the last two perhaps with ' @VOICE,...'.",
+            help="Who asks; may be repeated, one is drawn for each question: espeak, flite, hibari or pico, perhaps "
+            "with =VOICE,...; command='PROGRAM {text} {out}'; openai='URL MODEL', the last two perhaps with "
+            "' @VOICE,...'.",
             show_default=False,
         ),
     ] = None,

@@ -193,6 +193,41 @@ class HibariTTS:
         return dict.fromkeys(sorted(name for name, about in VOICES.items() if about["bundled"]))
 
 
+class Pico:
+    """SVOX Pico, which spoke in early Android phones, an American and a British woman; 16 kHz. Carries its voices."""
+
+    name = "pico"
+
+    def voices(self) -> list[str]:
+        """See `Engine.voices`."""
+        return list(self._known)
+
+    def speak(self, text: str, voice: str, speed: float = 1.0, pitch: float = 0.0) -> tuple[np.ndarray, int]:
+        """See `Engine.speak`; pitch moves the voice's fundamental and leaves its formants."""
+        _check(self, text, voice, self._known, speed, pitch)
+        # A second text would sound a little different: what it says depends on what it has said before.
+        model = self._module.TtsEngine(voice)
+        # Percent; at its own volume loud vowels are cut off.
+        model.volume, model.rate, model.pitch = 50, round(100 * speed), round(100 * 2 ** (pitch / 12))
+        samples = np.frombuffer(model.speak(text), np.int16).astype(np.float32) / 2**15
+        return _sounding(self, text, samples), 16_000
+
+    @cached_property
+    def _module(self) -> Any:
+        try:
+            import ttspico
+        except ImportError as error:
+            raise SpeechError(
+                f"pico: expected the package ttspico, found none ({error}): pip install ttspico"
+            ) from None
+        return ttspico
+
+    @cached_property
+    def _known(self) -> dict[str, None]:
+        self._module  # noqa: B018 - for its error
+        return dict.fromkeys(("en-GB", "en-US"))
+
+
 class Command:
     """Any program that writes a recording: `piper --text {text} --out {out}`, with `{voice}` if it has several."""
 
@@ -274,13 +309,13 @@ class OpenAISpeech:
         return shift(samples, speed * 2.0 ** (pitch / 12)), rate
 
 
-_ENGINES: Mapping[str, type[ESpeak] | type[Flite] | type[HibariTTS]] = {
-    kind.name: kind for kind in (ESpeak, Flite, HibariTTS)
+_ENGINES: Mapping[str, type[ESpeak] | type[Flite] | type[HibariTTS] | type[Pico]] = {
+    kind.name: kind for kind in (ESpeak, Flite, HibariTTS, Pico)
 }
 
 
 def engine(name: str) -> Engine:
-    """An engine by its name: espeak, flite or hibari.
+    """An engine by its name: espeak, flite, hibari or pico.
 
     Raises:
         SpeechError: any other name.
@@ -295,7 +330,7 @@ class Voices:
     """Some voices of an engine, as the command line names them."""
 
     engine: str
-    """espeak, flite, hibari, command or openai."""
+    """espeak, flite, hibari, pico, command or openai."""
     only: tuple[str, ...] = ()
     """These; none: all that it has."""
     detail: str = ""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from omni_jax.data import speech
-from omni_jax.data.speech import Augmentation, ESpeak, Flite, HibariTTS, SpeechError, augment
+from omni_jax.data.speech import Augmentation, ESpeak, Flite, HibariTTS, Pico, SpeechError, augment
 
 RATE = 16_000
 PLAIN = Augmentation(stretch=(1.0, 1.0), room_chance=0, noise_chance=0, band_chance=0, level=(-20.0, -20.0))
@@ -120,6 +120,29 @@ def hibari(monkeypatch: pytest.MonkeyPatch) -> HibariTTS:
     return HibariTTS()
 
 
+@pytest.fixture
+def pico(monkeypatch: pytest.MonkeyPatch) -> Pico:
+    """The engine over a package that hums: 200 Hz and a fifth of a second a word as it is; later texts differ."""
+    package = ModuleType("ttspico")
+
+    class TtsEngine:
+        def __init__(self, language: str):
+            opened.append(self)
+            self.language, self.texts = language, 0
+            self.rate, self.pitch, self.volume = 100, 100, 100
+
+        def speak(self, text: str) -> bytes:
+            self.texts += 1
+            loud = 0 if text == "Hm." else 400 * self.volume / self.texts
+            samples = loud * tone(2.0 * self.pitch, 0.2 * len(text.split()) * 100 / self.rate)
+            return samples.astype(np.int16).tobytes()
+
+    opened = package.__dict__.setdefault("opened", [])
+    package.__dict__["TtsEngine"] = TtsEngine
+    monkeypatch.setitem(sys.modules, "ttspico", package)
+    return Pico()
+
+
 def tone(hertz: float, seconds: float, rate: int = RATE) -> np.ndarray:
     return np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate).astype(np.float32)
 
@@ -203,7 +226,24 @@ def test_hibari_offers_what_it_carries_and_loads_a_voice_once(hibari: HibariTTS)
     assert sys.modules["hibari"].__dict__["loaded"] == ["heart", "ember"]
 
 
-@pytest.mark.parametrize("name", ["espeak", "flite", "hibari"])
+@pytest.mark.parametrize(("speed", "pitch"), [(1.0, 0.0), (2.0, 0.0), (1.0, -12.0), (0.8, 5.0)])
+def test_pico_is_given_pace_and_pitch(pico: Pico, speed: float, pitch: float):
+    samples, rate = pico.speak("Two words.", "en-GB", speed, pitch)
+    assert (rate, samples.dtype) == (16_000, np.float32)
+    assert len(samples) / rate == pytest.approx(0.4 / speed, rel=1e-3)
+    assert highest(samples, rate) == pytest.approx(200 * 2 ** (pitch / 12), rel=0.01)
+    assert np.abs(samples).max() == pytest.approx(20_000 / 32_768, rel=0.01)
+
+
+def test_pico_says_a_text_the_same_again(pico: Pico):
+    first, _ = pico.speak("Hello.", "en-US")
+    np.testing.assert_array_equal(pico.speak("Hello.", "en-US")[0], first)
+    assert [engine.language for engine in sys.modules["ttspico"].__dict__["opened"]] == ["en-US", "en-US"]
+    with pytest.raises(SpeechError, match=r"^pico: expected speech for 'Hm\.', found 3200 samples of silence$"):
+        pico.speak("Hm.", "en-US")
+
+
+@pytest.mark.parametrize("name", ["espeak", "flite", "hibari", "pico"])
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -256,16 +296,21 @@ def test_what_is_not_installed_is_missed_when_it_is_used(kind: type[ESpeak | Fli
         kind(str(tmp_path / "text")).voices()
 
 
-def test_a_missing_package_is_missed_when_it_is_used(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "hibari", None)
-    with pytest.raises(SpeechError, match="pip install hibari-tts"):
-        speech.engine("hibari").voices()
+@pytest.mark.parametrize(
+    ("name", "module", "package"), [("hibari", "hibari", "hibari-tts"), ("pico", "ttspico", "ttspico")]
+)
+def test_a_missing_package_is_missed_when_it_is_used(
+    name: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SpeechError, match=f"^{name}: expected the package {package}.*pip install {package}$"):
+        speech.engine(name).voices()
 
 
 def test_engines_by_name():
-    for name, kind in {"espeak": ESpeak, "flite": Flite, "hibari": HibariTTS}.items():
+    for name, kind in {"espeak": ESpeak, "flite": Flite, "hibari": HibariTTS, "pico": Pico}.items():
         assert type(speech.engine(name)) is kind
-    with pytest.raises(SpeechError, match=r"^engine: expected espeak, flite, hibari, found 'festival'$"):
+    with pytest.raises(SpeechError, match=r"^engine: expected espeak, flite, hibari, pico, found 'festival'$"):
         speech.engine("festival")
 
 
@@ -273,6 +318,7 @@ INSTALLED = {
     "espeak": bool(shutil.which("espeak-ng")),
     "flite": bool(shutil.which("flite")),
     "hibari": bool(find_spec("hibari")),
+    "pico": bool(find_spec("ttspico")),
 }
 
 
@@ -280,7 +326,12 @@ INSTALLED = {
     ("name", "voice", "rate"),
     [
         pytest.param(*case, marks=pytest.mark.skipif(not INSTALLED[case[0]], reason=f"{case[0]} is not installed"))
-        for case in (("espeak", "en-us+f2", 22_050), ("flite", "slt", 16_000), ("hibari", "heart", 24_000))
+        for case in (
+            ("espeak", "en-us+f2", 22_050),
+            ("flite", "slt", 16_000),
+            ("hibari", "heart", 24_000),
+            ("pico", "en-US", 16_000),
+        )
     ],
 )
 def test_real_engines(name: str, voice: str, rate: int):
@@ -293,13 +344,14 @@ def test_real_engines(name: str, voice: str, rate: int):
     assert 0.05 < np.abs(plain).max() <= 1
     np.testing.assert_array_equal(engine.speak("The weather is fine today.", voice)[0], plain)
     # Each at both ends of its range, and pitch leaves the length.
+    # Pico ends in a click, 47 dB below its vowels, after a silence: sometimes trimming finds it.
     lengths = {
         (speed, pitch): len(speech.trim(engine.speak("The weather is fine today.", voice, speed, pitch)[0], rate))
         for speed, pitch in ((0.5, 0.0), (1.0, -12.0), (1.0, 0.0), (1.0, 12.0), (2.0, 0.0))
     }
     assert lengths[2.0, 0.0] < 0.75 * lengths[1.0, 0.0] < 0.55 * lengths[0.5, 0.0]
     for pitch in (-12.0, 12.0):
-        assert lengths[1.0, pitch] == pytest.approx(lengths[1.0, 0.0], rel=0.2)
+        assert lengths[1.0, pitch] == pytest.approx(lengths[1.0, 0.0], rel=0.25)
 
 
 # Cutting.

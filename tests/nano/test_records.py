@@ -100,6 +100,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": [item for item in train if item.answer in known][:12],
         "more": [item for item in train if item.answer in known + more][12:14],
         "phrased": [item for item in train if item.answer in known + more][14:15],
+        "recorded": [item for item in train if item.answer in known + more][15:16],
         "held_out_seen": held_out[:3],
         "held_out_unseen": held_out[3:5] + [item for item in held_out if item.answer in known][:1],
     }
@@ -118,6 +119,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dictated = {
         "train": read["train"][3:5],
         "free": facts.free_sentences(2, 1),
+        "recorded": facts.free_sentences(3, 1)[2:],
         "seen": read["held_out"][2:4],
         "unseen": read["held_out"][4:5],
     }
@@ -182,7 +184,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     assert tuple(counts) == FOLDERS
     everything = {name: exchanges(out / name) for name in FOLDERS}
     assert {name: len(found) for name, found in everything.items()} == counts
-    assert counts == dict(zip(FOLDERS, (15, 22, 3, 3, 4, 2, 2, 2, 2, 2, 1), strict=True))
+    assert counts == dict(zip(FOLDERS, (16, 22, 3, 3, 4, 2, 2, 2, 3, 2, 1), strict=True))
 
     for name, count in counts.items():
         index, tasks = Records(out / name), TASKS[name.partition("_")[0]]
@@ -201,9 +203,12 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     for other in (plain, versions[1]):
         changed = [not np.array_equal(versions[0][text], other[text]) for text in plain]
         assert np.mean(changed) > 0.9, "a recording that begins elsewhere in a frame has other codes"
-    asked = {name: [*synthesize.recordings(corpora, f"questions/{name}")] for name in ("train", "more", "phrased")}
+    asked = {
+        name: [*synthesize.recordings(corpora, f"questions/{name}")]
+        for name in ("train", "more", "phrased", "recorded")
+    }
     turns = [number % 2 for part in asked.values() for number in range(len(part))]
-    assert len(turns) == 15
+    assert len(turns) == 16
     for name, found in everything.items():
         expected = {"train": turns, "typed_train": [0] * 11 + [1] * 11}.get(name, [0] * len(found))
         for exchange, version in zip(found, expected, strict=True):
@@ -211,8 +216,9 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
                 np.testing.assert_array_equal(exchange.answer_codes, versions[version][exchange.answer_text])
                 assert exchange.voice == "heart"
     for name in (name for name in FOLDERS if name.startswith(("train", "held_out", "dictation"))):
-        said = (
-            itertools.chain(*asked.values()) if name == "train" else synthesize.recordings(corpora, f"questions/{name}")
+        parts = records.DICTATED.get(name, (name,))
+        said = itertools.chain(
+            *(asked.values() if name == "train" else (synthesize.recordings(corpora, f"questions/{p}") for p in parts))
         )
         for exchange, recording in zip(everything[name], said, strict=True):
             np.testing.assert_array_equal(exchange.question_audio, recording.audio)

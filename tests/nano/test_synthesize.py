@@ -25,8 +25,8 @@ from nano.synthesize import Sizes, SynthesisError, Utterance, make_shard, record
 from omni_jax.data import speech
 
 TRAINING = (
-    *("questions/train", "questions/more", "questions/phrased"),
-    *("questions/dictation_train", "questions/dictation_free"),
+    *("questions/train", "questions/more", "questions/phrased", "questions/recorded"),
+    *("questions/dictation_train", "questions/dictation_free", "questions/dictation_recorded"),
     *("answers/train", "answers/more", "answers/read_train", "answers/read_more", "answers/read_free"),
     "answers/read_more_free",
 )
@@ -96,10 +96,12 @@ def test_plan_has_as_many_as_wanted(plan: dict[str, list[Utterance]]):
         "questions/train": 2 * 6000,
         "questions/more": 18_000,
         "questions/phrased": 24_000,
+        "questions/recorded": 24_000,
         "questions/held_out_seen": 1000,
         "questions/held_out_unseen": 500,
         "questions/dictation_train": 2400 + 38_400,
         "questions/dictation_free": 12_000,
+        "questions/dictation_recorded": 12_000,
         "questions/dictation_seen": 200,
         "questions/dictation_unseen": 100,
         "answers/train": 6000,
@@ -116,6 +118,8 @@ def test_plan_has_as_many_as_wanted(plan: dict[str, list[Utterance]]):
     assert not texts(plan["answers/read_more"]) & texts(plan["answers/read_train"])
     free = [*plan["answers/read_free"], *plan["questions/dictation_free"]]
     assert not texts(plan["answers/read_more_free"]) & texts(free)
+    free += plan["answers/read_more_free"]
+    assert not texts(plan["questions/dictation_recorded"]) & texts(free)
     said = Counter(utterance.text for utterance in plan["questions/train"])
     assert all(count % 2 == 0 for count in said.values()), "every question is said twice"
 
@@ -172,7 +176,7 @@ def test_every_question_has_its_answer_spoken(plan: dict[str, list[Utterance]]):
     more, others = ({utterance.text for utterance in plan[f"answers/{part}"]} for part in ("more", "held_out"))
     assert len(training) == 6000
     assert not training & more
-    for part in ("more", "phrased"):
+    for part in ("more", "phrased", "recorded"):
         assert {utterance.answer for utterance in plan[f"questions/{part}"]} <= training | more
     assert not (training | more) & others
     assert {utterance.answer for utterance in plan["questions/train"]} <= training
@@ -189,14 +193,39 @@ def test_further_phrasings_are_said_by_voices_further_from_themselves(plan: dict
     assert texts(plan["questions/phrased"]) <= further
     # Here and there two kinds share a phrasing.
     assert len(texts(plan["questions/phrased"]) & others) < 240
-    for engine, most in synthesize.WIDER_PITCH.items():
+    for engine in synthesize.ENGINES["many"]:
+        most = synthesize.WIDER_PITCH[engine]
         for part, limit in (("questions/phrased", most), ("questions/more", synthesize.PITCH[engine])):
             pitches = [abs(u.pitch) for u in plan[part] if u.engine == engine]
             assert 0.95 * limit < max(pitches) <= limit, (part, engine)
 
 
+def test_voices_made_from_recordings(plan: dict[str, list[Utterance]]):
+    questions, sentences = plan["questions/recorded"], plan["questions/dictation_recorded"]
+    for part in (questions, sentences):
+        share = Counter((utterance.engine, utterance.voice) for utterance in part)
+        engines = {
+            name: [count / len(part) for (engine, _), count in share.items() if engine == name]
+            for name in ("pico", "flite", "festival", "hibari")
+        }
+        # Four, three, two and one of ten, by two, three, one and one voice.
+        for (name, shares), wanted, voices in zip(engines.items(), (0.4, 0.3, 0.2, 0.1), (2, 3, 1, 1), strict=True):
+            assert shares == pytest.approx([wanted / voices] * voices, abs=0.015), name
+        for name in engines:
+            most = max(abs(utterance.pitch) for utterance in part if utterance.engine == name)
+            assert 0.95 * synthesize.WIDER_PITCH[name] < most <= synthesize.WIDER_PITCH[name]
+    assert sum(share.values()) == len(sentences)
+    # In the phrasings that are said by everybody, and in the further ones.
+    further = {facts.normalise(item.question) for item in facts.questions("train", further=True)}
+    others = {facts.normalise(item.question) for item in facts.questions("train")}
+    assert texts(questions) <= further
+    known = sum(facts.normalise(utterance.text) in others for utterance in questions)
+    assert known / len(questions) == pytest.approx(0.5, abs=0.01)
+
+
 def test_any_shard_is_like_all(plan: dict[str, list[Utterance]]):
-    for everything in (plan["questions/phrased"], plan["questions/train"], plan["questions/more"]):
+    for part in ("recorded", "phrased", "train", "more"):
+        everything = plan[f"questions/{part}"]
         shard = everything[: synthesize.SHARD]
         for kind, count in Counter(utterance.kind for utterance in everything).items():
             share = count / len(everything)
@@ -208,13 +237,29 @@ def test_any_shard_is_like_all(plan: dict[str, list[Utterance]]):
     assert sum(answer in spoken for answer in answers[:250]) / 250 == pytest.approx(share, abs=0.12)
 
 
-@pytest.mark.parametrize("name", ["espeak", "flite", "hibari"])
+@pytest.mark.parametrize("name", ["espeak", "flite", "hibari", "pico"])
 def test_planned_voices_exist(name: str, plan: dict[str, list[Utterance]]):
     try:
         known = set(speech.engine(name).voices())
     except speech.SpeechError:
         pytest.skip(f"{name} is not installed")
     assert {u.voice for utterances in plan.values() for u in utterances if u.engine == name} <= known
+
+
+def test_festival_speaks():
+    engine = synthesize._engine("festival")
+    (voice,) = synthesize.SEEN_FESTIVAL
+    try:
+        subprocess.run(["festival", "-b", f"(voice_{voice})"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("festival or its voice is not installed")
+    lengths = {}
+    for speed in (0.9, 1.0, 1.8):
+        samples, rate = engine.speak("It's a fine day, isn't it?", voice, speed)
+        assert rate == 16_000
+        lengths[speed] = len(samples) / rate
+    assert 0.5 < lengths[1.0] < 3
+    assert lengths[0.9] > lengths[1.0] > 1.5 * lengths[1.8]
 
 
 # Shards.
