@@ -33,6 +33,7 @@ from flax import nnx
 from nano import run
 from nano.synthesize import recordings
 from omni_jax import tensorfile
+from omni_jax.audio import wav
 from omni_jax.codec.snac import Snac
 from omni_jax.config import PRESETS, CodecConfig
 
@@ -319,7 +320,7 @@ class Corpus:
         for index in rng.choice(len(self.audio), size, p=self.shares):
             start = rng.integers(0, len(self.audio[index]) - self.crop + 1)
             rows.append(self.audio[index][start : start + self.crop])
-        return np.stack(rows).astype(np.float32) / 32768
+        return wav.from_pcm16(np.stack(rows))
 
 
 def load(folder: Path, parts: tuple[str, ...] = PARTS) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -182,7 +182,7 @@ def batch(
         # One that fits just so is played no slower than it still does.
         speed = max(rng.uniform(*SPEED), len(clip.audio) / samples)
         places = np.arange(0, len(clip.audio) - 1, speed)
-        audio[row, : len(places)] = np.interp(places, np.arange(len(clip.audio)), clip.audio) / 32768
+        audio[row, : len(places)] = np.interp(places, np.arange(len(clip.audio)), wav.from_pcm16(clip.audio))
         lengths[row] = len(places)
     return audio, lengths, *numbers([clip.text for clip in drawn])
 
@@ -334,7 +334,7 @@ class Trainer:
             rows = clips[first : first + BATCH]
             audio = np.zeros((BATCH, self.config.samples), np.float32)
             for row, clip in enumerate(rows):
-                audio[row, : len(clip.audio)] = clip.audio / 32768
+                audio[row, : len(clip.audio)] = wav.from_pcm16(clip.audio)
             texts = written(np.asarray(self.listen(params, audio)))[: len(rows)]
             heard += [" ".join(text.split()) for text in texts]
         said = [clip.text for clip in clips]

@@ -84,6 +84,7 @@ def round_trip(
 
     from nano import codec as codecs
     from nano.synthesize import SynthesisError, recordings
+    from omni_jax.audio import wav
     from omni_jax.codec.snac import make_decoder, make_encoder
 
     module = codecs.read(codec)
@@ -98,7 +99,7 @@ def round_trip(
             # Before all is synthesised: what the training of the codec holds back.
             chosen = list(recordings(folder, f"answers/{part.replace('held_out', 'train')}"))[:: codecs.HELD_BACK]
         for index, recording in enumerate(chosen[:count]):
-            audio = recording.audio.astype(np.float32) / 32768
+            audio = wav.from_pcm16(recording.audio)
             # Few lengths, so that few programs are compiled; the codes of each are those of its own length.
             padded = np.pad(audio, (0, -len(audio) % (16 * frame)))[None]
             codes = encode(padded, lengths=np.array([len(audio)]))

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from nano import facts, synthesize
 from omni_jax import checkpoint
+from omni_jax.audio import wav
 from omni_jax.codec.snac import Snac, make_encoder
 from omni_jax.data.records import INDEX, Exchange, RecordError, Writer
 from omni_jax.tensorfile import CheckpointError
@@ -121,7 +122,7 @@ def spoken(
 def _shifted(recording: synthesize.Recording, frame: int, version: int) -> np.ndarray:
     """f32 [samples], after less than a frame of silence: how much, text and version decide."""
     shift = zlib.crc32(recording.utterance.text.encode(), version) % frame
-    return np.pad(recording.audio.astype(np.float32) / 32768, (shift, 0))
+    return np.pad(wav.from_pcm16(recording.audio), (shift, 0))
 
 
 def _keep(path: Path, texts: list[str], codes: list[np.ndarray], mark: int) -> None:

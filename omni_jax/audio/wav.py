@@ -157,6 +157,11 @@ def check_length(
     return audio[:max_samples]
 
 
+def from_pcm16(samples: np.ndarray) -> np.ndarray:
+    """16-bit samples as f32 within -1..1, of the same shape; `to_pcm16` gives them back unchanged."""
+    return samples.astype(np.float32) / 32768.0
+
+
 def to_pcm16(audio: np.ndarray) -> np.ndarray:
     """Samples as 16-bit integers, rounded; what lies outside -1..1 is clipped, not wrapped around.
 
@@ -292,7 +297,7 @@ def _checked(samples: np.ndarray, rate: int, sample_rate: int, name: str) -> np.
     if samples.ndim not in (1, 2):
         raise AudioError(f"{name}: expected [samples] or [samples, channels], found shape {samples.shape}")
     if samples.dtype == np.int16:
-        samples = samples.astype(np.float32) / 32768.0
+        samples = from_pcm16(samples)
     elif not np.issubdtype(samples.dtype, np.floating):
         raise AudioError(f"{name}: expected floating point or int16 samples, found {samples.dtype}")
     if rate < MIN_RATE:

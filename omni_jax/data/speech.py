@@ -26,6 +26,8 @@ import numpy as np
 import soundfile
 import soxr
 
+from omni_jax.audio import wav
+
 SPEED = (0.5, 2.0)
 """Slowest and fastest, where 1 is the voice's own pace."""
 PITCH = (-12.0, 12.0)
@@ -209,7 +211,7 @@ class Pico:
         model = self._module.TtsEngine(voice)
         # Percent; at its own volume loud vowels are cut off.
         model.volume, model.rate, model.pitch = 50, round(100 * speed), round(100 * 2 ** (pitch / 12))
-        samples = np.frombuffer(model.speak(text), np.int16).astype(np.float32) / 2**15
+        samples = wav.from_pcm16(np.frombuffer(model.speak(text), np.int16))
         return _sounding(self, text, samples), 16_000
 
     @cached_property
