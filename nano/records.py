@@ -14,7 +14,7 @@ Every answer begins anywhere within a frame, those of training in four places. T
 voice that has but one version of each learns the codes by heart, and not what sounds they stand for.
 
 Codes are kept beside them in pieces, so that an interrupted run goes on, and are made anew for another codec. The
-folders are written anew for another codec and for other recordings of theirs.
+folders are written anew for another codec and for other recordings or texts of theirs.
 """
 
 from __future__ import annotations
@@ -220,27 +220,34 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
     every = [own | more for own, more in zip(answers("train", VERSIONS), answers("more", VERSIONS), strict=True)]
     (held_out,) = answers("held_out")
     known = [every[0] | held_out]
+
+    def origin(*parts: str) -> str:
+        return f"codec {mark}, recordings {_made(corpora, parts)}"
+
     answered = ("answers/train", "answers/more")
     tested = (*answered, "answers/held_out")
-    # With the parts whose recordings they are made of.
-    folders: dict[str, tuple[Iterator[Exchange], Sequence[str]]] = {
+    typed_train = list(typed(every))
+    # With what they are made from.
+    folders: dict[str, tuple[Iterable[Exchange], str]] = {
         "train": (
             itertools.chain.from_iterable(asked(corpora, part, every) for part in synthesize.ASKED),
-            (*synthesize.ASKED, *answered),
+            origin(*synthesize.ASKED, *answered),
         ),
-        "typed_train": (typed(every), answered),
-        "held_out_seen": (asked(corpora, "questions/held_out_seen", known), ("questions/held_out_seen", *tested)),
-        "held_out_unseen": (asked(corpora, "questions/held_out_unseen", known), ("questions/held_out_unseen", *tested)),
+        "typed_train": (typed_train, f"{origin(*answered)}, texts {texts_mark(typed_train)}"),
     }
+    for name in ("held_out_seen", "held_out_unseen"):
+        part = f"questions/{name}"
+        folders[name] = asked(corpora, part, known), origin(part, *tested)
     for name, parts in READ.items():
         codes = [version for part in parts for version in answers(part)]
-        folders[name] = read(codes), [f"answers/{part}" for part in parts]
+        folders[name] = read(codes), origin(*(f"answers/{part}" for part in parts))
     for name, parts in DICTATED.items():
         sources = [f"questions/{part}" for part in parts]
-        folders[name] = itertools.chain.from_iterable(dictated(corpora, source) for source in sources), sources
+        sentences = itertools.chain.from_iterable(dictated(corpora, source) for source in sources)
+        folders[name] = sentences, origin(*sources)
     written = {}
-    for name, (exchanges, parts) in folders.items():
-        count = renew(out / name, f"codec {mark}, recordings {_made(corpora, parts)}", exchanges)
+    for name, (exchanges, made_from) in folders.items():
+        count = renew(out / name, made_from, exchanges)
         if count is not None:
             written[name] = count
     return written
@@ -269,6 +276,14 @@ def renew(folder: Path, origin: str, exchanges: Iterable[Exchange], *, shard_siz
             count += 1
     note.write_text(f"{origin}\n")
     return count
+
+
+def texts_mark(exchanges: Iterable[Exchange]) -> int:
+    """A number that exchanges of other texts will hardly have."""
+    mark = 0
+    for exchange in exchanges:
+        mark = zlib.crc32(f"{exchange.question_text}\n{exchange.answer_text}\n".encode(), mark)
+    return mark
 
 
 def _mark(codec: Snac) -> int:

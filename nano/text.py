@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 import random
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +31,7 @@ import typer
 from tokenizers import Tokenizer
 
 from nano import facts
-from nano.records import renew
+from nano.records import renew, texts_mark
 from omni_jax.checkpoint import TOKENIZER_FILES
 from omni_jax.config import PRESETS
 from omni_jax.data.records import Exchange
@@ -123,18 +122,10 @@ def write(out: Path, *, sentences: int = SENTENCES, held_out: int = HELD_OUT) ->
     written = {}
     for name, texts in folders.items():
         made = list(texts)
-        count = renew(out / name, f"texts {_mark(made)}", made, shard_size=100_000)
+        count = renew(out / name, f"texts {texts_mark(made)}", made, shard_size=100_000)
         if count is not None:
             written[name] = count
     return written
-
-
-def _mark(made: Iterable[Exchange]) -> int:
-    """A number that other exchanges will hardly have."""
-    mark = 0
-    for exchange in made:
-        mark = zlib.crc32(f"{exchange.question_text}\n{exchange.answer_text}\n".encode(), mark)
-    return mark
 
 
 def main(

@@ -7,7 +7,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -276,6 +276,22 @@ def test_more_recordings_are_written_and_only_they_are_coded(
     assert records.write(corpora, out, codec) == {"read_train": 5}, "the folder of the new one, and no other"
     assert pieces == [4], "the piece that has the new one, and no other"
     assert exchanges(out / "read_train")[3].answer_text == "New words."
+
+
+@pytest.mark.usefixtures("pieces")
+def test_questions_in_other_words_are_written_anew(
+    corpora: Path, codec: Snac, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "records"
+    records.write(corpora, out, codec)
+    asked = facts.questions
+    monkeypatch.setattr(
+        facts,
+        "questions",
+        lambda *args, **kwargs: [replace(item, question=f"Well, {item.question}") for item in asked(*args, **kwargs)],
+    )
+    assert records.write(corpora, out, codec) == {"typed_train": 22}
+    assert all(exchange.question_text.startswith("Well, ") for exchange in exchanges(out / "typed_train"))
 
 
 @pytest.mark.usefixtures("pieces")
