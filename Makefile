@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := -c constraints.txt
+# Debian packages.
+SYNTHESISERS := espeak-ng flite festival festvox-kdlpc16k
 
 .PHONY: help demo test lint format bench nano
 # Two targets at once would install into the same environment.
@@ -42,7 +44,6 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
 
-SYNTHESISERS := espeak-ng flite festival festvox-kdlpc16k
 nano: $(VENV)/.nano
 	@for program in espeak-ng flite festival; do command -v $$program >/dev/null || \
 		{ echo "make nano needs the program $$program: apt-get install $(SYNTHESISERS)"; exit 1; }; done
