@@ -32,9 +32,9 @@ QUESTIONS = "omni_jax/assets/questions"
 GUARDED: tuple[Mapping[str, Any], ...] = (
     {"audio": f"{QUESTIONS}/name.wav"},
     {"audio": f"{QUESTIONS}/sum.wav"},
-    {"audio": f"{QUESTIONS}/capital.wav", "options": {"batch_parallel": False}},
+    {"audio": f"{QUESTIONS}/day.wav", "options": {"batch_parallel": False}},
     {"audio": f"{QUESTIONS}/sum.wav", "task": "A1T2"},
-    {"audio": f"{QUESTIONS}/capital.wav", "task": "A1T1"},
+    {"audio": f"{QUESTIONS}/day.wav", "task": "A1T1"},
     {"text": "What is the opposite of hot?"},
     {"text": "The dog is in the garden.", "task": "T1A1"},
 )

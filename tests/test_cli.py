@@ -23,7 +23,7 @@ from omni_jax.config import ConfigError
 
 ROOT = Path(omni_jax.__file__).parents[1]
 QUESTIONS = Path(omni_jax.__file__).parent / "assets" / "questions"
-NAME, SUM, CAPITAL = (QUESTIONS / f"{name}.wav" for name in ("name", "sum", "capital"))
+NAME, SUM, DAY = (QUESTIONS / f"{name}.wav" for name in ("name", "sum", "day"))
 STEPS = 12
 """Enough for the layers' delays and a few frames."""
 
@@ -281,7 +281,7 @@ def test_demo_asks_every_recording(
     assert result.exit_code == 0, result.output
     assert "untrained" in result.stderr
     blocks = [block.splitlines() for block in result.stdout.strip().split("\n\n")]
-    assert [block[0].split(",")[0] for block in blocks] == ["capital.wav", "name.wav", "sum.wav"]
+    assert [block[0].split(",")[0] for block in blocks] == ["day.wav", "name.wav", "sum.wav"]
     for block in blocks:
         assert [line.split()[0] for line in block[-4:]] == ["heard:", "answered:", "spoken:", "timings:"]
     expected = tiny.reply(SUM, max_steps=STEPS)
@@ -562,7 +562,7 @@ def test_a_batch_is_shared_by_processes_of_several_chips(loads: list[str], tmp_p
 def test_a_killed_batch_goes_on_where_it_stopped(tiny: Omni, loads: list[str], tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = []
     for number in range(18):
-        ask = {"audio": str((NAME, SUM, CAPITAL)[number % 3])} if number % 2 else {"text": f"question {number}"}
+        ask = {"audio": str((NAME, SUM, DAY)[number % 3])} if number % 2 else {"text": f"question {number}"}
         rows.append({"id": f"q{number:02}", **ask, "seed": number, "temperature": 0.5 * (number % 3)})
     manifest = write_lines(tmp_path / "rows.jsonl", rows)
     options = ("--model", "tiny", "--max-steps", STEPS, "--slots", 1)
