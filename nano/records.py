@@ -5,7 +5,7 @@
 Folders of records, under build/nano/records:
 
     train                                   questions said aloud, and their answers
-    typed_train                             for every spoken answer of training a few questions in writing
+    typed_train                             questions in writing, and their answers
     read_train, read_free, read_held_out    sentences to be read aloud
     dictation_train, dictation_free, dictation_seen, dictation_unseen       sentences to be written down
     held_out_seen, held_out_unseen          questions never trained on, by voices that training hears and others
@@ -20,7 +20,6 @@ folders are written anew for another codec and for other recordings or texts of 
 from __future__ import annotations
 
 import itertools
-import random
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,6 +45,8 @@ Encode = Callable[[list[np.ndarray]], list[np.ndarray]]
 
 VERSIONS = 4
 """Of each answer in training."""
+TYPED = 40_000
+"""Questions in writing that are answered aloud."""
 READ = {
     "read_train": ("read_train", "read_more"),
     "read_free": ("read_free", "read_more_free"),
@@ -170,14 +171,15 @@ def asked(corpora: Path, part: str, versions: Sequence[dict[str, np.ndarray]]) -
 
 
 def typed(versions: Sequence[dict[str, np.ndarray]]) -> Iterator[Exchange]:
-    """A training question in writing for each version of each of the answers."""
-    rng = random.Random("typed 0")
-    choices: dict[str, list[facts.Item]] = {}
-    for item in facts.questions("train", further=True):
-        choices.setdefault(item.answer, []).append(item)
-    for answer, code in _items(versions):
-        item = rng.choice(choices[answer])
-        yield Exchange(item.question, None, answer, code, f"nano {item.kind}", synthesize.ANSWER_VOICE)
+    """Training questions in writing, half of them in the further phrasings; the answers take turns among the versions.
+
+    As many of each kind as are asked aloud, so that what is not a number is said often enough to be learnt: of the
+    answers nine tenths are sums and differences.
+    """
+    asked = [item for further in (False, True) for item in facts.sample("train", TYPED // 2, 6, further=further)]
+    for item, codes in zip(asked, itertools.cycle(versions)):
+        code = codes[item.answer]
+        yield Exchange(item.question, None, item.answer, code, f"nano {item.kind}", synthesize.ANSWER_VOICE)
 
 
 def read(versions: Sequence[dict[str, np.ndarray]]) -> Iterator[Exchange]:

@@ -56,11 +56,23 @@ def codec() -> Snac:
 
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Small pieces and batches, two versions; how many recordings were encoded each time."""
+    """Small pieces and batches, two versions, few typed questions; how many recordings were encoded each time."""
     monkeypatch.setattr(records, "VERSIONS", 2)
+    monkeypatch.setattr(records, "TYPED", 22)
     monkeypatch.setattr(records, "_PIECE", 4)
     monkeypatch.setattr(records, "_BATCH", 3)
-    monkeypatch.setattr(facts, "questions", questions)
+    known = list(dict.fromkeys(item.answer for item in facts.sample("train", 300, 0)))[:11]
+
+    def sample(split: str, count: int, seed: int, *, further: bool) -> list[facts.Item]:
+        """A question for every answer that is spoken, again and again."""
+        assert split == "train"
+        plain = {item.question for item in questions("train")}
+        asked = {
+            item.answer: item for item in questions("train", further=True) if (item.question not in plain) == further
+        }
+        return list(itertools.islice(itertools.cycle(asked[answer] for answer in known), count))
+
+    monkeypatch.setattr(facts, "sample", sample)
     encoder, counts = records.encoder, []
 
     def counted(codec: Snac) -> records.Encode:
@@ -210,7 +222,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     turns = [number % 2 for part in asked.values() for number in range(len(part))]
     assert len(turns) == 16
     for name, found in everything.items():
-        expected = {"train": turns, "typed_train": [0] * 11 + [1] * 11}.get(name, [0] * len(found))
+        expected = {"train": turns, "typed_train": [0, 1] * 11}.get(name, [0] * len(found))
         for exchange, version in zip(found, expected, strict=True):
             if exchange.answer_text:
                 np.testing.assert_array_equal(exchange.answer_codes, versions[version][exchange.answer_text])
@@ -228,8 +240,10 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
             assert exchange.source.split() == ["nano", kind, *held_out.split()]
     assert {exchange.source.split()[2] for exchange in everything["held_out_seen"]} <= {"pair", "phrasing", "both"}
 
-    # Every answer of training is asked for in writing, too, by a question that has it.
+    # Answers of training are asked for in writing, too, by questions that have them, half of them in further phrasings.
     answers = {(item.question, item.answer): item.kind for item in questions("train", further=True)}
+    plain = {item.question for item in questions("train")}
+    assert sum(exchange.question_text in plain for exchange in everything["typed_train"]) == 11
     assert len({exchange.answer_text for exchange in everything["typed_train"]}) == 11
     for exchange in everything["typed_train"]:
         assert exchange.source == f"nano {answers[exchange.question_text, exchange.answer_text]}"
@@ -284,10 +298,10 @@ def test_questions_in_other_words_are_written_anew(
 ):
     out = tmp_path / "records"
     records.write(corpora, out, codec)
-    asked = facts.questions
+    asked = facts.sample
     monkeypatch.setattr(
         facts,
-        "questions",
+        "sample",
         lambda *args, **kwargs: [replace(item, question=f"Well, {item.question}") for item in asked(*args, **kwargs)],
     )
     assert records.write(corpora, out, codec) == {"typed_train": 22}
