@@ -155,31 +155,38 @@ def asked(corpora: Path, part: str, versions: Sequence[dict[str, np.ndarray]]) -
     """
     for recording, codes in zip(synthesize.recordings(corpora, part), itertools.cycle(versions)):
         said = recording.utterance
-        if said.answer not in codes:
-            raise synthesize.SynthesisError(
-                f"{corpora}: expected an answer to each of {part}, found none that says {said.answer!r}: "
-                "python -m nano.synthesize"
-            )
         yield Exchange(
             question_text=said.text,
             question_audio=recording.audio,
             answer_text=said.answer,
-            answer_codes=codes[said.answer],
+            answer_codes=_answer(codes, said.answer, corpora, part),
             source=f"nano {said.kind} {said.held_out}".strip(),
             voice=synthesize.ANSWER_VOICE,
         )
 
 
-def typed(versions: Sequence[dict[str, np.ndarray]]) -> Iterator[Exchange]:
+def typed(corpora: Path, versions: Sequence[dict[str, np.ndarray]]) -> Iterator[Exchange]:
     """Training questions in writing, half of them in the further phrasings; the answers take turns among the versions.
 
     As many of each kind as are asked aloud, so that what is not a number is said often enough to be learnt: of the
     answers nine tenths are sums and differences.
+
+    Raises:
+        nano.synthesize.SynthesisError: an answer is missing.
     """
-    asked = [item for further in (False, True) for item in facts.sample("train", TYPED // 2, 6, further=further)]
-    for item, codes in zip(asked, itertools.cycle(versions)):
-        code = codes[item.answer]
+    items = [item for further in (False, True) for item in facts.sample("train", TYPED // 2, 6, further=further)]
+    for item, codes in zip(items, itertools.cycle(versions)):
+        code = _answer(codes, item.answer, corpora, "the typed questions")
         yield Exchange(item.question, None, item.answer, code, f"nano {item.kind}", synthesize.ANSWER_VOICE)
+
+
+def _answer(codes: dict[str, np.ndarray], text: str, corpora: Path, part: str) -> np.ndarray:
+    """The codes of an answer, or an error that says of which part one is missing."""
+    if text not in codes:
+        raise synthesize.SynthesisError(
+            f"{corpora}: expected an answer to each of {part}, found none that says {text!r}: python -m nano.synthesize"
+        )
+    return codes[text]
 
 
 def read(versions: Sequence[dict[str, np.ndarray]]) -> Iterator[Exchange]:
@@ -228,7 +235,7 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
 
     answered = ("answers/train", "answers/more")
     tested = (*answered, "answers/held_out")
-    typed_train = list(typed(every))
+    typed_train = list(typed(corpora, every))
     # With what they are made from.
     folders: dict[str, tuple[Iterable[Exchange], str]] = {
         "train": (

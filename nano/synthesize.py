@@ -412,8 +412,10 @@ def _voiced(text: str, kind: str, rng: random.Random, voices: str, pitch: Mappin
     else:
         espeak = f"{rng.choice(SEEN_ACCENTS)}+{rng.choice(SEEN_VARIANTS)}"
         flite = rng.choice(SEEN_FLITE)
-        voice = {"espeak": espeak, "flite": flite, "hibari": ANSWER_VOICE}.get(engine, "")
-        voice = voice or rng.choice(SEEN_PICO if engine == "pico" else SEEN_FESTIVAL)
+        if engine in ("pico", "festival"):
+            voice = rng.choice({"pico": SEEN_PICO, "festival": SEEN_FESTIVAL}[engine])
+        else:
+            voice = {"espeak": espeak, "flite": flite, "hibari": ANSWER_VOICE}[engine]
     speed, semitones = round(rng.uniform(*SPEED), 2), round(rng.uniform(-pitch[engine], pitch[engine]), 1)
     return Utterance(text, kind, engine, voice, speed, semitones)
 

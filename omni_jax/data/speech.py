@@ -7,6 +7,7 @@ this module can be imported where no engine is installed. `trim` takes out what 
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -179,13 +180,7 @@ class HibariTTS:
 
     @cached_property
     def _module(self) -> Any:
-        try:
-            import hibari
-        except ImportError as error:
-            raise SpeechError(
-                f"hibari: expected the package hibari-tts, found none ({error}): pip install hibari-tts"
-            ) from None
-        return hibari
+        return _imported(self, "hibari", "hibari-tts")
 
     @cached_property
     def _known(self) -> dict[str, None]:
@@ -216,13 +211,7 @@ class Pico:
 
     @cached_property
     def _module(self) -> Any:
-        try:
-            import ttspico
-        except ImportError as error:
-            raise SpeechError(
-                f"pico: expected the package ttspico, found none ({error}): pip install ttspico"
-            ) from None
-        return ttspico
+        return _imported(self, "ttspico", "ttspico")
 
     @cached_property
     def _known(self) -> dict[str, None]:
@@ -570,6 +559,16 @@ def _check(engine: Engine, text: str, voice: str, known: Mapping[str, None], spe
     for name, value, (low, high) in (("speed", speed, SPEED), ("pitch", pitch, PITCH)):
         if not low <= value <= high:
             raise SpeechError(f"{engine.name}: {name}: expected {low:g} to {high:g}, found {value:g}")
+
+
+def _imported(engine: Engine, module: str, package: str) -> Any:
+    """A module that an engine needs, or an error that says which package brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SpeechError(
+            f"{engine.name}: expected the package {package}, found none ({error}): pip install {package}"
+        ) from None
 
 
 def _run(command: list[str], text: str, name: str) -> bytes:

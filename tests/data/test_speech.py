@@ -343,15 +343,19 @@ def test_real_engines(name: str, voice: str, rate: int):
     assert 0.5 < len(plain) / rate < 4
     assert 0.05 < np.abs(plain).max() <= 1
     np.testing.assert_array_equal(engine.speak("The weather is fine today.", voice)[0], plain)
+
+    def length(audio: np.ndarray) -> int:
+        # Pico ends in a click, 47 dB below its vowels, after a silence: sometimes trimming finds it.
+        return len(audio if name == "pico" else speech.trim(audio, rate))
+
     # Each at both ends of its range, and pitch leaves the length.
-    # Pico ends in a click, 47 dB below its vowels, after a silence: sometimes trimming finds it.
     lengths = {
-        (speed, pitch): len(speech.trim(engine.speak("The weather is fine today.", voice, speed, pitch)[0], rate))
+        (speed, pitch): length(engine.speak("The weather is fine today.", voice, speed, pitch)[0])
         for speed, pitch in ((0.5, 0.0), (1.0, -12.0), (1.0, 0.0), (1.0, 12.0), (2.0, 0.0))
     }
     assert lengths[2.0, 0.0] < 0.75 * lengths[1.0, 0.0] < 0.55 * lengths[0.5, 0.0]
     for pitch in (-12.0, 12.0):
-        assert lengths[1.0, pitch] == pytest.approx(lengths[1.0, 0.0], rel=0.25)
+        assert lengths[1.0, pitch] == pytest.approx(lengths[1.0, 0.0], rel=0.2)
 
 
 # Cutting.

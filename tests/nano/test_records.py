@@ -316,6 +316,10 @@ def test_an_answer_that_was_never_spoken_is_missed(corpora: Path, codec: Snac, t
         records.write(corpora, tmp_path / "records", codec)
     with pytest.raises(ValueError, match="found no index"):
         Records(tmp_path / "records" / "held_out_seen")
+    (corpora / "answers/more-00000.jsonl").write_text("")
+    shard(corpora / "answers/more-00001", [Utterance("Another.", "answer", "hibari", "heart")], 24_000, 9)
+    with pytest.raises(SynthesisError, match=r"expected an answer to each of the typed questions, found none that"):
+        records.write(corpora, tmp_path / "records", codec)
 
 
 def test_the_command_says_what_it_did(tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
