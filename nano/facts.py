@@ -192,7 +192,7 @@ def sentences(split: Split, count: int, seed: int) -> list[str]:
     return list(found)
 
 
-def free_sentences(count: int, seed: int) -> list[str]:
+def free_sentences(count: int, seed: int, form: str = "sentence") -> list[str]:
     """Distinct sentences for training, of many forms and sometimes of none, in words that nano knows and a few others.
 
     Who has read only sentences of two dozen patterns knows what words sound like where these have them, and in a new
@@ -201,16 +201,18 @@ def free_sentences(count: int, seed: int) -> list[str]:
     Args:
         count: how many.
         seed: of the choice.
+        form: `sentence`, or `answer` for forms of answers with the words that few answers have, right or wrong: nine
+            tenths of all answers are numbers, and what is seldom said is not learnt.
     """
-    rng = random.Random(f"free sentences {seed}")
+    rng = random.Random(f"free {form}s {seed}")
     held_out = [
         re.compile(re.sub(r"\{(\w+)\}", lambda slot: f"({'|'.join(_slots()[slot[1]])})", pattern.rstrip(".?")), re.I)
         for pattern in _held_out(_PATTERNS, HELD_OUT_PHRASINGS, "pattern")
     ]
     found: dict[str, None] = {}
     while len(found) < count:
-        text = _compose(_grow("sentence", rng), rng)
-        known = _hash("sentence", text) >= HELD_OUT_SENTENCES and not any(form.search(text) for form in held_out)
+        text = _compose(_grow(form, rng), rng)
+        known = _hash("sentence", text) >= HELD_OUT_SENTENCES and not any(pattern.search(text) for pattern in held_out)
         if known and len(text.split()) <= LONGEST_FREE_SENTENCE:
             found.setdefault(text)
     return list(found)
@@ -403,6 +405,10 @@ def _slots() -> dict[str, list[str]]:
         "sound": [sound for _, sound in _SOUNDS],
         "name": _NAMES,
         "unit": [unit for unit, *_ in _UNITS],
+        "whole": [whole for _, whole, _ in _UNITS],
+        "opposite": [word for pair in _OPPOSITES for word in pair],
+        "creature": [animal for animal, _ in _SOUNDS],
+        "colored": [thing for thing, _ in _COLORS],
     }
 
 
@@ -588,6 +594,34 @@ _GRAMMAR: dict[str, Sequence[str]] = {
         {word} {word} {word} {word}.
         {word} {does} {word} {place}.
     """),
+    "answer": _lines("""
+        the capital of {country} is {city}.
+        the capital of {country} is {city}.
+        the capital of {country} is {city}.
+        {city} is the capital of {country}.
+        {city} is the capital of {country}.
+        {city} is the capital of {country}.
+        the opposite of {opposite} is {opposite}.
+        the opposite of {opposite} is {opposite}.
+        the opposite of {opposite} is {opposite}.
+        {creature} says {sound}.
+        {creature} says {sound}.
+        {colored} is {color}.
+        there are {number} {unit} in {whole}.
+        before {month} comes {month}.
+        after {day} comes {day}.
+        my favorite {favorite} is {word}.
+        {country}, {country}, {country}.
+        {country}, {city} and {country}.
+        {city}, {country} and {city}.
+        {opposite}, {opposite}, {opposite}.
+        {opposite} is not {opposite}.
+        {country} or {opposite}?
+        {word}, {opposite}, {word}.
+        {sound}, {opposite}, {city}, {sound}.
+        {creature}, {country} and {colored}.
+    """),
+    "favorite": _row("color, number, animal, day, month, season, food, word, city, fruit"),
     "clause": _lines("""
         {one} {does} {what}
         {one} {does} {what} {place}

@@ -6,7 +6,7 @@ Folders of records, under build/nano/records:
 
     train                                   questions said aloud, and their answers
     typed_train                             questions in writing, and their answers
-    read_train, read_free, read_held_out    sentences to be read aloud
+    read_train, read_free, read_answer_like, read_held_out      sentences to be read aloud
     dictation_train, dictation_free, dictation_seen, dictation_unseen       sentences to be written down
     held_out_seen, held_out_unseen          questions never trained on, by voices that training hears and others
 
@@ -50,6 +50,7 @@ TYPED = 40_000
 READ = {
     "read_train": ("read_train", "read_more"),
     "read_free": ("read_free", "read_more_free"),
+    "read_answer_like": ("read_answer_like",),
     "read_held_out": ("read_held_out",),
 }
 """Folders of sentences to be read aloud, and the parts of the answers that they are made of."""

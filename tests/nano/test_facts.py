@@ -271,6 +271,20 @@ def test_free_sentences_have_many_forms_and_nothing_held_out():
     assert len(openings) > 1000, "no two dozen patterns"
 
 
+def test_answer_like_sentences_say_often_what_answers_seldom_have():
+    sentences = facts.free_sentences(6000, 0, "answer")
+    assert len(set(sentences)) == 6000
+    said = Counter(word for text in sentences for word in facts.normalise(text).split())
+    seldom = ("capital", "country", "opposite", "sound", "color")
+    answers = Counter(word for item in facts.sample("train", 6000, 0) for word in facts.normalise(item.answer).split())
+    for kind in seldom:
+        for fact in facts.KINDS[kind].facts:
+            for word in facts.normalise(fact.answer).split():
+                assert said[word] >= 5, word
+    assert said["brussels"] > 5 * answers["brussels"]
+    assert any(re.fullmatch(r"The capital of [A-Z].* is [A-Z].*\.", text) for text in sentences)
+
+
 def test_normalise():
     assert facts.normalise("Forty-seven, isn't IT?  No.") == "forty seven isn't it no"
 

@@ -31,7 +31,8 @@ TINY = CodecConfig(
 )
 """A frame of 64 samples, and an encoder that hears more than a frame on each side."""
 FOLDERS = (
-    *("train", "typed_train", "held_out_seen", "held_out_unseen", "read_train", "read_free", "read_held_out"),
+    *("train", "typed_train", "held_out_seen", "held_out_unseen"),
+    *("read_train", "read_free", "read_answer_like", "read_held_out"),
     *("dictation_train", "dictation_free", "dictation_seen", "dictation_unseen"),
 )
 TASKS = {
@@ -126,6 +127,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "read_more": read["train"][5:],
         "read_free": facts.free_sentences(1, 0),
         "read_more_free": facts.free_sentences(2, 0)[1:],
+        "read_answer_like": facts.free_sentences(1, 0, "answer"),
         "read_held_out": read["held_out"][:2],
     }
     dictated = {
@@ -196,7 +198,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     assert tuple(counts) == FOLDERS
     everything = {name: exchanges(out / name) for name in FOLDERS}
     assert {name: len(found) for name, found in everything.items()} == counts
-    assert counts == dict(zip(FOLDERS, (16, 22, 3, 3, 4, 2, 2, 2, 3, 2, 1), strict=True))
+    assert counts == dict(zip(FOLDERS, (16, 22, 3, 3, 4, 2, 1, 2, 2, 3, 2, 1), strict=True))
 
     for name, count in counts.items():
         index, tasks = Records(out / name), TASKS[name.partition("_")[0]]
@@ -253,7 +255,7 @@ def test_what_is_there_is_not_made_again(corpora: Path, codec: Snac, tmp_path: P
     out = tmp_path / "records"
     whole = records.write(corpora, out, codec)
     held_out = sum(1 for _ in synthesize.recordings(corpora, "answers/held_out"))
-    assert sorted(pieces) == sorted([4, 4, 2, 1, 4, 4, 2, 1, held_out, 3, 1, 1, 1, 2])
+    assert sorted(pieces) == sorted([4, 4, 2, 1, 4, 4, 2, 1, held_out, 3, 1, 1, 1, 1, 2])
     before = {name: exchanges(out / name) for name in FOLDERS}
     pieces.clear()
     assert records.write(corpora, out, codec) == {}
@@ -271,7 +273,7 @@ def test_what_is_there_is_not_made_again(corpora: Path, codec: Snac, tmp_path: P
     pieces.clear()
     other = Snac(TINY, rngs=nnx.Rngs(1))
     assert records.write(corpora, out, other) == whole
-    assert sum(pieces) == 2 * (10 + 1) + held_out + 3 + 1 + 1 + 1 + 2
+    assert sum(pieces) == 2 * (10 + 1) + held_out + 3 + 1 + 1 + 1 + 1 + 2
     encode = alone(other)
     recording = next(synthesize.recordings(corpora, "answers/read_train"))
     after = exchanges(out / "read_train")

@@ -29,6 +29,7 @@ TRAINING = (
     *("questions/dictation_train", "questions/dictation_free", "questions/dictation_recorded"),
     *("answers/train", "answers/more", "answers/read_train", "answers/read_more", "answers/read_free"),
     "answers/read_more_free",
+    "answers/read_answer_like",
 )
 SEEN = ("questions/held_out_seen", "questions/dictation_seen")
 UNSEEN = ("questions/held_out_unseen", "questions/dictation_unseen")
@@ -109,6 +110,7 @@ def test_plan_has_as_many_as_wanted(plan: dict[str, list[Utterance]]):
         "answers/read_more": 60_000,
         "answers/read_free": 30_000,
         "answers/read_more_free": 30_000,
+        "answers/read_answer_like": 24_000,
         "answers/read_held_out": 300,
     }
     assert held_out > 100
