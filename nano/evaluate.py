@@ -169,10 +169,10 @@ def table(folder: Path) -> str:
     """What was found, as Markdown: what the model wrote, and what the listener heard if it has listened."""
     found = json.loads((folder / ANSWERS).read_text(encoding="utf-8"))
     path = folder / listen.HEARD
-    heard = json.loads(path.read_text(encoding="utf-8"))["summary"] if path.exists() else {}
+    listener = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"summary": {}, "recordings": []}
     lines = ["| examination | questions | exact | WER | spoken answers | WER as heard |", "|---|---|---|---|---|---|"]
     for name, entries in found["examinations"].items():
-        score, ears = scores(entries), heard.get(name, {})
+        score, ears = scores(entries), listener["summary"].get(name, {})
         cells = [name, str(score["count"])]
         cells += [f"{score[key]:.1%}" if key in score else "" for key in ("exact", "wer")]
         cells += [str(ears.get("recordings", "")), f"{ears['wer']:.1%}" if ears else ""]
@@ -184,16 +184,42 @@ def table(folder: Path) -> str:
             f"One question at a time: first sound after {speed['first_sound']:.2f} s, the whole answer after "
             f"{speed['total']:.2f} s, {speed['real_time_factor']:.2f}x real time (medians).",
         ]
-    by = {name: scores(entries).get("exact_by", {}) for name, entries in found["examinations"].items()}
-    kinds = sorted({kind for exact in by.values() for kind in exact})
-    chosen = [name for name in by if name in ("A1A2 held_out_seen", "A1T2 held_out_seen", "T1T2 held_out")]
-    if chosen:
-        lines += ["", f"| exact | {' | '.join(chosen)} |", "|---" * (len(chosen) + 1) + "|"]
-        for kind in kinds:
-            cells = [f"{by[name][kind]:.0%}" if kind in by[name] else "" for name in chosen]
-            if any(cells):
-                lines.append(f"| {kind} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    written = {name: scores(entries).get("exact_by", {}) for name, entries in found["examinations"].items()}
+    chosen = ("A1A2 held_out_seen", "A1T2 held_out_seen", "T1T2 held_out")
+    lines += _by_kind("exact", {name: written[name] for name in chosen if name in written})
+    return "\n".join(lines + _by_kind("WER as heard", heard_by_kind(found["examinations"], listener["recordings"])))
+
+
+def heard_by_kind(examinations: dict[str, Any], recordings: Sequence[Any]) -> dict[str, dict[str, float]]:
+    """Word error rate of spoken answers to each kind of question, for examinations that have kinds and were heard.
+
+    Args:
+        examinations: as `ask` keeps them, by name.
+        recordings: as the listener keeps them.
+    """
+    kinds = {entry["file"]: entry["kind"] for entries in examinations.values() for entry in entries if "file" in entry}
+    said: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for entry in recordings:
+        if kinds[entry["file"]] in facts.KINDS:
+            said[entry["group"]][kinds[entry["file"]]].append(entry)
+    return {
+        name: {
+            kind: jiwer.wer(*([listen.spoken(entry[key]) for entry in entries] for key in ("text", "heard")))
+            for kind, entries in by.items()
+        }
+        for name, by in said.items()
+    }
+
+
+def _by_kind(title: str, columns: dict[str, dict[str, float]]) -> list[str]:
+    """Lines of a table with a row for each kind of question; none without columns."""
+    if not columns:
+        return []
+    lines = ["", f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for kind in sorted({kind for column in columns.values() for kind in column}):
+        cells = [f"{column[kind]:.0%}" if kind in column else "" for column in columns.values()]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return lines
 
 
 @app.command()

@@ -69,17 +69,33 @@ def test_the_table_says_what_was_written_and_heard(tmp_path: Path):
         "speed": {"first_sound": 0.25, "total": 0.5, "real_time_factor": 0.2},
         "examinations": {
             "A1T2 held_out_seen": [entry("Moo.", "Moo.", "sound"), entry("Four.", "Five.")],
-            "T1A1 read_held_out": [entry("A cat.", "")],
+            "A1A2 held_out_seen": [
+                {**entry("Moo.", "Moo.", "sound"), "file": "a.wav"},
+                {**entry("Two, one.", "Two, one.", "count"), "file": "b.wav"},
+                {**entry("Three, two.", "Three, two.", "count"), "file": "c.wav"},
+                entry("Woof.", "Woof.", "sound"),
+            ],
+            "T1A1 read_held_out": [{**entry("A cat.", "", "sentence"), "file": "d.wav"}],
         },
     }
     (tmp_path / evaluate.ANSWERS).write_text(json.dumps(found))
     assert "| A1T2 held_out_seen | 2 | 50.0% | 50.0% |  |  |" in evaluate.table(tmp_path)
-    heard = {"summary": {"T1A1 read_held_out": {"recordings": 1, "wer": 0.125, "exact": 0.0}}}
+    assert "as heard |\n|---|---|\n" not in evaluate.table(tmp_path)
+    said = [("a", "Moo.", "Moon."), ("b", "Two, one.", "2 1"), ("c", "Three, two.", "3 or 2.")]
+    recordings = [
+        {"file": f"{name}.wav", "group": "A1A2 held_out_seen", "text": text, "heard": heard}
+        for name, text, heard in said
+    ]
+    recordings.append({"file": "d.wav", "group": "T1A1 read_held_out", "text": "A cat.", "heard": "A cap."})
+    summary = {"T1A1 read_held_out": {"recordings": 1, "wer": 0.125, "exact": 0.0}}
+    heard = {"summary": summary, "recordings": recordings}
     (tmp_path / listen.HEARD).write_text(json.dumps(heard))
     table = evaluate.table(tmp_path)
     assert "| T1A1 read_held_out | 1 |  |  | 1 | 12.5% |" in table
     assert "first sound after 0.25 s" in table
-    assert "| sound | 100% |" in table
+    assert "| sound | 100% | 100% |" in table
+    # One word too many for four.
+    assert table.endswith("| WER as heard | A1A2 held_out_seen |\n|---|---|\n| count | 25% |\n| sound | 100% |")
 
 
 def test_the_clock_times_streamed_answers(omni: Omni, records: Path):
