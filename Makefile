@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := -c constraints.txt
-# Debian packages.
-SYNTHESISERS := espeak-ng flite festival festvox-kdlpc16k
+# Debian packages: the synthesisers, and what one from PyPI is compiled with.
+SYNTHESISERS := espeak-ng flite festival festvox-kdlpc16k gcc
 
-.PHONY: help demo test lint format bench nano
+.PHONY: help demo test lint format bench nano synthesisers
 # Two targets at once would install into the same environment.
 .NOTPARALLEL:
 
@@ -44,10 +44,14 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
 
-nano: $(VENV)/.nano
-	@for program in espeak-ng flite festival; do command -v $$program >/dev/null || \
-		{ echo "make nano needs the program $$program: apt-get install $(SYNTHESISERS)"; exit 1; }; done
+nano: synthesisers $(VENV)/.nano
 	$(BIN)/python -m nano
+
+synthesisers:
+	@for program in espeak-ng flite festival gcc; do command -v $$program >/dev/null || \
+		{ echo "make nano needs the program $$program: apt-get install $(SYNTHESISERS)"; exit 1; }; done
+	@festival --heap 1000000 -b '(voice_ked_diphone)' >/dev/null 2>&1 || \
+		{ echo "make nano needs the voice ked_diphone: apt-get install $(SYNTHESISERS)"; exit 1; }
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "omni_jax needs Python 3.11 or newer; name one: make PYTHON=python3.12")'

@@ -4,8 +4,10 @@
     python -m nano --anew           # teaches also the parts whose weights are in nano/parts
     python -m nano --until records  # stops after a step
 
-Every step is a command of its own, printed before it runs; one that has finished has little to do when it is run
-again. Everything is written under build/nano.
+Every step is a command of its own, printed before it runs. What there is already is not made again, but for the
+examination, and it is not made anew when what it was made from changes: remove it. Everything is written under
+build/nano; the last step, `ship`, puts the model into the package, its figures into the tests and its pictures into the
+documentation.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from omni_jax.checkpoint import TOKENIZER_FILES
 BUILD = Path("build/nano")
 PARTS = Path(__file__).parent / "parts"
 TRUNK = "trunk.safetensors"
+KEPT = ".kept"
+"""Lies beside parts that were taken from `PARTS`."""
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """A training step on CPUs frees and takes hundreds of megabytes; in small pages a good part of its time goes there."""
 
@@ -91,31 +95,34 @@ def run(step: Step, *, anew: bool) -> None:
     """Run a step unless it is done.
 
     Raises:
-        SystemExit: the command failed; with its exit code.
+        SystemExit: the command failed, with its exit code; or it ended early and can go on.
     """
     if step.serves and not anew and (PARTS / step.serves).exists():
         print(f"{step.name}: not needed, there is {PARTS / step.serves}", flush=True)
         return
-    if step.done is not None and step.part and not anew and not step.done.exists():
-        kept = [PARTS / name for name in step.part]
-        if all(path.exists() for path in kept):
-            step.done.parent.mkdir(parents=True, exist_ok=True)
+    kept = [PARTS / name for name in step.part]
+    if step.done is not None and kept:
+        there = step.done.parent
+        taken = (there / KEPT).exists()
+        if not anew and (taken or not step.done.exists()) and all(path.exists() for path in kept):
+            there.mkdir(parents=True, exist_ok=True)
             for path in kept:
-                shutil.copyfile(path, step.done.parent / path.name)
+                shutil.copyfile(path, there / path.name)
                 print(f"{step.name}: {path}", flush=True)
-    if step.done is not None and step.done.exists() and not _unfinished(step):
+            (there / KEPT).touch()
+        elif anew and taken:
+            for name in (*step.part, KEPT):
+                (there / name).unlink(missing_ok=True)
+    if step.done is not None and step.done.exists():
         return
     print(f"{step.name}: python {' '.join(step.command)}", flush=True)
     start = time.monotonic()
     code = subprocess.run([sys.executable, *step.command], env=HUGE_PAGES | os.environ, check=False).returncode
     if code:
         raise SystemExit(code)
+    if step.done is not None and not step.done.exists():
+        raise SystemExit(f"{step.name}: was stopped before its end; the same command goes on")
     print(f"{step.name}: {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
-
-
-def _unfinished(step: Step) -> bool:
-    """Whether a part is one of a training that was interrupted: it leaves its state beside what it has so far."""
-    return bool(step.part) and step.done is not None and (step.done.parent / "state.safetensors").exists()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ The run saves itself every two minutes and goes on from there when it is started
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -360,7 +359,6 @@ def train(
         validate_every: steps.
         save_seconds: between states on disk.
     """
-    out.mkdir(parents=True, exist_ok=True)
     train_audio, held_back = load(folder)
     corpus = Corpus(train_audio, CROP * config.frame)
     validation = [Corpus(held_back, CROP * config.frame).batch(BATCH, [seed, 2, index]) for index in range(VALIDATION)]
@@ -369,30 +367,30 @@ def train(
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     minutes = sum(map(len, train_audio)) / config.sample_rate / 60
     print(f"{parameters} parameters, {minutes:.0f} minutes of speech, {steps} steps", flush=True)
-    state = run.restore(out, state) or state
-    saved = last = time.monotonic()
-    since: list[dict[str, Array]] = []
-    for step in range(int(state.step), steps):
-        if step == unrounded:
+
+    def step(state: State, number: int) -> tuple[State, dict[str, Any]]:
+        if number == unrounded:
             state = trainer.fill_codebooks(state, [corpus.batch(BATCH, [seed, 1, index]) for index in range(FILL)])
-        rounded = step >= unrounded
-        state, values = trainer.step(state, corpus.batch(BATCH, [seed, 0, step]), rounded)
-        since.append(values)
-        done = step + 1
-        if done % log_every == 0 or done == steps:
-            seconds, last = (time.monotonic() - last) / log_every, time.monotonic()
-            means = {name: float(np.mean([entry[name] for entry in since])) for name in values}
-            run.log(out, {"step": done, "rate": float(trainer.rate(step)), "seconds": seconds} | means)
-            since = []
-        if done % validate_every == 0 or done == steps:
-            distances = [float(trainer.distance(state.average, audio, rounded)) for audio in validation]
-            run.log(out, {"step": done, "validation": float(np.mean(distances))})
-            run.draw(out, ["distance", "validation", "codes_0", "codes_1", "codes_2"])
-            print(f"step {done}: distance {values['distance']:.3f}, validation {np.mean(distances):.3f}", flush=True)
-        if time.monotonic() - saved > save_seconds or done == steps:
-            run.save(out, state)
-            run.export(out / "codec.safetensors", state.average)
-            saved = time.monotonic()
+        state, values = trainer.step(state, corpus.batch(BATCH, [seed, 0, number]), number >= unrounded)
+        return state, {"rate": trainer.rate(number), **values}
+
+    def validate(state: State, done: int) -> dict[str, float]:
+        distances = [float(trainer.distance(state.average, audio, done > unrounded)) for audio in validation]
+        return {"validation": float(np.mean(distances))}
+
+    state = run.learn(
+        out,
+        state,
+        steps,
+        {"seed": seed},
+        step,
+        validate,
+        ["distance", "validation", "codes_0", "codes_1", "codes_2"],
+        log_every=log_every,
+        validate_every=validate_every,
+        save_seconds=save_seconds,
+    )
+    run.export(out / "codec.safetensors", state.average)
 
 
 def _perplexity(counts: Array) -> Array:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import time
+import itertools
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -120,14 +120,11 @@ class Clip:
     text: str
 
 
-def load(folder: Path, parts: Sequence[str], limit: int | None = None) -> list[Clip]:
-    """The first recordings of each part that is there, up to `limit` of each; texts as they are written down."""
-    clips: list[Clip] = []
-    for part in parts:
-        if list(folder.glob(f"{part}-*.jsonl")):
-            found = (Clip(one.audio, facts.normalise(one.utterance.text)) for one in recordings(folder, part))
-            clips += [clip for _, clip in zip(range(limit or 10**9), found, strict=False)]
-    return clips
+def load(folder: Path, parts: Sequence[str]) -> list[Clip]:
+    """The recordings of each part that is there; texts as they are written down."""
+    there = (part for part in parts if list(folder.glob(f"{part}-*.jsonl")))
+    found = itertools.chain.from_iterable(recordings(folder, part) for part in there)
+    return [Clip(one.audio, facts.normalise(one.utterance.text)) for one in found]
 
 
 def numbers(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -390,47 +387,47 @@ def train(
         validated: recordings of each held-out part.
         save_seconds: between states on disk.
     """
-    out.mkdir(parents=True, exist_ok=True)
     clips = [clip for clip in load(folder, PARTS) if len(clip.audio) <= config.samples]
     tests = {part.partition("/")[2]: load(folder, [part]) for part in TESTS}
     tests = {name: held_out for name, held_out in tests.items() if held_out}
     if not clips:
         raise SystemExit(f"{folder}: expected recordings of {', '.join(PARTS)}, found none: python -m nano.synthesize")
     trainer = Trainer(config, steps, seed, hears=start is not None)
-    state = trainer.start()
+    state = trainer.start() if start is None else begin_with(trainer.start(), start)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params["ear"]))
     hours = sum(len(clip.audio) for clip in clips) / wav.SAMPLE_RATE / 3600
     print(f"{parameters} parameters, {len(clips)} recordings, {hours:.1f} hours, {steps} steps", flush=True)
-    state = run.restore(out, state) or (state if start is None else begin_with(state, start))
     groups = by_length(clips, [int(share * config.positions) * 320 for share in LENGTHS])
     sizes = np.array([len(group) for _, group in groups], float)
-    saved = last = time.monotonic()
-    since: list[dict[str, Array]] = []
-    for step in range(int(state.step), steps):
+
+    def step(state: State, number: int) -> tuple[State, dict[str, Any]]:
         samples, group = config.samples, clips
-        if groups and step < FULL_FROM * steps:
-            samples, group = groups[np.random.default_rng([seed, step, 1]).choice(len(groups), p=sizes / sizes.sum())]
-        state, values = trainer.step(state, *batch(group, samples, BATCH, [seed, step]))
-        since.append(values)
-        done = step + 1
-        if done % log_every == 0 or done == steps:
-            seconds, last = (time.monotonic() - last) / log_every, time.monotonic()
-            means = {name: float(np.mean([entry[name] for entry in since])) for name in values}
-            run.log(out, {"step": done, "rate": float(trainer.rate(step)), "seconds": seconds} | means)
-            since = []
-        if done % validate_every == 0 or done == steps:
-            names = []
-            for name, held_out in tests.items():
-                chosen = held_out if done == steps else held_out[:validated]
-                outcome = trainer.evaluate(state.average, chosen)
-                run.log(out, {"step": done} | {f"{name}_{measure}": value for measure, value in outcome.items()})
-                print(f"step {done}: {name}: " + ", ".join(f"{m} {v:.2%}" for m, v in outcome.items()), flush=True)
-                names.append(f"{name}_letters_wrong")
-            run.draw(out, ["loss", *names])
-        if time.monotonic() - saved > save_seconds or done == steps:
-            run.save(out, state)
-            run.export(out / "ear.safetensors", {"ear": state.average["ear"]})
-            saved = time.monotonic()
+        if groups and number < FULL_FROM * steps:
+            rng = np.random.default_rng([seed, number, 1])
+            samples, group = groups[rng.choice(len(groups), p=sizes / sizes.sum())]
+        state, values = trainer.step(state, *batch(group, samples, BATCH, [seed, number]))
+        return state, {"rate": trainer.rate(number), **values}
+
+    def validate(state: State, done: int) -> dict[str, float]:
+        outcome = {}
+        for name, held_out in tests.items():
+            measures = trainer.evaluate(state.average, held_out if done == steps else held_out[:validated])
+            outcome.update({f"{name}_{measure}": value for measure, value in measures.items()})
+        return outcome
+
+    state = run.learn(
+        out,
+        state,
+        steps,
+        {"seed": seed, "start": str(start) if start else None},
+        step,
+        validate,
+        ["loss", *(f"{name}_letters_wrong" for name in tests)],
+        log_every=log_every,
+        validate_every=validate_every,
+        save_seconds=save_seconds,
+    )
+    run.export(out / "ear.safetensors", {"ear": state.average["ear"]})
 
 
 def main(

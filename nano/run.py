@@ -1,11 +1,12 @@
-"""What every training here needs: its state on disk, what it taught, metrics as JSON lines, a drawing of the curve."""
+"""What the codec's and the ear's training share: the loop, its state on disk, metrics as JSON lines, the curve."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -17,8 +18,82 @@ from omni_jax.checkpoint import dotted
 
 STATE = "state.safetensors"
 METRICS = "metrics.jsonl"
+OPTIONS = "run.json"
 
 T = TypeVar("T")
+
+
+class State(Protocol):
+    """A pytree of arrays that counts its steps."""
+
+    @property
+    def step(self) -> Any:
+        """An integer."""
+
+
+S = TypeVar("S", bound=State)
+
+
+def learn(
+    out: Path,
+    state: S,
+    steps: int,
+    options: Mapping[str, Any],
+    step: Callable[[S, int], tuple[S, dict[str, Any]]],
+    validate: Callable[[S, int], dict[str, float]],
+    curves: Sequence[str],
+    *,
+    log_every: int,
+    validate_every: int,
+    save_seconds: float,
+) -> S:
+    """Train to the end, or go on from what is on disk.
+
+    Args:
+        out: folder of the run.
+        state: to begin with.
+        steps: of the whole run.
+        options: what makes it this run and no other.
+        step: from a state and the steps done so far to the next state and scalars to be logged, as their means.
+        validate: from a state and the steps done to scalars to be logged.
+        curves: names of what is drawn.
+        log_every: steps.
+        validate_every: steps.
+        save_seconds: between states on disk.
+
+    Returns:
+        The last state.
+
+    Raises:
+        omni_jax.tensorfile.CheckpointError: another run is there already.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    options = json.loads(json.dumps({"steps": steps, **options}))
+    found = out / OPTIONS
+    if found.exists() and (other := json.loads(found.read_text(encoding="utf-8"))) != options:
+        raise tensorfile.CheckpointError(f"{found}: expected the run {options}, found {other}: choose another folder")
+    found.write_text(json.dumps(options) + "\n", encoding="utf-8")
+    state = restore(out, state) or state
+    saved = last = time.monotonic()
+    since: list[dict[str, Any]] = []
+    for number in range(int(state.step), steps):
+        state, values = step(state, number)
+        since.append(values)
+        done = number + 1
+        if done % log_every == 0 or done == steps:
+            seconds, last = (time.monotonic() - last) / len(since), time.monotonic()
+            means = {name: float(np.mean([entry[name] for entry in since])) for name in values}
+            log(out, {"step": done, "seconds": seconds} | means)
+            since = []
+        if done % validate_every == 0 or done == steps:
+            outcome = validate(state, done)
+            log(out, {"step": done} | outcome)
+            draw(out, curves)
+            print(f"step {done}: " + ", ".join(f"{name} {value:.4f}" for name, value in outcome.items()), flush=True)
+        if time.monotonic() - saved > save_seconds or done == steps:
+            save(out, state)
+            saved = time.monotonic()
+    return state
 
 
 def save(folder: Path, state: Any) -> None:

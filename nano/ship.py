@@ -39,7 +39,7 @@ GUARDED: tuple[Mapping[str, Any], ...] = (
     {"text": "The dog is in the garden.", "task": "T1A1"},
 )
 """Fields of `Ask`, with paths from the root of the project; asked by `tests/nano/test_shipped.py`."""
-SAMPLES = (("held_out_seen", 1), ("held_out_seen", 2), ("held_out_unseen", 0), ("held_out_unseen", 1))
+SAMPLES = (("held_out_seen", 0), ("held_out_seen", 1), ("held_out_unseen", 0), ("held_out_unseen", 1))
 """Folders and numbers of the exchanges to listen to: the first ones, whatever is answered."""
 CURVES = ("loss", "loss/text", "loss/audio_0", "accuracy/audio_0")
 

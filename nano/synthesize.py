@@ -124,7 +124,7 @@ class Sizes:
     held_out_unseen: int = 500
     """Held-out questions by voices that it never hears."""
     answers: int = 6000
-    """Distinct training answers, those to the spoken questions among them; the others are part of the plan, too."""
+    """Distinct training answers, those to the first questions among them; the others are part of the plan, too."""
     sentences: int = 24_000
     """To be read aloud in training. Of 3,000 a voice learns the codes by heart, and reads nothing else."""
     more_sentences: int = 60_000
@@ -185,7 +185,7 @@ def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
     questions/train, more, phrased, recorded, held_out_seen, held_out_unseen: by many voices, with the answers.
     questions/dictation_train, dictation_free, dictation_recorded, dictation_seen, dictation_unseen: sentences by many
     voices.
-    answers/train, more: every training answer by nano's own voice; `more` are those that only typed questions have.
+    answers/train, more: every training answer by nano's own voice; those to questions/train are among the former.
     answers/held_out: others that are asked for.
     answers/read_train, read_more, read_free, read_more_free, read_answer_like, read_held_out: sentences by it.
     """
@@ -434,7 +434,7 @@ def _same_plan(path: Path, utterances: Sequence[Utterance]) -> None:
     elif path.read_text(encoding="utf-8").strip() != digest:
         raise SynthesisError(
             f"{path}: expected the plan that its recordings were begun with, found another: remove "
-            f"{path.with_suffix('').name}* there, or choose another folder"
+            f"{path.name} and {path.stem}-* there, or choose another folder"
         )
 
 

@@ -47,7 +47,7 @@ REPEAT = ("say: {}", "repeat: {}", "say again: {}", "repeat after me: {}", "plea
 
 
 def corpus() -> list[str]:
-    """Training texts that have every word nano knows, each about as often as it is said."""
+    """Training texts in which the words are about as often as nano hears and says them."""
     items = facts.sample("train", 30_000, 0)
     return [*(item.question for item in items), *(item.answer for item in items), *facts.sentences("train", 10_000, 0)]
 

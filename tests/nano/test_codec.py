@@ -16,7 +16,6 @@ from nano import codec as codecs
 from nano import run
 from omni_jax.codec.snac import Snac
 from omni_jax.config import CodecConfig
-from omni_jax.tensorfile import CheckpointError
 
 TINY = CodecConfig(
     encoder_dim=8, encoder_rates=(32, 16), decoder_dim=16, decoder_rates=(16, 32), codebook_size=16, noise=False
@@ -158,10 +157,3 @@ def test_training_learns_resumes_and_exports(voice: Path, tmp_path: Path, monkey
     assert saves == list(range(1, 13))
     whole, parts = ((tmp_path / name / run.STATE).read_bytes() for name in ("whole", "parts"))
     assert whole == parts
-
-
-def test_a_state_of_another_shape_is_refused(tmp_path: Path):
-    run.save(tmp_path, {"a": jnp.zeros(3)})
-    with pytest.raises(CheckpointError, match="another run"):
-        run.restore(tmp_path, {"a": jnp.zeros(4)})
-    assert run.restore(tmp_path / "elsewhere", {"a": jnp.zeros(4)}) is None

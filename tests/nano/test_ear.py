@@ -159,8 +159,7 @@ def test_an_ear_taught_before_is_taught_further(tmp_path: Path):
         ears.begin_with(ears.Trainer(ears.CONFIG, 10, 0).start(), tmp_path / "ear.safetensors")
 
 
-def test_all_of_a_length_hear_the_same(voices: Path):
-    """A clip is heard alike in a batch of one length or another, but for the silence that follows it."""
+def test_parameters_listen_for_any_length():
     trainer = ears.Trainer(TINY, 10, 0)
     params = trainer.start().params
     audio = np.random.default_rng(0).standard_normal((1, TINY.samples)).astype(np.float32)

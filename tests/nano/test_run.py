@@ -65,6 +65,53 @@ def test_the_state_of_another_run_is_refused(tmp_path: Path, other: State, words
         run.restore(tmp_path, other)
 
 
+class Counter(NamedTuple):
+    step: Any
+    total: Any
+
+
+def learn(out: Path, steps: int, seed: int, stop_at: int | None = None) -> Counter:
+    """Add up the numbers of the steps."""
+
+    def step(state: Counter, number: int) -> tuple[Counter, dict[str, Any]]:
+        if number == stop_at:
+            raise KeyboardInterrupt
+        return Counter(state.step + 1, state.total + number), {"number": jnp.asarray(number)}
+
+    start = Counter(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    return run.learn(
+        *(out, start, steps, {"seed": seed}, step),
+        lambda state, done: {"total": float(state.total)},
+        ["number"],
+        log_every=4,
+        validate_every=6,
+        save_seconds=0,
+    )
+
+
+def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path, 10, 0, stop_at=7)
+    state = learn(tmp_path, 10, 0)
+    assert int(state.step) == 10
+    assert int(state.total) == sum(range(10))
+    assert (tmp_path / "curve.png").exists()
+    entries = run.metrics(tmp_path)
+    assert [(entry["step"], entry["number"]) for entry in entries if "number" in entry] == [(4, 1.5), (8, 7), (10, 8.5)]
+    assert [(entry["step"], entry["total"]) for entry in entries if "total" in entry] == [(6, 15), (10, 45)]
+    # Once it is done, nothing more is done.
+    assert int(learn(tmp_path, 10, 0, stop_at=10).total) == 45
+
+
+@pytest.mark.parametrize(("steps", "seed"), [(11, 0), (10, 1)])
+def test_another_run_does_not_go_on_with_it(tmp_path: Path, steps: int, seed: int):
+    learn(tmp_path, 10, 0)
+    before = (tmp_path / run.STATE).read_bytes()
+    with pytest.raises(CheckpointError, match=r"run\.json: expected the run .*, found .*: choose another folder"):
+        learn(tmp_path, steps, seed)
+    assert (tmp_path / run.STATE).read_bytes() == before
+
+
 def test_metrics_are_in_order_and_the_last_of_each_counts(tmp_path: Path):
     for entry in ({"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "validation": 5.0}):
         run.log(tmp_path, entry)
