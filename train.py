@@ -11,6 +11,9 @@ from typing import Annotated
 
 import typer
 
+STOPPED = 75
+"""Exit code of a run that was asked to stop before its end and has saved itself: `EX_TEMPFAIL`, try again."""
+
 
 def main(
     config: Annotated[str, typer.Argument(help="YAML file of the run")],
@@ -31,6 +34,8 @@ def main(
     from omni_jax.training import loop
 
     try:
+        if None in (coordinator, processes, process) and (coordinator, processes, process) != (None, None, None):
+            raise configs.ConfigError("expected all of --coordinator, --processes and --process, or none of them")
         run = configs.load(configs.RunConfig, config, overrides or ())
         if coordinator is not None:
             jax.distributed.initialize(coordinator, processes, process)
@@ -40,11 +45,13 @@ def main(
             print(loop.describe(run))
             return
         release = loop.train(run, profile=profile)
-        if release is not None and jax.process_index() == 0:
-            print(f"trained: {release}")
     except (configs.ConfigError, PipelineError, CheckpointError, loop.TrainingError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    if release is None:
+        raise SystemExit(STOPPED)
+    if jax.process_index() == 0:
+        print(f"trained: {release}")
 
 
 if __name__ == "__main__":

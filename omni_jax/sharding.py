@@ -7,12 +7,14 @@ mesh `data` x `fsdp` x `tensor`; the compiler does the rest. One device is a mes
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from flax import nnx
+
+# What `jax.distributed.initialize` asks, too; nothing public says whether it would find anybody.
+from jax._src.clusters import cloud_tpu_cluster
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -41,9 +43,12 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def on_pod() -> bool:
-    """Whether this host is one of several of a TPU slice, which `jax.distributed` then sets up by itself."""
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+    """Whether this host is one of several of TPU slices, which `jax.distributed` then sets up by itself.
+
+    On GKE the hosts are told of each other by environment variables, on Compute Engine by its metadata server.
+    """
+    clusters = (cloud_tpu_cluster.GkeTpuCluster, cloud_tpu_cluster.GceTpuCluster)
+    return any(cluster.is_env_present() and cluster.get_process_count() > 1 for cluster in clusters)
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -55,8 +60,10 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
         tensor: ways to split every product.
         devices: to take the first of; None: those of this process's backend.
 
+    Several slices, which are connected by a slower network, divide the batch.
+
     Raises:
-        ValueError: there are not that many devices.
+        ValueError: there are not that many devices, or `data` does not divide over the slices.
     """
     sizes = (data, fsdp, tensor)
     devices = jax.devices() if devices is None else devices
@@ -64,8 +71,16 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
         raise ValueError(
             f"mesh data={data} fsdp={fsdp} tensor={tensor} needs {math.prod(sizes)} devices, found {len(devices)}"
         )
+    devices = devices[: math.prod(sizes)]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     # Eight ways of a torus of 4 x 4 x 4 cut one of its axes in two.
-    grid = mesh_utils.create_device_mesh(sizes, devices[: math.prod(sizes)], allow_split_physical_axes=True)
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    elif data % slices:
+        raise ValueError(f"mesh: expected data to be a multiple of the {slices} slices, found {data}")
+    else:
+        inside, across = (data // slices, fsdp, tensor), (slices, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -315,6 +315,7 @@ def test_batch_answers_in_order(tiny: Omni, loads: list[str], tmp_path: Path) ->
         {"id": "aloud", "text": "good day", "task": "T1A1"},
         {"id": "surrogate", "text": "\ud83d"},
         {"id": "unnamed", "audio": ""},
+        {"id": "no path", "audio": "a\0b.wav"},
     ]
     manifest = write_lines(tmp_path / "rows.jsonl", rows)
     manifest.write_text(manifest.read_text() + '\n{"id": "half", "te\n')
@@ -322,15 +323,15 @@ def test_batch_answers_in_order(tiny: Omni, loads: list[str], tmp_path: Path) ->
     args = ("batch", manifest, "--out", out, "--model", "tiny", "--max-steps", STEPS, "--slots", 1)
     result = run(*args)
     assert result.exit_code == 1, result.output
-    assert "15 rows: 4 answered, 0 from an earlier run, 11 failed" in result.stderr
+    assert "16 rows: 4 answered, 0 from an earlier run, 12 failed" in result.stderr
 
     lines = read_lines(out / "answers.jsonl")
     assert [line["id"] for line in lines] == [
         "heard", "broken", "typed/1", "heard", "both", "written", "misfit", "unknown", "range", None, None, "aloud",
-        "surrogate", "unnamed", None,
+        "surrogate", "unnamed", "no path", None,
     ]  # fmt: skip
     errors = {index: line["error"] for index, line in enumerate(lines) if "error" in line}
-    assert errors.keys() == {1, 3, 4, 6, 7, 8, 9, 10, 12, 13, 14}
+    assert errors.keys() == {1, 3, 4, 6, 7, 8, 9, 10, 12, 13, 14, 15}
     assert "broken.wav: expected audio" in errors[1]
     assert errors[3] == "rows.jsonl line 4: id 'heard' was used before, by rows.jsonl line 1"
     assert "expected either audio or text, found both" in errors[4]
@@ -342,7 +343,8 @@ def test_batch_answers_in_order(tiny: Omni, loads: list[str], tmp_path: Path) ->
     assert "line 11" in errors[10]
     assert errors[12] == "text: expected whole characters, found half of one at 0"
     assert "expected a recording, found a directory" in errors[13]
-    assert "line 16: expected a JSON object" in errors[14]
+    assert "line 15: audio: expected the path of a file, found 'a\\x00b.wav'" in errors[14]
+    assert "line 17: expected a JSON object" in errors[15]
 
     heard = tiny.reply(NAME, max_steps=STEPS)
     assert lines[0] == {

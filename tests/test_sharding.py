@@ -44,6 +44,38 @@ def test_specs_follow_the_rules() -> None:
     assert spec((6,), (None,)) == PartitionSpec(None)
 
 
+@pytest.mark.parametrize(
+    ("environment", "metadata", "pod"),
+    [
+        # GKE says it in variables, Compute Engine in the metadata of the machine.
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, {}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, {}, False),
+        ({}, {"agent-worker-number": "1", "worker-network-endpoints": "x:1:10.0.0.1,x:2:10.0.0.2"}, True),
+        ({}, {"agent-worker-number": "0", "worker-network-endpoints": "x:1:10.0.0.1"}, False),
+        (
+            {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "0"},
+            {"agent-worker-number": "0", "worker-network-endpoints": "x:1:10.0.0.1"},
+            True,
+        ),
+        ({}, {}, False),
+    ],
+)
+def test_a_host_knows_whether_there_are_others(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], metadata: dict[str, str], pod: bool
+) -> None:
+    from jax._src.clusters import cloud_tpu_cluster
+
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_PROCESS_ADDRESSES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(
+        cloud_tpu_cluster, "get_metadata", lambda key: (metadata.get(key, ""), 200 if key in metadata else 404)
+    )
+    assert sharding.on_pod() == pod
+
+
 def test_one_device_is_a_mesh_of_one() -> None:
     mesh = sharding.make_mesh()
     assert mesh.size == 1

@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -165,7 +165,8 @@ class Speech:
     folder: Path
     name: str
     licence: str
-    listing: Callable[[Path], Iterable[tuple[Path, str, str]]]
+    # `prepare` knows a source again by what it prints as; a function does so with where in memory it is.
+    listing: Callable[[Path], Iterable[tuple[Path, str, str]]] = field(repr=False)
     """Recording, text and speaker of every utterance, always in the same order."""
     as_answer: bool = False
     """Whether they are to be read aloud (T1A1) rather than written down (A1T1)."""

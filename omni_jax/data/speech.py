@@ -7,6 +7,7 @@ this module can be imported where no engine is installed. `trim` takes out what 
 
 from __future__ import annotations
 
+import http.client
 import importlib
 import io
 import json
@@ -294,7 +295,7 @@ class OpenAISpeech:
             with error:
                 said = error.read(500).decode(errors="replace")
             raise SpeechError(f"openai: expected sound from {self.url}, found status {error.code}: {said}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise SpeechError(f"openai: expected a server at {self.url}, found {error}") from None
         samples, rate = _decoded(self, text, data)
         return shift(samples, speed * 2.0 ** (pitch / 12)), rate

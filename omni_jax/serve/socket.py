@@ -148,6 +148,9 @@ class _Talker:
             return
         order = await self._order(message)
         if isinstance(order, Start):
+            if order.sample_rate != self.start.sample_rate:
+                # What was heard so far would be read at the new rate.
+                self.heard.clear()
             self.start = order
         elif isinstance(order, Text):
             await self._interrupt()

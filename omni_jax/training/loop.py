@@ -11,7 +11,7 @@ import json
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ from tokenizers import Tokenizer
 
 from omni_jax import checkpoint, sharding
 from omni_jax.api import Ask, Omni, byte_tokenizer, default_layout
-from omni_jax.audio.wav import SAMPLE_RATE
+from omni_jax.audio.wav import SAMPLE_RATE, AudioError
 from omni_jax.codec.snac import Snac, make_decoder
 from omni_jax.config import PRESETS, ConfigError, ModelConfig, RunConfig, save
 from omni_jax.data import pipeline
 from omni_jax.data.records import Records, from_bytes
+from omni_jax.prompts import Task
 from omni_jax.tensorfile import LazyTensor
 from omni_jax.tpu.chips import CHIPS
 from omni_jax.training.report import HEADS, Reporter
@@ -146,7 +147,7 @@ def mesh_of(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> M
     """The mesh a run asks for, over all devices of all processes, or those given.
 
     Raises:
-        ConfigError: it does not divide the devices, or the rows do not divide over it.
+        ConfigError: it does not divide the devices or slices, or the rows do not divide over it.
     """
     sizes = config.mesh
     rest, count = sizes.fsdp * sizes.tensor, jax.device_count() if devices is None else len(devices)
@@ -154,25 +155,36 @@ def mesh_of(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> M
     if data < 1 or data * rest != count:
         raise ConfigError(
             f"mesh: expected data * fsdp * tensor to be the {count} devices, "
-            f"found {data} * {sizes.fsdp} * {sizes.tensor}"
+            f"found {sizes.data} * {sizes.fsdp} * {sizes.tensor}"
         )
     ways = data * sizes.fsdp * config.optimizer.accumulate
     if config.data.batch % ways:
         raise ConfigError(
             f"data.batch: expected a multiple of {ways} (data * fsdp * optimizer.accumulate), found {config.data.batch}"
         )
-    return sharding.make_mesh(data, sizes.fsdp, sizes.tensor, devices)
+    try:
+        return sharding.make_mesh(data, sizes.fsdp, sizes.tensor, devices)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
-def row_share(mesh: Mesh) -> tuple[int, int]:
-    """Which share of a batch's rows this process reads: (index, count).
+def row_share(mesh: Mesh, process: int) -> tuple[int, int]:
+    """Which share of a batch's rows a process reads: (index, count).
 
-    Processes whose devices split rows between them (tensor parallelism across processes) read the same share.
+    Its rows need not be neighbours: where a mesh is laid out for the wires between chips, those of a host are a square
+    of it. Processes whose devices split rows between them (tensor parallelism across processes) read the same share.
+
+    Raises:
+        ConfigError: some rows, but not all, are those of another process, too.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    grid = mesh.devices.reshape(ways, -1)
-    mine = [row for row in range(ways) if any(d.process_index == jax.process_index() for d in grid[row])]
-    return mine[0] // len(mine), ways // len(mine)
+    rows: dict[int, set[int]] = {}
+    for row, devices in enumerate(mesh.devices.reshape(sharding.ways("batch", mesh), -1)):
+        for device in devices:
+            rows.setdefault(device.process_index, set()).add(row)
+    shares = sorted({frozenset(share) for share in rows.values()}, key=min)
+    if sum(map(len, shares)) != len(frozenset.union(*shares)) or len({len(share) for share in shares}) > 1:
+        raise ConfigError(f"mesh: expected processes to have the same rows or none in common, found {rows}")
+    return shares.index(frozenset(rows[process])), len(shares)
 
 
 def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
@@ -198,20 +210,12 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
     if jax.process_index() == 0:
         save(config, out / "run.yaml")
     stop = Stop()
-    share, shares = row_share(setup.mesh)
-    data = pipeline.batches(
-        config.data,
-        setup.start.config,
-        setup.start.tokenizer,
-        seed=config.seed,
-        process_index=share,
-        process_count=shares,
-    )
     shapes, places = setup.state_shapes()
     manager = checkpoint_manager(config, out)
     step_fn = step_program(setup, places)
-    state, frozen = begin(setup, manager, data, shapes, places)
+    state, frozen, point = begin(setup, manager, shapes, places)
     step = int(state.step)
+    data, order = open_data(setup, step, point)
     report = Reporter(config, step)
     evaluate = Evaluation(setup)
     try:
@@ -231,7 +235,7 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
                 report.waited += time.perf_counter() - waiting
                 batch = place(read, setup.mesh)
             if step % config.log_every == 0 or last:
-                log(setup, report, step, metrics, tally, data)
+                log(setup, report, step, metrics, tally, data.skipped)
                 tally = Tally()
             if profile and step == config.log_every:
                 jax.profiler.start_trace(profile)
@@ -239,12 +243,12 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
             if step % config.checkpoint.every == 0 or last:
-                write(manager, step, state, frozen, point)
+                write(manager, step, state, frozen, order, point)
             if last or (config.evaluate_every and step % config.evaluate_every == 0):
                 evaluate(step, unite(state.learning, frozen), report)
         if step < config.optimizer.steps:
-            if step % config.checkpoint.every:
-                write(manager, step, state, frozen, point)
+            if manager.latest_step() != step:
+                write(manager, step, state, frozen, order, point)
             manager.wait_until_finished()
             report.say(f"asked to stop: saved at step {step}; the same command goes on from there")
             return None
@@ -340,9 +344,9 @@ class Tally:
 
 
 def begin(
-    setup: Setup, manager: ocp.CheckpointManager, data: pipeline.Batches, shapes: TrainState, places: TrainState
-) -> tuple[TrainState, Params]:
-    """The state and the frozen parameters: of the last checkpoint, or at step 0."""
+    setup: Setup, manager: ocp.CheckpointManager, shapes: TrainState, places: TrainState
+) -> tuple[TrainState, Params, dict[str, Any] | None]:
+    """The state, the frozen parameters and what `write` noted of the data: of the last checkpoint, or at step 0."""
     latest = manager.latest_step()
     if latest is not None:
         _, frozen_shapes = setup.split(setup.shapes)
@@ -359,14 +363,7 @@ def begin(
                 data=ocp.args.JsonRestore(),
             ),
         )
-        share, shares = row_share(setup.mesh)
-        points = found["data"]["points"]
-        if len(points) == shares:
-            data.set_state(points[share])
-        else:
-            # Which records each process has seen cannot be shared out among another number of them.
-            print(f"data: {len(points)} readers before, {shares} now: the records are shuffled anew")
-        return found["state"], found["frozen"]
+        return found["state"], found["frozen"], found["data"]
     model = setup.start.model(stacked=setup.stacked, dtype=setup.dtype, mesh=setup.mesh)
     learning, frozen = setup.split(nnx.to_pure_dict(nnx.state(model)))
     del model
@@ -376,7 +373,41 @@ def begin(
     def zero() -> jax.Array:
         return jax.device_put(np.int32(0), sharding.replicated(setup.mesh))
 
-    return TrainState(zero(), learning, moments, zero(), zero()), frozen
+    return TrainState(zero(), learning, moments, zero(), zero()), frozen, None
+
+
+def open_data(setup: Setup, step: int, noted: dict[str, Any] | None) -> tuple[pipeline.Batches, int]:
+    """This process's part of the data, from where the run stands.
+
+    Args:
+        setup: of the run.
+        step: how many are done.
+        noted: by `write`; None: nothing is read yet.
+
+    Returns:
+        The data, and the seed of its order.
+    """
+    config = setup.config
+    share, shares = row_share(setup.mesh, jax.process_index())
+    order, points = config.seed, None
+    if noted is not None:
+        order, points = noted.get("order", config.seed), noted["points"]
+        if len(points) != shares:
+            # Which records each process has seen cannot be shared out among another number of them; in the order of
+            # before they would begin with those that all have seen.
+            print(f"data: {len(points)} readers before, {shares} now: the records are shuffled anew")
+            order, points = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]), None
+    data = pipeline.batches(
+        config.data,
+        setup.start.config,
+        setup.start.tokenizer,
+        seed=order,
+        process_index=share,
+        process_count=shares,
+    )
+    if points is not None:
+        data.set_state(points[share])
+    return data, order
 
 
 def checkpoint_manager(config: RunConfig, out: Path) -> ocp.CheckpointManager:
@@ -390,14 +421,16 @@ def checkpoint_manager(config: RunConfig, out: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(out / checkpoint.RUN, options=options)
 
 
-def write(manager: ocp.CheckpointManager, step: int, state: TrainState, frozen: Params, point: dict[str, Any]) -> None:
-    """Start saving a checkpoint: parameters, moments, step, and where each reader stands in the data."""
+def write(
+    manager: ocp.CheckpointManager, step: int, state: TrainState, frozen: Params, order: int, point: dict[str, Any]
+) -> None:
+    """Start saving a checkpoint: parameters, moments, step, and where each reader stands in data of which order."""
     manager.save(
         step,
         args=ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             frozen=ocp.args.StandardSave(frozen),
-            data=ocp.args.JsonSave({"points": gather_points(point)}),
+            data=ocp.args.JsonSave({"points": gather_points(point), "order": order}),
         ),
         force=True,
     )
@@ -424,7 +457,7 @@ def log(
     step: int,
     metrics: dict[str, jax.Array],
     tally: Tally,
-    data: pipeline.Batches,
+    left_out: Mapping[str, int],
 ) -> None:
     """Wait for the device, write what a step measured.
 
@@ -436,8 +469,7 @@ def log(
     if in_a_row >= setup.config.most_skipped:
         raise TrainingError(
             f"steps {step - in_a_row + 1} to {step}: the loss or its gradient was not finite {in_a_row} times in a "
-            f"row (most_skipped is {setup.config.most_skipped}); the batch of step {step} is drawn with seed "
-            f"{setup.config.seed} at {json.dumps(data.get_state()['parent'])[:200]}"
+            f"row (most_skipped is {setup.config.most_skipped}); with another seed other records come next"
         )
     seconds, waiting = report.rate(step)
     processes = jax.process_count()
@@ -458,7 +490,7 @@ def log(
         "speech_seconds_per_second": float(values["counts"][0]) * codec.frame / codec.sample_rate / seconds,
         "padding": 1 - tally.positions / tally.capacity,
         "waiting_for_data": waiting,
-        **{f"skipped_records/{reason}": float(count) for reason, count in data.skipped.items()},
+        **{f"skipped_records/{reason}": float(count) for reason, count in left_out.items()},
     }
     flops = model_flops(setup, rate)
     numbers["model_flops_per_second"] = flops
@@ -519,7 +551,7 @@ class Evaluation:
         if not config.data.held_out:
             return
         numbers: dict[str, float] = {}
-        share, shares = row_share(self.setup.mesh)
+        share, shares = row_share(self.setup.mesh, jax.process_index())
         for task in config.data.tasks:
             only = dataclasses.replace(config.data, tasks={task: 1.0})
             batches = pipeline.held_out(only, start.config, start.tokenizer, process_index=share, process_count=shares)
@@ -542,11 +574,17 @@ class Evaluation:
         records = Records(self.setup.config.data.held_out[0].path)
         for index in range(min(self.setup.config.samples, len(records))):
             exchange = from_bytes(records[index], codebook_size=start.config.vocab.audio)
-            if exchange.question_audio is None:
+            if exchange.question_audio is not None:
+                ask = Ask(audio=exchange.question_audio, sample_rate=SAMPLE_RATE)
+            elif exchange.question_text:
                 ask = Ask(text=exchange.question_text)
             else:
-                ask = Ask(audio=exchange.question_audio, sample_rate=SAMPLE_RATE)
-            reply = omni.batch([ask], max_steps=SAMPLE_STEPS)[0]
+                ask = Ask(text=exchange.answer_text, task=Task.T1A1)
+            try:
+                reply = omni.batch([ask], max_steps=SAMPLE_STEPS)[0]
+            except (AudioError, ConfigError) as error:
+                report.say(f"sample {index} is left out: {error}")
+                continue
             report.sample(step, str(index), exchange.question_text, exchange.answer_text, reply)
 
 

@@ -158,7 +158,10 @@ LAYOUTS = {"librispeech": librispeech, "libritts": libritts, "vctk": vctk, "mls"
 def test_corpora_of_read_speech(tmp_path: Path, name: str) -> None:
     LAYOUTS[name](tmp_path)
     listing, licence = sources.SPEECH[name]
-    drafts, rejected = read(Speech(tmp_path, name, licence, listing))
+    source = Speech(tmp_path, name, licence, listing)
+    # What is made is known again by it, in other processes too.
+    assert " at 0x" not in repr(source)
+    drafts, rejected = read(source)
     assert not rejected
     said = [draft.exchange.question_text for draft in drafts]
     spoken = ["Go! Do you hear?", "And I say."] if name in ("libritts", "vctk") else ["Go do you hear.", "And I say."]

@@ -81,6 +81,12 @@ class Speaking(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(b'{"error": "busy"}')
             return
+        if body["input"] == "leave":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"RIFF")
+            return
         file = io.BytesIO()
         soundfile.write(file, 0.5 * np.sin(np.arange(4800) / 10), 24_000, format="WAV")
         self.send_response(200)
@@ -110,6 +116,8 @@ def test_a_server(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert body == {"model": "tts", "voice": "nova", "input": "hello", "response_format": "wav"}
     with pytest.raises(SpeechError, match=r"found status 429: .*busy"):
         engine.speak("fail", "nova")
+    with pytest.raises(SpeechError, match=r"expected a server at .*IncompleteRead"):
+        engine.speak("leave", "nova")
     with pytest.raises(SpeechError, match="expected a server at"):
         OpenAISpeech("http://127.0.0.1:1/v1", "tts").speak("hello", "alloy")
 

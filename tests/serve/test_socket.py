@@ -91,6 +91,15 @@ def test_settings_can_change_between_questions(socket: ClientConnection, server:
     same(turn(socket, 1), server.omni.transcribe(wav.to_pcm16(sound), sample_rate=8000, max_steps=3))
 
 
+def test_another_rate_begins_another_question(socket: ClientConnection, server: Running, sound: np.ndarray) -> None:
+    say(socket, type="start", task="A1T1", options={"max_steps": 3})
+    speak(socket, sound)
+    say(socket, type="start", task="A1T1", sample_rate=8000, options={"max_steps": 3})
+    speak(socket, sound)
+    say(socket, type="end")
+    same(turn(socket, 1), server.omni.transcribe(wav.to_pcm16(sound), sample_rate=8000, max_steps=3))
+
+
 def test_speaking_again_interrupts(socket: ClientConnection, server: Running, sound: np.ndarray) -> None:
     say(socket, type="start", options={"temperature": 1.0, "seed": 1})
     before = server.figure("omni_requests_total", endpoint="/live", outcome="cancelled")

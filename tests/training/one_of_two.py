@@ -14,7 +14,10 @@ if __name__ == "__main__":
     jax.distributed.initialize(coordinator, 2, int(process))
     assert (jax.device_count(), jax.local_device_count()) == (8, 4)
 
+    from jax.sharding import Mesh
+
     from omni_jax import sharding
+    from omni_jax.training import loop
     from tests.training import test_step
 
     found = {}
@@ -26,6 +29,12 @@ if __name__ == "__main__":
         name = "x".join(map(str, sizes))
         found |= {f"{name}/{key}": value for key, value in test_step.flat(whole).items()}
         found[f"{name}/loss"] = np.array([step["loss"] for step in metrics])
+    # A process's rows need not be neighbours.
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4).T.reshape(8, 1, 1), sharding.AXES)
+    share, shares = loop.row_share(mesh, jax.process_index())
+    mine = {name: np.split(rows, shares)[share] for name, rows in test_step.batch().items()}
+    placed = loop.place(mine, mesh)
+    found["targets"] = multihost_utils.process_allgather(placed.arrays["targets"], tiled=True)
     if jax.process_index() == 0:
         np.savez(file, **found)
     multihost_utils.sync_global_devices("done")

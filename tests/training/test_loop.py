@@ -1,5 +1,6 @@
 """Whole runs: train, stop, kill, resume, start the next stage, release."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,10 +16,12 @@ import pytest
 import yaml
 
 from omni_jax import config as configs
+from omni_jax import sharding
 from omni_jax.checkpoint import open_release
 from omni_jax.config import PRESETS, ConfigError, RunConfig
 from omni_jax.data.records import Exchange, Writer
 from omni_jax.tensorfile import CheckpointError
+from omni_jax.tpu.chips import Topology
 from omni_jax.training import loop
 
 ROOT = Path(__file__).parents[2]
@@ -159,12 +162,117 @@ def test_a_run_that_cannot_be_says_which_field(tmp_path: Path, records: Path, ch
         loop.Setup.of(run_config(tmp_path / "x", records, **changes))
 
 
+@pytest.mark.parametrize(
+    ("topology", "slices", "sizes", "shares"),
+    [
+        # A host has a square of 2 x 2 chips.
+        ("v5e:16x16", 1, (32, 8, 1), 64),
+        ("v5e:4x4", 1, (16, 1, 1), 4),
+        ("v5e:4x4", 1, (2, 4, 2), 4),
+        ("v5p:4x4x4", 1, (1, 64, 1), 16),
+        # Hosts of four share a row.
+        ("v5e:4x4", 1, (4, 1, 4), 2),
+        ("v5e:4x4", 1, (1, 2, 8), 2),
+        ("v5e:4x4", 2, (4, 8, 1), 8),
+    ],
+)
+def test_the_hosts_of_a_slice_read_every_row_once(topology: str, slices: int, sizes: tuple[int, int, int], shares: int):
+    devices = Topology.parse(topology).devices(slices)
+    mesh = sharding.make_mesh(*sizes, devices)
+    hosts = sorted({device.process_index for device in devices})
+    found = {host: loop.row_share(mesh, host) for host in hosts}
+    assert set(found.values()) == {(index, shares) for index in range(shares)}
+    # Those that read the same rows have chips that these lie on.
+    grid = mesh.devices.reshape(sizes[0] * sizes[1], sizes[2])
+    rows = {host: {r for r, row in enumerate(grid) for d in row if d.process_index == host} for host in hosts}
+    for one in hosts:
+        for other in hosts:
+            assert (rows[one] == rows[other]) == (found[one] == found[other])
+            assert rows[one] == rows[other] or not rows[one] & rows[other]
+
+
+def test_slices_divide_the_batch(tmp_path: Path, records: Path):
+    devices = Topology.parse("v5e:4x4").devices(2)
+    mesh = sharding.make_mesh(4, 8, 1, devices)
+    assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
+    config = run_config(tmp_path / "out", records, mesh={"data": 1, "fsdp": 32})
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch=32))
+    with pytest.raises(ConfigError, match="mesh: expected data to be a multiple of the 2 slices, found 1"):
+        loop.mesh_of(config, devices)
+
+
+def test_processes_are_told_apart_by_all_or_nothing(tmp_path: Path, records: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(run_values(tmp_path / "out", records)))
+    command = [sys.executable, "train.py", str(file), "--processes", "2", "--process", "0"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "expected all of --coordinator, --processes and --process, or none of them" in found.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_describe_counts_what_learns(tmp_path: Path, records: Path):
     text = loop.describe(run_config(tmp_path / "x", records))
     assert "learns" in text
     assert "frozen" in text
     assert str(len(jax.devices())) in text
     assert not (tmp_path / "x").exists()
+
+
+def test_other_readers_get_the_records_in_another_order(records: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    setup = loop.Setup.of(run_config(tmp_path / "out", records))
+
+    def tokens(step: int, noted: dict | None) -> tuple[np.ndarray, int]:
+        data, order = loop.open_data(setup, step, noted)
+        try:
+            return next(data)["tokens"], order
+        finally:
+            data.close()
+
+    first, order = tokens(0, None)
+    assert order == setup.config.seed
+    other, anew = tokens(5, {"points": [{}, {}], "order": order})
+    assert "2 readers before, 1 now: the records are shuffled anew" in capsys.readouterr().out
+    assert anew != order
+    assert not np.array_equal(first, other)
+    np.testing.assert_array_equal(other, tokens(5, {"points": [{}, {}], "order": order})[0])
+    # From then on this is the order, whenever the run goes on.
+    data, _ = loop.open_data(setup, 5, {"points": [{}, {}], "order": order})
+    next(data)
+    point = data.get_state()
+    second = next(data)["tokens"]
+    data.close()
+    found, same = tokens(6, {"points": [point], "order": anew})
+    assert same == anew
+    np.testing.assert_array_equal(found, second)
+
+
+def test_a_run_that_is_stopped_at_once_has_nothing_to_save(
+    finished: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "stopped"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("release", "6", "tensorboard"))
+    monkeypatch.setattr(loop.Stop, "asked", lambda self, step: True)
+    for every in (2, 3):
+        config = run_config(out, records, checkpoint={"every": every, "keep": 2}, samples=0)
+        assert loop.train(config) is None
+    assert max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit()) == 4
+
+
+def test_a_sample_that_cannot_be_answered_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture):
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, PRESETS["tiny"].vocab.audio, (4, 7))
+    with Writer(tmp_path / "records") as writer:
+        too_long = rng.integers(-3000, 3000, 40 * 16_000).astype(np.int16)
+        writer.write(Exchange("q", too_long, "a", codes, "noise"))
+        writer.write(Exchange("", None, "a", codes, "noise"))
+        writer.write(Exchange("q", too_long[:8000], "a", codes, "noise"))
+    data = {**run_values(tmp_path, tmp_path)["data"], "tasks": {"T1A1": 1}, "batch": 8}
+    data |= {"sources": [{"path": str(tmp_path / "records")}], "held_out": [{"path": str(tmp_path / "records")}]}
+    out = tmp_path / "out"
+    loop.train(run_config(out, tmp_path / "records", steps=1, data=data, samples=3))
+    assert "sample 0 is left out" in capsys.readouterr().out
+    assert (out / "release").is_dir()
 
 
 def test_a_run_goes_on_on_another_mesh(finished: Path, records: Path, tmp_path: Path):
@@ -237,35 +345,34 @@ def test_killed_during_a_save_loses_no_more_than_the_steps_since_the_last(
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_cleanly(records: Path, tmp_path: Path):
     out = tmp_path / "stopped"
-    values = run_values(out, records, steps=100_000, checkpoint={"every": 10_000, "keep": 2})
-    process = spawn(values, tmp_path / "logs")
-    wait_for_step(out, 2, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 0, (tmp_path / "logs" / "0.log").read_text()
-    saved = [int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit()]
-    assert saved == [max(losses(out))]
-    assert not (out / "release").exists()
-
-
-@pytest.mark.slow
-def test_two_processes_do_what_one_does_and_stop_together(finished: Path, records: Path, tmp_path: Path):
-    """2 processes x 4 devices: the same metrics as 8 devices of one process would have on the same rows."""
-    out = tmp_path / "two"
-    values = run_values(out, records, steps=100_000, checkpoint={"every": 10_000, "keep": 2}, samples=0)
     environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=4")}
     environment["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
-    file = tmp_path / "two.yaml"
-    file.write_text(yaml.safe_dump(values))
-    processes = []
-    for index in range(2):
-        command = [sys.executable, "train.py", str(file), "--coordinator", "localhost:12357"]
-        command += ["--processes", "2", "--process", str(index)]
-        with (tmp_path / f"{index}.log").open("w") as log:
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+
+    def start(name: str, port: int, steps: int) -> tuple[list[subprocess.Popen], list[Path]]:
+        values = run_values(out, records, steps=steps, checkpoint={"every": 10_000, "keep": 2}, samples=0)
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(values))
+        logs = [tmp_path / f"{name}{index}.log" for index in range(2)]
+        processes = []
+        for index, log in enumerate(logs):
+            command = [sys.executable, "train.py", str(file), "--coordinator", f"localhost:{port}"]
+            command += ["--processes", "2", "--process", str(index)]
+            with log.open("w") as shown:
+                processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=shown, stderr=shown))
+        return processes, logs
+
+    processes, logs = start("first", 12357, 100_000)
     wait_for_step(out, 2, processes[0])
     processes[1].send_signal(signal.SIGTERM)
-    for index, process in enumerate(processes):
-        assert process.wait(timeout=180) == 0, (tmp_path / f"{index}.log").read_text()
+    for process, log in zip(processes, logs, strict=True):
+        assert process.wait(timeout=180) == 75, log.read_text()
     saved = [int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit()]
     assert len(saved) == 1
     assert saved[0] >= 2
+    # Each finds where it stood.
+    processes, logs = start("second", 12358, saved[0] + 2)
+    for process, log in zip(processes, logs, strict=True):
+        assert process.wait(timeout=180) == 0, log.read_text()
+        assert "shuffled anew" not in log.read_text()
+    assert sorted(losses(out)) == list(range(1, saved[0] + 3))
+    assert (out / "release").is_dir()
