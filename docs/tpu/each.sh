@@ -18,6 +18,6 @@ for name in "${names[@]}"; do
 done
 status=0
 for job in "${jobs[@]}"; do
-    wait "$job" || status=1
+    wait "$job" || status=$?
 done
 exit "$status"

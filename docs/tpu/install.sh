@@ -15,7 +15,8 @@ gcloud storage cp "/tmp/$NAME-code.tar.gz" "gs://$BUCKET/code.tar.gz"
     curl -s https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null
     sudo apt-get update -q && sudo apt-get install -y -q gcsfuse python3-venv
     sudo mkdir -p /bucket /records && sudo chown \"\$USER\" /bucket /records
-    mountpoint -q /bucket || gcsfuse --implicit-dirs $BUCKET /bucket
+    # Checkpoints and releases get their names when they are whole: folders with files in them are renamed.
+    mountpoint -q /bucket || gcsfuse --implicit-dirs --rename-dir-limit 200000 $BUCKET /bucket
     gcloud storage rsync --recursive $RECORDS /records
     tar xzf /bucket/code.tar.gz
-    cd omni_jax && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu]'"
+    cd omni_jax && ln -sfn /records data && python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu]'"

@@ -4,7 +4,13 @@ set -uo pipefail
 : "${PROJECT:?source docs/tpu/env.sh first}" "${1:?expected a configuration}"
 
 here=$(dirname "${BASH_SOURCE[0]}")
-until "$here/train.sh" "$@"; do
+while true; do
+    status=0
+    "$here/train.sh" "$@" || status=$?
+    # Finished; or a configuration that no other slice can run either.
+    if [[ $status == 0 || $status == 2 ]]; then
+        exit "$status"
+    fi
     state=$(gcloud compute tpus queued-resources describe "$NAME-request" --project="$PROJECT" --zone="$ZONE" \
         --format='value(state.state)' 2> /dev/null)
     if [[ "$state" != ACTIVE ]]; then

@@ -78,6 +78,8 @@ class Note(Tally):
 
     mark: str = ""
     """Of the unit, and of how it was read."""
+    source: str = ""
+    """Its name."""
     rejected: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     """Of rejected rows: where they stand, and what is wrong."""
@@ -119,7 +121,7 @@ class UnitWriter:
 
     def __call__(self, number: int, unit: Unit, mark: str) -> Note:
         """Write a unit's shard and, when that is whole, its note, which has this mark."""
-        note, content = Note(mark=mark), hashlib.sha256()
+        note, content = Note(mark=mark, source=self.source.name), hashlib.sha256()
         shard = _shard(self.folder, number)
         # A cluster may begin the same unit twice; the last one whole counts.
         partial = shard.with_name(f".{shard.name}.{uuid.uuid4().hex}.part")
@@ -193,6 +195,8 @@ def prepare(
     for number, unit in enumerate(units):
         mark = hashlib.sha256(f"{unit.mark()} {how}".encode()).hexdigest()[:16]
         note = Note.read(_note(folder, number))
+        if note is not None and note.source not in ("", source.name):
+            raise ConfigError(f"{folder}: expected an empty folder or one of {source.name}, found one of {note.source}")
         if note is not None and note.mark == mark and (not note.exchanges or _shard(folder, number).is_file()):
             notes[number] = note
         else:

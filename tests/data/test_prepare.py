@@ -147,6 +147,16 @@ def test_what_is_done_stays_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(list(out.glob(f"*{NOTE}"))) == len(source.units())
 
 
+def test_another_corpus_does_not_take_the_place_of_one(tmp_path: Path) -> None:
+    lines(tmp_path / "qa.jsonl", 5)
+    out = tmp_path / "out"
+    prepare(TextQa(tmp_path / "qa.jsonl"), out)
+    other = TextQa(tmp_path / "qa.jsonl", name="other")
+    with pytest.raises(ConfigError, match=r"out: expected an empty folder or one of other, found one of text"):
+        prepare(other, out)
+    assert len(Records(out)) == 5
+
+
 @pytest.mark.usefixtures("small_pieces")
 def test_an_interruption_leaves_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines(tmp_path / "qa.jsonl", 100)
