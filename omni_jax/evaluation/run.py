@@ -151,12 +151,17 @@ def evaluate(
         results += _answer(omni, window, out, options or {}, slots)
         progress(len(window))
     for result, case in zip(results, cases, strict=True):
-        if listener is not None and result.audio:
-            result.heard = listener.hear(out / result.audio)
         result.scores = score(result, case)
     name, speed = None if listener is None else listener.name, clock(omni, cases, options or {})
     evaluation = Evaluation(model, suite, name, omni.trained, results, speed)
+    # What was answered is kept, whatever becomes of the listener.
     evaluation.save(out)
+    if listener is not None:
+        for result, case in zip(results, cases, strict=True):
+            if result.audio:
+                result.heard = listener.hear(out / result.audio)
+                result.scores = score(result, case)
+        evaluation.save(out)
     return evaluation
 
 

@@ -99,6 +99,18 @@ def test_everything_is_asked_heard_and_judged(omni: Omni, cases: list[Case], fou
     assert 0 < evaluation.speed["first_sound"] <= evaluation.speed["total"]
 
 
+def test_answers_are_kept_when_the_listener_fails(omni: Omni, cases: list[Case], tmp_path: Path) -> None:
+    class Deaf(Parrot):
+        def hear(self, path: Path) -> str:
+            raise ConfigError("listener: gone")
+
+    with pytest.raises(ConfigError, match="gone"):
+        evaluate(omni, cases[:1], tmp_path, model="small", suite="made", listener=Deaf("x"))
+    (result,) = Evaluation.load(tmp_path).results
+    assert result.scores["exact"] == 1
+    assert result.heard is None
+
+
 def test_figures(found: tuple[Evaluation, Path]) -> None:
     evaluation, out = found
     summary = evaluation.summary()
