@@ -8,10 +8,12 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from omni_jax.config import ConfigError
+import pydantic
+
+from omni_jax.config import ConfigError, build
 from omni_jax.data.sources import corpus_files, librispeech, parquet
 from omni_jax.prompts import Task
 
@@ -35,7 +37,7 @@ class Case:
     """Cases of a group are counted together, too."""
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
 class _Row:
     """A line of a manifest."""
 
@@ -43,7 +45,7 @@ class _Row:
     task: str = ""
     audio: str = ""
     text: str = ""
-    expected: str | list[str] = field(default_factory=list)
+    expected: str | list[str] = ""
     question: str = ""
     group: str = ""
 
@@ -56,10 +58,10 @@ def manifest(path: Path) -> Iterator[Case]:
                 continue
             place = f"{path} line {number}"
             try:
-                row = _Row(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                fields = ", ".join(_Row.__annotations__)
-                raise ConfigError(f"{place}: expected an object with {fields}, found {error}") from None
+                values = json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"{place}: expected a JSON object, found {error}") from None
+            row = build(_Row, values, place)
             if bool(row.audio) == bool(row.text):
                 raise ConfigError(f"{place}: expected either audio or text, found {'both' if row.text else 'neither'}")
             default = Task.T1A2 if row.text else Task.A1A2

@@ -33,8 +33,11 @@ def test_manifest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1: expected an object"),
-        ('{"id": "a", "colour": 1}', "line 1: expected an object"),
+        ("{", "line 1: expected a JSON object"),
+        ("[]", "line 1: "),
+        ('{"id": "a", "colour": 1}', "line 1: colour: Unexpected"),
+        ('{"id": 1, "text": "b"}', "line 1: id: Input should be a valid string, found 1"),
+        ('{"id": "a", "text": "b", "expected": 12}', r"line 1: expected.*, found 12"),
         ('{"id": "a"}', "expected either audio or text, found neither"),
         ('{"id": "a", "audio": "a", "text": "b"}', "found both"),
         ('{"id": "a", "text": "b", "task": "sing"}', "task: expected one of"),
