@@ -415,7 +415,10 @@ def test_another_plan_is_refused_before_anything_is_made(tmp_path: Path, speaker
     synthesize.synthesize(tmp_path, PARTS, shards=1)
     before = contents(tmp_path)
     others = {**PARTS, "answers/train": owned("six", "eight")}
-    with pytest.raises(SynthesisError, match=r"answers/train\.plan: expected the plan .*found another: remove train\.plan and train-\* "):
+    with pytest.raises(
+        SynthesisError,
+        match=r"answers/train\.plan: expected the plan .*found another: remove train\.plan and train-\* ",
+    ):
         synthesize.synthesize(tmp_path, others)
     assert contents(tmp_path) == before
     # A part at a time is the same plan.
