@@ -861,10 +861,12 @@ def _read_row(path: Path, number: int, line: bytes) -> Row:
             found = "neither" if given.text is None else "both"
             raise ConfigError(f"{place}: expected either audio or text, found {found}")
         audio = None if given.audio is None else path.parent / given.audio
-        try:
-            _ = audio and audio.resolve()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{place}: audio: expected the path of a file, found {given.audio!r}: {error}") from None
+        if audio is not None:
+            try:
+                audio.resolve()
+            except (OSError, ValueError) as error:
+                message = f"{place}: audio: expected the path of a file, found {given.audio!r}: {error}"
+                raise ConfigError(message) from None
     except ConfigError as error:
         return Row(id, place, error=str(error).replace("\n", "; "))
     return Row(id, place, "", audio, given)
