@@ -244,6 +244,7 @@ class Trainer:
         decay = jnp.minimum(AVERAGE_DECAY, (1 + state.step) / (10 + state.step))
         average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.average, params)
         values = {"distance": distance, "commitment": commitment, "gradient": optax.tree.norm(gradients)}
+        values |= {"rate": self.rate(state.step)}
         values |= {f"codes_{index}": _perplexity(book.counts) for index, book in enumerate(usage)}
         return State(state.step + 1, params, average, optimizer, usage), values
 
@@ -371,8 +372,7 @@ def train(
     def step(state: State, number: int) -> tuple[State, dict[str, Any]]:
         if number == unrounded:
             state = trainer.fill_codebooks(state, [corpus.batch(BATCH, [seed, 1, index]) for index in range(FILL)])
-        state, values = trainer.step(state, corpus.batch(BATCH, [seed, 0, number]), number >= unrounded)
-        return state, {"rate": trainer.rate(number), **values}
+        return trainer.step(state, corpus.batch(BATCH, [seed, 0, number]), number >= unrounded)
 
     def validate(state: State, done: int) -> dict[str, float]:
         distances = [float(trainer.distance(state.average, audio, done > unrounded)) for audio in validation]

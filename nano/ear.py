@@ -316,7 +316,7 @@ class Trainer:
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(AVERAGE_DECAY, (1 + state.step) / (10 + state.step))
         average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.average, params)
-        values = {"loss": value, "gradient": optax.tree.norm(gradients)}
+        values = {"loss": value, "gradient": optax.tree.norm(gradients), "rate": self.rate(state.step)}
         return State(state.step + 1, params, average, optimizer), values
 
     @partial(jax.jit, static_argnums=0)
@@ -405,8 +405,7 @@ def train(
         if groups and number < FULL_FROM * steps:
             rng = np.random.default_rng([seed, number, 1])
             samples, group = groups[rng.choice(len(groups), p=sizes / sizes.sum())]
-        state, values = trainer.step(state, *batch(group, samples, BATCH, [seed, number]))
-        return state, {"rate": trainer.rate(number), **values}
+        return trainer.step(state, *batch(group, samples, BATCH, [seed, number]))
 
     def validate(state: State, done: int) -> dict[str, float]:
         outcome = {}

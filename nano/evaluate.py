@@ -234,7 +234,9 @@ def ask(
     """Ask everything, keep what was written and said."""
     tasks = {examination.task for examination in EXAMINATIONS}
     if unknown := set(only or ()) - tasks:
-        raise typer.BadParameter(f"--only: expected some of {', '.join(sorted(tasks))}, found {', '.join(unknown)}")
+        raise typer.BadParameter(
+            f"--only: expected some of {', '.join(sorted(tasks))}, found {', '.join(sorted(unknown))}"
+        )
     omni = Omni.load(model)
     if omni.config.vocab != PRESETS["nano"].vocab:
         raise typer.BadParameter(f"{model}: expected a model with nano's vocabulary")

@@ -621,7 +621,7 @@ _GRAMMAR: dict[str, Sequence[str]] = {
         {sound}, {opposite}, {city}, {sound}.
         {creature}, {country} and {colored}.
     """),
-    "favorite": _row("color, number, animal, day, month, season, food, word, city, fruit"),
+    "favorite": [what for what, _ in _FAVORITES],
     "clause": _lines("""
         {one} {does} {what}
         {one} {does} {what} {place}

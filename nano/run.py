@@ -53,7 +53,7 @@ def learn(
         out: folder of the run.
         state: to begin with.
         steps: of the whole run.
-        options: what makes it this run and no other.
+        options: what makes it this run and no other, as JSON can hold it.
         step: from a state and the steps done so far to the next state and scalars to be logged, as their means.
         validate: from a state and the steps done to scalars to be logged.
         curves: names of what is drawn.
@@ -68,11 +68,11 @@ def learn(
         omni_jax.tensorfile.CheckpointError: another run is there already.
     """
     out.mkdir(parents=True, exist_ok=True)
-    options = json.loads(json.dumps({"steps": steps, **options}))
-    found = out / OPTIONS
-    if found.exists() and (other := json.loads(found.read_text(encoding="utf-8"))) != options:
-        raise tensorfile.CheckpointError(f"{found}: expected the run {options}, found {other}: choose another folder")
-    found.write_text(json.dumps(options) + "\n", encoding="utf-8")
+    options, path = {"steps": steps, **options}, out / OPTIONS
+    if not path.exists():
+        path.write_text(json.dumps(options) + "\n", encoding="utf-8")
+    elif (found := json.loads(path.read_text(encoding="utf-8"))) != options:
+        raise tensorfile.CheckpointError(f"{path}: expected the run {options}, found {found}: choose another folder")
     state = restore(out, state) or state
     saved = last = time.monotonic()
     since: list[dict[str, Any]] = []

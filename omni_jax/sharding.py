@@ -18,6 +18,8 @@ from jax._src.clusters import cloud_tpu_cluster
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from omni_jax.config import ConfigError
+
 AXES = ("data", "fsdp", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
@@ -63,12 +65,12 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
     Several slices, which are connected by a slower network, divide the batch.
 
     Raises:
-        ValueError: there are not that many devices, or `data` does not divide over the slices.
+        ConfigError: there are not that many devices, or `data` does not divide over the slices.
     """
     sizes = (data, fsdp, tensor)
     devices = jax.devices() if devices is None else devices
     if math.prod(sizes) > len(devices):
-        raise ValueError(
+        raise ConfigError(
             f"mesh data={data} fsdp={fsdp} tensor={tensor} needs {math.prod(sizes)} devices, found {len(devices)}"
         )
     devices = devices[: math.prod(sizes)]
@@ -77,7 +79,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
     if slices == 1:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     elif data % slices:
-        raise ValueError(f"mesh: expected data to be a multiple of the {slices} slices, found {data}")
+        raise ConfigError(f"mesh: expected data to be a multiple of the {slices} slices, found {data}")
     else:
         inside, across = (data // slices, fsdp, tensor), (slices, 1, 1)
         grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)

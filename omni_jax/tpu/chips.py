@@ -67,8 +67,8 @@ class Topology:
         """How many."""
         return math.prod(self.shape)
 
-    def devices(self, slices: int = 1) -> list[Any]:
-        """The chips of one or more such slices as the compiler knows them; none need be there.
+    def devices(self) -> list[Any]:
+        """The chips as the compiler knows them; none need be there.
 
         Raises:
             ConfigError: libtpu is not installed, or there is no such slice.
@@ -83,9 +83,7 @@ class Topology:
 
         host = tuple(min(size, whole) for size, whole in zip((*self.shape, 1), self.chip.host, strict=False))
         try:
-            bounds: dict[str, Any] = {} if host == self.chip.host else {"chips_per_host_bounds": host}
-            if slices > 1:
-                bounds["num_slices"] = slices
+            bounds = {} if host == self.chip.host else {"chips_per_host_bounds": host}
             found = topologies.get_topology_desc(platform="tpu", topology_name=self.name, **bounds)
         except Exception as error:
             if "libtpu" in str(error) or isinstance(error, ImportError):

@@ -162,10 +162,7 @@ def mesh_of(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> M
         raise ConfigError(
             f"data.batch: expected a multiple of {ways} (data * fsdp * optimizer.accumulate), found {config.data.batch}"
         )
-    try:
-        return sharding.make_mesh(data, sizes.fsdp, sizes.tensor, devices)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    return sharding.make_mesh(data, sizes.fsdp, sizes.tensor, devices)
 
 
 def row_share(mesh: Mesh, process: int) -> tuple[int, int]:
@@ -213,9 +210,9 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
     shapes, places = setup.state_shapes()
     manager = checkpoint_manager(config, out)
     step_fn = step_program(setup, places)
-    state, frozen, point = begin(setup, manager, shapes, places)
+    state, frozen, noted = begin(setup, manager, shapes, places)
     step = int(state.step)
-    data, order = open_data(setup, step, point)
+    data, order = open_data(setup, step, noted)
     report = Reporter(config, step)
     evaluate = Evaluation(setup)
     try:
