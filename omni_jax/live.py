@@ -123,7 +123,7 @@ class Live:
         self._closing: Literal["finish", "cancel"] | None = None
         # The thread's own; changed under the lock too, so that others can count them.
         self._talks: dict[int, tuple[Talk, Answer]] = {}
-        self._engine = self._new_engine()
+        self._engine = Engine(omni.programs, slots, self._length, FEW_BUCKETS)
         self.ready = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(warm_up,), name="omni_jax live", daemon=True)
         self._thread.start()
@@ -202,9 +202,6 @@ class Live:
                 self._unwanted.add(talk)
                 self._lock.notify()
 
-    def _new_engine(self) -> Engine:
-        return Engine(self.omni.programs, self.slots, self._length, FEW_BUCKETS)
-
     def _run(self, warm_up: bool) -> None:
         if warm_up:
             try:
@@ -219,11 +216,12 @@ class Live:
             try:
                 self._advance()
             except Exception:
-                # A fault in one answer must not end the service. What the batch holds is lost with it.
+                # A fault must not end the service. What the batch holds is lost with it, who waits is answered yet.
                 log.exception("the running batch failed and is begun anew")
-                for key in list(self._talks):
+                self._engine.begin_anew()
+                waiting = {key for key, _ in self._engine.queue}
+                for key in self._talks.keys() - waiting:
                     self._end(key, "failed")
-                self._engine = self._new_engine()
 
     def _take_orders(self) -> bool:
         """Wait for something to do, take what others want; False when all is done."""

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -159,7 +160,7 @@ def test_deadlines_end_what_waits_and_what_runs(
         same(list(patient), answers[3])
 
 
-def test_a_fault_ends_one_answer_or_one_batch_and_never_the_service(
+def test_a_fault_in_one_answer_ends_that_one(
     live: Live, requests: list[Request], answers: list[Reply], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hear = Answer.hear
@@ -176,13 +177,29 @@ def test_a_fault_ends_one_answer_or_one_batch_and_never_the_service(
     assert failing.outcome == "failed"
     monkeypatch.setattr(Answer, "hear", hear)
 
-    engine = live._engine
-    monkeypatch.setattr(engine, "advance", lambda steps: 1 / 0)
-    lost = live.ask(requests[3])
-    assert list(lost) == []
-    assert lost.outcome == "failed"
-    same(list(live.ask(requests[3])), answers[3])
-    assert live._engine is not engine
+
+def test_a_fault_of_the_batch_ends_what_runs_and_who_waits_is_answered(
+    omni: Omni, requests: list[Request], answers: list[Reply], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Live(omni, slots=1, waiting=2) as live:
+        engine = live._engine
+        route, slowly = engine._route, Slowly(live, monkeypatch)
+
+        def fail() -> Any:
+            # As when a program that was given the state does not return.
+            for array in jax.tree.leaves(engine.state):
+                array.delete()
+            monkeypatch.setattr(engine, "_route", route)
+            raise ZeroDivisionError("in the batch")
+
+        monkeypatch.setattr(engine, "_route", fail)
+        lost, waiting = live.ask(requests[0]), live.ask(requests[3])
+        slowly.go()
+        assert list(lost) == []
+        assert lost.outcome == "failed"
+        same(list(waiting), answers[3])
+        same(list(live.ask(requests[0])), answers[0])
+        assert live.alive == live.occupied == 0
 
 
 def test_a_reader_may_be_slow_or_gone(live: Live, requests: list[Request], answers: list[Reply]) -> None:

@@ -195,6 +195,12 @@ class Engine:
                 return True
         return False
 
+    def begin_anew(self) -> None:
+        """Lose what runs and keep who waits: after a fault, when the state may be one that a program has consumed."""
+        # The old state makes room before the new one is there.
+        del self.state, self.unread
+        self.__post_init__()
+
     def warm_up(self) -> None:
         """Compile, by running it on nothing, every program that any request can come to need here.
 
