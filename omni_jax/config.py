@@ -292,6 +292,9 @@ class DataConfig:
     spec_augment: SpecAugmentConfig | None = None
     """How recordings are varied in training; None leaves them as they are. Where the ear was taught on the same
     recordings it mishears none of them, and what follows it does not learn to cope with an ear that does."""
+    code_noise: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the codes of its own speech that a model in training reads as others, drawn at random, against exposure
+    bias: who only ever read right codes is lost once it has said a wrong one; who can't trust them heeds the words."""
     workers: int = Field(default=2, ge=0)
     """Processes that read and pack ahead; 0 reads in the training process."""
     most_corrupt: int = Field(default=100, ge=0)

@@ -18,6 +18,7 @@ from omni_jax.model.omni import OmniModel
 from omni_jax.prompts import Task
 from omni_jax.training import loss
 from omni_jax.training.stages import Params, unite
+from omni_jax.vocab import TEXT
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -118,14 +119,17 @@ def forward(
 ) -> tuple[Array, loss.Sums]:
     """What `loss.of_batch` gives for a batch whose heads have `counts` float32 [8] targets in all.
 
-    With a key, recordings are heard as `config.data.spec_augment` varies them.
+    With a key, recordings are heard as `config.data.spec_augment` varies them, and codes read as `code_noise` does.
     """
+    data, tokens = config.data, batch["tokens"]
+    if key is not None and data.code_noise:
+        tokens = misread(tokens, data.code_noise, model.config.vocab.audio, jax.random.fold_in(key, 1))
     with traced_for(model.mesh):
         heard = None
-        if any(Task(task).hears for task in config.data.tasks):
-            heard = hear(model, batch["sound"], config.data.spec_augment, key)
+        if any(Task(task).hears for task in data.tasks):
+            heard = hear(model, batch["sound"], data.spec_augment, key)
         text_hidden, audio_hidden, _ = model(
-            batch["tokens"],
+            tokens,
             batch["positions"],
             heard,
             batch["speech_index"],
@@ -133,6 +137,17 @@ def forward(
             remat=config.remat,
         )
         return loss.of_batch(model, text_hidden, audio_hidden, batch["targets"], batch["mask"], counts, config.loss)
+
+
+def misread(tokens: Array, share: float, codes: int, key: Array) -> Array:
+    """Input tokens int32 [B, 8, T] with about this share of the codes replaced by any of `codes`, each on its own.
+
+    Text and special tokens stay.
+    """
+    chosen, drawn = jax.random.split(key)
+    audio = tokens[:, :TEXT]
+    wrong = (audio < codes) & jax.random.bernoulli(chosen, share, audio.shape)
+    return tokens.at[:, :TEXT].set(jnp.where(wrong, jax.random.randint(drawn, audio.shape, 0, codes), audio))
 
 
 def hear(model: OmniModel, sound: Array, augment: SpecAugmentConfig | None = None, key: Array | None = None) -> Array:
@@ -178,7 +193,7 @@ def train_step(
     counts = jnp.sum(batch["mask"], axis=(0, 2)).astype(jnp.float32)
 
     keys = None
-    if config.data.spec_augment is not None:
+    if config.data.spec_augment is not None or config.data.code_noise:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step), parts)
 
     def part_loss(learning: Params, part: Batch, key: Array | None) -> tuple[Array, dict[str, Array]]:

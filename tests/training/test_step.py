@@ -206,9 +206,26 @@ def test_clips_are_heard_alike_together_and_apart(monkeypatch):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_varied_recordings_are_heard_otherwise_at_every_step_and_alike_on_every_mesh():
+def test_a_share_of_the_codes_is_misread_and_nothing_else():
+    codes = 100
+    tokens = np.random.default_rng(0).integers(0, codes + 8, (4, 8, 500)).astype(np.int32)
+    read = np.asarray(jax.jit(step.misread, static_argnums=(1, 2))(tokens, 0.2, codes, jax.random.key(1)))
+    other = read != tokens
+    code = tokens < codes
+    assert not other[:, 7].any(), "text"
+    assert not other[:, :7][~code[:, :7]].any(), "specials"
+    # Of a hundred codes one is the right one again.
+    assert abs(other[:, :7][code[:, :7]].mean() - 0.2 * 0.99) < 0.01
+    misread = read[other]
+    assert (misread.min(), misread.max()) == (0, codes - 1)
+    agree = np.corrcoef(other[:, 0].ravel(), other[:, 1].ravel())[0, 1]
+    assert abs(agree) < 0.1, "each code on its own"
+
+
+@pytest.mark.parametrize("how", [{"spec_augment": {"warp": 0.2}}, {"code_noise": 0.3}])
+def test_what_is_varied_is_otherwise_at_every_step_and_alike_on_every_mesh(how):
     data = {"sources": [{"path": "unused"}], "tasks": {"A1A2": 1}, "batch": ROWS, "length": LENGTH}
-    varied = run_config(data={**data, "spec_augment": {"warp": 0.2}}, log_every=1)
+    varied = run_config(data={**data, **how}, log_every=1)
 
     def losses(trainer: Trainer) -> list[float]:
         """Of one batch at different steps, nothing learnt between them."""
