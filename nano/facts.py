@@ -22,7 +22,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -146,8 +146,10 @@ def larger_products() -> list[Item]:
     return [item for fact in products for item in kind.items(fact, phrasings) if not item.held_out]
 
 
-def sample(split: Split, count: int, seed: int, *, further: bool = False) -> list[Item]:
-    """Questions to be spoken: every kind by its share, every fact of a kind as often as its neighbours.
+def sample(
+    split: Split, count: int, seed: int, *, further: bool = False, shares: Mapping[str, float] | None = None
+) -> list[Item]:
+    """Questions to be asked: every kind by its share, every fact of a kind as often as its neighbours.
 
     A kind with fewer questions than its share has some of them again. Of the held-out questions about two numbers
     half are there because of the pair.
@@ -157,11 +159,13 @@ def sample(split: Split, count: int, seed: int, *, further: bool = False) -> lis
         count: how many.
         seed: of the choice and the order.
         further: in the further phrasings instead of the others.
+        shares: of the kinds to draw from; if None, of all kinds those that spoken questions have.
     """
     rng = random.Random(f"questions {split} {seed}")
-    total = sum(kind.share for kind in KINDS.values())
+    shares = shares or {name: kind.share for name, kind in KINDS.items()}
+    total = sum(shares.values())
     # Largest remainders: the counts of all kinds add up to `count`.
-    exact = {name: count * kind.share / total for name, kind in KINDS.items()}
+    exact = {name: count * share / total for name, share in shares.items()}
     counts = {name: math.floor(value) for name, value in exact.items()}
     for name in sorted(exact, key=lambda name: counts[name] - exact[name])[: count - sum(counts.values())]:
         counts[name] += 1

@@ -45,8 +45,10 @@ Encode = Callable[[list[np.ndarray]], list[np.ndarray]]
 
 VERSIONS = 4
 """Of each answer in training."""
-TYPED = 40_000
+TYPED = 80_000
 """Questions in writing that are answered aloud."""
+COMPUTED = ("sum", "difference")
+"""Kinds of questions with so many answers that each is said but once or twice, and in a few words."""
 READ = {
     "read_train": ("read_train", "read_more"),
     "read_free": ("read_free", "read_more_free"),
@@ -169,13 +171,23 @@ def asked(corpora: Path, part: str, versions: Sequence[dict[str, np.ndarray]]) -
 def typed(corpora: Path, versions: Sequence[dict[str, np.ndarray]]) -> Iterator[Exchange]:
     """Training questions in writing, half of them in the further phrasings; the answers take turns among the versions.
 
-    As many of each kind as are asked aloud, so that what is not a number is said often enough to be learnt: of the
-    answers nine tenths are sums and differences.
+    Half of them are of every kind as many as are asked aloud. The others are for learning the words that have little in
+    common with others: of every kind but the sums and differences as many as it has answers.
 
     Raises:
         nano.synthesize.SynthesisError: an answer is missing.
     """
-    items = [item for further in (False, True) for item in facts.sample("train", TYPED // 2, 6, further=further)]
+    answers = {
+        name: float(len({fact.answer for fact in kind.facts}))
+        for name, kind in facts.KINDS.items()
+        if name not in COMPUTED
+    }
+    items = [
+        item
+        for seed, shares in ((6, None), (7, answers))
+        for further in (False, True)
+        for item in facts.sample("train", TYPED // 4, seed, further=further, shares=shares)
+    ]
     for item, codes in zip(items, itertools.cycle(versions)):
         code = _answer(codes, item.answer, corpora, "the typed questions")
         yield Exchange(item.question, None, item.answer, code, f"nano {item.kind}", synthesize.ANSWER_VOICE)

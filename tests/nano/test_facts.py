@@ -200,6 +200,8 @@ def test_the_sample_is_the_same_every_time_and_follows_the_shares():
     counts, total = Counter(item.kind for item in sample), sum(kind.share for kind in KINDS.values())
     for kind in KINDS.values():
         assert abs(counts[kind.name] - 2000 * kind.share / total) <= 1
+    some = Counter(item.kind for item in facts.sample("train", 40, seed=1, shares={"capital": 3, "joke": 1}))
+    assert some == {"capital": 30, "joke": 10}
     # No fact twice while another has not been asked at all.
     sums = [item.fact for item in sample if item.kind == "sum"]
     assert len(set(sums)) == len(sums)

@@ -59,14 +59,20 @@ def codec() -> Snac:
 def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Small pieces and batches, two versions, few typed questions; how many recordings were encoded each time."""
     monkeypatch.setattr(records, "VERSIONS", 2)
-    monkeypatch.setattr(records, "TYPED", 22)
+    monkeypatch.setattr(records, "TYPED", 44)
     monkeypatch.setattr(records, "_PIECE", 4)
     monkeypatch.setattr(records, "_BATCH", 3)
     known = list(dict.fromkeys(item.answer for item in facts.sample("train", 300, 0)))[:11]
 
-    def sample(split: str, count: int, seed: int, *, further: bool) -> list[facts.Item]:
+    def sample(
+        split: str, count: int, seed: int, *, further: bool, shares: dict[str, float] | None
+    ) -> list[facts.Item]:
         """A question for every answer that is spoken, again and again."""
         assert split == "train"
+        assert (shares is None) == (seed == 6)
+        if shares is not None:
+            assert not shares.keys() & {"sum", "difference"}
+            assert (shares["capital"], shares["joke"], shares["color"]) == (48, 1, 36)
         plain = {item.question for item in questions("train")}
         asked = {
             item.answer: item for item in questions("train", further=True) if (item.question not in plain) == further
@@ -198,7 +204,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     assert tuple(counts) == FOLDERS
     everything = {name: exchanges(out / name) for name in FOLDERS}
     assert {name: len(found) for name, found in everything.items()} == counts
-    assert counts == dict(zip(FOLDERS, (16, 22, 3, 3, 4, 2, 1, 2, 2, 3, 2, 1), strict=True))
+    assert counts == dict(zip(FOLDERS, (16, 44, 3, 3, 4, 2, 1, 2, 2, 3, 2, 1), strict=True))
 
     for name, count in counts.items():
         index, tasks = Records(out / name), TASKS[name.partition("_")[0]]
@@ -224,7 +230,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     turns = [number % 2 for part in asked.values() for number in range(len(part))]
     assert len(turns) == 16
     for name, found in everything.items():
-        expected = {"train": turns, "typed_train": [0, 1] * 11}.get(name, [0] * len(found))
+        expected = {"train": turns, "typed_train": [0, 1] * 22}.get(name, [0] * len(found))
         for exchange, version in zip(found, expected, strict=True):
             if exchange.answer_text:
                 np.testing.assert_array_equal(exchange.answer_codes, versions[version][exchange.answer_text])
@@ -245,7 +251,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     # Answers of training are asked for in writing, too, by questions that have them, half of them in further phrasings.
     answers = {(item.question, item.answer): item.kind for item in questions("train", further=True)}
     plain = {item.question for item in questions("train")}
-    assert sum(exchange.question_text in plain for exchange in everything["typed_train"]) == 11
+    assert sum(exchange.question_text in plain for exchange in everything["typed_train"]) == 22
     assert len({exchange.answer_text for exchange in everything["typed_train"]}) == 11
     for exchange in everything["typed_train"]:
         assert exchange.source == f"nano {answers[exchange.question_text, exchange.answer_text]}"
@@ -263,7 +269,7 @@ def test_what_is_there_is_not_made_again(corpora: Path, codec: Snac, tmp_path: P
     # What a killed run leaves: no index, or no codes.
     (out / "read_train" / INDEX).unlink()
     (out / "typed_train" / "origin.txt").unlink()
-    assert records.write(corpora, out, codec) == {"typed_train": 22, "read_train": 4}
+    assert records.write(corpora, out, codec) == {"typed_train": 44, "read_train": 4}
     assert pieces == []
     (out / "codes" / "answers-train-version1-00001.npz").unlink()
     assert records.write(corpora, out, codec) == {}
@@ -306,7 +312,7 @@ def test_questions_in_other_words_are_written_anew(
         "sample",
         lambda *args, **kwargs: [replace(item, question=f"Well, {item.question}") for item in asked(*args, **kwargs)],
     )
-    assert records.write(corpora, out, codec) == {"typed_train": 22}
+    assert records.write(corpora, out, codec) == {"typed_train": 44}
     assert all(exchange.question_text.startswith("Well, ") for exchange in exchanges(out / "typed_train"))
 
 
