@@ -32,6 +32,16 @@ class Format(StrEnum):
 
     mini_omni = "mini-omni"
     transformers = "transformers"
+    whisper = "whisper"
+    snac = "snac"
+
+
+EXPORTS = {
+    Format.mini_omni: conversion.export_mini_omni,
+    Format.transformers: conversion.export_transformers,
+    Format.whisper: conversion.export_whisper,
+    Format.snac: conversion.export_snac,
+}
 
 
 class Adapter(StrEnum):
@@ -69,13 +79,16 @@ def export(
     release: Annotated[str, typer.Argument(help="release folder, hub id, or nano")],
     out: Out,
     to: Annotated[
-        Format, typer.Option(help="the whole model for the published code, or the trunk for transformers")
+        Format,
+        typer.Option(
+            help="adapter, trunk and heads for the published code; or a part alone: the trunk for transformers, the "
+            "ear as a whisper for transformers, the codec for snac"
+        ),
     ] = Format.mini_omni,
 ) -> None:
-    """Write a release in a published format. Ear and codec stay behind: neither format holds them."""
+    """Write a release, or a part of it, in a published format. All of it is mini-omni, whisper and snac together."""
     with _plain_errors():
-        write = conversion.export_mini_omni if to is Format.mini_omni else conversion.export_transformers
-        write(open_release(release), out)
+        EXPORTS[to](open_release(release), out)
     typer.echo(f"wrote {out}")
 
 

@@ -6,12 +6,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from transformers import WhisperModel
 from typer.testing import CliRunner
 
 import convert_weights
 from omni_jax.checkpoint import open_release
+from omni_jax.codec.snac import SLOTS, make_decoder
+from omni_jax.codec.torch_snac import import_snac
 from omni_jax.config import SHIPPED, EarConfig, TrunkConfig, VocabConfig
 from tests import builders
 
@@ -57,6 +61,42 @@ def test_init_then_export_both_ways(tiny_parts, tmp_path):
         "tokenizer_config.json",
     ]
     assert json.loads((tmp_path / "trunk" / "config.json").read_text())["model_type"] == "qwen2"
+
+
+def test_ear_and_codec_go_out_to_their_own_libraries_and_come_back(tmp_path):
+    nano = open_release("nano")
+    for part, to in (("whole", "mini-omni"), ("ear", "whisper"), ("codec", "snac")):
+        done = run("export", "nano", tmp_path / part, "--to", to)
+        assert done.exit_code == 0, done.output
+
+    whisper, loaded = WhisperModel.from_pretrained(tmp_path / "ear", output_loading_info=True)
+    assert all(name.startswith("decoder.") for name in loaded["missing_keys"])
+    assert not loaded["unexpected_keys"]
+    mel = np.random.default_rng(0).normal(size=(1, 80, 2 * nano.config.ear.positions)).astype(np.float32)
+    with torch.no_grad():
+        theirs = whisper.eval().encoder(torch.from_numpy(mel))[0].numpy()
+    ours = nano.load_model(stacked=False, dtype="float32").ear(mel)
+    np.testing.assert_allclose(np.asarray(ours), theirs, atol=1e-4)
+
+    codec = nano.load_codec()
+    codes = np.random.default_rng(1).integers(0, codec.config.codebook_size, (1, 9, 7)).astype(np.int32)
+    books = [torch.from_numpy(codes[:, :, slots].reshape(1, -1).astype(np.int64)) for slots in SLOTS]
+    with torch.no_grad():
+        theirs = import_snac().SNAC.from_pretrained(str(tmp_path / "codec")).decode(books)[:, 0].numpy()
+    np.testing.assert_allclose(np.asarray(make_decoder(codec)(codes)), theirs, atol=1e-4)
+
+    again = tmp_path / "again"
+    done = run("import", tmp_path / "whole", again, "--whisper", tmp_path / "ear", "--snac", tmp_path / "codec")
+    assert done.exit_code == 0, done.output
+    back = open_release(again)
+    assert back.config.codec == nano.config.codec
+    ears = [{n: t for n, t in release.model_tensors().items() if n.startswith("ear.")} for release in (nano, back)]
+    assert ears[0].keys() == ears[1].keys()
+    for name, tensor in ears[0].items():
+        np.testing.assert_array_equal(ears[1][name].read(), tensor.read().astype(np.float32))
+    for name, tensor in nano.codec_tensors().items():
+        # Lengths and directions are float32, the shipped codec float16.
+        np.testing.assert_allclose(back.codec_tensors()[name].read(), tensor.read(), rtol=1e-5, atol=1e-7)
 
 
 def test_inspect(tiny_parts, tiny_release):
@@ -215,6 +255,11 @@ except SystemExit as end:
     assert done.returncode == 2
     assert "this format needs PyTorch: pip install omni-jax[torch]" in done.stderr
     assert not (tmp_path / "theirs").exists()
+    assert without("export", tiny_release, tmp_path / "ear", "--to", "whisper").returncode == 0
+    done = without("export", tiny_release, tmp_path / "codec", "--to", "snac")
+    assert done.returncode == 2
+    assert "this format needs PyTorch: pip install omni-jax[torch]" in done.stderr
+    assert not (tmp_path / "codec").exists()
 
 
 # Memory.

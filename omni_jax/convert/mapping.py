@@ -6,9 +6,12 @@ a mapping of tensors from a mapping of tensors, and nothing is read until the re
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +26,21 @@ Shape = tuple[int, ...]
 
 class ConversionError(ValueError):
     """Weights that cannot be converted: one line per tensor that is missing, unknown or misshapen."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file holds.
+
+    Raises:
+        ConversionError: the file is missing or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path}: expected JSON, found {error}") from None
+    if not isinstance(values, dict):
+        raise ConversionError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
 
 
 @dataclass(frozen=True)

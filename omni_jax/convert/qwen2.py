@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from omni_jax.config import ConfigError, RopeScaling, TrunkConfig, build
-from omni_jax.convert.mapping import ConversionError, Entry, check, identical, same, to_ours, to_theirs
+from omni_jax.convert.mapping import ConversionError, Entry, check, identical, read_json, same, to_ours, to_theirs
 from omni_jax.tensorfile import LazyTensor, TensorFile, Tensors
 from omni_jax.tensorfile import write as write_tensors
 
@@ -133,11 +133,11 @@ def read(folder: Path) -> tuple[TrunkConfig, int, dict[str, LazyTensor]]:
         ConversionError: names what is missing, unknown, misshapen or not supported.
         CheckpointError: a file is damaged.
     """
-    values = _read_json(folder / CONFIG)
+    values = read_json(folder / CONFIG)
     if (folder / WEIGHTS).is_file():
         files = [WEIGHTS]
     elif (folder / INDEX).is_file():
-        files = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+        files = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
     else:
         raise ConversionError(f"{folder}: expected {WEIGHTS} or {INDEX}, found neither")
     state: dict[str, LazyTensor] = {}
@@ -276,13 +276,3 @@ def _table(trunk: TrunkConfig, rows: int) -> list[Entry]:
             same(f"{theirs}.mlp.down_proj.weight", f"{ours}.mlp.down", (D, F)),
         ]
     return table
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{file}: expected JSON, found {error}") from None
-    if not isinstance(values, dict):
-        raise ConversionError(f"{file}: expected fields and values, found {type(values).__name__}")
-    return values

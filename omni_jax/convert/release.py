@@ -65,7 +65,7 @@ def import_mini_omni(source: str, out: str | Path, *, whisper_source: str, snac_
 
 
 def export_mini_omni(release: Release, out: str | Path) -> None:
-    """Write a folder that the published Mini-Omni code loads. Ear and codec are not part of that format.
+    """Write a folder that the published Mini-Omni code loads. Ear and codec have formats of their own.
 
     Raises:
         ConversionError: the published code has no such model.
@@ -96,6 +96,34 @@ def export_transformers(release: Release, out: str | Path) -> None:
     with new_folder(out) as partial:
         qwen2.write(partial, release.config.trunk, rows, kept)
         _copy(release.tokenizer_files(), partial)
+
+
+def export_whisper(release: Release, out: str | Path) -> None:
+    """Write the ear alone, as a Whisper folder of transformers; see `whisper.write`.
+
+    Raises:
+        CheckpointError: the release is damaged, or `out` is in use.
+    """
+    prefix = "ear."
+    ear = {
+        name.removeprefix(prefix): tensor.read()
+        for name, tensor in release.model_tensors().items()
+        if name.startswith(prefix)
+    }
+    with new_folder(out) as partial:
+        whisper.write(partial, release.config.ear, ear)
+
+
+def export_snac(release: Release, out: str | Path) -> None:
+    """Write the codec alone, as a folder of snac's; see `snac.write`.
+
+    Raises:
+        CheckpointError: the release is damaged, or `out` is in use.
+        ImportError: torch is not installed.
+    """
+    codec = {name: tensor.read() for name, tensor in release.codec_tensors().items()}
+    with new_folder(out) as partial:
+        snac.write(partial, release.config.codec, codec)
 
 
 def init_release(

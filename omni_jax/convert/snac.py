@@ -19,7 +19,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from omni_jax.config import CodecConfig, build
-from omni_jax.convert.mapping import ConversionError
+from omni_jax.convert.mapping import ConversionError, read_json
 from omni_jax.tensorfile import differences
 
 _FIELDS = {
@@ -182,13 +182,7 @@ def read(folder: str | Path) -> tuple[CodecConfig, dict[str, np.ndarray]]:
         ImportError: the weights are pytorch_model.bin and torch is not installed.
     """
     folder = Path(folder)
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{folder / 'config.json'}: expected JSON, found {error}") from None
-    if not isinstance(values, dict):
-        raise ConversionError(f"{folder / 'config.json'}: expected a JSON object, found {type(values).__name__}")
-    config = config_from_json(values, str(folder / "config.json"))
+    config = config_from_json(read_json(folder / "config.json"), str(folder / "config.json"))
     if (file := folder / "model.safetensors").is_file():
         try:
             state = safetensors.numpy.load_file(file)
@@ -199,6 +193,28 @@ def read(folder: str | Path) -> tuple[CodecConfig, dict[str, np.ndarray]]:
     else:
         raise ConversionError(f"{folder}: expected model.safetensors or pytorch_model.bin, found neither")
     return config, from_torch(state, config, str(file))
+
+
+def write(folder: Path, config: CodecConfig, params: Mapping[str, np.ndarray]) -> None:
+    """Write `config.json` and `pytorch_model.bin`, float32: what `snac.SNAC.from_pretrained` reads.
+
+    Args:
+        folder: exists.
+        config: the codec's.
+        params: arrays by our names.
+
+    Raises:
+        ConversionError: lists every parameter that is missing, unknown or misshapen.
+        ImportError: torch is not installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise ImportError("this format needs PyTorch: pip install omni-jax[torch]") from None
+    exact = {name: np.asarray(array, np.float32) for name, array in params.items()}
+    state = {name: torch.from_numpy(array.copy()) for name, array in to_torch(exact, config).items()}
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config_to_json(config), indent=2) + "\n", encoding="utf-8")
 
 
 def _read_bin(file: Path) -> dict[str, np.ndarray]:

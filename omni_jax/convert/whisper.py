@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from omni_jax.config import ConfigError, EarConfig, build
-from omni_jax.convert.mapping import ConversionError
+from omni_jax.convert.mapping import ConversionError, read_json
 from omni_jax.model.whisper import sinusoids
 from omni_jax.tensorfile import differences
 
@@ -27,6 +28,16 @@ PREFIXES = ("model.encoder.", "encoder.")
 
 IGNORED = ("model.decoder.", "decoder.", "proj_out.")
 """The rest of a Whisper, which the ear has no use for."""
+
+_FIELDS = {
+    "mels": "num_mel_bins",
+    "width": "d_model",
+    "layers": "encoder_layers",
+    "heads": "encoder_attention_heads",
+    "ffn": "encoder_ffn_dim",
+    "positions": "max_source_positions",
+}
+"""Names of the same things in EarConfig and in transformers' config.json."""
 
 POSITIONS = "embed_positions.weight"
 
@@ -158,15 +169,7 @@ def config_from_json(values: Mapping[str, Any], source: str = "config.json") -> 
     Raises:
         ConversionError: names every field that is missing or that asks for something our encoder does not do.
     """
-    fields = {
-        "mels": "num_mel_bins",
-        "width": "d_model",
-        "layers": "encoder_layers",
-        "heads": "encoder_attention_heads",
-        "ffn": "encoder_ffn_dim",
-        "positions": "max_source_positions",
-    }
-    problems = [f"{name}: missing" for name in fields.values() if name not in values]
+    problems = [f"{name}: missing" for name in _FIELDS.values() if name not in values]
     for name, expected in (
         ("model_type", "whisper"),
         ("activation_function", "gelu"),
@@ -176,7 +179,7 @@ def config_from_json(values: Mapping[str, Any], source: str = "config.json") -> 
             problems.append(f"{name}: expected {expected!r}, found {values[name]!r}")
     if not problems:
         try:
-            return build(EarConfig, {ours: values[theirs] for ours, theirs in fields.items()}, "encoder")
+            return build(EarConfig, {ours: values[theirs] for ours, theirs in _FIELDS.items()}, "encoder")
         except ConfigError as error:
             problems.append(str(error))
     raise ConversionError(f"{source}, expected to be a Whisper's:\n" + "\n".join(problems))
@@ -195,11 +198,11 @@ def read(folder: str | Path) -> tuple[EarConfig, dict[str, np.ndarray]]:
         ConversionError: a file is missing or damaged, or its content is not a Whisper.
     """
     folder = Path(folder)
-    config = config_from_json(_read_json(folder / "config.json"), str(folder / "config.json"))
+    config = config_from_json(read_json(folder / "config.json"), str(folder / "config.json"))
     if (folder / "model.safetensors").is_file():
         files = ["model.safetensors"]
     elif (folder / "model.safetensors.index.json").is_file():
-        index = _read_json(folder / "model.safetensors.index.json")
+        index = read_json(folder / "model.safetensors.index.json")
         files = sorted(set(index.get("weight_map", {}).values()))
     else:
         raise ConversionError(f"{folder}: expected model.safetensors or model.safetensors.index.json, found neither")
@@ -215,6 +218,31 @@ def read(folder: str | Path) -> tuple[EarConfig, dict[str, np.ndarray]]:
     return config, from_transformers(state, config, str(folder))
 
 
+def write(folder: Path, config: EarConfig, params: Mapping[str, np.ndarray]) -> None:
+    """Write `config.json` and `model.safetensors`, float32, of a Whisper without layers in its decoder.
+
+    transformers' `WhisperModel.from_pretrained` reads it and draws what it wants beside the encoder.
+
+    Args:
+        folder: exists.
+        config: the ear's shape.
+        params: arrays by our names.
+
+    Raises:
+        ConversionError: names every parameter that is missing, unknown or misshapen.
+    """
+    values = {
+        "architectures": ["WhisperModel"],
+        "model_type": "whisper",
+        **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
+        "decoder_layers": 0,
+        "decoder_attention_heads": config.heads,
+        "decoder_ffn_dim": config.ffn,
+    }
+    save_file(to_transformers(params, config), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
 def _encoder(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors that matter, without the prefix; unknown ones keep their whole name."""
     encoder = {}
@@ -224,13 +252,3 @@ def _encoder(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
         encoder[name[len(prefix) :] if prefix else f"(outside the encoder) {name}"] = array
     return encoder
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path}: expected JSON, found {error}") from None
-    if not isinstance(values, dict):
-        raise ConversionError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values

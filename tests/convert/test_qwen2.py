@@ -231,8 +231,8 @@ def test_missing_files(tmp_path):
     with pytest.raises(ConversionError, match=r"expected model\.safetensors or .*index\.json, found neither"):
         qwen2.read(tmp_path / "lm")
     (tmp_path / "lm" / "config.json").write_text("[]")
-    with pytest.raises(ConversionError, match=r"config\.json"):
-        qwen2._read_json(tmp_path / "lm" / "config.json")
+    with pytest.raises(ConversionError, match=r"config\.json: expected a JSON object, found list"):
+        qwen2.read(tmp_path / "lm")
 
 
 def test_llama3_keeps_its_own_context():
