@@ -3,12 +3,14 @@
 python -m nano.assemble untaught build/nano/untaught        # random weights, the tokenizer: where the text stage starts
 python -m nano.assemble trunk build/nano/text_run           # what the text stage has taught, in a file of its own
 python -m nano.assemble taught build/nano/start             # the taught trunk, ear and codec: where stage 1 starts
+python -m nano.assemble average RUN RUN --out FOLDER        # one run and what went on from it: the mean of both
 python -m nano.assemble package build/nano/stage3_together  # what is shipped: the same in eight bits
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +23,7 @@ from nano import text
 from omni_jax import checkpoint
 from omni_jax.codec.snac import Snac
 from omni_jax.config import PRESETS
-from omni_jax.tensorfile import LazyTensor, TensorFile, Tensors, write
+from omni_jax.tensorfile import CheckpointError, LazyTensor, TensorFile, Tensors, write
 
 PRESET = "nano"
 TRUNK = Path("build/nano/trunk/trunk.safetensors")
@@ -91,6 +93,28 @@ def taught(
     checkpoint.save_release(out, PRESETS[preset], tensors, TensorFile(codec).tensors, files)
 
 
+def average(runs: Sequence[checkpoint.Release], out: Path) -> None:
+    """Write a release whose weights are the mean of several, which went on one from the other: arXiv 2203.05482.
+
+    Args:
+        runs: of one shape; codec and tokenizer are those of the first.
+        out: new folder.
+
+    Raises:
+        omni_jax.tensorfile.CheckpointError: `out` is in use, or the runs are of several shapes.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        if run.config != first.config:
+            raise CheckpointError(f"{run.folder}: expected the shape of {first.folder}, found another")
+    every = [run.model_tensors() for run in runs]
+    mean = {
+        name: LazyTensor.of(np.mean([tensors[name].read() for tensors in every], 0, np.float64).astype(np.float32))
+        for name in every[0]
+    }
+    checkpoint.save_release(out, first.config, mean, first.codec_tensors(), first.tokenizer_files())
+
+
 def package(run: checkpoint.Release, out: Path) -> int:
     """Write what is shipped: the model's matrices in eight bits, everything else as it is.
 
@@ -147,6 +171,15 @@ def taught_command(
 ) -> None:
     """The taught trunk, ear and codec."""
     taught(out, trunk, ear, codec, preset=preset, seed=seed)
+
+
+@app.command("average")
+def average_command(
+    runs: Annotated[list[Path], typer.Argument(help="Runs, or releases")],
+    out: Annotated[Path, typer.Option(help="Folder to write")],
+) -> None:
+    """The mean of several runs."""
+    average([checkpoint.open_release(run) for run in runs], out)
 
 
 @app.command("package")

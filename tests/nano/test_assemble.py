@@ -74,6 +74,29 @@ def test_a_part_of_another_shape_is_refused(ear: Path, codec: Path, tmp_path: Pa
     assert not (tmp_path / "start").exists()
 
 
+def test_an_average_is_the_mean_of_every_tensor(tmp_path: Path):
+    files = tokenizer_files(tmp_path)
+    for seed in (1, 2, 3):
+        assemble.untaught(tmp_path / str(seed), files, preset="tiny", seed=seed)
+    runs = [open_release(tmp_path / str(seed)) for seed in (1, 2, 3)]
+    assemble.average(runs, tmp_path / "mean")
+    mean = open_release(tmp_path / "mean")
+    assert mean.config == TINY
+    tensors = [run.model_tensors() for run in runs]
+    assert mean.model_tensors().keys() == tensors[0].keys()
+    for name, tensor in mean.model_tensors().items():
+        expected = sum(each[name].read() for each in tensors) / 3
+        assert tensor.dtype == np.float32
+        np.testing.assert_allclose(tensor.read(), expected, rtol=1e-5, atol=1e-7)
+    for name, tensor in mean.codec_tensors().items():
+        np.testing.assert_array_equal(tensor.read(), runs[0].codec_tensors()[name].read())
+    with pytest.raises(CheckpointError, match="mean"):
+        assemble.average(runs, tmp_path / "mean")
+    other = open_release("nano")
+    with pytest.raises(CheckpointError, match=r"expected the shape of .*, found another"):
+        assemble.average([runs[0], other], tmp_path / "never")
+
+
 def test_what_is_shipped_is_in_eight_bits_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assemble.untaught(tmp_path / "run", tokenizer_files(tmp_path), preset="tiny")
     taught = open_release(tmp_path / "run")
