@@ -81,6 +81,11 @@ class Kind:
     held_out_phrasings: frozenset[str]
     held_out_pairs: frozenset[tuple[int, int]]
 
+    @property
+    def answers(self) -> frozenset[str]:
+        """To all its facts, each once."""
+        return frozenset(fact.answer for fact in self.facts)
+
     def items(self, fact: Fact, phrasings: Iterable[str]) -> Iterator[Item]:
         """A fact in some phrasings."""
         for phrasing in phrasings:
@@ -1441,9 +1446,8 @@ def main(answers: Annotated[Path | None, typer.Argument(help="File to write, one
     counts = {"train": Counter(item.kind for item in train), "held out": Counter(item.kind for item in held_out)}
     print(f"{'kind':12}{'facts':>8}{'phrasings':>11}{'answers':>9}{'train':>9}{'held out':>10}")
     for name, kind in KINDS.items():
-        distinct = len({fact.answer for fact in kind.facts})
         asked = f"{counts['train'][name]:9}{counts['held out'][name]:10}"
-        print(f"{name:12}{len(kind.facts):8}{len(kind.phrasings):11}{distinct:9}{asked}")
+        print(f"{name:12}{len(kind.facts):8}{len(kind.phrasings):11}{len(kind.answers):9}{asked}")
     known = {item.answer for item in train}
     both = len(known | {item.answer for item in held_out})
     print(

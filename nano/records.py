@@ -177,11 +177,7 @@ def typed(corpora: Path, versions: Sequence[dict[str, np.ndarray]]) -> Iterator[
     Raises:
         nano.synthesize.SynthesisError: an answer is missing.
     """
-    answers = {
-        name: float(len({fact.answer for fact in kind.facts}))
-        for name, kind in facts.KINDS.items()
-        if name not in COMPUTED
-    }
+    answers = {name: len(kind.answers) for name, kind in facts.KINDS.items() if name not in COMPUTED}
     items = [
         item
         for seed, shares in ((6, None), (7, answers))

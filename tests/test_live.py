@@ -193,8 +193,10 @@ def test_a_fault_of_the_batch_ends_what_runs_and_who_waits_is_answered(
             raise ZeroDivisionError("in the batch")
 
         monkeypatch.setattr(engine, "_route", fail)
-        lost, waiting = live.ask(requests[0]), live.ask(requests[3])
+        told = threading.Event()
+        lost, waiting = live.ask(requests[0], notify=told.set), live.ask(requests[3])
         slowly.go()
+        assert told.wait(60), "the thread has died and nobody hears of it"
         assert list(lost) == []
         assert lost.outcome == "failed"
         same(list(waiting), answers[3])

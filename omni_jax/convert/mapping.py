@@ -21,6 +21,11 @@ from omni_jax.tensorfile import LazyTensor, Tensors, differences
 FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 """Types that weights may have."""
 
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+"""Files of a folder as transformers writes it; snac's config has the same name."""
+
 Shape = tuple[int, ...]
 
 
@@ -41,6 +46,37 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConversionError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write an object as `read_json` reads it."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files in a folder as transformers' `save_pretrained` writes it: one, or shards.
+
+    Raises:
+        ConversionError: there are neither weights nor an index, or the index is damaged.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    if (folder / INDEX).is_file():
+        return sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    raise ConversionError(f"{folder}: expected {WEIGHTS} or {INDEX}, found neither")
+
+
+def import_torch(file: Path) -> Any:
+    """PyTorch, without which a file can be neither read nor written.
+
+    Raises:
+        ImportError: it is not installed; names the file.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(f"{file}: this format needs PyTorch: pip install omni-jax[torch]") from None
+    return torch
 
 
 @dataclass(frozen=True)

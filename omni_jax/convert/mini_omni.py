@@ -18,7 +18,18 @@ import numpy as np
 import yaml
 
 from omni_jax.config import CodecConfig, ConfigError, EarConfig, ModelConfig, TrunkConfig, build
-from omni_jax.convert.mapping import ConversionError, Entry, Part, check, filled, identical, same, to_ours, to_theirs
+from omni_jax.convert.mapping import (
+    ConversionError,
+    Entry,
+    Part,
+    check,
+    filled,
+    identical,
+    import_torch,
+    same,
+    to_ours,
+    to_theirs,
+)
 from omni_jax.tensorfile import DTYPES, LazyTensor, Tensors
 from omni_jax.vocab import LAYERS, Vocab
 
@@ -277,7 +288,7 @@ def read_state(folder: Path) -> dict[str, LazyTensor]:
         ImportError: torch is not installed.
     """
     file = folder / WEIGHTS
-    torch = _torch(file)
+    torch = import_torch(file)
     try:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
@@ -309,7 +320,7 @@ def write(folder: Path, config: ModelConfig, state: Tensors) -> None:
         ConversionError: the published code has no such model.
         ImportError: torch is not installed.
     """
-    torch = _torch(folder / WEIGHTS)
+    torch = import_torch(folder / WEIGHTS)
     values = config_to_yaml(config)
 
     def tensor(lazy: LazyTensor) -> Any:
@@ -401,11 +412,3 @@ def _gated_mlp(theirs: str, ours: str, width: int, ffn: int, out: int, their_ffn
         filled(f"{theirs}.fc_2.weight", f"{ours}.up", (wide, width), (ffn, width)),
         filled(f"{theirs}.proj.weight", f"{ours}.down", (out, wide), (out, ffn)),
     ]
-
-
-def _torch(file: Path) -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise ImportError(f"{file}: this format needs PyTorch: pip install omni-jax[torch]") from None
-    return torch

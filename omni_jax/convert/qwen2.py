@@ -6,7 +6,6 @@ vocabulary.
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +14,22 @@ from typing import Any
 import numpy as np
 
 from omni_jax.config import ConfigError, RopeScaling, TrunkConfig, build
-from omni_jax.convert.mapping import ConversionError, Entry, check, identical, read_json, same, to_ours, to_theirs
+from omni_jax.convert.mapping import (
+    CONFIG,
+    WEIGHTS,
+    ConversionError,
+    Entry,
+    check,
+    identical,
+    read_json,
+    same,
+    to_ours,
+    to_theirs,
+    weight_files,
+    write_json,
+)
 from omni_jax.tensorfile import LazyTensor, TensorFile, Tensors
 from omni_jax.tensorfile import write as write_tensors
-
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 CONTEXT = 2048
 """Positions of a new speech model: Mini-Omni's. Language models announce far more, and caches have that length."""
@@ -134,14 +142,8 @@ def read(folder: Path) -> tuple[TrunkConfig, int, dict[str, LazyTensor]]:
         CheckpointError: a file is damaged.
     """
     values = read_json(folder / CONFIG)
-    if (folder / WEIGHTS).is_file():
-        files = [WEIGHTS]
-    elif (folder / INDEX).is_file():
-        files = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-    else:
-        raise ConversionError(f"{folder}: expected {WEIGHTS} or {INDEX}, found neither")
     state: dict[str, LazyTensor] = {}
-    for file in files:
+    for file in weight_files(folder):
         state.update(TensorFile(folder / file).tensors)
     # Tables that follow from the config; older files have them.
     state = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -167,7 +169,7 @@ def write(folder: Path, trunk: TrunkConfig, rows: int, tensors: Tensors) -> None
     values = config_to_json(trunk, rows)
     if len(types) == 1:
         values["dtype"] = values["torch_dtype"] = str(types.pop())
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, values)
 
 
 def from_state(state: Tensors, trunk: TrunkConfig, rows: int, source: str) -> dict[str, LazyTensor]:

@@ -36,6 +36,8 @@ from omni_jax.model.omni import Adapter, TTSAdapter
 from omni_jax.tensorfile import LazyTensor, Tensors
 from omni_jax.vocab import LAYERS, Vocab
 
+_EAR = "ear."
+"""What the names of the ear's tensors begin with in a release."""
 _TRANSFORMERS_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
 _SNAC_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
 _MINI_OMNI_FILES = (mini_omni.WEIGHTS, mini_omni.CONFIG, *TOKENIZER_FILES)
@@ -104,12 +106,7 @@ def export_whisper(release: Release, out: str | Path) -> None:
     Raises:
         CheckpointError: the release is damaged, or `out` is in use.
     """
-    prefix = "ear."
-    ear = {
-        name.removeprefix(prefix): tensor.read()
-        for name, tensor in release.model_tensors().items()
-        if name.startswith(prefix)
-    }
+    ear = {name.removeprefix(_EAR): tensor.read() for name, tensor in _ear(release).items()}
     with new_folder(out) as partial:
         whisper.write(partial, release.config.ear, ear)
 
@@ -233,14 +230,18 @@ def _ear_and_codec(
     """A release may stand in for either: its ear, its codec."""
     if release := _release(whisper_source):
         ear = release.config.ear
-        ear_tensors = {name: tensor for name, tensor in release.model_tensors().items() if name.startswith("ear.")}
+        ear_tensors = _ear(release)
     else:
         ear, arrays = whisper.read(fetch(whisper_source, _TRANSFORMERS_FILES, "a Whisper"))
-        ear_tensors = {f"ear.{name}": LazyTensor.of(array) for name, array in arrays.items()}
+        ear_tensors = {_EAR + name: LazyTensor.of(array) for name, array in arrays.items()}
     if release := _release(snac_source):
         return ear, ear_tensors, release.config.codec, dict(release.codec_tensors())
     codec, arrays = snac.read(fetch(snac_source, _SNAC_FILES, "a SNAC"))
     return ear, ear_tensors, codec, {name: LazyTensor.of(array) for name, array in arrays.items()}
+
+
+def _ear(release: Release) -> dict[str, LazyTensor]:
+    return {name: tensor for name, tensor in release.model_tensors().items() if name.startswith(_EAR)}
 
 
 def _release(source: str) -> Release | None:

@@ -7,7 +7,6 @@ output channel, but for transposed convolutions the input channel, as torch lays
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from omni_jax.config import CodecConfig, build
-from omni_jax.convert.mapping import ConversionError, read_json
+from omni_jax.convert.mapping import CONFIG, WEIGHTS, ConversionError, import_torch, read_json, write_json
 from omni_jax.tensorfile import differences
 
 _FIELDS = {
@@ -182,8 +181,8 @@ def read(folder: str | Path) -> tuple[CodecConfig, dict[str, np.ndarray]]:
         ImportError: the weights are pytorch_model.bin and torch is not installed.
     """
     folder = Path(folder)
-    config = config_from_json(read_json(folder / "config.json"), str(folder / "config.json"))
-    if (file := folder / "model.safetensors").is_file():
+    config = config_from_json(read_json(folder / CONFIG), str(folder / CONFIG))
+    if (file := folder / WEIGHTS).is_file():
         try:
             state = safetensors.numpy.load_file(file)
         except SafetensorError as error:
@@ -207,21 +206,16 @@ def write(folder: Path, config: CodecConfig, params: Mapping[str, np.ndarray]) -
         ConversionError: lists every parameter that is missing, unknown or misshapen.
         ImportError: torch is not installed.
     """
-    try:
-        import torch
-    except ImportError:
-        raise ImportError("this format needs PyTorch: pip install omni-jax[torch]") from None
+    file = folder / "pytorch_model.bin"
+    torch = import_torch(file)
     exact = {name: np.asarray(array, np.float32) for name, array in params.items()}
     state = {name: torch.from_numpy(array.copy()) for name, array in to_torch(exact, config).items()}
-    torch.save(state, folder / "pytorch_model.bin")
-    (folder / "config.json").write_text(json.dumps(config_to_json(config), indent=2) + "\n", encoding="utf-8")
+    torch.save(state, file)
+    write_json(folder / CONFIG, config_to_json(config))
 
 
 def _read_bin(file: Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError:
-        raise ImportError(f"{file}: reading it needs PyTorch: pip install omni-jax[torch]") from None
+    torch = import_torch(file)
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:

@@ -8,7 +8,6 @@ way in and made anew on the way out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from omni_jax.config import ConfigError, EarConfig, build
-from omni_jax.convert.mapping import ConversionError, read_json
+from omni_jax.convert.mapping import CONFIG, WEIGHTS, ConversionError, read_json, weight_files, write_json
 from omni_jax.model.whisper import sinusoids
 from omni_jax.tensorfile import differences
 
@@ -198,16 +197,9 @@ def read(folder: str | Path) -> tuple[EarConfig, dict[str, np.ndarray]]:
         ConversionError: a file is missing or damaged, or its content is not a Whisper.
     """
     folder = Path(folder)
-    config = config_from_json(read_json(folder / "config.json"), str(folder / "config.json"))
-    if (folder / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    elif (folder / "model.safetensors.index.json").is_file():
-        index = read_json(folder / "model.safetensors.index.json")
-        files = sorted(set(index.get("weight_map", {}).values()))
-    else:
-        raise ConversionError(f"{folder}: expected model.safetensors or model.safetensors.index.json, found neither")
+    config = config_from_json(read_json(folder / CONFIG), str(folder / CONFIG))
     state = {}
-    for shard in files:
+    for shard in weight_files(folder):
         try:
             with safe_open(folder / shard, framework="numpy") as file:
                 # Unknown names are read too, so that the check can list them.
@@ -239,8 +231,8 @@ def write(folder: Path, config: EarConfig, params: Mapping[str, np.ndarray]) -> 
         "decoder_attention_heads": config.heads,
         "decoder_ffn_dim": config.ffn,
     }
-    save_file(to_transformers(params, config), folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    save_file(to_transformers(params, config), folder / WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / CONFIG, values)
 
 
 def _encoder(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
