@@ -97,6 +97,7 @@ class Live:
         slots: answered at once.
         waiting: how many more may be queued.
         ready: set when everything that was to be compiled beforehand is.
+        broken: whether a fault has ended the thread: nothing is answered any more.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Live:
         self._talks: dict[int, tuple[Talk, Answer]] = {}
         self._engine = Engine(omni.programs, slots, self._length, FEW_BUCKETS)
         self.ready = threading.Event()
+        self.broken = False
         self._thread = threading.Thread(target=self._run, args=(warm_up,), name="omni_jax live", daemon=True)
         self._thread.start()
 
@@ -159,7 +161,7 @@ class Live:
 
         Raises:
             BusyError: the queue is full.
-            ClosedError: this is closed or being closed.
+            ClosedError: this is closed or being closed, or broken.
             ConfigError: the request does not fit the slots' caches.
         """
         self._engine.check(request)
@@ -167,7 +169,8 @@ class Live:
         talk = Talk(request, deadline, notify, _wish=self._cancel)
         with self._lock:
             if self._closing is not None:
-                raise ClosedError("nothing is answered any more: this is being closed")
+                why = "the model has failed" if self.broken else "this is being closed"
+                raise ClosedError(f"nothing is answered any more: {why}")
             if self.alive >= self.slots + self.waiting:
                 raise BusyError(f"{self.alive} requests are running or waiting, no more may; try again later")
             self._new.append((next(self._keys), talk))
@@ -209,7 +212,8 @@ class Live:
                 StreamDecoder(self.omni.codec, self.omni.config.codec).warm_up()
             except Exception:
                 log.exception("the model could not be made ready")
-                self._closing = "cancel"
+                self._break()
+                return
         if self._closing != "cancel":
             self.ready.set()
         while self._take_orders():
@@ -218,10 +222,25 @@ class Live:
             except Exception:
                 # A fault must not end the service. What the batch holds is lost with it, who waits is answered yet.
                 log.exception("the running batch failed and is begun anew")
-                self._engine.begin_anew()
+                try:
+                    self._engine.begin_anew()
+                except Exception:
+                    log.exception("the batch could not be begun anew")
+                    self._break()
+                    return
                 waiting = {key for key, _ in self._engine.queue}
                 for key in self._talks.keys() - waiting:
                     self._end(key, "failed")
+
+    def _break(self) -> None:
+        with self._lock:
+            self.broken, self._closing = True, "cancel"
+            talks = [talk for _, talk in self._new] + [talk for talk, _ in self._talks.values()]
+            self._new.clear()
+            self._talks.clear()
+        self.ready.clear()
+        for talk in talks:
+            talk._end("failed")
 
     def _take_orders(self) -> bool:
         """Wait for something to do, take what others want; False when all is done."""

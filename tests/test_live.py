@@ -204,6 +204,29 @@ def test_a_fault_of_the_batch_ends_what_runs_and_who_waits_is_answered(
         assert live.alive == live.occupied == 0
 
 
+def test_a_batch_that_cannot_begin_anew_tells_everybody_and_answers_nothing_more(
+    omni: Omni, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Any:
+        raise MemoryError("no room")
+
+    with Live(omni, slots=1, waiting=2) as live:
+        slowly = Slowly(live, monkeypatch)
+        monkeypatch.setattr(live._engine, "_route", fail)
+        monkeypatch.setattr(live._engine, "begin_anew", fail)
+        told = [threading.Event(), threading.Event()]
+        talks = [live.ask(requests[index], notify=event.set) for index, event in zip((0, 3), told, strict=True)]
+        slowly.go()
+        assert all(event.wait(60) for event in told), "the thread has died and nobody hears of it"
+        assert [list(talk) for talk in talks] == [[], []]
+        assert [talk.outcome for talk in talks] == ["failed", "failed"]
+        assert live.broken
+        assert not live.ready.is_set()
+        assert live.alive == 0
+        with pytest.raises(ClosedError, match="the model has failed"):
+            live.ask(requests[0])
+
+
 def test_a_reader_may_be_slow_or_gone(live: Live, requests: list[Request], answers: list[Reply]) -> None:
     calls: list[bool] = []
 

@@ -75,15 +75,16 @@ def make_app(service: Service) -> ASGIApp:
         return _file(name)
 
     @app.get("/healthz")
-    async def healthz() -> dict[str, str]:
-        """Whether the process is there."""
-        return {"status": "ok"}
+    async def healthz(response: Response) -> dict[str, str]:
+        """Whether the process is there; 503 if a fault has ended the model's thread, and only a restart will help."""
+        response.status_code = 503 if service.live.broken else 200
+        return {"status": "broken" if service.live.broken else "ok"}
 
     @app.get("/readyz")
     async def readyz(response: Response) -> dict[str, str]:
         """Whether everything is compiled; 503 until then."""
         response.status_code = 200 if service.ready else 503
-        return {"status": "ready" if service.ready else "warming up"}
+        return {"status": "ready" if service.ready else "broken" if service.live.broken else "warming up"}
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:

@@ -152,7 +152,7 @@ class Service:
             Refusal: it is not ready yet.
             BusyError, ClosedError, ConfigError: as `Live.ask`.
         """
-        if not self.ready:
+        if not self.ready and not self.live.broken:
             raise Refusal(503, "the model is still being made ready; see /readyz", code="not_ready")
         return Conversation(self, request, endpoint)
 

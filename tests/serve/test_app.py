@@ -16,7 +16,8 @@ import pytest
 
 from omni_jax.api import Omni
 from omni_jax.audio import wav
-from omni_jax.serve.service import Conversation, Service, Settings
+from omni_jax.inference.engine import Engine
+from omni_jax.serve.service import Conversation
 from tests.serve.conftest import Held, Running, eventually, running
 
 HELLO = {"model": "small", "messages": [{"role": "user", "content": "hello"}]}
@@ -275,13 +276,30 @@ def test_stopping_finishes_what_runs(omni: Omni) -> None:
 
 
 def test_not_ready_yet(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
-    from omni_jax.inference.engine import Engine
-
     gate = threading.Event()
     monkeypatch.setattr(Engine, "warm_up", lambda self: gate.wait(60))
-    service = Service(omni, "small", Settings(slots=1))
-    try:
-        assert not service.ready
-    finally:
-        gate.set()
-        service.close()
+    with running(omni, ready=False) as server:
+        try:
+            assert server.call("/healthz")[0] == 200
+            assert server.call("/readyz")[:2] == (503, b'{"status":"warming up"}')
+            assert server.refused("/v1/chat/completions", HELLO) == (
+                503,
+                "the model is still being made ready; see /readyz",
+            )
+        finally:
+            gate.set()
+        eventually(lambda: server.call("/readyz")[0] == 200)
+
+
+def test_a_model_that_cannot_be_made_ready_is_said_to_be_broken(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Engine) -> None:
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(Engine, "warm_up", fail)
+    with running(omni, ready=False) as server:
+        eventually(lambda: server.call("/healthz")[:2] == (503, b'{"status":"broken"}'))
+        assert server.call("/readyz")[:2] == (503, b'{"status":"broken"}')
+        assert server.refused("/v1/chat/completions", HELLO) == (
+            503,
+            "nothing is answered any more: the model has failed",
+        )
