@@ -7,6 +7,7 @@ here, because its map of the whole file counts as memory once read, and a map of
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -42,6 +43,9 @@ _ALIGNMENT = 64
 
 _LONGEST_HEADER = 100_000_000
 
+_SHARE = 32
+"""Numbers in eight bits that share a scale, at least: scales take an eighth of their bytes at most."""
+
 
 class CheckpointError(ValueError):
     """A file or folder that cannot be used: says which, what was expected and what was found."""
@@ -54,6 +58,8 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     read: Callable[[], np.ndarray]
+    kept_as: np.dtype[Any] | None = None
+    """Its type in the file, where that is another."""
 
     @classmethod
     def of(cls, array: np.ndarray) -> LazyTensor:
@@ -169,7 +175,7 @@ class TensorFile:
         """Every tensor by name."""
 
         def tensor(name: str, place: _Place) -> LazyTensor:
-            return LazyTensor(place.shape, place.read_as, lambda: self.read(name))
+            return LazyTensor(place.shape, place.read_as, lambda: self.read(name), place.dtype)
 
         return {name: tensor(name, place) for name, place in self._places.items()}
 
@@ -202,29 +208,32 @@ class TensorFile:
 
 
 def in_eight_bits(tensors: Tensors) -> dict[str, LazyTensor]:
-    """Every matrix rounded to eight bits and scales, for `write`; vectors and scalars as they are.
+    """Every matrix rounded to eight bits and scales, for `write`; scalars, vectors and biases as they are.
 
-    Each row, along the first axis, or each column, along the last, has a scale of its own: whichever loses less.
+    A scale is shared along some of the axes: along those where that loses least, of all that leave `_SHARE` numbers or
+    more to a scale; along all of them in a tensor of fewer.
 
     Args:
         tensors: real numbers; all of them are in memory afterwards, in eight bits.
     """
     rounded: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
-        if len(tensor.shape) < 2:
+        if len(tensor.shape) < 2 or name.endswith("bias"):
             rounded[name] = tensor
             continue
         array = tensor.read().astype(np.float32)
-        ways = [_rounded(array, axis) for axis in (0, array.ndim - 1)]
+        axes = range(array.ndim)
+        shared = itertools.chain.from_iterable(itertools.combinations(axes, count + 1) for count in axes)
+        enough = min(_SHARE, array.size)
+        ways = (_rounded(array, some) for some in shared if math.prod(array.shape[axis] for axis in some) >= enough)
         numbers, scale = min(ways, key=lambda way: float(np.square(way[0] * way[1] - array).sum()))
         rounded[name], rounded[name + SCALE] = LazyTensor.of(numbers), LazyTensor.of(scale)
     return rounded
 
 
-def _rounded(array: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whole numbers -127..127, and a scale for each index of one axis."""
-    others = tuple(other for other in range(array.ndim) if other != axis)
-    scale = np.abs(array).max(axis=others, keepdims=True) / np.float32(127)
+def _rounded(array: np.ndarray, shared: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Whole numbers -127..127, and scales that are the same along some axes."""
+    scale = np.abs(array).max(axis=shared, keepdims=True) / np.float32(127)
     scale[scale == 0] = 1
     return np.rint(array / scale).astype(np.int8), scale
 

@@ -117,6 +117,10 @@ def test_inspect(tiny_parts, tiny_release):
     shipped = run("inspect", "nano")
     assert shipped.exit_code == 0, shipped.output
     assert shipped.output == run("inspect", SHIPPED["nano"]).output
+    # Types are those in the files: matrices in eight bits, their scales not counted.
+    types = {line[0]: line[-2] for line in map(str.split, shipped.output.splitlines()) if len(line) > 2}
+    assert types["trunk.layers.*.attention.q"] == "int8"
+    assert types["norm.scale"] == "float32"
 
     # The tied head is counted once.
     theirs = run("inspect", tiny_parts / "mini_omni")

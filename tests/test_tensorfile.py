@@ -37,9 +37,12 @@ def test_eight_bits_are_within_half_a_step_and_take_a_quarter(tmp_path: Path):
 
 def test_parts_of_a_tensor_in_eight_bits_are_parts_of_the_whole(tmp_path: Path):
     file = written(
-        tmp_path / "a", rows=matrix(30, 6) * np.arange(1, 31)[:, None], columns=matrix(6, 30) * np.arange(1, 31)
+        tmp_path / "a",
+        rows=matrix(30, 36) * np.arange(1, 31)[:, None],
+        columns=matrix(36, 30) * np.arange(1, 31),
+        heads=matrix(4, 40, 64) * np.arange(1, 41)[:, None],
     )
-    for name in ("rows", "columns"):
+    for name in ("rows", "columns", "heads"):
         whole = file.read(name)
         for index in ((slice(2, 5),), (slice(1, 4), slice(3, 6)), (slice(0, 6), slice(0, 1))):
             np.testing.assert_array_equal(file.read(name, index), whole[index])
@@ -50,6 +53,19 @@ def test_parts_of_a_tensor_in_eight_bits_are_parts_of_the_whole(tmp_path: Path):
 
 def test_zeros_stay_zeros(tmp_path: Path):
     np.testing.assert_array_equal(written(tmp_path / "a", zero=np.zeros((3, 3), np.float32)).read("zero"), 0)
+
+
+def test_scales_are_shared_where_it_costs_least_and_biases_stay(tmp_path: Path):
+    loud = np.ones((4, 40, 64), np.float32)
+    loud[2, 7] = 1000
+    file = written(tmp_path / "a", heads=matrix(4, 40, 64) * loud, wide=matrix(2000, 3), bias=matrix(4, 64))
+    # Each row of each head has a scale of its own, so a loud one costs the others nothing.
+    step = np.abs(file.read("heads")).max(axis=-1, keepdims=True) / 127
+    assert (np.abs(file.read("heads") - matrix(4, 40, 64) * loud) <= 0.501 * step).all()
+    # Where three numbers would share one, the scales would weigh more than the numbers.
+    assert len(np.unique(np.abs(file.read("wide")).max(axis=1))) > 100
+    assert (tmp_path / "a").stat().st_size < (loud.size + 6000) * 1.1 + 4 * 256 + 1000
+    np.testing.assert_array_equal(file.read("bias"), matrix(4, 64))
 
 
 @pytest.mark.parametrize(

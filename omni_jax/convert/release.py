@@ -217,7 +217,7 @@ def inspect(source: str) -> list[Row]:
 def _rows(tensors: Tensors) -> Iterator[Row]:
     counts: dict[tuple[str, tuple[int, ...], str], int] = {}
     for name, tensor in tensors.items():
-        key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), tensor.shape, str(tensor.dtype))
+        key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), tensor.shape, str(tensor.kept_as or tensor.dtype))
         counts[key] = counts.get(key, 0) + 1
     for (name, shape, dtype), count in sorted(counts.items()):
         part = name.removeprefix("transformer.").split(".")[0]
