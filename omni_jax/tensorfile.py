@@ -59,7 +59,7 @@ class LazyTensor:
     dtype: np.dtype[Any]
     read: Callable[[], np.ndarray]
     kept_as: np.dtype[Any] | None = None
-    """Its type in the file, where that is another."""
+    """Its type in the file it comes from, if any: another one, where it is kept in eight bits."""
 
     @classmethod
     def of(cls, array: np.ndarray) -> LazyTensor:
