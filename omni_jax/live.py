@@ -206,14 +206,24 @@ class Live:
                 self._lock.notify()
 
     def _run(self, warm_up: bool) -> None:
+        try:
+            self._work(warm_up)
+        except Exception:
+            # Whatever it is that ends the thread: nobody is to wait for it in vain.
+            log.exception("the model has failed: nothing is answered any more")
+            with self._lock:
+                self.broken, self._closing = True, "cancel"
+                talks = [talk for _, talk in self._new] + [talk for talk, _ in self._talks.values()]
+                self._new.clear()
+                self._talks.clear()
+            self.ready.clear()
+            for talk in talks:
+                talk._end("failed")
+
+    def _work(self, warm_up: bool) -> None:
         if warm_up:
-            try:
-                self._engine.warm_up()
-                StreamDecoder(self.omni.codec, self.omni.config.codec).warm_up()
-            except Exception:
-                log.exception("the model could not be made ready")
-                self._break()
-                return
+            self._engine.warm_up()
+            StreamDecoder(self.omni.codec, self.omni.config.codec).warm_up()
         if self._closing != "cancel":
             self.ready.set()
         while self._take_orders():
@@ -222,25 +232,10 @@ class Live:
             except Exception:
                 # A fault must not end the service. What the batch holds is lost with it, who waits is answered yet.
                 log.exception("the running batch failed and is begun anew")
-                try:
-                    self._engine.begin_anew()
-                except Exception:
-                    log.exception("the batch could not be begun anew")
-                    self._break()
-                    return
+                self._engine.begin_anew()
                 waiting = {key for key, _ in self._engine.queue}
                 for key in self._talks.keys() - waiting:
                     self._end(key, "failed")
-
-    def _break(self) -> None:
-        with self._lock:
-            self.broken, self._closing = True, "cancel"
-            talks = [talk for _, talk in self._new] + [talk for talk, _ in self._talks.values()]
-            self._new.clear()
-            self._talks.clear()
-        self.ready.clear()
-        for talk in talks:
-            talk._end("failed")
 
     def _take_orders(self) -> bool:
         """Wait for something to do, take what others want; False when all is done."""

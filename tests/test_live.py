@@ -227,6 +227,20 @@ def test_a_batch_that_cannot_begin_anew_tells_everybody_and_answers_nothing_more
             live.ask(requests[0])
 
 
+def test_whatever_ends_the_thread_is_told(omni: Omni, requests: list[Request], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Any:
+        raise MemoryError("no room")
+
+    with Live(omni, slots=1, waiting=2) as live:
+        monkeypatch.setattr(live._engine, "submit", fail)
+        told = threading.Event()
+        talk = live.ask(requests[0], notify=told.set)
+        assert told.wait(60), "the thread has died and nobody hears of it"
+        assert list(talk) == []
+        assert talk.outcome == "failed"
+        assert live.broken
+
+
 def test_a_reader_may_be_slow_or_gone(live: Live, requests: list[Request], answers: list[Reply]) -> None:
     calls: list[bool] = []
 

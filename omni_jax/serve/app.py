@@ -76,15 +76,17 @@ def make_app(service: Service) -> ASGIApp:
 
     @app.get("/healthz")
     async def healthz(response: Response) -> dict[str, str]:
-        """Whether the process is there; 503 if a fault has ended the model's thread, and only a restart will help."""
-        response.status_code = 503 if service.live.broken else 200
-        return {"status": "broken" if service.live.broken else "ok"}
+        """Whether the process is there and its model works; 503 if only a restart will help."""
+        broken = service.state == "broken"
+        response.status_code = 503 if broken else 200
+        return {"status": "broken" if broken else "ok"}
 
     @app.get("/readyz")
     async def readyz(response: Response) -> dict[str, str]:
         """Whether everything is compiled; 503 until then."""
-        response.status_code = 200 if service.ready else 503
-        return {"status": "ready" if service.ready else "broken" if service.live.broken else "warming up"}
+        state = service.state
+        response.status_code = 200 if state == "ready" else 503
+        return {"status": state}
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:

@@ -10,7 +10,7 @@ import queue
 import reprlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -114,6 +114,13 @@ class Service:
         """Whether everything is compiled."""
         return self.live.ready.is_set()
 
+    @property
+    def state(self) -> Literal["ready", "warming up", "broken"]:
+        """`broken`: a fault has ended the model's thread, and only a restart will help."""
+        if self.live.broken:
+            return "broken"
+        return "ready" if self.ready else "warming up"
+
     async def prepare(self, *, sound: bytes | np.ndarray | None = None, rate: int | None = None, **ask: Any) -> Request:
         """Check and prepare what is asked, beside everything else.
 
@@ -152,7 +159,7 @@ class Service:
             Refusal: it is not ready yet.
             BusyError, ClosedError, ConfigError: as `Live.ask`.
         """
-        if not self.ready and not self.live.broken:
+        if self.state == "warming up":
             raise Refusal(503, "the model is still being made ready; see /readyz", code="not_ready")
         return Conversation(self, request, endpoint)
 
