@@ -210,8 +210,9 @@ def free_sentences(count: int, seed: int, form: str = "sentence") -> list[str]:
     Args:
         count: how many.
         seed: of the choice.
-        form: `sentence`, or `answer` for forms of answers with the words that few answers have, right or wrong: nine
-            tenths of all answers are numbers, and what is seldom said is not learnt.
+        form: `sentence`; `answer` for forms of answers with the words that few answers have, right or wrong: nine
+            tenths of all answers are numbers, and what is seldom said is not learnt; or `named` for nano's own name,
+            which only one answer has.
     """
     rng = random.Random(f"free {form}s {seed}")
     held_out = [
@@ -629,6 +630,22 @@ _GRAMMAR: dict[str, Sequence[str]] = {
         {word}, {opposite}, {word}.
         {sound}, {opposite}, {city}, {sound}.
         {creature}, {country} and {colored}.
+    """),
+    "named": _lines("""
+        my name is Nano, {name}.
+        my name is Nano, and {clause}.
+        my name is not {name}, my name is Nano.
+        {name}, my name is Nano.
+        {clause}, and my name is Nano.
+        I am Nano, and {clause}.
+        Nano {does} {what}.
+        Nano {does} {what} {place}.
+        {one} {does} Nano.
+        {one} {does} Nano {when}.
+        {name} and Nano {do} {what}.
+        is Nano {place}?
+        {do} {what}, Nano.
+        {when}, {clause}, Nano.
     """),
     "favorite": [what for what, _ in _FAVORITES],
     "clause": _lines("""

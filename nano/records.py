@@ -52,7 +52,7 @@ COMPUTED = ("sum", "difference")
 READ = {
     "read_train": ("read_train", "read_more"),
     "read_free": ("read_free", "read_more_free"),
-    "read_answer_like": ("read_answer_like",),
+    "read_answer_like": ("read_answer_like", "read_named"),
     "read_held_out": ("read_held_out",),
 }
 """Folders of sentences to be read aloud, and the parts of the answers that they are made of."""

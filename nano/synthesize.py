@@ -137,6 +137,8 @@ class Sizes:
     answer_like_sentences: int = 24_000
     """To be read aloud, full of the words that few answers have: of those about capitals, a quarter to a half of the
     words were heard wrong."""
+    named_sentences: int = 2000
+    """To be read aloud, with nano's name: it was heard as Nato."""
     held_out_sentences: int = 300
     dictations: int = 40_800
     """Sentences said by many voices, to be written down in training. So many, as an ear that hears few texts learns
@@ -187,7 +189,8 @@ def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
     voices.
     answers/train, more: every training answer by nano's own voice; those to questions/train are among the former.
     answers/held_out: others that are asked for.
-    answers/read_train, read_more, read_free, read_more_free, read_answer_like, read_held_out: sentences by it.
+    answers/read_train, read_more, read_free, read_more_free, read_answer_like, read_named, read_held_out: sentences
+    by it.
     """
     rng = random.Random(f"voices {seed}")
     asked = facts.sample("train", sizes.questions, seed)
@@ -240,6 +243,8 @@ def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
     parts["answers/read_more_free"] = [_own(text, "sentence") for text in more_free]
     answer_like = facts.free_sentences(sizes.answer_like_sentences, seed, "answer")
     parts["answers/read_answer_like"] = [_own(text, "sentence") for text in answer_like]
+    named = facts.free_sentences(sizes.named_sentences, seed, "named")
+    parts["answers/read_named"] = [_own(text, "sentence") for text in named]
     parts["questions/dictation_free"] = [_dictated(text, rng, "many") for text in dictated_free]
     phrased = facts.sample("train", sizes.phrased_questions, seed + 3, further=True)
     parts["questions/phrased"] = [_asked(item, rng, "many", WIDER_PITCH) for item in phrased]

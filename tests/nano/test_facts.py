@@ -287,6 +287,14 @@ def test_answer_like_sentences_say_often_what_answers_seldom_have():
     assert any(re.fullmatch(r"The capital of [A-Z].* is [A-Z].*\.", text) for text in sentences)
 
 
+def test_named_sentences_say_the_name_in_many_places():
+    sentences = facts.free_sentences(2000, 0, "named")
+    places = Counter(facts.normalise(text).split().index("nano") for text in sentences)
+    assert len(set(sentences)) == 2000
+    assert min(places[place] for place in range(6)) > 50
+    assert "My name is Nano." not in sentences, "the answer is recorded anyway"
+
+
 def test_normalise():
     assert facts.normalise("Forty-seven, isn't IT?  No.") == "forty seven isn't it no"
 

@@ -134,6 +134,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "read_free": facts.free_sentences(1, 0),
         "read_more_free": facts.free_sentences(2, 0)[1:],
         "read_answer_like": facts.free_sentences(1, 0, "answer"),
+        "read_named": facts.free_sentences(1, 0, "named"),
         "read_held_out": read["held_out"][:2],
     }
     dictated = {
@@ -204,7 +205,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
     assert tuple(counts) == FOLDERS
     everything = {name: exchanges(out / name) for name in FOLDERS}
     assert {name: len(found) for name, found in everything.items()} == counts
-    assert counts == dict(zip(FOLDERS, (16, 44, 3, 3, 4, 2, 1, 2, 2, 3, 2, 1), strict=True))
+    assert counts == dict(zip(FOLDERS, (16, 44, 3, 3, 4, 2, 2, 2, 2, 3, 2, 1), strict=True))
 
     for name, count in counts.items():
         index, tasks = Records(out / name), TASKS[name.partition("_")[0]]
@@ -261,7 +262,7 @@ def test_what_is_there_is_not_made_again(corpora: Path, codec: Snac, tmp_path: P
     out = tmp_path / "records"
     whole = records.write(corpora, out, codec)
     held_out = sum(1 for _ in synthesize.recordings(corpora, "answers/held_out"))
-    assert sorted(pieces) == sorted([4, 4, 2, 1, 4, 4, 2, 1, held_out, 3, 1, 1, 1, 1, 2])
+    assert sorted(pieces) == sorted([4, 4, 2, 1, 4, 4, 2, 1, held_out, 3, 1, 1, 1, 1, 1, 2])
     before = {name: exchanges(out / name) for name in FOLDERS}
     pieces.clear()
     assert records.write(corpora, out, codec) == {}
@@ -279,7 +280,7 @@ def test_what_is_there_is_not_made_again(corpora: Path, codec: Snac, tmp_path: P
     pieces.clear()
     other = Snac(TINY, rngs=nnx.Rngs(1))
     assert records.write(corpora, out, other) == whole
-    assert sum(pieces) == 2 * (10 + 1) + held_out + 3 + 1 + 1 + 1 + 1 + 2
+    assert sum(pieces) == 2 * (10 + 1) + held_out + 3 + 1 + 1 + 1 + 1 + 1 + 2
     encode = alone(other)
     recording = next(synthesize.recordings(corpora, "answers/read_train"))
     after = exchanges(out / "read_train")

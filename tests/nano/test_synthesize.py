@@ -30,6 +30,7 @@ TRAINING = (
     *("answers/train", "answers/more", "answers/read_train", "answers/read_more", "answers/read_free"),
     "answers/read_more_free",
     "answers/read_answer_like",
+    "answers/read_named",
 )
 SEEN = ("questions/held_out_seen", "questions/dictation_seen")
 UNSEEN = ("questions/held_out_unseen", "questions/dictation_unseen")
@@ -111,6 +112,7 @@ def test_plan_has_as_many_as_wanted(plan: dict[str, list[Utterance]]):
         "answers/read_free": 30_000,
         "answers/read_more_free": 30_000,
         "answers/read_answer_like": 24_000,
+        "answers/read_named": 2000,
         "answers/read_held_out": 300,
     }
     assert held_out > 100
