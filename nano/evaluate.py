@@ -202,13 +202,7 @@ def heard_by_kind(examinations: dict[str, Any], recordings: Sequence[Any]) -> di
     for entry in recordings:
         if kinds[entry["file"]] in facts.KINDS:
             said[entry["group"]][kinds[entry["file"]]].append(entry)
-    return {
-        name: {
-            kind: jiwer.wer(*([listen.spoken(entry[key]) for entry in entries] for key in ("text", "heard")))
-            for kind, entries in by.items()
-        }
-        for name, by in said.items()
-    }
+    return {name: {kind: listen.wer(entries) for kind, entries in by.items()} for name, by in said.items()}
 
 
 def _by_kind(title: str, columns: dict[str, dict[str, float]]) -> list[str]:

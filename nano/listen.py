@@ -20,10 +20,10 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,6 +42,7 @@ SYMBOLS = {
     "&": "and",
     "\N{DEGREE SIGN}": "degrees",
 }
+_NUMBERS = {facts.normalise(facts.words(number)): number for number in range(101)}
 
 app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True)
 
@@ -61,6 +62,27 @@ def _number(digits: str) -> str:
     """Beyond a thousand digit by digit: nano doesn't count so far, so it was misheard in any case."""
     value = int(digits)
     return facts.words(value) if value <= 1000 else " ".join(facts.words(int(digit)) for digit in digits)
+
+
+def understood(text: str, heard: str) -> str:
+    """What the recogniser wrote down, as it is said: to be compared with `spoken(text)`.
+
+    It joins numbers that are said one after the other: "Eight, seven, six." it writes as 876, "Nine, ten, eleven." as
+    910-11. Where `text` is nothing but numbers and it writes their digits and nothing else, it has understood them.
+    """
+    counted = [_NUMBERS.get(facts.normalise(part)) for part in text.split(",")]
+    digits = "".join(str(number) for number in counted)
+    if len(counted) > 1 and re.sub(r"[\s,.-]", "", heard) == digits:
+        return spoken(text)
+    return spoken(heard)
+
+
+def wer(entries: Sequence[dict[str, Any]]) -> float:
+    """Word error rate of recordings, each with its `text` and what was `heard`."""
+    import jiwer
+
+    pairs = [(spoken(entry["text"]), understood(entry["text"], entry["heard"])) for entry in entries]
+    return float(jiwer.wer(*map(list, zip(*pairs, strict=True))))
 
 
 def write_texts(folder: Path, entries: Iterable[dict[str, str]]) -> None:
@@ -115,7 +137,6 @@ def hear(
     examples: Annotated[int, typer.Option(help="Worst ones to print, per group.")] = 5,
 ) -> None:
     """Print the word error rate of each group, and what was heard worst."""
-    import jiwer
     from faster_whisper import WhisperModel
 
     entries = [json.loads(line) for line in (folder / TEXTS).read_text(encoding="utf-8").splitlines()]
@@ -131,15 +152,14 @@ def hear(
             condition_on_previous_text=False,
         )
         entry["heard"] = "".join(segment.text for segment in segments).strip()
-        entry["errors"] = jiwer.wer(spoken(entry["text"]), spoken(entry["heard"]))
+        entry["errors"] = wer([entry])
     summary = {}
     for group in sorted({entry.get("group", "") for entry in entries}):
         members = [entry for entry in entries if entry.get("group", "") == group]
-        said, heard = ([spoken(entry[key]) for entry in members] for key in ("text", "heard"))
         summary[group] = {
             "recordings": len(members),
-            "wer": round(jiwer.wer(said, heard), 4),
-            "exact": round(sum(a == b for a, b in zip(said, heard, strict=True)) / len(members), 4),
+            "wer": round(wer(members), 4),
+            "exact": round(sum(not entry["errors"] for entry in members) / len(members), 4),
         }
         typer.echo(f"{group or 'all'}: {summary[group]}")
         for entry in sorted(members, key=lambda entry: -entry["errors"])[:examples]:

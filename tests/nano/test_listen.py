@@ -59,6 +59,27 @@ def test_every_number_is_as_nano_writes_it():
         assert listen.spoken(str(number)) == listen.spoken(listen.facts.words(number)).strip()
 
 
+@pytest.mark.parametrize(
+    ("text", "heard", "errors"),
+    [
+        ("Eight, seven, six.", "876", 0),
+        ("Nine, ten, eleven, twelve.", "910-1112.", 0),
+        ("Twenty, nineteen, eighteen, seventeen.", "2019-1817", 0),
+        ("Four, five, six.", "4, 5, 6.", 0),
+        ("Zero, one.", "0 1", 0),
+        ("Eight, seven, six.", "875", 1),
+        ("Eight, seven, six.", "87", 1),
+        ("Eight, seven, six.", "-876 apples", 1),
+        # Not a row of numbers: here 42 is not four two.
+        ("Forty-two.", "4 2", 1),
+        ("Four and two is six.", "426", 1),
+        ("One, a cow, two.", "12", 1),
+    ],
+)
+def test_joined_numbers_are_understood(text: str, heard: str, errors: float):
+    assert bool(listen.wer([{"text": text, "heard": heard}])) == errors
+
+
 def test_texts_are_lines(tmp_path: Path):
     entries = [{"file": "a.wav", "text": "Café, 5 \N{EURO SIGN}.", "group": "x"}, {"file": "b.wav", "text": "B"}]
     listen.write_texts(tmp_path, iter(entries))
