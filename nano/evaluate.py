@@ -222,7 +222,7 @@ def ask(
     out: Annotated[Path, typer.Option(help="Folder to write")] = FOLDER,
     records: Annotated[Path, typer.Option(help="What nano.records wrote")] = RECORDS,
     count: Annotated[int, typer.Option(help="Questions of each examination, at most")] = 1000,
-    spoken: Annotated[int, typer.Option(help="Spoken answers of each that are kept for the listener")] = 200,
+    spoken: Annotated[int, typer.Option(help="Spoken answers of each that are kept for the listener")] = 60,
     only: Annotated[list[str] | None, typer.Option(help="A task, e.g. A1T1; may be repeated")] = None,
 ) -> None:
     """Ask everything, keep what was written and said."""
