@@ -71,8 +71,8 @@ def understood(text: str, heard: str) -> str:
     910-11. Where `text` is nothing but numbers and it writes their digits and nothing else, it has understood them.
     """
     counted = [_NUMBERS.get(facts.normalise(part)) for part in text.split(",")]
-    digits = "".join(str(number) for number in counted)
-    if len(counted) > 1 and re.sub(r"[\s,.-]", "", heard) == digits:
+    digits = "".join(map(str, counted))
+    if len(counted) > 1 and None not in counted and re.sub(r"[\s,.-]", "", heard) == digits:
         return spoken(text)
     return spoken(heard)
 
