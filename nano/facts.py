@@ -144,11 +144,25 @@ def larger_products() -> list[Item]:
     Nobody asks nano for them. But of a hundred products one learns each by heart and nothing about the others; a table
     this long teaches that the order of the numbers does not matter.
     """
-    kind = KINDS["product"]
-    phrasings = kind.phrasings + kind.further_phrasings
     pairs = [(a, b) for a, b in itertools.product(range(1, 101), repeat=2) if min(a, b) <= 10 < max(a, b)]
     products = _number_facts("product", "times", ((a, b, a * b) for a, b in pairs), lambda a, b: None)
-    return [item for fact in products for item in kind.items(fact, phrasings) if not item.held_out]
+    return _in_training(KINDS["product"], products)
+
+
+def larger_counts() -> list[Item]:
+    """Questions to count two to six numbers up to a hundred, in either direction, to be read in training.
+
+    Nobody asks nano for them: what is asked for, three to five numbers up to twenty, is not among them. But of these
+    few one learns each by heart, and what lies between two numbers that were never asked for together remains unknown.
+    """
+    near = ((a, b) for a, b in itertools.product(range(101), repeat=2) if 1 <= abs(a - b) <= 5)
+    return _in_training(KINDS["count"], _counts(pair for pair in near if not _asked_to_count(*pair)))
+
+
+def _in_training(kind: Kind, facts: Iterable[Fact]) -> list[Item]:
+    """Other facts of a kind, in every phrasing that training has."""
+    phrasings = kind.phrasings + kind.further_phrasings
+    return [item for fact in facts for item in kind.items(fact, phrasings) if not item.held_out]
 
 
 def sample(
@@ -328,13 +342,17 @@ def _number_facts(
         yield Fact(f"{name} {a} {b}", {"a": words(a), "b": words(b)}, answer, pair_of(a, b))
 
 
-def _counts() -> Iterator[Fact]:
-    """Three to five numbers from 0 to 20, upwards or downwards."""
-    for a, b in itertools.product(range(21), repeat=2):
-        if 2 <= abs(a - b) <= 4:
-            numbers = range(a, b + 1) if a < b else range(a, b - 1, -1)
-            answer = _sentence(", ".join(map(words, numbers)) + ".")
-            yield Fact(f"count {a} {b}", {"a": words(a), "b": words(b)}, answer, _sorted(a, b))
+def _counts(pairs: Iterable[tuple[int, int]]) -> Iterator[Fact]:
+    """From the one number to the other, upwards or downwards."""
+    for a, b in pairs:
+        numbers = range(a, b + 1) if a < b else range(a, b - 1, -1)
+        answer = _sentence(", ".join(map(words, numbers)) + ".")
+        yield Fact(f"count {a} {b}", {"a": words(a), "b": words(b)}, answer, _sorted(a, b))
+
+
+def _asked_to_count(a: int, b: int) -> bool:
+    """Three to five numbers from 0 to 20."""
+    return max(a, b) <= 20 and 2 <= abs(a - b) <= 4
 
 
 def _neighbours(name: str, step: int) -> Iterator[Fact]:
@@ -826,7 +844,7 @@ _ALL = [
         which numbers go from {a} to {b}?
         what are the numbers from {a} to {b}?
         """,
-        _counts(),
+        _counts(pair for pair in itertools.product(range(21), repeat=2) if _asked_to_count(*pair)),
     ),
     _kind(
         "after",

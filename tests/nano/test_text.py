@@ -68,6 +68,23 @@ def test_larger_products_have_both_orders_and_no_product_that_is_asked_for(writt
     assert not {exchange.question_text.lower() for exchange in larger} & secret
 
 
+def test_larger_counts_go_both_ways_and_ask_for_nothing_that_is_asked_for(written: Path):
+    larger = exchanges(written / "larger_counts")
+    answers = {exchange.answer_text for exchange in larger}
+    assert {"Forty, forty-one, forty-two.", "Forty-two, forty-one, forty.", "Seven, six.", "Zero, one."} <= answers
+    # From each of 101 numbers to its five neighbours on either side, but for those beyond the ends.
+    neighbors = 2 * sum(101 - distance for distance in range(1, 6))
+    asked = {item.answer for split in ("train", "held_out") for item in facts.questions(split, ["count"])}
+    assert len(answers) == neighbors - len(asked)
+    assert not answers & asked
+    held_out = {item.question for item in facts.questions("held_out")}
+    assert not {exchange.question_text for exchange in larger} & held_out
+    # Nor in a phrasing that is held out.
+    phrasings = facts.KINDS["count"].held_out_phrasings
+    secret = {phrasing.format(a="forty", b="forty-two").lower() for phrasing in phrasings}
+    assert not {exchange.question_text.lower() for exchange in larger} & secret
+
+
 def test_what_is_repeated_was_never_held_out(written: Path):
     held_out = {item.question for item in facts.questions("held_out")} | set(facts.sentences("held_out", 300, 0))
     repeated = exchanges(written / "repeat")
@@ -78,7 +95,16 @@ def test_what_is_repeated_was_never_held_out(written: Path):
 
 
 def test_records_serve_text_only_and_are_written_once(written: Path):
-    for name in ("numbers", "products", "larger_products", "knowledge", "smalltalk", "repeat", "held_out"):
+    for name in (
+        "numbers",
+        "products",
+        "larger_products",
+        "larger_counts",
+        "knowledge",
+        "smalltalk",
+        "repeat",
+        "held_out",
+    ):
         records = Records(written / name)
         assert [task for task in Task if records.count(task)] == [Task.T1T2]
     assert text.write(written, sentences=50, held_out=100) == {}
@@ -89,8 +115,9 @@ def test_other_texts_are_written_anew_and_no_more(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(text, "questions", lambda kinds: few[:5])
     monkeypatch.setattr(text, "repeated", lambda sentences: text.exchanges(few[:3]))
     monkeypatch.setattr(facts, "larger_products", lambda: few[:7])
+    monkeypatch.setattr(facts, "larger_counts", lambda: few[:6])
     first = text.write(tmp_path, held_out=10)
-    assert first == {**dict.fromkeys(first, 5), "larger_products": 7, "repeat": 3, "held_out": 10}
+    assert first == {**dict.fromkeys(first, 5), "larger_products": 7, "larger_counts": 6, "repeat": 3, "held_out": 10}
     monkeypatch.setattr(facts, "larger_products", lambda: few[5:])
     (tmp_path / "products" / INDEX).unlink()
     assert text.write(tmp_path, held_out=10) == {"products": 5, "larger_products": 7}
