@@ -30,6 +30,8 @@ PARTS = Path(__file__).parent / "parts"
 TRUNK = "trunk.safetensors"
 KEPT = ".kept"
 """Lies beside parts that were taken from `PARTS`."""
+LAST_LEGS = ("stage3_together", "stage3_last")
+"""Of the training; their mean is better than either."""
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """A training step on CPUs frees and takes hundreds of megabytes; in small pages a good part of its time goes there."""
 
@@ -72,7 +74,13 @@ STEPS = (
     train("stage3", "stage3"),
     train("stage3_voice", "stage3_voice"),
     train("stage3_together", "stage3_together"),
-    Step("package", ("-m", "nano.assemble", "package", str(BUILD / "stage3_together"))),
+    train("stage3_last", "stage3_last"),
+    Step(
+        "mean",
+        ("-m", "nano.assemble", "average", *(str(BUILD / leg) for leg in LAST_LEGS), "--out", str(BUILD / "mean")),
+        BUILD / "mean",
+    ),
+    Step("package", ("-m", "nano.assemble", "package", str(BUILD / "mean"))),
     Step("evaluate", ("-m", "nano.evaluate", "ask", str(BUILD / "packaged"))),
     Step("ship", ("-m", "nano.ship", str(BUILD / "packaged"))),
 )

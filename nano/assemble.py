@@ -4,7 +4,7 @@ python -m nano.assemble untaught build/nano/untaught        # random weights, th
 python -m nano.assemble trunk build/nano/text_run           # what the text stage has taught, in a file of its own
 python -m nano.assemble taught build/nano/start             # the taught trunk, ear and codec: where stage 1 starts
 python -m nano.assemble average RUN RUN --out FOLDER        # one run and what went on from it: the mean of both
-python -m nano.assemble package build/nano/stage3_together  # what is shipped: the same in eight bits
+python -m nano.assemble package build/nano/mean             # what is shipped: the same in eight bits
 """
 
 from __future__ import annotations

@@ -103,6 +103,10 @@ def test_every_step_begins_with_what_an_earlier_one_makes(tmp_path: Path):
             assert config.start in made, step.name
             used = {source.path for source in (*config.data.sources, *config.data.held_out)}
             assert used <= folders, step.name
+        if step.command[1:3] in (("nano.assemble", "average"), ("nano.assemble", "package")):
+            runs = [path for path in step.command[3:] if not path.startswith("--") and path != str(step.done)]
+            assert runs, step.name
+            assert set(runs) <= made, step.name
         if step.done is not None:
             made |= {str(step.done), str(step.done.parent)}
 
