@@ -30,8 +30,6 @@ PARTS = Path(__file__).parent / "parts"
 TRUNK = "trunk.safetensors"
 KEPT = ".kept"
 """Lies beside parts that were taken from `PARTS`."""
-LAST_LEGS = ("stage3_together", "stage3_last")
-"""Of the training; their mean is better than either."""
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """A training step on CPUs frees and takes hundreds of megabytes; in small pages a good part of its time goes there."""
 
@@ -77,7 +75,15 @@ STEPS = (
     train("stage3_last", "stage3_last"),
     Step(
         "mean",
-        ("-m", "nano.assemble", "average", *(str(BUILD / leg) for leg in LAST_LEGS), "--out", str(BUILD / "mean")),
+        (
+            "-m",
+            "nano.assemble",
+            "average",
+            str(BUILD / "stage3_together"),
+            str(BUILD / "stage3_last"),
+            "--out",
+            str(BUILD / "mean"),
+        ),
         BUILD / "mean",
     ),
     Step("package", ("-m", "nano.assemble", "package", str(BUILD / "mean"))),

@@ -149,14 +149,15 @@ def larger_products() -> list[Item]:
     return _in_training(KINDS["product"], products)
 
 
-def larger_counts() -> list[Item]:
+def further_counts() -> list[Item]:
     """Questions to count two to six numbers up to a hundred, in either direction, to be read in training.
 
     Nobody asks nano for them: what is asked for, three to five numbers up to twenty, is not among them. But of these
     few one learns each by heart, and what lies between two numbers that were never asked for together remains unknown.
     """
-    near = ((a, b) for a, b in itertools.product(range(101), repeat=2) if 1 <= abs(a - b) <= 5)
-    return _in_training(KINDS["count"], _counts(pair for pair in near if not _asked_to_count(*pair)))
+    kind = KINDS["count"]
+    asked = {fact.key for fact in kind.facts}
+    return _in_training(kind, (fact for fact in _counts(100, range(1, 6)) if fact.key not in asked))
 
 
 def _in_training(kind: Kind, facts: Iterable[Fact]) -> list[Item]:
@@ -342,17 +343,13 @@ def _number_facts(
         yield Fact(f"{name} {a} {b}", {"a": words(a), "b": words(b)}, answer, pair_of(a, b))
 
 
-def _counts(pairs: Iterable[tuple[int, int]]) -> Iterator[Fact]:
-    """From the one number to the other, upwards or downwards."""
-    for a, b in pairs:
-        numbers = range(a, b + 1) if a < b else range(a, b - 1, -1)
-        answer = _sentence(", ".join(map(words, numbers)) + ".")
-        yield Fact(f"count {a} {b}", {"a": words(a), "b": words(b)}, answer, _sorted(a, b))
-
-
-def _asked_to_count(a: int, b: int) -> bool:
-    """Three to five numbers from 0 to 20."""
-    return max(a, b) <= 20 and 2 <= abs(a - b) <= 4
+def _counts(largest: int, distances: range) -> Iterator[Fact]:
+    """From a number to another so far away, upwards or downwards, between 0 and the largest."""
+    for a, b in itertools.product(range(largest + 1), repeat=2):
+        if abs(a - b) in distances:
+            numbers = range(a, b + 1) if a < b else range(a, b - 1, -1)
+            answer = _sentence(", ".join(map(words, numbers)) + ".")
+            yield Fact(f"count {a} {b}", {"a": words(a), "b": words(b)}, answer, _sorted(a, b))
 
 
 def _neighbours(name: str, step: int) -> Iterator[Fact]:
@@ -844,7 +841,7 @@ _ALL = [
         which numbers go from {a} to {b}?
         what are the numbers from {a} to {b}?
         """,
-        _counts(pair for pair in itertools.product(range(21), repeat=2) if _asked_to_count(*pair)),
+        _counts(20, range(2, 5)),
     ),
     _kind(
         "after",

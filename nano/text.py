@@ -7,7 +7,7 @@ Folders of records, under build/nano/text:
     numbers     every training question for a sum or a difference, and its answer
     products    every training question for a product, too few to be met often among those
     larger_products  those for larger ones, which nobody asks for: `facts.larger_products`
-    larger_counts    those to count numbers that nobody asks for: `facts.larger_counts`
+    further_counts   those to count numbers that nobody asks for: `facts.further_counts`
     knowledge   those about anything else in the world
     smalltalk   those about nano itself, greetings, thanks and the like, too few as well
     repeat      training questions and sentences that are asked to be said again, word for word
@@ -115,7 +115,7 @@ def write(out: Path, *, sentences: int = SENTENCES, held_out: int = HELD_OUT) ->
         "numbers": exchanges(questions(["sum", "difference"])),
         "products": exchanges(questions(["product"])),
         "larger_products": exchanges(facts.larger_products()),
-        "larger_counts": exchanges(facts.larger_counts()),
+        "further_counts": exchanges(facts.further_counts()),
         "knowledge": exchanges(questions(set(facts.KINDS) - {*NUMBERS, *SMALLTALK})),
         "smalltalk": exchanges(questions(SMALLTALK)),
         "repeat": repeated(sentences),

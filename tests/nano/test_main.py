@@ -92,7 +92,7 @@ def test_what_only_serves_a_kept_part_is_left_out(
 
 def test_every_step_begins_with_what_an_earlier_one_makes(tmp_path: Path):
     """And the records that its config names are ones that `nano.text` or `nano.records` writes."""
-    texts = {"numbers", "products", "larger_products", "larger_counts", "knowledge", "smalltalk", "repeat", "held_out"}
+    texts = {"numbers", "products", "larger_products", "further_counts", "knowledge", "smalltalk", "repeat", "held_out"}
     spoken = {"train", "typed_train", "held_out_seen", "held_out_unseen", *records.READ, *records.DICTATED}
     folders = {f"build/nano/text/{name}" for name in texts} | {f"build/nano/records/{name}" for name in spoken}
     made = set()

@@ -52,6 +52,14 @@ def test_every_question_is_in_one_folder_and_nothing_held_out_is_trained_on(writ
     assert not kinds["knowledge"] & {*text.NUMBERS, *text.SMALLTALK}
 
 
+def assert_nothing_held_out(found: list[Exchange], kind: str, **asked: str):
+    """Neither a held-out question nor one of a kind, for what is asked, in a phrasing that is held out."""
+    questions = {exchange.question_text.lower() for exchange in found}
+    assert not questions & {item.question.lower() for item in facts.questions("held_out")}
+    phrasings = facts.KINDS[kind].held_out_phrasings
+    assert not questions & {phrasing.format(**asked).lower() for phrasing in phrasings}
+
+
 def test_larger_products_have_both_orders_and_no_product_that_is_asked_for(written: Path):
     larger = exchanges(written / "larger_products")
     answers = {exchange.answer_text for exchange in larger}
@@ -60,16 +68,11 @@ def test_larger_products_have_both_orders_and_no_product_that_is_asked_for(writt
     assert len(answers) == 2 * 10 * 90
     asked = {item.answer for split in ("train", "held_out") for item in facts.questions(split, ["product"])}
     assert not answers & asked
-    held_out = {item.question for item in facts.questions("held_out")}
-    assert not {exchange.question_text for exchange in larger} & held_out
-    # Nor in a phrasing that is held out.
-    phrasings = facts.KINDS["product"].held_out_phrasings
-    secret = {phrasing.format(a="seven", b="thirty").lower() for phrasing in phrasings}
-    assert not {exchange.question_text.lower() for exchange in larger} & secret
+    assert_nothing_held_out(larger, "product", a="seven", b="thirty")
 
 
-def test_larger_counts_go_both_ways_and_ask_for_nothing_that_is_asked_for(written: Path):
-    larger = exchanges(written / "larger_counts")
+def test_further_counts_go_both_ways_and_ask_for_nothing_that_is_asked_for(written: Path):
+    larger = exchanges(written / "further_counts")
     answers = {exchange.answer_text for exchange in larger}
     assert {"Forty, forty-one, forty-two.", "Forty-two, forty-one, forty.", "Seven, six.", "Zero, one."} <= answers
     # From each of 101 numbers to its five neighbours on either side, but for those beyond the ends.
@@ -77,12 +80,7 @@ def test_larger_counts_go_both_ways_and_ask_for_nothing_that_is_asked_for(writte
     asked = {item.answer for split in ("train", "held_out") for item in facts.questions(split, ["count"])}
     assert len(answers) == neighbors - len(asked)
     assert not answers & asked
-    held_out = {item.question for item in facts.questions("held_out")}
-    assert not {exchange.question_text for exchange in larger} & held_out
-    # Nor in a phrasing that is held out.
-    phrasings = facts.KINDS["count"].held_out_phrasings
-    secret = {phrasing.format(a="forty", b="forty-two").lower() for phrasing in phrasings}
-    assert not {exchange.question_text.lower() for exchange in larger} & secret
+    assert_nothing_held_out(larger, "count", a="forty", b="forty-two")
 
 
 def test_what_is_repeated_was_never_held_out(written: Path):
@@ -99,7 +97,7 @@ def test_records_serve_text_only_and_are_written_once(written: Path):
         "numbers",
         "products",
         "larger_products",
-        "larger_counts",
+        "further_counts",
         "knowledge",
         "smalltalk",
         "repeat",
@@ -115,9 +113,9 @@ def test_other_texts_are_written_anew_and_no_more(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(text, "questions", lambda kinds: few[:5])
     monkeypatch.setattr(text, "repeated", lambda sentences: text.exchanges(few[:3]))
     monkeypatch.setattr(facts, "larger_products", lambda: few[:7])
-    monkeypatch.setattr(facts, "larger_counts", lambda: few[:6])
+    monkeypatch.setattr(facts, "further_counts", lambda: few[:6])
     first = text.write(tmp_path, held_out=10)
-    assert first == {**dict.fromkeys(first, 5), "larger_products": 7, "larger_counts": 6, "repeat": 3, "held_out": 10}
+    assert first == {**dict.fromkeys(first, 5), "larger_products": 7, "further_counts": 6, "repeat": 3, "held_out": 10}
     monkeypatch.setattr(facts, "larger_products", lambda: few[5:])
     (tmp_path / "products" / INDEX).unlink()
     assert text.write(tmp_path, held_out=10) == {"products": 5, "larger_products": 7}
