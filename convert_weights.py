@@ -11,10 +11,9 @@ from typing import Annotated
 
 import typer
 
-from omni_jax.checkpoint import CheckpointError, open_release
-from omni_jax.config import ConfigError
+from omni_jax.checkpoint.release import open_release
 from omni_jax.convert import release as conversion
-from omni_jax.convert.mapping import ConversionError
+from omni_jax.errors import CheckpointError, ConfigError, ConversionError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 

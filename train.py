@@ -17,7 +17,7 @@ STOPPED = 75
 
 def main(
     config: Annotated[str, typer.Argument(help="YAML file of the run")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="field=value, e.g. optimizer.peak=1e-4")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="field=value, e.g. optimizer.peak_lr=1e-4")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would do, and stop")] = False,
     profile: Annotated[str | None, typer.Option(help="Folder for a profiler trace of a few steps")] = None,
     coordinator: Annotated[str | None, typer.Option(help="host:port of the first process")] = None,
@@ -29,8 +29,7 @@ def main(
 
     from omni_jax import config as configs
     from omni_jax import sharding
-    from omni_jax.data.pipeline import PipelineError
-    from omni_jax.tensorfile import CheckpointError
+    from omni_jax.errors import CheckpointError, PipelineError
     from omni_jax.training import loop
 
     try:

@@ -21,15 +21,18 @@ import torch
 from flax import nnx
 
 from benchmarks.torch_reference import TorchOmni
-from omni_jax.codec.snac import Snac, StreamDecoder, make_decoder
+from omni_jax.codec.snac import Snac, make_decoder
+from omni_jax.codec.stream import StreamDecoder
 from omni_jax.codec.torch_snac import TorchSnac
-from omni_jax.config import PRESETS
-from omni_jax.delay import playable, undelay
-from omni_jax.inference.decode import DecodeState, Programs, Requests, Routing
+from omni_jax.config.model import PRESETS
+from omni_jax.delay import fill_invalid_codes, undelay
+from omni_jax.inference.decode import DecodeState, Requests, Routing
 from omni_jax.inference.engine import PROMPT_BUCKETS
+from omni_jax.inference.runner import ModelRunner
 from omni_jax.inference.sampling import Sampling
 from omni_jax.model.omni import OmniModel
-from omni_jax.prompts import Task, speech_prompt
+from omni_jax.prompts import speech_prompt
+from omni_jax.tasks import Task
 from omni_jax.vocab import Vocab
 
 PROMPT, TEXT_TOKENS, FRAMES, SLOTS = 150, 15, 60, 256
@@ -44,13 +47,13 @@ class Ours:
         config = PRESETS["mini_omni"]
         self.config, self.vocab = config, Vocab(config.vocab)
         make = jax.jit(lambda: OmniModel(config, stacked=False, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-        self.programs = Programs(make())
+        self.programs = ModelRunner(make())
         self.codec = Snac(config.codec, rngs=nnx.Rngs(0))
         self.decode = make_decoder(self.codec)
         StreamDecoder(self.decode, config.codec).warm_up()
         self.prompt = speech_prompt(Task.A1A2, PROMPT - 3, self.vocab)
         self.speech = jnp.asarray(
-            np.random.default_rng(0).standard_normal((1, 1500, config.trunk.width), dtype=np.float32)
+            np.random.default_rng(0).standard_normal((1, 1500, config.trunk.hidden_size), dtype=np.float32)
         )
 
     def answer(self) -> tuple[float, float]:
@@ -81,19 +84,19 @@ class Ours:
         speaking = Routing(none, none, none, here)
         voice = StreamDecoder(self.decode, self.config.codec)
         said, frames, done = np.zeros((8, 0), np.int32), 0, 0
-        routing, writes = writing, True
+        routing, outputs_text = writing, True
         for steps in (2, 2, 2, 2, 2, 6, 16, 36):
             # The text has ended: no text head, no second row.
-            if writes and done > TEXT_TOKENS:
+            if outputs_text and done > TEXT_TOKENS:
                 state = dataclasses.replace(state, writing=~yes, shadows=None)
-                routing, writes = speaking, False
-            state = dataclasses.replace(state, running=jnp.ones(1, bool), writing=jnp.full(1, writes))
+                routing, outputs_text = speaking, False
+            state = dataclasses.replace(state, running=jnp.ones(1, bool), writing=jnp.full(1, outputs_text))
             state, new, _ = programs.chunk(weights, state, routing, jnp.int32(steps))
             said = np.concatenate([said, np.asarray(new)[:steps, 0].T], axis=1)
             done += steps
             # Codes of an untrained model may be anything: an end of audio, which stops nothing here, included.
             audio = np.where(said[:7] == self.vocab.eoa, self.vocab.pad_a, said[:7])
-            codes = playable(undelay(audio, self.vocab), self.vocab)[:FRAMES]
+            codes = fill_invalid_codes(undelay(audio, self.vocab), self.vocab)[:FRAMES]
             sound = voice.push(codes[frames:], last=len(codes) == FRAMES and frames < FRAMES)
             frames = len(codes)
             if first is None and len(sound):
@@ -110,7 +113,7 @@ class Published:
     def __init__(self, codec: Snac):
         config = PRESETS["mini_omni"]
         # Its cache is always that of the whole context.
-        self.torch = TorchOmni(config, config.trunk.context)
+        self.torch = TorchOmni(config, config.trunk.max_position)
         self.codec = TorchSnac.from_params(config.codec, codec.params())
 
     def answer(self) -> tuple[float, float]:

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch.nn.utils import parametrize
 
-from omni_jax.codec.snac import SLOTS, Snac, StreamDecoder, make_decoder, make_encoder
+from omni_jax.codec.snac import FRAME_SLOTS, Snac, make_decoder, make_encoder
+from omni_jax.codec.stream import StreamDecoder
 from omni_jax.codec.torch_snac import import_snac
-from omni_jax.config import CodecConfig
+from omni_jax.config.model import CodecConfig
 from omni_jax.convert.snac import config_to_json, from_torch
 
 CONFIG = CodecConfig()
@@ -73,16 +74,16 @@ def main() -> None:
         print(f"{name:26}{jax_ms:8.1f}{torch_ms:8.1f}{folded_ms:8.1f}{ratios}", flush=True)
         return taken
 
-    five_seconds = round(5 * CONFIG.sample_rate / CONFIG.frame)
+    five_seconds = round(5 * CONFIG.sample_rate / CONFIG.frame_size)
     for name, frames in (("decode 5 s", five_seconds), ("decode a 4-frame chunk", 4)):
         codes = random.integers(0, CONFIG.codebook_size, (1, frames, 7)).astype(np.int32)
-        books = [torch.from_numpy(codes[..., slots].reshape(1, -1).astype(np.int64)) for slots in SLOTS]
+        books = [torch.from_numpy(codes[..., slots].reshape(1, -1).astype(np.int64)) for slots in FRAME_SLOTS]
         row(
             name,
             lambda codes=codes: np.asarray(decode(codes)),
             lambda module, books=books: module.decode(books),
         )
-    audio = random.standard_normal((1, five_seconds * CONFIG.frame)).astype(np.float32) / 4
+    audio = random.standard_normal((1, five_seconds * CONFIG.frame_size)).astype(np.float32) / 4
     tensor = torch.from_numpy(audio[:, None])
     row("encode 5 s", lambda: np.asarray(encode(audio)), lambda module: module.encode(tensor))
 
@@ -101,7 +102,7 @@ def main() -> None:
         start = time.perf_counter()
         stream.push(codes[at : at + 4])
         times.append(1000 * (time.perf_counter() - start))
-    sound = 4000 * CONFIG.frame / CONFIG.sample_rate
+    sound = 4000 * CONFIG.frame_size / CONFIG.sample_rate
     print(f"streaming, 4 frames a step: {statistics.median(times):.1f} ms for {sound:.0f} ms of sound")
 
 

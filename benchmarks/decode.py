@@ -16,8 +16,9 @@ import torch
 from flax import nnx
 
 from benchmarks.torch_reference import TorchOmni
-from omni_jax.config import PRESETS
-from omni_jax.inference.decode import Programs, Routing
+from omni_jax.config.model import PRESETS
+from omni_jax.inference.decode import Routing
+from omni_jax.inference.runner import ModelRunner
 from omni_jax.model.omni import OmniModel
 
 SLOTS = 512
@@ -28,7 +29,7 @@ ROUNDS = 7
 
 def main() -> None:
     config = PRESETS["mini_omni"]
-    programs = Programs(jax.jit(lambda: OmniModel(config, stacked=False, dtype=jnp.float32, rngs=nnx.Rngs(0)))())
+    programs = ModelRunner(jax.jit(lambda: OmniModel(config, stacked=False, dtype=jnp.float32, rngs=nnx.Rngs(0)))())
     theirs = TorchOmni(config, SLOTS)
     used = [programs.weights[part] for part in ("embed", "trunk", "norm")]
     size = sum(x.nbytes for x in jax.tree.leaves(used))
@@ -58,11 +59,11 @@ def main() -> None:
 class Runner:
     """A batch in which every row writes and speaks, kept running for ever."""
 
-    def __init__(self, programs: Programs, slots: int):
+    def __init__(self, programs: ModelRunner, slots: int):
         self.programs = programs
         state = programs.empty(programs.weights, slots, SLOTS)
         requests = dataclasses.replace(
-            state.requests, speaks=jnp.ones(slots, bool), limit=jnp.full(slots, SLOTS, jnp.int32)
+            state.requests, outputs_audio=jnp.ones(slots, bool), limit=jnp.full(slots, SLOTS, jnp.int32)
         )
         self.state = dataclasses.replace(
             state,

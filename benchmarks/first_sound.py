@@ -14,15 +14,15 @@ from collections.abc import Callable
 import numpy as np
 
 from omni_jax import Omni
-from omni_jax.delay import playable, undelay
-from omni_jax.inference.engine import Engine, Request
-from omni_jax.vocab import TEXT
+from omni_jax.delay import fill_invalid_codes, undelay
+from omni_jax.inference.engine import Engine, PreparedRequest
+from omni_jax.vocab import TEXT_STREAM
 
 STEPS, STRIDE, ROUNDS = 60, 4, 5
 QUESTION = "omni_jax/assets/questions/sum.wav"
 
 
-def streamed(omni: Omni, request: Request) -> float:
+def streamed(omni: Omni, request: PreparedRequest) -> float:
     """Seconds to the first sound."""
     start, first = time.perf_counter(), None
     for part in omni._stream(request):
@@ -32,16 +32,16 @@ def streamed(omni: Omni, request: Request) -> float:
     return first
 
 
-def strided(omni: Omni, request: Request) -> float:
+def strided(omni: Omni, request: PreparedRequest) -> float:
     """Seconds to the first `STRIDE` frames, decoded alone."""
     start = time.perf_counter()
-    engine = Engine(omni.programs, 1, request.cache_length(omni.config.trunk.context))
+    engine = Engine(omni.programs, 1, request.cache_length(omni.config.trunk.max_position))
     engine.submit(0, request)
-    tokens, first = np.zeros((TEXT + 1, 0), np.int32), None
+    tokens, first = np.zeros((TEXT_STREAM + 1, 0), np.int32), None
     while engine.busy:
         for progress in engine.advance(STRIDE):
             tokens = np.concatenate([tokens, progress.tokens], axis=1)
-            frames = playable(undelay(tokens[:TEXT], omni.vocab), omni.vocab)
+            frames = fill_invalid_codes(undelay(tokens[:TEXT_STREAM], omni.vocab), omni.vocab)
             if first is None and len(frames) >= STRIDE:
                 np.asarray(omni.codec(frames[None, :STRIDE]))
                 first = time.perf_counter() - start
@@ -49,7 +49,7 @@ def strided(omni: Omni, request: Request) -> float:
     return first
 
 
-def whole(omni: Omni, request: Request) -> float:
+def whole(omni: Omni, request: PreparedRequest) -> float:
     """Seconds until everything is said and decoded."""
     start = time.perf_counter()
     omni.run([request])
@@ -58,7 +58,11 @@ def whole(omni: Omni, request: Request) -> float:
 
 def main() -> None:
     omni = Omni.load("nano")
-    ways: dict[str, Callable[[Omni, Request], float]] = {"streamed": streamed, "strided": strided, "whole": whole}
+    ways: dict[str, Callable[[Omni, PreparedRequest], float]] = {
+        "streamed": streamed,
+        "strided": strided,
+        "whole": whole,
+    }
     for name, ask in (("spoken", {"audio": QUESTION}), ("typed", {"text": "What is two plus three?"})):
         request = omni.prepare({**ask, "options": {"max_steps": STEPS}})
         times: dict[str, list[float]] = {way: [] for way in ways}

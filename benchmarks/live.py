@@ -9,8 +9,8 @@ import statistics
 import time
 
 from omni_jax import Omni
-from omni_jax.inference.engine import Request
-from omni_jax.live import Live
+from omni_jax.inference.async_engine import AsyncEngine
+from omni_jax.inference.engine import PreparedRequest
 
 QUESTIONS = 16
 STEPS = 60
@@ -18,7 +18,7 @@ ROUNDS = 3
 QUESTION = "omni_jax/assets/questions/sum.wav"
 
 
-def ask(live: Live, requests: list[Request], at_once: int) -> tuple[float, list[bytes]]:
+def ask(live: AsyncEngine, requests: list[PreparedRequest], at_once: int) -> tuple[float, list[bytes]]:
     """Seconds until all are answered, and the answers' tokens."""
     start, tokens = time.perf_counter(), []
     for first in range(0, len(requests), at_once):
@@ -34,7 +34,7 @@ def main() -> None:
     requests = [omni.prepare(QUESTION, max_steps=STEPS, temperature=1.0, seed=seed) for seed in range(QUESTIONS)]
     ways = (1, 4, 16)
     times: dict[int, list[float]] = {way: [] for way in ways}
-    with Live(omni, slots=QUESTIONS) as live:
+    with AsyncEngine(omni, slots=QUESTIONS) as live:
         for turn in range(ROUNDS + 1):  # the first compiles
             said = {}
             for way in ways:

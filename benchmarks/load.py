@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from omni_jax import checkpoint
-from omni_jax.api import byte_tokenizer
+from omni_jax.checkpoint import release as checkpoint
+from omni_jax.checkpoint.safetensors_io import LazyTensor
 from omni_jax.codec.snac import Snac
-from omni_jax.config import PRESETS
-from omni_jax.tensorfile import LazyTensor
+from omni_jax.config.model import PRESETS
+from omni_jax.tokenizer import byte_tokenizer
 
 WAYS = {
     # What cannot be undercut: the bytes, into memory, once.

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-from omni_jax.config import PRESETS, DataConfig, SourceConfig
+from omni_jax.config.model import PRESETS
+from omni_jax.config.run import DataConfig, SourceConfig
 from omni_jax.data.pipeline import TASKS, Batches, batches, padding
-from omni_jax.data.records import Exchange, Writer, from_bytes, to_bytes
+from omni_jax.data.records import Exchange, RecordWriter, from_bytes, to_bytes
 
 EXCHANGES = 400
 BATCH = 8
@@ -32,7 +33,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     tokenizer = word_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
-        with Writer(folder) as writer:
+        with RecordWriter(folder) as writer:
             for _ in range(EXCHANGES):
                 writer.write(exchange(rng))
         size = sum(file.stat().st_size for file in Path(folder).iterdir()) / EXCHANGES
@@ -44,7 +45,7 @@ def main() -> None:
         for name, tasks in (("all", TASKS), ("A1A2", TASKS[:1]), ("T1T2", TASKS[4:5])):
             for workers in (0, 1, 2):
                 shares = {task.value: 1.0 for task in tasks}
-                config = DataConfig(sources=(SourceConfig(folder),), tasks=shares, batch=BATCH, workers=workers)
+                config = DataConfig(sources=(SourceConfig(folder),), tasks=shares, batch_size=BATCH, num_workers=workers)
                 speed = run(batches(config, model, tokenizer, seed=0))
                 print(
                     f"{name:>5} {workers:>7} {speed.examples / speed.seconds:>11.0f} "

@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 
 from omni_jax import Omni
-from omni_jax.audio import wav
+from omni_jax.audio import io as audio_io
 
 CLIENTS, SLOTS, WAITING = 64, 8, 48
 STEPS = 60
@@ -44,7 +44,7 @@ class Question:
 
     def right(self, text: str | None, audio: bytes) -> bool:
         """Whether an answer is the expected one: the text to the letter, sound up to the rounding of 16 bits."""
-        wanted = np.zeros(0, int) if self.audio is None else wav.to_pcm16(self.audio).astype(int)
+        wanted = np.zeros(0, int) if self.audio is None else audio_io.to_pcm16(self.audio).astype(int)
         heard = np.frombuffer(audio, "<i2")
         return text == self.text and heard.shape == wanted.shape and np.abs(heard - wanted).max(initial=0) <= 4
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import Qwen2Config, Qwen2Model, StaticCache
 
-from omni_jax.config import ModelConfig
+from omni_jax.config.model import ModelConfig
 from omni_jax.vocab import Vocab
 
 
@@ -16,17 +16,17 @@ class TorchOmni:
         trunk, vocab = config.trunk, Vocab(config.vocab)
         self.config = Qwen2Config(
             vocab_size=1,
-            hidden_size=trunk.width,
-            intermediate_size=trunk.ffn,
-            num_hidden_layers=trunk.layers,
-            num_attention_heads=trunk.heads,
-            num_key_value_heads=trunk.kv_heads,
-            max_position_embeddings=trunk.context,
+            hidden_size=trunk.hidden_size,
+            intermediate_size=trunk.intermediate_size,
+            num_hidden_layers=trunk.num_layers,
+            num_attention_heads=trunk.num_heads,
+            num_key_value_heads=trunk.num_kv_heads,
+            max_position_embeddings=trunk.max_position,
             rms_norm_eps=trunk.norm_eps,
         )
         torch.manual_seed(0)
         self.trunk = Qwen2Model(self.config).eval()
-        self.table = torch.randn(vocab.rows, trunk.width) / trunk.width**0.5
+        self.table = torch.randn(vocab.rows, trunk.hidden_size) / trunk.hidden_size**0.5
         self.slots = slots
         self.text_rows = vocab.text_rows
         self.audio_shape = (7, vocab.audio_rows)

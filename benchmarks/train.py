@@ -40,16 +40,18 @@ from benchmarks.decode import alternate
 from benchmarks.pipeline import exchange
 from omni_jax import config as configs
 from omni_jax import sharding
-from omni_jax.api import default_layout
-from omni_jax.checkpoint import init_model, model_tensors
-from omni_jax.config import PRESETS, TASKS, EarConfig, LossConfig, ModelConfig, RunConfig
+from omni_jax.checkpoint.release import init_model, model_tensors
+from omni_jax.checkpoint.safetensors_io import LazyTensor
+from omni_jax.config import TASKS
+from omni_jax.config.model import PRESETS, AudioEncoderConfig, ModelConfig
+from omni_jax.config.run import LossConfig, RunConfig
 from omni_jax.convert import qwen2
-from omni_jax.data.records import Writer
-from omni_jax.tensorfile import LazyTensor
+from omni_jax.data.records import RecordWriter
+from omni_jax.sharding import default_layout
 from omni_jax.training import loop, loss
-from omni_jax.training.stages import divide
+from omni_jax.training.stages import partition
 from omni_jax.training.step import Batch, TrainState, optimizer, train_step
-from omni_jax.vocab import LAYERS, TEXT, Vocab
+from omni_jax.vocab import NUM_CODEBOOKS, TEXT_STREAM, Vocab
 
 LAYERS_OF_SLICE = 6
 ROWS, LENGTH, PROMPT = 2, 256, 64
@@ -86,14 +88,16 @@ def step() -> None:
 def slice_of_mini_omni() -> ModelConfig:
     whole = PRESETS["mini_omni"]
     # The step wants an ear; the batch gives it nothing to hear, and one of this size costs nothing.
-    ear = EarConfig(width=32, layers=1, heads=1, ffn=32, positions=2)
-    trunk = dataclasses.replace(whole.trunk, layers=LAYERS_OF_SLICE)
-    return dataclasses.replace(whole, ear=ear, adapter=dataclasses.replace(whole.adapter, ffn=32), trunk=trunk)
+    ear = AudioEncoderConfig(hidden_size=32, num_layers=1, num_heads=1, intermediate_size=32, max_position=2)
+    trunk = dataclasses.replace(whole.trunk, num_layers=LAYERS_OF_SLICE)
+    return dataclasses.replace(
+        whole, audio_encoder=ear, adapter=dataclasses.replace(whole.adapter, intermediate_size=32), trunk=trunk
+    )
 
 
 def rows_of_answers(config: ModelConfig) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    limits = np.array([config.vocab.audio] * LAYERS + [config.vocab.text])[:, None]
+    limits = np.array([config.vocab.audio] * NUM_CODEBOOKS + [config.vocab.text])[:, None]
     mask = np.zeros((ROWS, 8, LENGTH), bool)
     mask[..., PROMPT:] = True
     return {
@@ -103,7 +107,7 @@ def rows_of_answers(config: ModelConfig) -> dict[str, np.ndarray]:
         "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
         "segments": np.ones((ROWS, LENGTH), np.int32),
         "speech_index": np.full((ROWS, LENGTH), -1, np.int32),
-        "sound": np.zeros((ROWS, 1, config.ear.samples), np.int16),
+        "sound": np.zeros((ROWS, 1, config.audio_encoder.max_samples), np.int16),
     }
 
 
@@ -128,7 +132,7 @@ class Ours:
         model = init_model(config, stacked=stacked, dtype=jnp.dtype(dtype), seed=0)
         model.lay_on(sharding.make_mesh())
         self.graph, params = nnx.split(model)
-        learning, self.frozen = divide(nnx.to_pure_dict(params), run.learn)
+        learning, self.frozen = partition(nnx.to_pure_dict(params), run.trainable)
         self.state = TrainState(
             jnp.int32(0), learning, jax.jit(optimizer(run.optimizer).init)(learning), jnp.int32(0), jnp.int32(0)
         )
@@ -152,7 +156,7 @@ class Torch:
     """The same model and step in PyTorch."""
 
     def __init__(self, config: ModelConfig, weights: dict[str, np.ndarray], arrays: dict[str, np.ndarray], dtype: str):
-        vocab, D = Vocab(config.vocab), config.trunk.width
+        vocab, D = Vocab(config.vocab), config.trunk.hidden_size
         # One table, the audio layers' rows after the text's, as published.
         named = {name: x for name, x in weights.items() if name.startswith(("trunk.", "norm."))}
         named["embed.text"] = np.concatenate([weights["embed.text"], weights["embed.audio"].reshape(-1, D)])
@@ -169,8 +173,8 @@ class Torch:
             eps=OPTIMIZER["eps"],
             fused=True,
         )
-        offsets = [*(vocab.text_rows + layer * vocab.audio_rows for layer in range(LAYERS)), 0]
-        sizes = [vocab.audio_rows] * LAYERS + [vocab.text_rows]
+        offsets = [*(vocab.text_rows + layer * vocab.audio_rows for layer in range(NUM_CODEBOOKS)), 0]
+        sizes = [vocab.audio_rows] * NUM_CODEBOOKS + [vocab.text_rows]
         self.slices = [slice(at, at + size) for at, size in zip(offsets, sizes, strict=True)]
         self.ids = torch.from_numpy(arrays["tokens"].astype(np.int64)) + torch.tensor(offsets)[:, None]
         # What does not count is -100, which cross_entropy leaves out.
@@ -225,13 +229,13 @@ def memory() -> None:
 def loss_arguments(rows: int, length: int) -> tuple[tuple[Any, Any], Any, Any, Any]:
     """Shapes of tables, hidden states, targets and mask of the published model."""
     config = PRESETS["mini_omni"]
-    vocab, D = Vocab(config.vocab), config.trunk.width
+    vocab, D = Vocab(config.vocab), config.trunk.hidden_size
     f32 = jnp.float32
     tables = (
         jax.ShapeDtypeStruct((vocab.text_rows, D), f32),
-        jax.ShapeDtypeStruct((LAYERS, vocab.audio_rows, D), f32),
+        jax.ShapeDtypeStruct((NUM_CODEBOOKS, vocab.audio_rows, D), f32),
     )
-    shape = (rows, TEXT + 1, length)
+    shape = (rows, TEXT_STREAM + 1, length)
     hidden = jax.ShapeDtypeStruct((rows, length, D), f32)
     return tables, hidden, jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
 
@@ -241,8 +245,8 @@ def compiled_loss(chunk: int, rows: int, length: int) -> jax.stages.Compiled:
 
     def value(tables: Any, hidden: Any, targets: Any, mask: Any) -> Any:
         heads: Any = SimpleNamespace(head_tables=lambda: tables, mesh=None)
-        config = LossConfig(chunk=chunk * rows)
-        return loss.of_batch(heads, hidden, hidden, targets, mask, jnp.ones(TEXT + 1), config)[0]
+        config = LossConfig(chunk_size=chunk * rows)
+        return loss.of_batch(heads, hidden, hidden, targets, mask, jnp.ones(TEXT_STREAM + 1), config)[0]
 
     return jax.jit(jax.value_and_grad(value, (0, 1))).lower(*loss_arguments(rows, length)).compile()
 
@@ -267,7 +271,7 @@ def waiting() -> None:
     """What a run says of its own waiting."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        with Writer(Path(folder) / "records") as writer:
+        with RecordWriter(Path(folder) / "records") as writer:
             for _ in range(100):
                 made = exchange(rng)
                 codes = made.answer_codes % PRESETS["nano"].vocab.audio

@@ -23,7 +23,7 @@ from typing import Annotated
 
 import typer
 
-from omni_jax.checkpoint import TOKENIZER_FILES
+from omni_jax.checkpoint.release import TOKENIZER_FILES
 
 BUILD = Path("build/nano")
 PARTS = Path(__file__).parent / "parts"
@@ -55,7 +55,12 @@ def train(name: str, run: str, serves: str = "") -> Step:
 STEPS = (
     Step("synthesize", ("-m", "nano.synthesize")),
     Step("codec", ("-m", "nano.codec"), BUILD / "codec" / "codec.safetensors", ("codec.safetensors",)),
-    Step("ear", ("-m", "nano.ear"), BUILD / "ear" / "ear.safetensors", ("ear.safetensors",)),
+    Step(
+        "audio_encoder",
+        ("-m", "nano.audio_encoder"),
+        BUILD / "audio_encoder" / "audio_encoder.safetensors",
+        ("audio_encoder.safetensors",),
+    ),
     Step("texts", ("-m", "nano.text")),
     Step("untaught", ("-m", "nano.assemble", "untaught", str(BUILD / "untaught")), BUILD / "untaught", serves=TRUNK),
     train("text", "text_run", serves=TRUNK),

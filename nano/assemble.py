@@ -20,10 +20,11 @@ import typer
 from flax import nnx
 
 from nano import text
-from omni_jax import checkpoint
+from omni_jax.checkpoint import release as checkpoint
+from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile, Tensors, write_safetensors
 from omni_jax.codec.snac import Snac
-from omni_jax.config import PRESETS
-from omni_jax.tensorfile import CheckpointError, LazyTensor, TensorFile, Tensors, write
+from omni_jax.config.model import PRESETS
+from omni_jax.errors import CheckpointError
 
 PRESET = "nano"
 TRUNK = Path("build/nano/trunk/trunk.safetensors")
@@ -59,7 +60,7 @@ def keep_trunk(run: checkpoint.Release, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
     tensors = run.model_tensors().items()
-    write(path, {name: tensor.cast(np.float16) for name, tensor in tensors if name.startswith(FROM_TRUNK)})
+    write_safetensors(path, {name: tensor.cast(np.float16) for name, tensor in tensors if name.startswith(FROM_TRUNK)})
     for file in run.tokenizer_files():
         shutil.copyfile(file, path.parent / file.name)
 
@@ -78,7 +79,7 @@ def taught(
     Args:
         out: new folder.
         trunk: `trunk.safetensors`, as `keep_trunk` writes it; the tokenizer is beside it.
-        ear: `ear.safetensors` of `nano.ear`.
+        ear: `ear.safetensors` of `nano.audio_encoder`.
         codec: `codec.safetensors` of `nano.codec`.
         preset: the shape.
         seed: draws what is random.
@@ -86,11 +87,11 @@ def taught(
     Raises:
         omni_jax.tensorfile.CheckpointError: `out` is in use, a file is missing, or the parts do not fit the shape.
     """
-    parts = {**_random(preset, seed), **TensorFile(ear).tensors, **TensorFile(trunk).tensors}
+    parts = {**_random(preset, seed), **SafetensorsFile(ear).tensors, **SafetensorsFile(trunk).tensors}
     # A part in float16 is trained in float32 from here on.
     tensors = {name: tensor.cast(np.float32) for name, tensor in parts.items()}
     files = [trunk.parent / name for name in checkpoint.TOKENIZER_FILES]
-    checkpoint.save_release(out, PRESETS[preset], tensors, TensorFile(codec).tensors, files)
+    checkpoint.save_release(out, PRESETS[preset], tensors, SafetensorsFile(codec).tensors, files)
 
 
 def average(runs: Sequence[checkpoint.Release], out: Path) -> None:
@@ -164,7 +165,7 @@ def trunk_command(
 def taught_command(
     out: Annotated[Path, typer.Argument(help="Folder to write")],
     trunk: Annotated[Path, typer.Option(help="As `trunk` writes it")] = TRUNK,
-    ear: Annotated[Path, typer.Option(help="As nano.ear writes it")] = Path("build/nano/ear/ear.safetensors"),
+    ear: Annotated[Path, typer.Option(help="As nano.audio_encoder writes it")] = Path("build/nano/ear/ear.safetensors"),
     codec: Annotated[Path, typer.Option(help="As nano.codec writes it")] = Path("build/nano/codec/codec.safetensors"),
     preset: Annotated[str, typer.Option(help="nano or nano_tts_adapter")] = PRESET,
     seed: Annotated[int, typer.Option(help="Draws what is random")] = 0,

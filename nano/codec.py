@@ -31,10 +31,10 @@ from flax import nnx
 
 from nano import run
 from nano.synthesize import recordings
-from omni_jax import tensorfile
-from omni_jax.audio import wav
+from omni_jax.audio import io as audio_io
+from omni_jax.checkpoint import safetensors_io
 from omni_jax.codec.snac import Snac
-from omni_jax.config import PRESETS, CodecConfig
+from omni_jax.config.model import PRESETS, CodecConfig
 
 CONFIG = PRESETS["nano"].codec
 PARTS = ("answers/train", "answers/read_train")
@@ -212,7 +212,7 @@ class Trainer:
         _, variables = nnx.split(Snac(self.config, rngs=nnx.Rngs(self.seed)))
         params = nnx.to_pure_dict(variables)
         codes, width = self.config.codebook_size, self.config.codebook_dim
-        usage = [Usage(jnp.ones(codes), jnp.zeros((codes, width))) for _ in self.config.strides]
+        usage = [Usage(jnp.ones(codes), jnp.zeros((codes, width))) for _ in self.config.vq_strides]
         average = jax.tree.map(jnp.copy, params)
         return State(jnp.zeros((), jnp.int32), params, average, self.optimizer.init(params), usage)
 
@@ -284,7 +284,7 @@ def k_means(
         rounds: of Lloyd's algorithm.
 
     Returns:
-        f32 [count, D], and how many vectors each centre got, at least 1 each.
+        f32 [count, D], and how many vectors each center got, at least 1 each.
     """
     centres = vectors[rng.choice(len(vectors), count, replace=False)]
     for _ in range(rounds):
@@ -320,7 +320,7 @@ class Corpus:
         for index in rng.choice(len(self.audio), size, p=self.shares):
             start = rng.integers(0, len(self.audio[index]) - self.crop + 1)
             rows.append(self.audio[index][start : start + self.crop])
-        return wav.from_pcm16(np.stack(rows))
+        return audio_io.from_pcm16(np.stack(rows))
 
 
 def load(folder: Path, parts: tuple[str, ...] = PARTS) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -331,7 +331,7 @@ def load(folder: Path, parts: tuple[str, ...] = PARTS) -> tuple[list[np.ndarray]
 
 def read(path: Path, config: CodecConfig = CONFIG) -> Snac:
     """The codec that `run.export` has written."""
-    file = tensorfile.TensorFile(path)
+    file = safetensors_io.TensorFile(path)
     return Snac.from_params(config, {name: file.read(name).astype(np.float32) for name in file.tensors})
 
 
@@ -361,8 +361,10 @@ def train(
         save_seconds: between states on disk.
     """
     train_audio, held_back = load(folder)
-    corpus = Corpus(train_audio, CROP * config.frame)
-    validation = [Corpus(held_back, CROP * config.frame).batch(BATCH, [seed, 2, index]) for index in range(VALIDATION)]
+    corpus = Corpus(train_audio, CROP * config.frame_size)
+    validation = [
+        Corpus(held_back, CROP * config.frame_size).batch(BATCH, [seed, 2, index]) for index in range(VALIDATION)
+    ]
     trainer = Trainer(config, steps, seed)
     state = trainer.start()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -378,7 +380,7 @@ def train(
         distances = [float(trainer.distance(state.average, audio, done > unrounded)) for audio in validation]
         return {"validation": float(np.mean(distances))}
 
-    state = run.learn(
+    state = run.trainable(
         out,
         state,
         steps,
@@ -386,7 +388,7 @@ def train(
         step,
         validate,
         ["distance", "validation", "codes_0", "codes_1", "codes_2"],
-        log_every=log_every,
+        log_interval_steps=log_every,
         validate_every=validate_every,
         save_seconds=save_seconds,
     )

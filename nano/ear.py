@@ -1,6 +1,6 @@
 """Teaches nano its ear: a Whisper-shaped encoder that learns to hear by writing down letters.
 
-    python -m nano.ear                              # reads build/nano/questions, writes build/nano/ear
+    python -m nano.audio_encoder                              # reads build/nano/questions, writes build/nano/ear
 
 A linear head over the encoder's features names a letter every 20 ms, trained by CTC (Graves et al. 2006); the head is
 thrown away afterwards, its features are what the language model listens to. The recordings are by many voices, noisy
@@ -39,14 +39,15 @@ from flax import nnx, traverse_util
 
 from nano import facts, run
 from nano.synthesize import ASKED, recordings
-from omni_jax import tensorfile
-from omni_jax.audio import wav
+from omni_jax.audio import io as audio_io
 from omni_jax.audio.features import HOP, log_mel, spec_augment
-from omni_jax.checkpoint import dotted
-from omni_jax.config import PRESETS, EarConfig, SpecAugmentConfig
-from omni_jax.model.whisper import Linear, Whisper
+from omni_jax.checkpoint import safetensors_io
+from omni_jax.checkpoint.release import dotted_name
+from omni_jax.config.model import PRESETS, AudioEncoderConfig
+from omni_jax.config.run import SpecAugmentConfig
+from omni_jax.model.whisper_encoder import Linear, WhisperEncoder
 
-CONFIG = PRESETS["nano"].ear
+CONFIG = PRESETS["nano"].audio_encoder
 PARTS = (*ASKED, *(f"questions/dictation_{part}" for part in ("train", "free", "recorded")))
 TESTS = (
     "questions/held_out_seen",
@@ -83,7 +84,7 @@ AVERAGE_DECAY = 0.998
 """Of the parameters' moving average, per step."""
 
 SPEED = (0.9, 1.1)
-AUGMENTATION = SpecAugmentConfig(warp=0.1, stripes=2, frames=10, bins=12)
+AUGMENTATION = SpecAugmentConfig(max_warp=0.1, num_masks=2, max_time_mask=10, max_mel_mask=12)
 """Longer and shorter throats are those of voices that it never hears."""
 
 Array = jax.Array
@@ -92,14 +93,14 @@ Array = jax.Array
 class Listener(nnx.Module):
     """The ear and the head that writes down what it hears."""
 
-    def __init__(self, config: EarConfig, *, rngs: nnx.Rngs):
-        self.ear = Whisper(config, stacked=False, rngs=rngs)
+    def __init__(self, config: AudioEncoderConfig, *, rngs: nnx.Rngs):
+        self.audio_encoder = WhisperEncoder(config, stacked=False, rngs=rngs)
         axes = (None, None)
-        self.head = Linear((config.width,), (len(LETTERS) + 1,), axes=axes, dtype=jnp.float32, rngs=rngs)
+        self.head = Linear((config.hidden_size,), (len(LETTERS) + 1,), axes=axes, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, mel: Array) -> Array:
         """F32 [B, M, 2 positions] -> logits f32 [B, positions, letters + 1]."""
-        return self.head(self.ear(mel))
+        return self.head(self.audio_encoder(mel))
 
 
 class State(NamedTuple):
@@ -124,7 +125,7 @@ def load(folder: Path, parts: Sequence[str]) -> list[Clip]:
     """The recordings of each part that is there; texts as they are written down."""
     there = (part for part in parts if list(folder.glob(f"{part}-*.jsonl")))
     found = itertools.chain.from_iterable(recordings(folder, part) for part in there)
-    return [Clip(one.audio, facts.normalise(one.utterance.text)) for one in found]
+    return [Clip(one.audio, facts.normalize(one.utterance.text)) for one in found]
 
 
 def numbers(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -147,7 +148,7 @@ def numbers(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return labels, padding
 
 
-def written(logits: np.ndarray) -> list[str]:
+def decode_text(logits: np.ndarray) -> list[str]:
     """The likeliest letter of every position, repetitions joined, blanks left out: f32 [B, T, letters + 1]."""
     best = np.argmax(logits, axis=-1)
     changes = np.diff(best, axis=1, prepend=0) != 0
@@ -179,7 +180,7 @@ def batch(
         # One that fits just so is played no slower than it still does.
         speed = max(rng.uniform(*SPEED), len(clip.audio) / samples)
         places = np.arange(0, len(clip.audio) - 1, speed)
-        audio[row, : len(places)] = np.interp(places, np.arange(len(clip.audio)), wav.from_pcm16(clip.audio))
+        audio[row, : len(places)] = np.interp(places, np.arange(len(clip.audio)), audio_io.from_pcm16(clip.audio))
         lengths[row] = len(places)
     return audio, lengths, *numbers([clip.text for clip in drawn])
 
@@ -196,15 +197,15 @@ def by_length(clips: Sequence[Clip], lengths: Sequence[int]) -> list[tuple[int, 
 
 def spread(lengths: Array, labels: Array, padding: Array, outputs: int) -> Array:
     """The letter at each output if letters were spread evenly, blank before and after: int32 [B, outputs]."""
-    every = 2 * HOP / wav.SAMPLE_RATE
-    first, last = EDGE, lengths[:, None] / wav.SAMPLE_RATE - EDGE
+    every = 2 * HOP / audio_io.SAMPLE_RATE
+    first, last = EDGE, lengths[:, None] / audio_io.SAMPLE_RATE - EDGE
     share = ((jnp.arange(outputs) + 0.5) * every - first) / jnp.maximum(last - first, every)
     count = (1 - padding).sum(axis=1, keepdims=True)
     index = jnp.clip(jnp.floor(share * count), 0, count - 1).astype(jnp.int32)
     return jnp.where((share >= 0) & (share < 1), jnp.take_along_axis(labels, index, axis=1), 0)
 
 
-def look_nearby(params: Any, config: EarConfig) -> Any:
+def look_nearby(params: Any, config: AudioEncoderConfig) -> Any:
     """Make every head of the encoder begin by attending around the position `OFFSETS` from its own.
 
     Queries and keys read the fastest sinusoids off the residual stream, a query as they will be or were at its
@@ -214,15 +215,15 @@ def look_nearby(params: Any, config: EarConfig) -> Any:
         params: of a `Listener`, as they were drawn.
         config: its ear's shape.
     """
-    half, size = config.width // 2, config.width // config.heads
+    half, size = config.hidden_size // 2, config.hidden_size // config.num_heads
     rates = np.exp(-np.arange(size // 2) * np.log(10_000) / (half - 1))
     sines, cosines = np.arange(size // 2), half + np.arange(size // 2)
     even = 2 * np.arange(size // 2)
-    ear = params["ear"]
+    ear = params["audio_encoder"]
     layers = {}
     for number, block in ear["layers"].items():
         query, key = (np.array(block[name]["kernel"]) * 0.3 for name in "qk")
-        for head in range(config.heads):
+        for head in range(config.num_heads):
             sine, cosine = (turn(rates * OFFSETS[head % len(OFFSETS)]) for turn in (np.sin, np.cos))
             key[sines, head, even] += 1
             key[cosines, head, even + 1] += 1
@@ -232,7 +233,7 @@ def look_nearby(params: Any, config: EarConfig) -> Any:
             query[sines, head, even + 1] -= sine
         parts = {name: {**block[name], "kernel": jnp.asarray(kernel)} for name, kernel in (("q", query), ("k", key))}
         layers[number] = {**block, **parts}
-    return {**params, "ear": {**ear, "layers": layers}}
+    return {**params, "audio_encoder": {**ear, "layers": layers}}
 
 
 def matrices(params: Any) -> Any:
@@ -240,7 +241,7 @@ def matrices(params: Any) -> Any:
     axes: dict[tuple[str, ...], optax.contrib.MuonDimensionNumbers | None] = {}
     for keys, leaf in traverse_util.flatten_dict(params).items():
         rank = len(getattr(leaf, "shape", ()))
-        if keys[0] != "ear" or rank < 2:
+        if keys[0] != "audio_encoder" or rank < 2:
             axes[keys] = None
         else:
             inputs = rank - 1 if keys[-2] in ("conv1", "conv2", "out") else 1
@@ -252,17 +253,17 @@ def matrices(params: Any) -> Any:
 class Trainer:
     """The compiled steps of a run; equal ones share their programs."""
 
-    config: EarConfig
+    config: AudioEncoderConfig
     steps: int
     seed: int
-    hears: bool = False
+    takes_audio: bool = False
     """Whether the ear hears already. Letters taken as spread evenly would mislead it, and at the full learning rate it
     would unlearn."""
 
     @cached_property
     def rate(self) -> optax.Schedule:
         """The learning rate by step."""
-        peak = PEAK / 2 if self.hears else PEAK
+        peak = PEAK / 2 if self.takes_audio else PEAK
         return optax.warmup_cosine_decay_schedule(0.0, peak, min(WARMUP, self.steps // 10), self.steps, peak / 100)
 
     @cached_property
@@ -289,7 +290,7 @@ class Trainer:
 
     def logits(self, params: Any, mel: Array) -> Array:
         """What a listener with these parameters writes, for any length of mel: no parameter depends on it."""
-        config = dataclasses.replace(self.config, positions=mel.shape[2] // 2)
+        config = dataclasses.replace(self.config, max_position=mel.shape[2] // 2)
         graph, _ = nnx.split(nnx.eval_shape(lambda: Listener(config, rngs=nnx.Rngs(0))))
         listener: Listener = nnx.merge(graph, params)
         return listener(mel)
@@ -300,9 +301,9 @@ class Trainer:
     ) -> tuple[State, dict[str, Array]]:
         """One step on what `batch` gives."""
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
-        mel = spec_augment(log_mel(audio, self.config.mels), key, AUGMENTATION)
+        mel = spec_augment(log_mel(audio, self.config.num_mel_bins), key, AUGMENTATION)
 
-        even_weight = (not self.hears) * EVEN_WEIGHT * jnp.maximum(0, 1 - state.step / EVEN_STEPS)
+        even_weight = (not self.takes_audio) * EVEN_WEIGHT * jnp.maximum(0, 1 - state.step / EVEN_STEPS)
 
         def loss(params: Any) -> tuple[Array, Array]:
             logits = self.logits(params, mel)
@@ -322,17 +323,17 @@ class Trainer:
     @partial(jax.jit, static_argnums=0)
     def listen(self, params: Any, audio: Array) -> Array:
         """Logits for f32 [B, samples]."""
-        return self.logits(params, log_mel(audio, self.config.mels))
+        return self.logits(params, log_mel(audio, self.config.num_mel_bins))
 
     def evaluate(self, params: Any, clips: Sequence[Clip]) -> dict[str, float]:
         """Share of wrong letters, of wrong words, and of texts without a fault."""
         heard: list[str] = []
         for first in range(0, len(clips), BATCH):
             rows = clips[first : first + BATCH]
-            audio = np.zeros((BATCH, self.config.samples), np.float32)
+            audio = np.zeros((BATCH, self.config.num_samples), np.float32)
             for row, clip in enumerate(rows):
-                audio[row, : len(clip.audio)] = wav.from_pcm16(clip.audio)
-            texts = written(np.asarray(self.listen(params, audio)))[: len(rows)]
+                audio[row, : len(clip.audio)] = audio_io.from_pcm16(clip.audio)
+            texts = decode_text(np.asarray(self.listen(params, audio)))[: len(rows)]
             heard += [" ".join(text.split()) for text in texts]
         said = [clip.text for clip in clips]
         return {
@@ -348,13 +349,15 @@ def begin_with(state: State, path: Path) -> State:
     Raises:
         omni_jax.tensorfile.CheckpointError: it is an encoder of another shape.
     """
-    file = tensorfile.TensorFile(path)
-    drawn = traverse_util.flatten_dict({"ear": state.params["ear"]})
-    if wrong := tensorfile.differences(file.tensors, {dotted(keys): leaf.shape for keys, leaf in drawn.items()}):
-        raise tensorfile.CheckpointError(f"{path}: another ear than this one:\n" + "\n".join(wrong))
+    file = safetensors_io.TensorFile(path)
+    drawn = traverse_util.flatten_dict({"audio_encoder": state.params["audio_encoder"]})
+    if wrong := safetensors_io.differences(
+        file.tensors, {dotted_name(keys): leaf.shape for keys, leaf in drawn.items()}
+    ):
+        raise safetensors_io.CheckpointError(f"{path}: another ear than this one:\n" + "\n".join(wrong))
 
     def taught(old: Any) -> Any:
-        read = {keys: jnp.array(file.read(dotted(keys)), jnp.float32) for keys in drawn}
+        read = {keys: jnp.array(file.read(dotted_name(keys)), jnp.float32) for keys in drawn}
         return {**old, **traverse_util.unflatten_dict(read)}
 
     return state._replace(params=taught(state.params), average=taught(state.average))
@@ -364,7 +367,7 @@ def train(
     folder: Path,
     out: Path,
     *,
-    config: EarConfig = CONFIG,
+    config: AudioEncoderConfig = CONFIG,
     steps: int,
     seed: int = 0,
     start: Path | None = None,
@@ -387,21 +390,21 @@ def train(
         validated: recordings of each held-out part.
         save_seconds: between states on disk.
     """
-    clips = [clip for clip in load(folder, PARTS) if len(clip.audio) <= config.samples]
+    clips = [clip for clip in load(folder, PARTS) if len(clip.audio) <= config.num_samples]
     tests = {part.partition("/")[2]: load(folder, [part]) for part in TESTS}
     tests = {name: held_out for name, held_out in tests.items() if held_out}
     if not clips:
         raise SystemExit(f"{folder}: expected recordings of {', '.join(PARTS)}, found none: python -m nano.synthesize")
-    trainer = Trainer(config, steps, seed, hears=start is not None)
+    trainer = Trainer(config, steps, seed, takes_audio=start is not None)
     state = trainer.start() if start is None else begin_with(trainer.start(), start)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params["ear"]))
-    hours = sum(len(clip.audio) for clip in clips) / wav.SAMPLE_RATE / 3600
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params["audio_encoder"]))
+    hours = sum(len(clip.audio) for clip in clips) / audio_io.SAMPLE_RATE / 3600
     print(f"{parameters} parameters, {len(clips)} recordings, {hours:.1f} hours, {steps} steps", flush=True)
-    groups = by_length(clips, [int(share * config.positions) * 320 for share in LENGTHS])
+    groups = by_length(clips, [int(share * config.max_position) * 320 for share in LENGTHS])
     sizes = np.array([len(group) for _, group in groups], float)
 
     def step(state: State, number: int) -> tuple[State, dict[str, Any]]:
-        samples, group = config.samples, clips
+        samples, group = config.num_samples, clips
         if groups and number < FULL_FROM * steps:
             rng = np.random.default_rng([seed, number, 1])
             samples, group = groups[rng.choice(len(groups), p=sizes / sizes.sum())]
@@ -414,7 +417,7 @@ def train(
             outcome.update({f"{name}_{measure}": value for measure, value in measures.items()})
         return outcome
 
-    state = run.learn(
+    state = run.trainable(
         out,
         state,
         steps,
@@ -422,11 +425,11 @@ def train(
         step,
         validate,
         ["loss", *(f"{name}_letters_wrong" for name in tests)],
-        log_every=log_every,
+        log_interval_steps=log_every,
         validate_every=validate_every,
         save_seconds=save_seconds,
     )
-    run.export(out / "ear.safetensors", {"ear": state.average["ear"]})
+    run.export(out / "audio_encoder.safetensors", {"audio_encoder": state.average["audio_encoder"]})
 
 
 def main(

@@ -4,7 +4,7 @@
     build/listener/bin/python -m nano.listen hear build/nano/evaluated
     python -m nano.evaluate table build/nano/evaluated      # the table, as Markdown
 
-`nano.listen` says how to get a listener, the independent recogniser that judges the sound.
+`nano.listen` says how to get a listener, the independent recognizer that judges the sound.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from nano import facts, listen
 from omni_jax import Omni
-from omni_jax.api import Ask, Reply
-from omni_jax.audio import wav
-from omni_jax.config import PRESETS
+from omni_jax.api import Request
+from omni_jax.audio import io as audio_io
+from omni_jax.config.model import PRESETS
 from omni_jax.data.records import Exchange, Records, from_bytes
+from omni_jax.inference.answer import Reply
 
 FOLDER = Path("build/nano/evaluated")
 RECORDS = Path("build/nano/records")
@@ -70,11 +71,11 @@ EXAMINATIONS = (
 )
 
 
-def question(exchange: Exchange, task: str) -> Ask:
+def question(exchange: Exchange, task: str) -> Request:
     """What is asked of the model."""
     if task.startswith("A1"):
-        return Ask(audio=exchange.question_audio, sample_rate=wav.SAMPLE_RATE, task=task)
-    return Ask(text=exchange.answer_text if task == "T1A1" else exchange.question_text, task=task)
+        return Request(audio=exchange.question_audio, sample_rate=audio_io.SAMPLE_RATE, task=task)
+    return Request(text=exchange.answer_text if task == "T1A1" else exchange.question_text, task=task)
 
 
 def expected(exchange: Exchange, task: str) -> str:
@@ -117,7 +118,7 @@ def _entry(exchange: Exchange, reply: Reply, task: str) -> dict[str, Any]:
         "written": reply.text,
         "seconds": round(reply.seconds, 2),
         "finish": reply.finish_reason,
-        "repaired_codes": reply.repaired_codes,
+        "num_invalid_codes": reply.num_invalid_codes,
     }
 
 
@@ -134,7 +135,7 @@ def clock(omni: Omni, records: Path, count: int = TIMED) -> dict[str, float]:
         # The first turn compiles.
         for exchange in exchanges:
             start, first, samples = time.perf_counter(), 0.0, 0
-            for part in omni.stream(exchange.question_audio, sample_rate=wav.SAMPLE_RATE):
+            for part in omni.stream(exchange.question_audio, sample_rate=audio_io.SAMPLE_RATE):
                 if len(part.audio):
                     first = first or time.perf_counter() - start
                     samples += len(part.audio)
@@ -155,12 +156,12 @@ def scores(entries: Sequence[Any]) -> dict[str, Any]:
         right = entry["written"] == entry["expected"]
         for name in ("", entry["held_out"], entry["kind"]):
             groups[name].append(right)
-    said, written = ([facts.normalise(entry[key]) for entry in entries] for key in ("expected", "written"))
+    said, decode_text = ([facts.normalize(entry[key]) for entry in entries] for key in ("expected", "written"))
     exact = {name: round(float(np.mean(rights)), 4) for name, rights in groups.items() if name}
     return {
         "count": len(entries),
         "exact": round(float(np.mean(groups[""])), 4),
-        "wer": round(float(jiwer.wer(said, written)), 4),
+        "wer": round(float(jiwer.wer(said, decode_text)), 4),
         "exact_by": exact,
     }
 
@@ -184,9 +185,9 @@ def table(folder: Path) -> str:
             f"One question at a time: first sound after {speed['first_sound']:.2f} s, the whole answer after "
             f"{speed['total']:.2f} s, {speed['real_time_factor']:.2f}x real time (medians).",
         ]
-    written = {name: scores(entries).get("exact_by", {}) for name, entries in found["examinations"].items()}
+    decode_text = {name: scores(entries).get("exact_by", {}) for name, entries in found["examinations"].items()}
     chosen = ("A1A2 held_out_seen", "A1T2 held_out_seen", "T1T2 held_out")
-    lines += _by_kind("exact", {name: written[name] for name in chosen if name in written})
+    lines += _by_kind("exact", {name: decode_text[name] for name in chosen if name in decode_text})
     return "\n".join(lines + _by_kind("WER as heard", heard_by_kind(found["examinations"], listener["recordings"])))
 
 

@@ -112,7 +112,7 @@ def words(number: int) -> str:
     return _TENS[number // 10] + (f"-{_SMALL[number % 10]}" if number % 10 else "")
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Text as a listener can write it down: lower case, no punctuation but apostrophes, single spaces."""
     kept = "".join(letter if letter.isalpha() or letter == "'" else " " for letter in text.lower())
     return " ".join(kept.split())
@@ -169,7 +169,7 @@ def _in_training(kind: Kind, facts: Iterable[Fact]) -> list[Item]:
 def sample(
     split: Split, count: int, seed: int, *, further: bool = False, shares: Mapping[str, float] | None = None
 ) -> list[Item]:
-    """Questions to be asked: every kind by its share, every fact of a kind as often as its neighbours.
+    """Questions to be asked: every kind by its share, every fact of a kind as often as its neighbors.
 
     A kind with fewer questions than its share has some of them again. Of the held-out questions about two numbers
     half are there because of the pair.
@@ -226,7 +226,7 @@ def free_sentences(count: int, seed: int, form: str = "sentence") -> list[str]:
         count: how many.
         seed: of the choice.
         form: `sentence`; `answer` for forms of answers with the words that few answers have, right or wrong: nine
-            tenths of all answers are numbers, and what is seldom said is not learnt; or `named` for nano's own name,
+            tenths of all answers are numbers, and what is seldom said is not learned; or `named` for nano's own name,
             which only one answer has.
     """
     rng = random.Random(f"free {form}s {seed}")

@@ -1,6 +1,6 @@
-"""Measures speech: an independent recogniser writes down what it hears, and the word error rate is counted.
+"""Measures speech: an independent recognizer writes down what it hears, and the word error rate is counted.
 
-The recogniser, Whisper base, is for measuring only and not among the project's packages; it wants an environment of
+The recognizer, Whisper base, is for measuring only and not among the project's packages; it wants an environment of
 its own, and gets its sound as files:
 
     python -m nano.listen round-trip                # recordings coded and decoded again, into build/nano/heard
@@ -42,7 +42,7 @@ SYMBOLS = {
     "&": "and",
     "\N{DEGREE SIGN}": "degrees",
 }
-_NUMBERS = {facts.normalise(facts.words(number)): number for number in range(101)}
+_NUMBERS = {facts.normalize(facts.words(number)): number for number in range(101)}
 
 app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True)
 
@@ -55,7 +55,7 @@ def spoken(text: str) -> str:
     text = re.sub(r"(?<=\d)\s*x\s*(?=\d)", " times ", text)
     text = "".join(f" {SYMBOLS[letter]} " if letter in SYMBOLS else letter for letter in text)
     text = re.sub(r"\d+", lambda match: f" {_number(match[0])} ", text)
-    return facts.normalise(text)
+    return facts.normalize(text)
 
 
 def _number(digits: str) -> str:
@@ -65,12 +65,12 @@ def _number(digits: str) -> str:
 
 
 def understood(text: str, heard: str) -> str:
-    """What the recogniser wrote down, as it is said: to be compared with `spoken(text)`.
+    """What the recognizer wrote down, as it is said: to be compared with `spoken(text)`.
 
     It joins numbers that are said one after the other: "Eight, seven, six." it writes as 876, "Nine, ten, eleven." as
     910-11. Where `text` is nothing but numbers and it writes their digits and nothing else, it has understood them.
     """
-    counted = [_NUMBERS.get(facts.normalise(part)) for part in text.split(",")]
+    counted = [_NUMBERS.get(facts.normalize(part)) for part in text.split(",")]
     digits = "".join(map(str, counted))
     if len(counted) > 1 and None not in counted and re.sub(r"[\s,.-]", "", heard) == digits:
         return spoken(text)
@@ -107,17 +107,17 @@ def round_trip(
 
     from nano import codec as codecs
     from nano.synthesize import recordings
-    from omni_jax.audio import wav
+    from omni_jax.audio import io as audio_io
     from omni_jax.codec.snac import make_decoder, make_encoder
 
     module = codecs.read(codec)
-    rate, frame = module.config.sample_rate, module.config.frame
+    rate, frame = module.config.sample_rate, module.config.frame_size
     encode, decode = make_encoder(module), make_decoder(module)
     out.mkdir(parents=True, exist_ok=True)
     entries = []
     for part in ("held_out", "read_held_out"):
         for index, recording in enumerate(itertools.islice(recordings(folder, f"answers/{part}"), count)):
-            audio = wav.from_pcm16(recording.audio)
+            audio = audio_io.from_pcm16(recording.audio)
             # Few lengths, so that few programs are compiled; the codes of each are those of its own length.
             padded = np.pad(audio, (0, -len(audio) % (16 * frame)))[None]
             codes = encode(padded, lengths=np.array([len(audio)]))
@@ -133,7 +133,7 @@ def round_trip(
 @app.command()
 def hear(
     folder: Annotated[Path, typer.Argument(help="With recordings and texts.jsonl.")],
-    threads: Annotated[int, typer.Option(help="Of the recogniser.")] = 1,
+    threads: Annotated[int, typer.Option(help="Of the recognizer.")] = 1,
     examples: Annotated[int, typer.Option(help="Worst ones to print, per group.")] = 5,
 ) -> None:
     """Print the word error rate of each group, and what was heard worst."""
@@ -170,7 +170,7 @@ def hear(
 
 
 def _join(folder: Path) -> str:
-    """The recogniser's files from its two packages."""
+    """The recognizer's files from its two packages."""
     sources = []
     for package in PACKAGES:
         spec = find_spec(package)

@@ -31,12 +31,12 @@ import typer
 from tqdm import tqdm
 
 from nano import facts, synthesize
-from omni_jax import checkpoint
-from omni_jax.audio import wav
+from omni_jax.audio import io as audio_io
+from omni_jax.checkpoint import release as checkpoint
 from omni_jax.codec.snac import Snac, make_encoder
-from omni_jax.data.records import INDEX, Exchange, RecordError, Writer
-from omni_jax.tensorfile import CheckpointError
-from omni_jax.vocab import LAYERS
+from omni_jax.data.records import INDEX, Exchange, RecordWriter
+from omni_jax.errors import CheckpointError, RecordError
+from omni_jax.vocab import NUM_CODEBOOKS
 
 FOLDER = Path("build/nano/records")
 
@@ -72,10 +72,10 @@ _FRAME_STEP = 16
 
 def encoder(codec: Snac) -> Encode:
     """The codec's encoder for recordings of any length, in batches of like length."""
-    run, frame = make_encoder(codec), codec.config.frame
+    run, frame = make_encoder(codec), codec.config.frame_size
 
     def encode(recordings: list[np.ndarray]) -> list[np.ndarray]:
-        codes = [np.zeros((0, LAYERS), np.int32)] * len(recordings)
+        codes = [np.zeros((0, NUM_CODEBOOKS), np.int32)] * len(recordings)
         order = sorted(range(len(recordings)), key=lambda index: len(recordings[index]))
         for start in range(0, len(order), _BATCH):
             rows = order[start : start + _BATCH]
@@ -126,7 +126,7 @@ def spoken(
 def _shifted(recording: synthesize.Recording, frame: int, version: int) -> np.ndarray:
     """f32 [samples], after less than a frame of silence: how much, text and version decide."""
     shift = zlib.crc32(recording.utterance.text.encode(), version) % frame
-    return np.pad(wav.from_pcm16(recording.audio), (shift, 0))
+    return np.pad(audio_io.from_pcm16(recording.audio), (shift, 0))
 
 
 def _keep(path: Path, texts: list[str], codes: list[np.ndarray], mark: int) -> None:
@@ -233,7 +233,7 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
     encode, mark = encoder(codec), _mark(codec)
 
     def answers(part: str, versions: int = 1) -> list[dict[str, np.ndarray]]:
-        return spoken(corpora, f"answers/{part}", out / "codes", encode, mark, codec.config.frame, versions)
+        return spoken(corpora, f"answers/{part}", out / "codes", encode, mark, codec.config.frame_size, versions)
 
     every = [own | more for own, more in zip(answers("train", VERSIONS), answers("more", VERSIONS), strict=True)]
     (held_out,) = answers("held_out")
@@ -263,12 +263,12 @@ def write(corpora: Path, out: Path, codec: Snac) -> dict[str, int]:
         sources = [f"questions/{part}" for part in parts]
         sentences = itertools.chain.from_iterable(dictated(corpora, source) for source in sources)
         folders[name] = sentences, origin(*sources)
-    written = {}
+    decode_text = {}
     for name, (exchanges, made_from) in folders.items():
         count = renew(out / name, made_from, exchanges)
         if count is not None:
-            written[name] = count
-    return written
+            decode_text[name] = count
+    return decode_text
 
 
 def renew(folder: Path, origin: str, exchanges: Iterable[Exchange], *, shard_size: int = 2048) -> int | None:
@@ -288,7 +288,7 @@ def renew(folder: Path, origin: str, exchanges: Iterable[Exchange], *, shard_siz
         return None
     shutil.rmtree(folder, ignore_errors=True)
     count = 0
-    with Writer(folder, shard_size=shard_size) as writer:
+    with RecordWriter(folder, shard_size=shard_size) as writer:
         for exchange in tqdm(exchanges, desc=folder.name, unit="exchange"):
             writer.write(exchange)
             count += 1
@@ -339,11 +339,11 @@ def main(
 ) -> None:
     """Write the records that training and evaluation read."""
     try:
-        written = write(corpora, out, _codec(codec))
+        decode_text = write(corpora, out, _codec(codec))
     except (synthesize.SynthesisError, RecordError, CheckpointError) as error:
         typer.echo(f"nano.records: {error}", err=True)
         raise typer.Exit(2) from None
-    for name, count in written.items():
+    for name, count in decode_text.items():
         typer.echo(f"{name}: {count} exchanges")
 
 

@@ -21,12 +21,13 @@ from flax import nnx
 
 from nano import evaluate
 from omni_jax import Omni
-from omni_jax.config import RunConfig, load
+from omni_jax.config.load import load_config
+from omni_jax.config.run import RunConfig
 from omni_jax.data import pipeline
-from omni_jax.inference.decode import in_int8
-from omni_jax.training.loop import Start
+from omni_jax.inference.runner import quantize_weights
+from omni_jax.training.setup import InitialModel
 from omni_jax.training.step import hear
-from omni_jax.vocab import TEXT
+from omni_jax.vocab import TEXT_STREAM
 
 CONFIG = Path("configs/nano_stage3.yaml")
 """Whose held-out exchanges go through the model."""
@@ -60,7 +61,9 @@ def compare(graph: nnx.GraphDef, exact: Any, rounded: Any, batch: pipeline.Batch
         return model.audio_logits(audio).transpose(0, 2, 1, 3), model.text_logits(text)[:, None]
 
     columns = []
-    for heads, ours, theirs in zip((slice(0, TEXT), slice(TEXT, None)), logits(exact), logits(rounded), strict=True):
+    for heads, ours, theirs in zip(
+        (slice(0, TEXT_STREAM), slice(TEXT_STREAM, None)), logits(exact), logits(rounded), strict=True
+    ):
         target, mask = batch["targets"][:, heads, :, None], batch["mask"][:, heads]
         p, q = jax.nn.log_softmax(ours), jax.nn.log_softmax(theirs)
         # What is added to all logits of a position changes nothing.
@@ -78,11 +81,11 @@ def compare(graph: nnx.GraphDef, exact: Any, rounded: Any, batch: pipeline.Batch
     return {name: jnp.concatenate([column[name] for column in columns]) for name in columns[0]}
 
 
-def of_logits(start: Start, config: RunConfig, batches: int) -> dict[str, dict[str, np.ndarray]]:
+def of_logits(start: InitialModel, config: RunConfig, batches: int) -> dict[str, dict[str, np.ndarray]]:
     """For each of `TASKS` the sums of `compare` over its first held-out batches."""
     graph, state = nnx.split(start.model(stacked=False, dtype=jnp.float32, mesh=None))
     exact = nnx.to_pure_dict(state)
-    rounded = in_int8(exact)
+    rounded = quantize_weights(exact)
     compared = jax.jit(lambda *arguments: compare(graph, *arguments))
     found = {}
     for task in TASKS:
@@ -100,7 +103,7 @@ def logits_table(found: dict[str, dict[str, np.ndarray]]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for task, sums in found.items():
-        for head, chosen in (("text", slice(TEXT, None)), ("audio", slice(0, TEXT))):
+        for head, chosen in (("text", slice(TEXT_STREAM, None)), ("audio", slice(0, TEXT_STREAM))):
             count = sums["count"][chosen].sum()
             if not count:
                 continue
@@ -129,8 +132,8 @@ def main(
     count: Annotated[int, typer.Option(help="Questions of each examination, at most")] = 250,
 ) -> None:
     """Compare a model with itself in eight bits."""
-    config = load(RunConfig, CONFIG, [f"start={model}"])
-    typer.echo("\n".join(logits_table(of_logits(Start.find(model, 0), config, batches))) + "\n")
+    config = load_config(RunConfig, CONFIG, [f"start={model}"])
+    typer.echo("\n".join(logits_table(of_logits(InitialModel.find(model, 0), config, batches))) + "\n")
     answers = []
     for int8 in (False, True):
         omni = Omni.load(model, int8=int8)

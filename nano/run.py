@@ -13,8 +13,8 @@ import numpy as np
 from flax import traverse_util
 from matplotlib.figure import Figure
 
-from omni_jax import tensorfile
-from omni_jax.checkpoint import dotted
+from omni_jax.checkpoint import safetensors_io
+from omni_jax.checkpoint.release import dotted_name
 
 STATE = "state.safetensors"
 METRICS = "metrics.jsonl"
@@ -72,7 +72,9 @@ def learn(
     if not path.exists():
         path.write_text(json.dumps(options) + "\n", encoding="utf-8")
     elif (found := json.loads(path.read_text(encoding="utf-8"))) != options:
-        raise tensorfile.CheckpointError(f"{path}: expected the run {options}, found {found}: choose another folder")
+        raise safetensors_io.CheckpointError(
+            f"{path}: expected the run {options}, found {found}: choose another folder"
+        )
     state = restore(out, state) or state
     saved = last = time.monotonic()
     since: list[dict[str, Any]] = []
@@ -100,7 +102,7 @@ def save(folder: Path, state: Any) -> None:
     """Write a pytree of arrays; a run that is killed meanwhile finds the one before."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-    tensorfile.write(folder / STATE, {name: tensorfile.LazyTensor.of(array) for name, array in arrays.items()})
+    safetensors_io.write(folder / STATE, {name: safetensors_io.LazyTensor.of(array) for name, array in arrays.items()})
 
 
 def restore(folder: Path, like: T) -> T | None:
@@ -116,18 +118,20 @@ def restore(folder: Path, like: T) -> T | None:
     if not (folder / STATE).exists():
         return None
     leaves, tree = jax.tree_util.tree_flatten_with_path(like)
-    file = tensorfile.TensorFile(folder / STATE)
+    file = safetensors_io.TensorFile(folder / STATE)
     expected = {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
-    if wrong := tensorfile.differences(file.tensors, expected):
-        raise tensorfile.CheckpointError(f"{file.path}: the state of another run:\n" + "\n".join(wrong))
+    if wrong := safetensors_io.differences(file.tensors, expected):
+        raise safetensors_io.CheckpointError(f"{file.path}: the state of another run:\n" + "\n".join(wrong))
     return jax.tree_util.tree_unflatten(tree, [jax.numpy.asarray(file.read(name)) for name in expected])
 
 
 def export(path: Path, params: Any) -> None:
     """Write a dict of dicts of parameters as a release's tensors, in float16: as they will be shipped."""
     flat = traverse_util.flatten_dict(params)
-    tensors = {dotted(keys): tensorfile.LazyTensor.of(np.asarray(leaf, np.float16)) for keys, leaf in flat.items()}
-    tensorfile.write(path, tensors)
+    tensors = {
+        dotted_name(keys): safetensors_io.LazyTensor.of(np.asarray(leaf, np.float16)) for keys, leaf in flat.items()
+    }
+    safetensors_io.write(path, tensors)
 
 
 def log(folder: Path, values: dict[str, float]) -> None:

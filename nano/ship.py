@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 from nano import run
 from nano.evaluate import RECORDS
 from omni_jax import Omni
-from omni_jax.api import Reply
-from omni_jax.audio import wav
-from omni_jax.config import SHIPPED
+from omni_jax.audio import io as audio_io
+from omni_jax.config.model import SHIPPED_RELEASES
 from omni_jax.data.records import Exchange, Records, from_bytes
 from omni_jax.evaluation.report import draw_spectrogram
+from omni_jax.inference.answer import Reply
 
 ROOT = Path(__file__).parents[1]
 QUESTIONS = "omni_jax/assets/questions"
@@ -67,12 +67,12 @@ def sample(omni: Omni, exchange: Exchange, path: Path) -> str:
         What to say of it, in Markdown.
     """
     assert exchange.question_audio is not None
-    question = wav.as_mono(exchange.question_audio, wav.SAMPLE_RATE)
-    reply = omni.reply(question, sample_rate=wav.SAMPLE_RATE)
+    question = audio_io.to_mono(exchange.question_audio, audio_io.SAMPLE_RATE)
+    reply = omni.reply(question, sample_rate=audio_io.SAMPLE_RATE)
     assert reply.audio is not None
-    wav.write(path.with_name(f"{path.name}-question.wav"), question, wav.SAMPLE_RATE)
+    audio_io.write_wav(path.with_name(f"{path.name}-question.wav"), question, audio_io.SAMPLE_RATE)
     reply.save(path.with_name(f"{path.name}-answer.wav"))
-    spectrograms([(question, wav.SAMPLE_RATE), (reply.audio, reply.sample_rate)], path.with_suffix(".png"))
+    spectrograms([(question, audio_io.SAMPLE_RATE), (reply.audio, reply.sample_rate)], path.with_suffix(".png"))
     verdict = "right" if reply.text == exchange.answer_text else f"expected: {exchange.answer_text}"
     links = ", ".join(f"[{part}](nano/{path.name}-{part}.wav)" for part in ("question", "answer"))
     said = f"**{exchange.question_text}** *{reply.text}* ({verdict}; {links})"
@@ -98,7 +98,7 @@ def main(
 ) -> None:
     """Ship it."""
     for file in packaged.iterdir():
-        shutil.copyfile(file, SHIPPED["nano"] / file.name)
+        shutil.copyfile(file, SHIPPED_RELEASES["nano"] / file.name)
     omni = Omni.load("nano")
     lines = ",\n".join(json.dumps(entry) for entry in guarded(omni))
     (ROOT / "tests/nano/shipped.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")

@@ -33,8 +33,8 @@ import typer
 from tqdm import tqdm
 
 from nano import facts
-from omni_jax.audio import wav
-from omni_jax.data import speech
+from omni_jax.audio import io as audio_io
+from omni_jax.data import synthesizers
 
 FOLDER = Path("build/nano")
 ANSWER_RATE = 24_000
@@ -53,7 +53,7 @@ PITCH = {"espeak": 2.0, "flite": 1.5, "hibari": 1.5}
 """Semitones up or down. The latter two are shifted, throat and all, and soon sound like nobody."""
 WIDER_PITCH = {"espeak": 4.0, "flite": 3.0, "hibari": 3.0, "pico": 4.0, "festival": 1.5}
 """Of later parts, said by voices that hardly sound like themselves: so do those that training never hears."""
-AUGMENTATION = speech.Augmentation(
+AUGMENTATION = synthesizers.Augmentation(
     stretch=(0.97, 1.03),
     room_chance=0.3,
     reverberation=(0.1, 0.35),
@@ -83,7 +83,7 @@ SEEN_VARIANTS = """
     sandro shelby
 """.split()  # noqa: SIM905 - a list of this length is easier to read so
 UNSEEN_VARIANTS = "Hugo Marco belinda benjamin f3 linda m6 quincy steph steph2 steph3 travis victor".split()  # noqa: SIM905
-"""espeak-ng has more: whisperers, robots, croakers, and some that an independent recogniser hardly understands."""
+"""espeak-ng has more: whisperers, robots, croakers, and some that an independent recognizer hardly understands."""
 SEEN_FLITE = ("awb", "kal16", "slt")
 UNSEEN_FLITE = ("rms",)
 SEEN_PICO = ("en-GB", "en-US")
@@ -296,14 +296,14 @@ def say(utterance: Utterance, seed: int, *, own: bool) -> tuple[np.ndarray, dict
         omni_jax.data.speech.SpeechError: the engine fails.
     """
     samples, rate = _engine(utterance.engine).speak(utterance.text, utterance.voice, utterance.speed, utterance.pitch)
-    wanted = ANSWER_RATE if own else wav.SAMPLE_RATE
+    wanted = ANSWER_RATE if own else audio_io.SAMPLE_RATE
     before, after = ANSWER_SILENCE if own else np.random.default_rng([seed, 1]).uniform(*QUESTION_SILENCE, 2)
     decibels = ANSWER_LEVEL if own else None
-    samples = speech.between_silences(samples, rate, wanted, before, after, decibels=decibels)
+    samples = synthesizers.between_silences(samples, rate, wanted, before, after, decibels=decibels)
     varied: dict[str, float] = {}
     if not own:
-        samples, varied = speech.augment(samples, wanted, [seed, 0], AUGMENTATION)
-    return wav.to_pcm16(samples), varied
+        samples, varied = synthesizers.augment(samples, wanted, [seed, 0], AUGMENTATION)
+    return audio_io.to_pcm16(samples), varied
 
 
 def make_shard(path: str, utterances: Sequence[Utterance], first: int) -> Counter[str]:
@@ -319,7 +319,7 @@ def make_shard(path: str, utterances: Sequence[Utterance], first: int) -> Counte
     """
     part = Path(path).parent.name + "/" + Path(path).name.rpartition("-")[0]
     own = part.startswith("answers/")
-    rate = ANSWER_RATE if own else wav.SAMPLE_RATE
+    rate = ANSWER_RATE if own else audio_io.SAMPLE_RATE
     pieces, lines, start, outcome = [], [], 0, Counter[str]()
     for number, utterance in enumerate(utterances, first):
         entry: dict[str, Any] = asdict(utterance)
@@ -395,8 +395,8 @@ def synthesize(
 
 
 @cache
-def _engine(name: str) -> speech.Engine:
-    return speech.Command(FESTIVAL, SEEN_FESTIVAL) if name == "festival" else speech.engine(name)
+def _engine(name: str) -> synthesizers.Engine:
+    return synthesizers.Command(FESTIVAL, SEEN_FESTIVAL) if name == "festival" else synthesizers.engine(name)
 
 
 def _asked(item: facts.Item, rng: random.Random, voices: str, pitch: Mapping[str, float] = PITCH) -> Utterance:
@@ -455,7 +455,7 @@ def main(
         raise typer.BadParameter(f"--only: expected some of {', '.join(parts)}, found {', '.join(sorted(unknown))}")
     try:
         outcome, left = synthesize(out, {name: parts[name] for name in only or parts}, workers=workers, shards=shards)
-    except (SynthesisError, speech.SpeechError) as error:
+    except (SynthesisError, synthesizers.SpeechError) as error:
         typer.echo(f"nano.synthesize: {error}", err=True)
         raise typer.Exit(2) from None
     made = ", ".join(f"{count} {what}" for what, count in outcome.most_common()) or "nothing to do"

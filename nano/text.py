@@ -15,7 +15,7 @@ Folders of records, under build/nano/text:
 
 Questions of training also come in the further phrasings.
 
-What a published model brings along, the skill of repeating what it was told, has to be learnt here: transcribing and
+What a published model brings along, the skill of repeating what it was told, has to be learned here: transcribing and
 reading aloud build on it.
 """
 
@@ -33,8 +33,8 @@ from tokenizers import Tokenizer
 
 from nano import facts
 from nano.records import renew, texts_mark
-from omni_jax.checkpoint import TOKENIZER_FILES
-from omni_jax.config import PRESETS
+from omni_jax.checkpoint.release import TOKENIZER_FILES
+from omni_jax.config.model import PRESETS
 from omni_jax.data.records import Exchange
 
 FOLDER = Path("build/nano/text")
@@ -121,13 +121,13 @@ def write(out: Path, *, sentences: int = SENTENCES, held_out: int = HELD_OUT) ->
         "repeat": repeated(sentences),
         "held_out": exchanges(facts.sample("held_out", held_out, 0)),
     }
-    written = {}
+    decode_text = {}
     for name, texts in folders.items():
         made = list(texts)
         count = renew(out / name, f"texts {texts_mark(made)}", made, shard_size=100_000)
         if count is not None:
-            written[name] = count
-    return written
+            decode_text[name] = count
+    return decode_text
 
 
 def main(

@@ -1,23 +1,62 @@
 """omni_jax: a speech-to-speech language model in JAX/Flax.
 
 from omni_jax import Omni
-reply = Omni.load().reply("question.wav")
+reply = Omni.from_pretrained("nano").reply("question.wav")
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from omni_jax.api import Ask, Omni, Part, Reply
+from omni_jax.errors import (
+    AudioError,
+    BusyError,
+    CheckpointError,
+    ClosedError,
+    ConfigError,
+    ConversionError,
+    OmniError,
+    UntrainedWarning,
+)
 
-__all__ = ["Ask", "Omni", "Part", "Reply"]
+if TYPE_CHECKING:
+    from omni_jax.api import Omni, Request
+    from omni_jax.inference.answer import Chunk, Reply
+    from omni_jax.inference.async_engine import AsyncEngine, RequestHandle
+    from omni_jax.inference.generation import GenerationConfig
+
+__all__ = [
+    "AsyncEngine",
+    "AudioError",
+    "BusyError",
+    "CheckpointError",
+    "Chunk",
+    "ClosedError",
+    "ConfigError",
+    "ConversionError",
+    "GenerationConfig",
+    "Omni",
+    "OmniError",
+    "Reply",
+    "Request",
+    "RequestHandle",
+    "UntrainedWarning",
+]
+
+_LAZY = {
+    "AsyncEngine": "omni_jax.inference.async_engine",
+    "Chunk": "omni_jax.inference.answer",
+    "GenerationConfig": "omni_jax.inference.generation",
+    "Omni": "omni_jax.api",
+    "Reply": "omni_jax.inference.answer",
+    "Request": "omni_jax.api",
+    "RequestHandle": "omni_jax.inference.async_engine",
+}
+"""Loaded on first use, so that reading a config or converting weights does not wait for the whole model."""
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use, so that reading a config or converting weights does not wait for the whole model.
-    if name in __all__:
-        from omni_jax import api
-
-        return getattr(api, name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

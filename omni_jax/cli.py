@@ -28,12 +28,14 @@ import typer
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 from pydantic.dataclasses import dataclass
 
-from omni_jax.config import ConfigError, build
-from omni_jax.prompts import Task
+from omni_jax.config.load import build_config
+from omni_jax.errors import ConfigError
+from omni_jax.tasks import Task
 
 if TYPE_CHECKING:
-    from omni_jax.api import Omni, Options, Reply
-    from omni_jax.data.prepare import Codec as Encoding
+    from omni_jax.api import Omni, Options
+    from omni_jax.data.shards import CodecSpec as Encoding
+    from omni_jax.inference.answer import Reply
 
 RECORDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
 """Endings by which `batch` knows the recordings of a folder. A manifest may name files of any ending."""
@@ -131,20 +133,20 @@ def ask(
         if (question is None) == (text is None):
             raise ConfigError(f"expected either a recording or --text, found {'neither' if text is None else 'both'}")
         task = task or (Task.T1A2 if question is None else Task.A1A2)
-        if task.hears != (question is not None):
-            takes, found = ("a recording", "--text") if task.hears else ("--text", "a recording")
+        if task.takes_audio != (question is not None):
+            takes, found = ("a recording", "--text") if task.takes_audio else ("--text", "a recording")
             raise ConfigError(f"task {task}: expected {takes}, found {found}")
-        if task.speaks:
+        if task.outputs_audio:
             out = out or Path("answer.wav")
             _check_out(out, question)
         elif out is not None:
             raise ConfigError(f"--out: task {task} answers in text only, there is no sound to write")
         sound = None
         if question is not None:
-            from omni_jax.audio import wav
+            from omni_jax.audio import io as audio_io
 
             # Read before the model is loaded: a bad file is reported at once.
-            sound = wav.read(question)
+            sound = audio_io.read_audio(question)
 
         omni = _load(model, codec)
         options: Options = {
@@ -156,7 +158,7 @@ def ask(
             "enforce_delay": not no_enforce_delay,
             "batch_parallel": not no_batch_parallel,
         }
-        rate = wav.SAMPLE_RATE if sound is not None else None
+        rate = audio_io.SAMPLE_RATE if sound is not None else None
         try:
             parts = omni.stream(sound, text=text, task=task, sample_rate=rate, cut=cut, **options)
         except ValueError as error:
@@ -166,12 +168,12 @@ def ask(
                 typer.echo(printable(part.text), nl=False)
             reply = part.reply
         assert reply is not None, "a stream ends with the whole answer"
-        if task.writes and not as_json:
+        if task.outputs_text and not as_json:
             typer.echo()
-        if task.speaks:
+        if task.outputs_audio:
             assert out is not None
             reply.save(out)
-        heard = None if sound is None else len(sound) / wav.SAMPLE_RATE
+        heard = None if sound is None else len(sound) / audio_io.SAMPLE_RATE
         if as_json:
             typer.echo(json.dumps(_as_dict(reply, omni, model, heard, out), ensure_ascii=False))
         else:
@@ -185,14 +187,14 @@ def demo(
 ) -> None:
     """Ask the recorded questions that come with the package; print what was heard, answered, and how fast."""
     with _plain_errors():
-        from omni_jax.audio import wav
+        from omni_jax.audio import io as audio_io
 
-        rate = wav.SAMPLE_RATE
+        rate = audio_io.SAMPLE_RATE
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--out: {out}: expected a folder, found {error.strerror}") from None
-        questions = {path.name: wav.read(path) for path in sorted(QUESTIONS.glob("*.wav"))}
+        questions = {path.name: audio_io.read_audio(path) for path in sorted(QUESTIONS.glob("*.wav"))}
         omni = _load(model, "jax")
         start = time.perf_counter()
         heard = {}
@@ -306,13 +308,13 @@ def serve(
 ) -> None:
     """Talk over the network: a page, OpenAI's and Mini-Omni's endpoints, a WebSocket, figures for Prometheus."""
     with _plain_errors():
-        from omni_jax.serve import heap
+        from omni_jax.serve import malloc
 
-        heap.keep_flat()
+        malloc.keep_flat()
         keys = _read_keys(api_key_file) if api_key_file is not None else ()
         omni = _load(model, codec, int8=int8)
         from omni_jax.serve.app import make_server
-        from omni_jax.serve.service import Service, Settings
+        from omni_jax.serve.sessions import Service, Settings
 
         settings = Settings(slots, waiting, max_audio_seconds, max_body_bytes, max_seconds, idle_seconds, keys)
         name = Path(model).name or model
@@ -365,7 +367,7 @@ def prepare(
     max_seconds: Annotated[
         float | None, typer.Option(min=0.1, help="Longest recording. Default: 15 s of a question, 30 s read.")
     ] = None,
-    licence: Annotated[
+    license: Annotated[
         str | None, typer.Option(help="Of a text or manifest, for the index.", show_default=False)
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
@@ -375,7 +377,7 @@ def prepare(
     """Turn a corpus into records to train on; run again, it goes on where it stopped and adds nothing twice."""
     with _plain_errors():
         from omni_jax.data import sources
-        from omni_jax.data.prepare import Codec as Encoding
+        from omni_jax.data.shards import CodecSpec as Encoding
 
         if as_answer and codec is None:
             raise ConfigError("--as-answer: expected --codec, to encode the answers by")
@@ -386,12 +388,12 @@ def prepare(
             size = encoder.config.codebook_size if encoder else 4096
             source = sources.VoiceAssistant(path, persona, max_seconds or sources.LONGEST_QUESTION, size)
         elif corpus is Corpus.text:
-            source = sources.TextQa(path, licence=licence or "unknown")
+            source = sources.TextQA(path, license=license or "unknown")
         elif corpus is Corpus.manifest:
-            source = sources.Manifest(path, rate, max_seconds or 60.0, licence=licence or "unknown")
+            source = sources.Manifest(path, rate, max_seconds or 60.0, license=license or "unknown")
         else:
             listing, known = sources.SPEECH[corpus]
-            source = sources.Speech(path, str(corpus), known, listing, as_answer, rate, max_seconds or 30.0)
+            source = sources.ReadSpeech(path, str(corpus), known, listing, as_answer, rate, max_seconds or 30.0)
         _prepare_all(source, out, encoder, workers, _beam(runner, workers, runner_options))
 
 
@@ -417,7 +419,7 @@ def synthesize(
     seed: Annotated[int, typer.Option(help="Of voices, pace, pitch, rooms and noise.")] = 0,
     clean: Annotated[bool, typer.Option("--clean", help="Questions without rooms and noise.")] = False,
     max_seconds: Annotated[float, typer.Option(min=0.1, help="Longest question.")] = 30.0,
-    licence: Annotated[str, typer.Option(help="Of the text, for the index.")] = "unknown",
+    license: Annotated[str, typer.Option(help="Of the text, for the index.")] = "unknown",
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     runner: Annotated[str | None, RUNNER] = None,
     runner_options: Annotated[list[str] | None, RUNNER_OPTIONS] = None,
@@ -425,20 +427,20 @@ def synthesize(
     """Give questions and answers their voices; run again, it goes on where it stopped."""
     with _plain_errors():
         from omni_jax.data import sources
-        from omni_jax.data.prepare import Codec as Encoding
-        from omni_jax.data.speech import Voices
-        from omni_jax.data.voicing import Voiced
+        from omni_jax.data.shards import CodecSpec as Encoding
+        from omni_jax.data.spoken_corpus import SpokenCorpus
+        from omni_jax.data.synthesizers import VoiceSpec
 
         encoder = Encoding(codec)
-        asking = tuple(Voices.parse(name) for name in questions or ["espeak", "flite"])
-        who = Voices.parse(answer)
+        asking = tuple(VoiceSpec.parse(name) for name in questions or ["espeak", "flite"])
+        who = VoiceSpec.parse(answer)
         for voices in (*asking, who):
             # What is not installed is missed now, not in every row.
             unknown = set(voices.only) - set(voices.open().voices())
             if unknown:
                 raise ConfigError(f"{voices.engine}: expected voices that it has, found {', '.join(sorted(unknown))}")
-        source = sources.TextQa(text, licence=licence)
-        voiced = Voiced(source, asking, who, encoder.config.sample_rate, seed, not clean, max_seconds)
+        source = sources.TextQA(text, license=license)
+        voiced = SpokenCorpus(source, asking, who, encoder.config.sample_rate, seed, not clean, max_seconds)
         _prepare_all(voiced, out, encoder, workers, _beam(runner, workers, runner_options))
 
 
@@ -507,12 +509,12 @@ def evaluate(
     with _plain_errors():
         from tqdm import tqdm
 
-        from omni_jax.evaluation import listeners, report, suites
+        from omni_jax.evaluation import asr_judge, report, suites
         from omni_jax.evaluation.run import Evaluation
         from omni_jax.evaluation.run import evaluate as measure
 
         cases = suites.read(suite, path)[:limit]
-        who = listeners.listener(listener)
+        who = asr_judge.parse_judge(listener)
         other = None if against is None else Evaluation.load(against)
         omni = _load(model, codec, int8=int8)
         options: Options = {
@@ -559,8 +561,8 @@ def compile_command(
         # Nothing runs: the chips need not be there, and if they are, another process may be using them.
         os.environ["JAX_PLATFORMS"] = "cpu"
         from omni_jax import config as configs
-        from omni_jax.tpu.chips import Topology
-        from omni_jax.tpu.report import examine
+        from omni_jax.compile_report.report import examine
+        from omni_jax.compile_report.topology import Topology
 
         run = None
         if overrides and config is None:
@@ -803,11 +805,11 @@ def _run_batch(
 
 
 def _prepare_row(omni: Omni, row: Row, settings: dict[str, Any]) -> Any:
-    from omni_jax.api import Ask
+    from omni_jax.api import Request
 
     assert row.given is not None
     options: Any = {name: value for name, value in settings.items() if name not in ("task", "cut")}
-    return omni.prepare(Ask(row.audio, row.given.text, settings["task"], None, settings["cut"], options))
+    return omni.prepare(Request(row.audio, row.given.text, settings["task"], None, settings["cut"], options))
 
 
 def _answer(reply: Reply, row: Row, fingerprint: str) -> dict[str, Any]:
@@ -817,7 +819,7 @@ def _answer(reply: Reply, row: Row, fingerprint: str) -> dict[str, Any]:
         "audio": None if reply.audio is None else row.wav,
         "seconds": None if reply.audio is None else round(reply.seconds, 4),
         "finish_reason": reply.finish_reason,
-        "repaired_codes": reply.repaired_codes,
+        "num_invalid_codes": reply.num_invalid_codes,
         "request": fingerprint,
     }
 
@@ -856,7 +858,7 @@ def _read_row(path: Path, number: int, line: bytes) -> Row:
     id = values.get("id") if isinstance(values, dict) else None
     id = id if isinstance(id, str) else None
     try:
-        given = build(ManifestRow, values, place)
+        given = build_config(ManifestRow, values, place)
         if (given.audio is None) == (given.text is None):
             found = "neither" if given.text is None else "both"
             raise ConfigError(f"{place}: expected either audio or text, found {found}")
@@ -889,11 +891,11 @@ def _distinct_row(row: Row, first: dict[str, str], names: set[str]) -> Row:
         error = f"{row.place}: id {row.id!r} was used before, by {first[row.id]}"
         return Row(row.id, row.place, error=error)
     first[row.id] = row.place
-    from omni_jax.audio.wav import file_name
+    from omni_jax.file_names import safe_file_name
 
-    name = file_name(row.id)
+    name = safe_file_name(row.id)
     if name.casefold() in names:
-        name = file_name(row.id, tell_apart=True)
+        name = safe_file_name(row.id, tell_apart=True)
     names.add(name.casefold())
     return dataclasses.replace(row, wav=f"{name}.wav")
 
@@ -937,7 +939,7 @@ def _check_out(out: Path, question: Path | None) -> None:
 
 def _identity(model: str) -> str:
     """Tells models apart: a release by its content, since another may come to stand in the same folder."""
-    from omni_jax.api import find_release
+    from omni_jax.checkpoint.release import find_release
 
     release = find_release(model)
     return model if release is None else release.fingerprint()
@@ -947,7 +949,8 @@ def _load(model: str, codec: Any, *, int8: bool = False, mesh: Any = None) -> Om
     """Load a model, and say so; that it is untrained too."""
     _say(f"loading {model} ...")
     start = time.perf_counter()
-    from omni_jax.api import Omni, UntrainedWarning
+    from omni_jax.api import Omni
+    from omni_jax.errors import UntrainedWarning
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UntrainedWarning)
@@ -967,7 +970,7 @@ def _as_dict(reply: Reply, omni: Omni, model: str, heard: float | None, out: Pat
         "trained": omni.trained,
         "finish_reason": reply.finish_reason,
         "steps": reply.tokens.shape[1],
-        "repaired_codes": reply.repaired_codes,
+        "num_invalid_codes": reply.num_invalid_codes,
         "question_seconds": heard,
         "answer_seconds": None if reply.audio is None else reply.seconds,
         "out": None if reply.audio is None else str(out),
@@ -1002,8 +1005,8 @@ def _summary(reply: Reply, heard: float | None, out: Path | None) -> str:
     lines[-1] += ")"
     if reply.audio is not None:
         lines.append(f"{reply.seconds:.2f} s of sound in {out}")
-    if reply.repaired_codes:
-        lines.append(f"{reply.repaired_codes} audio tokens were no codes; the code before was played")
+    if reply.num_invalid_codes:
+        lines.append(f"{reply.num_invalid_codes} audio tokens were no codes; the code before was played")
     return "\n".join(lines)
 
 
@@ -1021,11 +1024,9 @@ def _named(error: Exception, file: Path | None) -> Exception:
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """What is raised when something asked for cannot be done; anything else is a fault of ours."""
-    from omni_jax.audio.wav import AudioError
-    from omni_jax.data.speech import SpeechError
-    from omni_jax.tensorfile import CheckpointError
+    from omni_jax.errors import AudioError, CheckpointError, SynthesisError
 
-    return AudioError, CheckpointError, ConfigError, SpeechError
+    return AudioError, CheckpointError, ConfigError, SynthesisError
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from omni_jax.vocab import LAYERS, Vocab
+from omni_jax.vocab import NUM_CODEBOOKS, Vocab
 
 
 def delay(codes: np.ndarray, vocab: Vocab) -> np.ndarray:
@@ -27,8 +27,8 @@ def delay(codes: np.ndarray, vocab: Vocab) -> np.ndarray:
         int32 [7, F + 8]: padding, the layer's codes, end of audio, padding.
     """
     frames = len(codes)
-    out = np.full((LAYERS, frames + LAYERS + 1), vocab.pad_a, np.int32)
-    for layer in range(LAYERS):
+    out = np.full((NUM_CODEBOOKS, frames + NUM_CODEBOOKS + 1), vocab.pad_a, np.int32)
+    for layer in range(NUM_CODEBOOKS):
         out[layer, layer + 1 : layer + 1 + frames] = codes[:, layer]
         out[layer, layer + 1 + frames] = vocab.eoa
     return out
@@ -46,13 +46,13 @@ def undelay(tokens: np.ndarray, vocab: Vocab) -> np.ndarray:
     Returns:
         int32 [F, 7], tokens as they are: a model may put a special where a code belongs, see `playable`.
     """
-    last = tokens[LAYERS - 1, LAYERS:]
+    last = tokens[NUM_CODEBOOKS - 1, NUM_CODEBOOKS:]
     ends = np.flatnonzero(last == vocab.eoa)
     frames = int(ends[0]) if len(ends) else len(last)
-    return np.stack([tokens[k, k + 1 : k + 1 + frames] for k in range(LAYERS)], axis=1).astype(np.int32)
+    return np.stack([tokens[k, k + 1 : k + 1 + frames] for k in range(NUM_CODEBOOKS)], axis=1).astype(np.int32)
 
 
-def playable(frames: np.ndarray, vocab: Vocab) -> np.ndarray:
+def fill_invalid_codes(frames: np.ndarray, vocab: Vocab) -> np.ndarray:
     """Replace what is not a code by the code its layer had before (0 if none), so that every frame can be heard.
 
     A trained model does not need this; an untrained one, or one that ends its layers unevenly, does. It depends

@@ -7,46 +7,14 @@ layer), stream 7 is text.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from omni_jax.delay import delay
-from omni_jax.vocab import LAYERS, STREAMS, TEXT, Vocab
-
-
-class Task(enum.StrEnum):
-    """What goes in and what comes out: A1 speech or T1 text in; A2/A1 speech, T2/T1 text out."""
-
-    A1A2 = "A1A2"
-    """Speech in, text and speech out."""
-    A1T2 = "A1T2"
-    """Speech in, text out."""
-    A1T1 = "A1T1"
-    """Speech in, its transcript out."""
-    T1A2 = "T1A2"
-    """Text in, text and speech out."""
-    T1T2 = "T1T2"
-    """Text in, text out."""
-    T1A1 = "T1A1"
-    """Text in, the same text spoken."""
-
-    @property
-    def hears(self) -> bool:
-        """Whether the input is speech."""
-        return self.value.startswith("A1")
-
-    @property
-    def writes(self) -> bool:
-        """Whether the answer has text."""
-        return self is not Task.T1A1
-
-    @property
-    def speaks(self) -> bool:
-        """Whether the answer has speech."""
-        return self in (Task.A1A2, Task.T1A2, Task.T1A1)
+from omni_jax.tasks import Task
+from omni_jax.vocab import NUM_CODEBOOKS, NUM_STREAMS, TEXT_STREAM, Vocab
 
 
 @dataclass(frozen=True)
@@ -89,29 +57,29 @@ def speech_positions(samples: int, positions: int, stack: int = 1) -> int:
 
 def speech_prompt(task: Task, positions: int, vocab: Vocab) -> Prompt:
     """The prompt of a task whose input is speech that takes `positions` positions."""
-    if not task.hears:
+    if not task.takes_audio:
         raise ValueError(f"task {task} takes text, not speech")
     if positions < 1:
         raise ValueError(f"speech must take at least 1 position, found {positions}")
-    tokens = np.full((STREAMS, positions + 3), vocab.pad_a, np.int32)
-    tokens[TEXT] = vocab.pad_t
-    tokens[:TEXT, 0], tokens[TEXT, 0] = vocab.input_a, vocab.input_t
-    tokens[:TEXT, -2], tokens[TEXT, -2] = vocab.eoa, vocab.eot
-    tokens[:TEXT, -1] = vocab.answer_a if task.speaks else vocab.pad_a
-    tokens[TEXT, -1] = vocab.asr if task is Task.A1T1 else vocab.answer_t
+    tokens = np.full((NUM_STREAMS, positions + 3), vocab.pad_a, np.int32)
+    tokens[TEXT_STREAM] = vocab.pad_t
+    tokens[:TEXT_STREAM, 0], tokens[TEXT_STREAM, 0] = vocab.input_a, vocab.input_t
+    tokens[:TEXT_STREAM, -2], tokens[TEXT_STREAM, -2] = vocab.eoa, vocab.eot
+    tokens[:TEXT_STREAM, -1] = vocab.answer_a if task.outputs_audio else vocab.pad_a
+    tokens[TEXT_STREAM, -1] = vocab.asr if task is Task.A1T1 else vocab.answer_t
     return Prompt(task, tokens, positions)
 
 
 def text_prompt(task: Task, text: Sequence[int], vocab: Vocab) -> Prompt:
     """The prompt of a task whose input is the token ids `text`."""
-    if task.hears:
+    if task.takes_audio:
         raise ValueError(f"task {task} takes speech, not text")
     if not len(text):
         raise ValueError(f"task {task}: expected some text, found none")
-    tokens = np.full((STREAMS, len(text) + 3), vocab.pad_a, np.int32)
-    tokens[TEXT] = [vocab.input_t, *text, vocab.eot, vocab.tts if task is Task.T1A1 else vocab.answer_t]
-    if task.speaks:
-        tokens[:TEXT, -1] = vocab.answer_a
+    tokens = np.full((NUM_STREAMS, len(text) + 3), vocab.pad_a, np.int32)
+    tokens[TEXT_STREAM] = [vocab.input_t, *text, vocab.eot, vocab.tts if task is Task.T1A1 else vocab.answer_t]
+    if task.outputs_audio:
+        tokens[:TEXT_STREAM, -1] = vocab.answer_a
     return Prompt(task, tokens, 0)
 
 
@@ -133,24 +101,24 @@ def answer(task: Task, text: Sequence[int], codes: np.ndarray | None, vocab: Voc
     Raises:
         ValueError: a task that speaks has no codes, one that does not has some, or the speech ends before the text.
     """
-    if task.speaks != (codes is not None):
-        raise ValueError(f"task {task}: expected {'codes' if task.speaks else 'no codes'}, found the opposite")
-    written = [*text, vocab.eot] if task.writes else []
+    if task.outputs_audio != (codes is not None):
+        raise ValueError(f"task {task}: expected {'codes' if task.outputs_audio else 'no codes'}, found the opposite")
+    text_tokens = [*text, vocab.eot] if task.outputs_text else []
     if codes is None:
-        audio = np.full((LAYERS, len(written)), vocab.pad_a, np.int32)
+        audio = np.full((NUM_CODEBOOKS, len(text_tokens)), vocab.pad_a, np.int32)
     else:
         audio = delay(codes, vocab)
-        if len(written) > audio.shape[1]:
+        if len(text_tokens) > audio.shape[1]:
             raise ValueError(
-                f"task {task}: the text takes {len(written)} steps but its speech only {audio.shape[1]}: "
+                f"task {task}: the text takes {len(text_tokens)} steps but its speech only {audio.shape[1]}: "
                 f"expected speech at least as long as its text"
             )
     steps = audio.shape[1]
     tokens = np.concatenate([audio, np.full((1, steps), vocab.pad_t, np.int32)])
-    tokens[TEXT, : len(written)] = written
-    mask = np.zeros((STREAMS, steps), bool)
-    mask[:TEXT] = task.speaks
-    mask[TEXT, : len(written)] = True
+    tokens[TEXT_STREAM, : len(text_tokens)] = text_tokens
+    mask = np.zeros((NUM_STREAMS, steps), bool)
+    mask[:TEXT_STREAM] = task.outputs_audio
+    mask[TEXT_STREAM, : len(text_tokens)] = True
     return tokens, mask
 
 
@@ -158,11 +126,11 @@ def example(prompt: Prompt, text: Sequence[int], codes: np.ndarray | None, vocab
     """A prompt with its answer: position P-1 predicts step 0, and every step is the next one's input."""
     said, counts = answer(prompt.task, text, codes, vocab)
     before = len(prompt) - 1
-    lead = np.full((STREAMS, before), vocab.pad_a, np.int32)
-    lead[TEXT] = vocab.pad_t
+    lead = np.full((NUM_STREAMS, before), vocab.pad_a, np.int32)
+    lead[TEXT_STREAM] = vocab.pad_t
     return Example(
         tokens=np.concatenate([prompt.tokens, said[:, :-1]], axis=1),
         targets=np.concatenate([lead, said], axis=1),
-        mask=np.concatenate([np.zeros((STREAMS, before), bool), counts], axis=1),
+        mask=np.concatenate([np.zeros((NUM_STREAMS, before), bool), counts], axis=1),
         speech_positions=prompt.speech_positions,
     )

@@ -1,7 +1,10 @@
-"""Where arrays live: logical axis names to mesh axes. The only file that names a mesh axis.
+"""Sharding rules: logical axis names to mesh axes. The only file that names a mesh axis.
 
 Every parameter carries logical names for its axes (see `omni_jax.model.layers.param`). `RULES` maps them to the
 mesh `data` x `fsdp` x `tensor`; the compiler does the rest. One device is a mesh of one.
+
+The mesh is ambient: programs are traced and run within `jax.set_mesh(mesh)`, and the model asks for it with
+`jax.sharding.get_abstract_mesh()`. Without one, nothing is constrained.
 """
 
 from __future__ import annotations
@@ -11,32 +14,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-
-# What `jax.distributed.initialize` asks, too; nothing public says whether it would find anybody.
-from jax._src.clusters import cloud_tpu_cluster
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from omni_jax.config import ConfigError
+from omni_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
-    # Rows of a batch share nothing: spread them over every device that does not split a row.
+    # Rows of a batch are independent: split them over every device that does not split a row.
     "batch": ("data", "fsdp"),
-    # Rows just looked up in tables that are cut along the width.
+    # Rows just looked up in embedding tables, which are split along the hidden dimension.
     "looked_up": ("data",),
-    # The width of the residual stream is what FSDP cuts weights along: gathered layer by layer, just in time.
+    # FSDP splits weights along the hidden dimension and gathers them layer by layer, just in time.
     "embed": ("fsdp",),
-    "ear_embed": ("fsdp",),
-    # Megatron's cut: heads and ffn columns are independent up to the product that sums them again.
+    "encoder_embed": ("fsdp",),
+    # Megatron's split: heads and MLP columns are independent up to the product that sums them again.
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
-    "ffn": ("tensor",),
-    "ear_heads": ("tensor",),
-    "ear_ffn": ("tensor",),
-    # Rows of the tables: each device looks up and scores its own share of the vocabulary.
+    "mlp": ("tensor",),
+    "encoder_heads": ("tensor",),
+    "encoder_mlp": ("tensor",),
+    # Rows of the embedding and head tables: each device looks up and scores its own share of the vocabulary.
     "vocab": ("tensor",),
     # Stacked layers stay whole on every device: a scan takes them one by one.
     "layers": (),
@@ -45,24 +46,37 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def on_pod() -> bool:
-    """Whether this host is one of several of TPU slices, which `jax.distributed` then sets up by itself.
+    """Whether this host is one of several hosts of TPU slices, which `jax.distributed` sets up by itself.
 
-    On GKE the hosts are told of each other by environment variables, on Compute Engine by its metadata server.
+    On GKE the hosts learn of each other from environment variables, on Compute Engine from its metadata server.
     """
+    try:
+        # No public API says whether `jax.distributed.initialize` would find other hosts.
+        from jax._src.clusters import cloud_tpu_cluster
+    except ImportError:
+        return False
     clusters = (cloud_tpu_cluster.GkeTpuCluster, cloud_tpu_cluster.GceTpuCluster)
     return any(cluster.is_env_present() and cluster.get_process_count() > 1 for cluster in clusters)
 
 
+def default_layout(platform: str | None = None) -> tuple[bool, Any]:
+    """How weights are kept on a platform, by default this backend: (stacked layers, dtype). The one place to decide it.
+
+    CPU: one array per layer, float32 (bfloat16 is ten times slower there). Elsewhere: stacked, bfloat16.
+    """
+    return (False, jnp.float32) if (platform or jax.default_backend()) == "cpu" else (True, jnp.bfloat16)
+
+
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over data * fsdp * tensor devices, partitioned automatically.
+
+    Several slices, which are connected by a slower network, divide the batch.
 
     Args:
         data: ways to split the batch.
         fsdp: ways to split the batch and the parameters.
         tensor: ways to split every product.
         devices: to take the first of; None: those of this process's backend.
-
-    Several slices, which are connected by a slower network, divide the batch.
 
     Raises:
         ConfigError: there are not that many devices, or `data` does not divide over the slices.
@@ -75,7 +89,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
         )
     devices = devices[: math.prod(sizes)]
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    # Eight ways of a torus of 4 x 4 x 4 cut one of its axes in two.
+    # Eight ways of a torus of 4 x 4 x 4 split one of its axes in two.
     if slices == 1:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     elif data % slices:
@@ -86,30 +100,27 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
-    """How an array with these logical axes lies on a mesh; an axis that does not divide evenly stays whole.
-
-    A parameter of stacked layers has one more axis than names, in front.
+def spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The partition of an array with these logical axes; an axis that does not divide evenly stays whole.
 
     Raises:
         ValueError: the names do not fit the shape, or one has no rule.
     """
-    if len(shape) == len(axes) + 1:
-        axes = ("layers", *axes)
     if len(shape) != len(axes):
         raise ValueError(f"shape {tuple(shape)} has {len(shape)} axes, expected {len(axes)}: {tuple(axes)}")
     parts: list[tuple[str, ...] | None] = []
     for size, name in zip(shape, axes, strict=True):
         if name is not None and name not in RULES:
             raise ValueError(f"logical axis {name!r} has no rule; expected one of {sorted(RULES)}")
-        cut = ways(name, mesh) if name else 1
-        parts.append(RULES[name] if name and cut > 1 and size % cut == 0 else None)
+        shards = num_shards(name, mesh) if name else 1
+        parts.append(RULES[name] if name and shards > 1 and size % shards == 0 else None)
     return PartitionSpec(*parts)
 
 
-def ways(name: str, mesh: Mesh | None) -> int:
-    """Into how many parts a mesh, if there is one, cuts a logical axis that divides evenly."""
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES[name])
+def num_shards(name: str, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Into how many shards a mesh, by default the ambient one, splits a logical axis that divides evenly."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[name])
 
 
 def of_state(state: Any, mesh: Mesh) -> Any:
@@ -118,32 +129,39 @@ def of_state(state: Any, mesh: Mesh) -> Any:
     return nnx.to_pure_dict(shardings)
 
 
-def of_array(array: jax.Array) -> Mesh:
-    """The mesh an array is spread over; of a single device for one that lives on it."""
-    place = array.sharding
-    if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
-        return place.mesh
-    return make_mesh(devices=list(place.device_set))
+def mesh_of(array: jax.Array) -> Mesh:
+    """The mesh an array is sharded over; a mesh of one device for an array that lives on one."""
+    sharding = array.sharding
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return sharding.mesh
+    return make_mesh(devices=list(sharding.device_set))
 
 
-def constrain(array: jax.Array, axes: Sequence[str | None], mesh: Mesh | None) -> jax.Array:
-    """Inside a jitted function, settle how an array with these logical axes lies on a mesh, if there is one.
+def platform() -> str | None:
+    """`cpu`, `tpu` or `gpu`: what the ambient mesh is made of; None without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh.abstract_device.platform
 
-    See `spec`. Left alone, the compiler keeps weights where they are and sends activations around instead, many times
+
+def constrain(array: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Inside a jitted function, fix how an array with these logical axes is sharded over the ambient mesh, if any.
+
+    Without constraints the compiler keeps weights where they are and sends activations around instead, many times
     as many bytes.
     """
-    if mesh is None or mesh.size == 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:
         return array
-    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec(array.shape, axes, mesh)))
+    return jax.lax.with_sharding_constraint(array, spec(array.shape, axes, mesh))
 
 
-def by_rows(array: jax.Array, mesh: Mesh | None) -> jax.Array:
+def constrain_rows(array: jax.Array) -> jax.Array:
     """`constrain` for an array whose first axis is the batch, every row whole on its devices."""
-    return constrain(array, ("batch", *[None] * (array.ndim - 1)), mesh)
+    return constrain(array, ("batch", *[None] * (array.ndim - 1)))
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """An array whose first axis is the batch."""
+    """The sharding of an array whose first axis is the batch."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from omni_jax.config import VocabConfig
+from omni_jax.config.model import VocabConfig
 
-LAYERS = 7
+NUM_CODEBOOKS = 7
 """Audio layers (C): codes per frame."""
-TEXT = 7
+TEXT_STREAM = 7
 """Row of the text stream among the eight streams; rows 0..6 are the audio layers."""
-STREAMS = 8
+NUM_STREAMS = 8
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Vocab:
     @property
     def rows(self) -> int:
         """Rows of the published table: the text rows, then each audio layer's."""
-        return self.text_rows + LAYERS * self.audio_rows
+        return self.text_rows + NUM_CODEBOOKS * self.audio_rows
 
     @property
     def eot(self) -> int:
@@ -96,8 +96,8 @@ class Vocab:
 
     def global_id(self, token: int, layer: int) -> int:
         """Row of audio token `token` of layer `layer` in the published table."""
-        if not (0 <= layer < LAYERS and 0 <= token < self.audio_rows):
+        if not (0 <= layer < NUM_CODEBOOKS and 0 <= token < self.audio_rows):
             raise ValueError(
-                f"audio token {token} of layer {layer}: expected layer 0..{LAYERS - 1}, token 0..{self.audio_rows - 1}"
+                f"audio token {token} of layer {layer}: expected layer 0..{NUM_CODEBOOKS - 1}, token 0..{self.audio_rows - 1}"
             )
         return self.text_rows + layer * self.audio_rows + token

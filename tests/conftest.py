@@ -3,7 +3,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports jax. Eight devices, so that sharded code can be tested on any machine; no network.
-# Tests compile hundreds of programs and run each a few times: optimising them would take twice as long as all the rest.
+# Tests compile hundreds of programs and run each a few times: optimizing them would take twice as long as all the rest.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
@@ -17,30 +17,30 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
-from omni_jax.config import ModelConfig
-from tests import builders
+from omni_jax.config.model import ModelConfig
+from tests import models
 
 
 @pytest.fixture(scope="module")
 def quickly_compiled() -> Iterator[None]:
     """Everything that a module compiles, by `builders.quick_compile`."""
-    with builders.quick_compile():
+    with models.quick_compile():
         yield
 
 
 @pytest.fixture(scope="session")
 def tiny_config() -> ModelConfig:
     """The preset `tiny`."""
-    return builders.tiny_config()
+    return models.tiny_config()
 
 
 @pytest.fixture(scope="session")
 def tiny_parts(tmp_path_factory: pytest.TempPathFactory, tiny_config: ModelConfig) -> Path:
     """A folder with `mini_omni`, `whisper` and `snac` in it, float32, random."""
     folder = tmp_path_factory.mktemp("parts")
-    builders.whisper_folder(folder / "whisper", tiny_config.ear)
-    builders.snac_folder(folder / "snac", tiny_config.codec)
-    builders.mini_omni_folder(folder / "mini_omni", tiny_config)
+    models.whisper_folder(folder / "whisper", tiny_config.audio_encoder)
+    models.snac_folder(folder / "snac", tiny_config.codec)
+    models.mini_omni_folder(folder / "mini_omni", tiny_config)
     return folder
 
 
@@ -48,5 +48,5 @@ def tiny_parts(tmp_path_factory: pytest.TempPathFactory, tiny_config: ModelConfi
 def tiny_release(tmp_path_factory: pytest.TempPathFactory, tiny_config: ModelConfig) -> Path:
     """A release folder with random float32 weights and a byte-level tokenizer."""
     folder = tmp_path_factory.mktemp("release") / "tiny"
-    builders.release_folder(folder, tiny_config)
+    models.release_folder(folder, tiny_config)
     return folder

@@ -16,11 +16,11 @@ class Scale(nn.Module):
 
 
 class Gated(nn.Module):
-    def __init__(self, width, ffn, out):
+    def __init__(self, width, intermediate_size, out):
         super().__init__()
-        self.fc_1 = nn.Linear(width, ffn, bias=False)
-        self.fc_2 = nn.Linear(width, ffn, bias=False)
-        self.proj = nn.Linear(ffn, out, bias=False)
+        self.fc_1 = nn.Linear(width, intermediate_size, bias=False)
+        self.fc_2 = nn.Linear(width, intermediate_size, bias=False)
+        self.proj = nn.Linear(intermediate_size, out, bias=False)
 
     def forward(self, x):
         return self.proj(functional.silu(self.fc_1(x)) * self.fc_2(x))
@@ -29,7 +29,7 @@ class Gated(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.heads, self.groups, self.size = c["n_head"], c["n_query_groups"], c["head_size"]
+        self.heads, self.groups, self.size = c["n_head"], c["n_query_groups"], c["head_dim"]
         self.base = c["rope_base"]
         rows = (self.heads + 2 * self.groups) * self.size
         self.attn = nn.Linear(c["n_embd"], rows, bias=c["add_qkv_bias"])

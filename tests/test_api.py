@@ -15,17 +15,18 @@ import soundfile
 from flax import nnx
 
 import omni_jax
-from omni_jax import checkpoint
-from omni_jax.api import Ask, Omni, Part, Reply, UntrainedWarning, byte_tokenizer
-from omni_jax.audio.wav import AudioError
+from omni_jax.api import Omni, Request
+from omni_jax.checkpoint import release as checkpoint
 from omni_jax.codec.snac import DecodeFn, Snac, make_decoder
-from omni_jax.config import ConfigError
-from omni_jax.delay import playable, undelay
-from omni_jax.inference.engine import Progress, Request
-from omni_jax.prompts import Task, speech_positions, speech_prompt, text_prompt
-from omni_jax.tensorfile import CheckpointError
-from tests.inference.slow_decoder import SlowDecoder, random_model, small_config
-from tests.model.randomised import randomised
+from omni_jax.delay import fill_invalid_codes, undelay
+from omni_jax.errors import AudioError, CheckpointError, ConfigError, UntrainedWarning
+from omni_jax.inference.answer import Chunk, Reply
+from omni_jax.inference.engine import PreparedRequest, Progress
+from omni_jax.prompts import speech_positions, speech_prompt, text_prompt
+from omni_jax.tasks import Task
+from omni_jax.tokenizer import byte_tokenizer
+from tests.inference.reference_decoder import ReferenceDecoder, random_model, small_config
+from tests.model.randomized import randomized
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -38,7 +39,7 @@ LONGEST = 20 * 320
 
 @pytest.fixture(scope="module")
 def codec() -> DecodeFn:
-    return make_decoder(randomised(lambda: Snac(CONFIG.codec, rngs=nnx.Rngs(0))))
+    return make_decoder(randomized(lambda: Snac(CONFIG.codec, rngs=nnx.Rngs(0))))
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,9 @@ def omni(codec: DecodeFn) -> Omni:
 
 
 @pytest.fixture(scope="module")
-def slow(omni: Omni) -> SlowDecoder:
+def slow(omni: Omni) -> ReferenceDecoder:
     model = random_model(CONFIG, seed=SEED, eot=EOT, eoa=1.5)
-    return SlowDecoder(model, lambda sound: omni.programs.hear(omni.programs.weights, sound))
+    return ReferenceDecoder(model, lambda sound: omni.programs.hear(omni.programs.weights, sound))
 
 
 def recording(content: int = 0, samples: int = 3000) -> np.ndarray:
@@ -68,19 +69,19 @@ def check(reply: Reply, codec: DecodeFn, expected: tuple[np.ndarray, str], task:
     assert reply.text == byte_tokenizer().decoder.decode([as_bytes] if as_bytes else [])
     assert 0 < reply.timing.first_token <= reply.timing.total
     assert reply.timing.steps_per_second == pytest.approx(tokens.shape[1] / reply.timing.total)
-    if not task.speaks:
+    if not task.outputs_audio:
         assert reply.audio is None
         assert (reply.tokens[:7] == 13).all()
-        assert (reply.seconds, reply.repaired_codes, reply.timing.first_sound) == (0.0, 0, None)
+        assert (reply.seconds, reply.num_invalid_codes, reply.timing.first_sound) == (0.0, 0, None)
         assert reply.timing.real_time_factor is None
         return
     frames = undelay(tokens[:7], omni_vocab())
     assert reply.audio is not None
     assert (reply.audio.dtype, reply.audio.shape) == (np.float32, (len(frames) * FRAME,))
-    assert reply.repaired_codes == (frames >= 12).sum()
+    assert reply.num_invalid_codes == (frames >= 12).sum()
     assert reply.seconds == len(frames) * FRAME / 24000
     if len(frames):
-        expected_audio = decoded(codec, playable(frames, omni_vocab()))
+        expected_audio = decoded(codec, fill_invalid_codes(frames, omni_vocab()))
         np.testing.assert_allclose(reply.audio, expected_audio, atol=1e-5, rtol=0)
         assert reply.timing.first_sound is not None
         assert reply.timing.first_token <= reply.timing.first_sound <= reply.timing.total
@@ -105,17 +106,17 @@ def omni_vocab() -> Any:
     return Vocab(CONFIG.vocab)
 
 
-def spoken(task: Task, sound: np.ndarray, **settings: Any) -> Request:
-    return Request(speech_prompt(task, speech_positions(len(sound), 20), omni_vocab()), sound, **settings)
+def spoken(task: Task, sound: np.ndarray, **settings: Any) -> PreparedRequest:
+    return PreparedRequest(speech_prompt(task, speech_positions(len(sound), 20), omni_vocab()), sound, **settings)
 
 
-def written(task: Task, text: str, **settings: Any) -> Request:
+def decode_text(task: Task, text: str, **settings: Any) -> PreparedRequest:
     words = byte_tokenizer().pre_tokenizer.pre_tokenize_str(text)
     ids = [alphabet().index(c) for word, _ in words for c in word]
-    return Request(text_prompt(task, ids, omni_vocab()), **settings)
+    return PreparedRequest(text_prompt(task, ids, omni_vocab()), **settings)
 
 
-ANSWERS: dict[str, tuple[Task, Callable[[Omni], Reply], Callable[[], Request]]] = {
+ANSWERS: dict[str, tuple[Task, Callable[[Omni], Reply], Callable[[], PreparedRequest]]] = {
     "reply": (
         Task.A1A2,
         lambda omni: omni.reply(recording(1), sample_rate=16000),
@@ -129,7 +130,7 @@ ANSWERS: dict[str, tuple[Task, Callable[[Omni], Reply], Callable[[], Request]]] 
     "reply to text": (
         Task.T1A2,
         lambda omni: omni.reply(text="Hello", top_k=3, temperature=0.5, enforce_delay=False),
-        lambda: written(Task.T1A2, "Hello", top_k=3, temperature=0.5, enforce_delay=False),
+        lambda: decode_text(Task.T1A2, "Hello", top_k=3, temperature=0.5, enforce_delay=False),
     ),
     "answer": (
         Task.A1T2,
@@ -139,7 +140,7 @@ ANSWERS: dict[str, tuple[Task, Callable[[Omni], Reply], Callable[[], Request]]] 
     "answer to text": (
         Task.T1T2,
         lambda omni: omni.answer(text="Why", top_p=0.9, temperature=1.0, seed=3),
-        lambda: written(Task.T1T2, "Why", top_p=0.9, temperature=1.0, seed=3),
+        lambda: decode_text(Task.T1T2, "Why", top_p=0.9, temperature=1.0, seed=3),
     ),
     "transcribe": (
         Task.A1T1,
@@ -149,20 +150,20 @@ ANSWERS: dict[str, tuple[Task, Callable[[Omni], Reply], Callable[[], Request]]] 
     "read aloud": (
         Task.T1A1,
         lambda omni: omni.read_aloud("Hi there", max_steps=30),
-        lambda: written(Task.T1A1, "Hi there", max_steps=30),
+        lambda: decode_text(Task.T1A1, "Hi there", max_steps=30),
     ),
 }
 
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_every_method_answers_as_the_slow_decoder_does(
-    name: str, omni: Omni, slow: SlowDecoder, codec: DecodeFn
+    name: str, omni: Omni, slow: ReferenceDecoder, codec: DecodeFn
 ) -> None:
     task, ask, request = ANSWERS[name]
     check(ask(omni), codec, slow(request()), task)
 
 
-def test_the_answers_differ_in_kind(slow: SlowDecoder) -> None:
+def test_the_answers_differ_in_kind(slow: ReferenceDecoder) -> None:
     """Some end by themselves and some do not, some speak more than others, text ends before speech and after."""
     answers = {name: slow(request()) for name, (_, _, request) in ANSWERS.items()}
     assert {finish for _, finish in answers.values()} == {"stop", "length", "context"}
@@ -171,15 +172,17 @@ def test_the_answers_differ_in_kind(slow: SlowDecoder) -> None:
     assert any((tokens[7] == 260).any() for tokens, _ in answers.values())
 
 
-def test_batch_gives_what_each_would_get_alone(omni: Omni, slow: SlowDecoder, codec: DecodeFn, tmp_path: Path) -> None:
+def test_batch_gives_what_each_would_get_alone(
+    omni: Omni, slow: ReferenceDecoder, codec: DecodeFn, tmp_path: Path
+) -> None:
     path = tmp_path / "question.wav"
     soundfile.write(path, recording(1), 16000, subtype="FLOAT")
     replies = omni.batch(
         [
             path,
             {"text": "Why", "task": "T1T2", "options": {"temperature": 1.0, "top_p": 0.9}},
-            Ask(recording(4), task=Task.A1T1, sample_rate=16000, options={"seed": 5}),
-            Ask(text="Hi there", task="T1A1"),
+            Request(recording(4), task=Task.A1T1, sample_rate=16000, options={"seed": 5}),
+            Request(text="Hi there", task="T1A1"),
         ],
         seed=3,
         max_steps=30,
@@ -187,9 +190,9 @@ def test_batch_gives_what_each_would_get_alone(omni: Omni, slow: SlowDecoder, co
     same: dict[str, Any] = {"seed": 3, "max_steps": 30}
     expected = [
         spoken(Task.A1A2, recording(1), **same),
-        written(Task.T1T2, "Why", temperature=1.0, top_p=0.9, **same),
+        decode_text(Task.T1T2, "Why", temperature=1.0, top_p=0.9, **same),
         spoken(Task.A1T1, recording(4), max_steps=30, seed=5),
-        written(Task.T1A1, "Hi there", **same),
+        decode_text(Task.T1A1, "Hi there", **same),
     ]
     for reply, request in zip(replies, expected, strict=True):
         check(reply, codec, slow(request), request.prompt.task)
@@ -201,13 +204,13 @@ def test_a_recording_may_come_in_any_form(omni: Omni, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "q.wav", pcm, 16000, subtype="PCM_16")
     data = io.BytesIO((tmp_path / "q.wav").read_bytes())
     options: Any = {"max_steps": 3}
-    forms: list[Callable[[], Request]] = [
-        lambda: omni.prepare(Ask(pcm, sample_rate=16000), **options),
-        lambda: omni.prepare(Ask(pcm[:, None].repeat(2, axis=1), sample_rate=16000), **options),
-        lambda: omni.prepare(Ask(tmp_path / "q.wav"), **options),
+    forms: list[Callable[[], PreparedRequest]] = [
+        lambda: omni.prepare(Request(pcm, sample_rate=16000), **options),
+        lambda: omni.prepare(Request(pcm[:, None].repeat(2, axis=1), sample_rate=16000), **options),
+        lambda: omni.prepare(Request(tmp_path / "q.wav"), **options),
         lambda: omni.prepare(str(tmp_path / "q.wav"), **options),
         lambda: omni.prepare({"audio": data}, **options),
-        lambda: omni.prepare(Ask(jnp.asarray(pcm), sample_rate=16000), **options),
+        lambda: omni.prepare(Request(jnp.asarray(pcm), sample_rate=16000), **options),
     ]
     first = forms[0]()
     assert len(first.prompt) == 3000 // 320 + 1 + 3
@@ -219,14 +222,14 @@ def test_a_recording_may_come_in_any_form(omni: Omni, tmp_path: Path) -> None:
 
 
 def test_another_rate_is_resampled(omni: Omni) -> None:
-    request = omni.prepare(Ask(recording(0, 8000), sample_rate=48000))
+    request = omni.prepare(Request(recording(0, 8000), sample_rate=48000))
     assert request.speech is not None
     assert abs(len(request.speech) - 8000 / 3) <= 1
     assert request.prompt.speech_positions == len(request.speech) // 320 + 1
 
 
 @pytest.mark.parametrize("name", ["reply", "reply, sampled, one row", "answer to text", "read aloud"])
-def test_a_stream_joined_is_the_whole_answer(name: str, omni: Omni, slow: SlowDecoder, codec: DecodeFn) -> None:
+def test_a_stream_joined_is_the_whole_answer(name: str, omni: Omni, slow: ReferenceDecoder, codec: DecodeFn) -> None:
     task, ask, request = ANSWERS[name]
     kept: dict[str, Any] = {}
     arguments: dict[str, Any] = {
@@ -249,7 +252,7 @@ def test_a_stream_joined_is_the_whole_answer(name: str, omni: Omni, slow: SlowDe
     assert "".join(part.text for part in parts) == whole.text
     sound = np.concatenate([part.audio for part in parts])
     again = ask(omni)
-    if task.speaks:
+    if task.outputs_audio:
         assert again.audio is not None
         np.testing.assert_allclose(sound, again.audio, atol=1e-5, rtol=0)
         assert sum(len(part.audio) > 0 for part in parts) > 1, "the sound comes in several parts"
@@ -275,7 +278,7 @@ class Scripted:
         self.parts = [tokens[:, a:b] for a, b in pairwise(ends)]
         self.finish = finish
 
-    def submit(self, key: int, request: Request) -> None:
+    def submit(self, key: int, request: PreparedRequest) -> None:
         self.key = key
 
     @property
@@ -287,7 +290,7 @@ class Scripted:
         return [Progress(self.key, part, None if self.parts else self.finish)]
 
 
-def says(omni: Omni, monkeypatch: pytest.MonkeyPatch, text: list[int], sizes: list[int]) -> list[Part]:
+def says(omni: Omni, monkeypatch: pytest.MonkeyPatch, text: list[int], sizes: list[int]) -> list[Chunk]:
     tokens = np.full((8, len(text)), 13, np.int32)
     tokens[7] = text
     monkeypatch.setattr(omni, "_engine", lambda requests, slots: Scripted(tokens, sizes))
@@ -363,7 +366,7 @@ def test_codes_that_are_none_are_played_as_the_code_before_and_counted(
     repaired[0, 0] = 0
     expected = decoded(codec, repaired)
     whole = omni.reply(text="x")
-    assert whole.repaired_codes == 3
+    assert whole.num_invalid_codes == 3
     assert whole.audio is not None
     np.testing.assert_allclose(whole.audio, expected, atol=1e-5, rtol=0)
     parts = list(omni.stream(text="x"))
@@ -448,11 +451,11 @@ def test_errors_come_from_every_door(omni: Omni) -> None:
 
 def test_speech_that_is_too_long_is_cut_only_when_asked(omni: Omni) -> None:
     long = recording(0, LONGEST + 5000)
-    request = omni.prepare(Ask(long, sample_rate=16000, cut=True))
+    request = omni.prepare(Request(long, sample_rate=16000, cut=True))
     assert request.speech is not None
     np.testing.assert_array_equal(request.speech, long[:LONGEST])
     assert request.prompt.speech_positions == 20
-    exact = omni.prepare(Ask(long[:LONGEST], sample_rate=16000))
+    exact = omni.prepare(Request(long[:LONGEST], sample_rate=16000))
     assert exact.prompt.speech_positions == 20
     whole = omni.answer(long, sample_rate=16000, cut=True, max_steps=3)
     np.testing.assert_array_equal(whole.tokens, omni.answer(long[:LONGEST], sample_rate=16000, max_steps=3).tokens)
@@ -479,10 +482,10 @@ def test_untrained_tiny_says_so_and_hears_two_seconds() -> None:
         omni = Omni.load("tiny")
     assert warned[0].filename == __file__
     assert not omni.trained
-    two_seconds = omni.prepare(Ask(recording(0, 32000), sample_rate=16000))
+    two_seconds = omni.prepare(Request(recording(0, 32000), sample_rate=16000))
     assert two_seconds.prompt.speech_positions == 100
     with pytest.raises(AudioError, match=r"at most 2\.00 s, found 2\.50 s"):
-        omni.prepare(Ask(recording(0, 40000), sample_rate=16000))
+        omni.prepare(Request(recording(0, 40000), sample_rate=16000))
     reply = omni.answer(text="Hello", max_steps=4)
     assert reply.tokens.shape == (8, 4)
     assert reply.finish_reason in ("length", "stop")
@@ -508,17 +511,17 @@ def test_a_release_comes_before_a_preset_of_its_name(
 def test_the_real_shape_answers() -> None:
     with pytest.warns(UntrainedWarning):
         omni = Omni.untrained("mini_omni")
-    spoken, written = omni.reply(QUESTION, max_steps=12), omni.answer(QUESTION, max_steps=12)
-    assert spoken.tokens.shape == written.tokens.shape == (8, 12)
+    spoken, decode_text = omni.reply(QUESTION, max_steps=12), omni.answer(QUESTION, max_steps=12)
+    assert spoken.tokens.shape == decode_text.tokens.shape == (8, 12)
     # The second row of a batch-parallel answer is the answer in text alone.
-    np.testing.assert_array_equal(spoken.tokens[7], written.tokens[7])
+    np.testing.assert_array_equal(spoken.tokens[7], decode_text.tokens[7])
     assert ((spoken.tokens[:7] >= 0) & (spoken.tokens[:7] < 4160)).all()
     for layer in range(7):
         assert (spoken.tokens[layer, : layer + 1] == 4097).all()
     assert spoken.audio is not None
     assert spoken.audio.shape == (5 * 2048,)
     assert 1e-4 < np.abs(spoken.audio).max() <= 1
-    assert written.audio is None
+    assert decode_text.audio is None
 
 
 def test_untrained_by_its_own_name_blames_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:

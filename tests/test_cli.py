@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 
 import omni_jax
 from omni_jax import cli
-from omni_jax.api import Omni, UntrainedWarning
-from omni_jax.config import ConfigError
+from omni_jax.api import Omni
+from omni_jax.errors import ConfigError, UntrainedWarning
 
 ROOT = Path(omni_jax.__file__).parents[1]
 QUESTIONS = Path(omni_jax.__file__).parent / "assets" / "questions"
@@ -117,7 +117,7 @@ def test_ask_json(tiny: Omni, loads: list[str], tmp_path: Path) -> None:
         "trained": False,
         "finish_reason": "length",
         "steps": STEPS,
-        "repaired_codes": expected.repaired_codes,
+        "num_invalid_codes": expected.num_invalid_codes,
         "question_seconds": soundfile.info(SUM).duration,
         "answer_seconds": expected.seconds,
         "out": str(out),
@@ -132,17 +132,17 @@ def test_ask_json(tiny: Omni, loads: list[str], tmp_path: Path) -> None:
 def test_ask_every_task(task: str, loads: list[str], tmp_path: Path) -> None:
     out = tmp_path / "answer.wav"
     question = [NAME] if task[0] == "A" else ["--text", "What is your name?"]
-    speaks = task in ("T1A2", "t1a1")
-    where = ["--out", out] if speaks else []
+    outputs_audio = task in ("T1A2", "t1a1")
+    where = ["--out", out] if outputs_audio else []
     result = run("ask", *question, "--task", task, "--model", "tiny", "--max-steps", 9, *where, "--json")
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     assert answer["task"] == task.upper()
     assert len(answer["tokens"]) == 8
     assert (answer["question_seconds"] is None) == (task[0] != "A")
-    assert out.exists() == speaks
+    assert out.exists() == outputs_audio
     silent = ("answer_seconds", "out", "first_sound_seconds", "real_time_factor")
-    assert [answer[name] is None for name in silent] == [not speaks] * 4
+    assert [answer[name] is None for name in silent] == [not outputs_audio] * 4
 
 
 def test_ask_passes_every_option(tiny: Omni, loads: list[str], tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_batch_answers_in_order(tiny: Omni, loads: list[str], tmp_path: Path) ->
         "audio": "heard.wav",
         "seconds": round(heard.seconds, 4),
         "finish_reason": "length",
-        "repaired_codes": heard.repaired_codes,
+        "num_invalid_codes": heard.num_invalid_codes,
         "request": lines[0]["request"],
     }
     assert lines[2]["text"] == tiny.reply(text=rows[2]["text"], max_steps=4, temperature=1, seed=9).text

@@ -13,11 +13,11 @@ from transformers import WhisperModel
 from typer.testing import CliRunner
 
 import convert_weights
-from omni_jax.checkpoint import open_release
-from omni_jax.codec.snac import SLOTS, make_decoder
+from omni_jax.checkpoint.release import open_release
+from omni_jax.codec.snac import FRAME_SLOTS, make_decoder
 from omni_jax.codec.torch_snac import import_snac
-from omni_jax.config import SHIPPED, EarConfig, TrunkConfig, VocabConfig
-from tests import builders
+from omni_jax.config.model import SHIPPED_RELEASES, AudioEncoderConfig, TrunkConfig, VocabConfig
+from tests import models
 
 ROOT = Path(convert_weights.__file__).parent
 
@@ -46,12 +46,12 @@ def test_import_export_import(tiny_parts, tmp_path, tiny_config):
 
 
 def test_init_then_export_both_ways(tiny_parts, tmp_path):
-    builders.language_model_folder(tmp_path / "lm", "qwen2", tied=False)
+    models.language_model_folder(tmp_path / "lm", "qwen2", tied=False)
     arguments = ("--tts-adapter-layers", 2, "--adapter", "mlp", "--seed", 3, *parts(tiny_parts))
     done = run("init", tmp_path / "release", "--lm", tmp_path / "lm", *arguments)
     assert done.exit_code == 0, done.output
     config = open_release(tmp_path / "release").config
-    assert (config.tts_adapter_layers, config.adapter.kind, config.trunk.tied_head) == (2, "mlp", False)
+    assert (config.tts_adapter_layers, config.adapter.kind, config.trunk.tie_word_embeddings) == (2, "mlp", False)
     assert run("export", tmp_path / "release", tmp_path / "theirs").exit_code == 0
     assert run("export", tmp_path / "release", tmp_path / "trunk", "--to", "transformers").exit_code == 0
     assert names(tmp_path / "theirs") == [
@@ -65,32 +65,36 @@ def test_init_then_export_both_ways(tiny_parts, tmp_path):
 
 def test_ear_and_codec_go_out_to_their_own_libraries_and_come_back(tmp_path):
     nano = open_release("nano")
-    for part, to in (("whole", "mini-omni"), ("ear", "whisper"), ("codec", "snac")):
+    for part, to in (("whole", "mini-omni"), ("audio_encoder", "whisper"), ("codec", "snac")):
         done = run("export", "nano", tmp_path / part, "--to", to)
         assert done.exit_code == 0, done.output
 
-    whisper, loaded = WhisperModel.from_pretrained(tmp_path / "ear", output_loading_info=True)
+    whisper, loaded = WhisperModel.from_pretrained(tmp_path / "audio_encoder", output_loading_info=True)
     assert all(name.startswith("decoder.") for name in loaded["missing_keys"])
     assert not loaded["unexpected_keys"]
-    mel = np.random.default_rng(0).normal(size=(1, 80, 2 * nano.config.ear.positions)).astype(np.float32)
+    mel = np.random.default_rng(0).normal(size=(1, 80, 2 * nano.config.audio_encoder.max_position)).astype(np.float32)
     with torch.no_grad():
         theirs = whisper.eval().encoder(torch.from_numpy(mel))[0].numpy()
-    ours = nano.load_model(stacked=False, dtype="float32").ear(mel)
+    ours = nano.load_model(stacked=False, dtype="float32").audio_encoder(mel)
     np.testing.assert_allclose(np.asarray(ours), theirs, atol=1e-4)
 
     codec = nano.load_codec()
     codes = np.random.default_rng(1).integers(0, codec.config.codebook_size, (1, 9, 7)).astype(np.int32)
-    books = [torch.from_numpy(codes[:, :, slots].reshape(1, -1).astype(np.int64)) for slots in SLOTS]
+    books = [torch.from_numpy(codes[:, :, slots].reshape(1, -1).astype(np.int64)) for slots in FRAME_SLOTS]
     with torch.no_grad():
         theirs = import_snac().SNAC.from_pretrained(str(tmp_path / "codec")).decode(books)[:, 0].numpy()
     np.testing.assert_allclose(np.asarray(make_decoder(codec)(codes)), theirs, atol=1e-4)
 
     again = tmp_path / "again"
-    done = run("import", tmp_path / "whole", again, "--whisper", tmp_path / "ear", "--snac", tmp_path / "codec")
+    done = run(
+        "import", tmp_path / "whole", again, "--whisper", tmp_path / "audio_encoder", "--snac", tmp_path / "codec"
+    )
     assert done.exit_code == 0, done.output
     back = open_release(again)
     assert back.config.codec == nano.config.codec
-    ears = [{n: t for n, t in release.model_tensors().items() if n.startswith("ear.")} for release in (nano, back)]
+    ears = [
+        {n: t for n, t in release.model_tensors().items() if n.startswith("audio_encoder.")} for release in (nano, back)
+    ]
     assert ears[0].keys() == ears[1].keys()
     for name, tensor in ears[0].items():
         np.testing.assert_array_equal(ears[1][name].read(), tensor.read().astype(np.float32))
@@ -103,10 +107,10 @@ def test_inspect(tiny_parts, tiny_release):
     ours = run("inspect", tiny_release)
     assert ours.exit_code == 0, ours.output
     lines = [line.split() for line in ours.output.splitlines()]
-    assert ["trunk.layers.*.attention.q", "3", "x", "4x16x48", "float32", "9,216"] in lines
+    assert ["trunk.num_layers.*.attention.q", "3", "x", "4x16x48", "float32", "9,216"] in lines
     assert ["embed.audio", "7x72x48", "float32", "24,192"] in lines
     sizes = {line[0]: int(line[1].replace(",", "")) for line in lines if len(line) == 2}
-    assert set(sizes) == {"adapter", "codec", "ear", "embed", "norm", "trunk", "total"}
+    assert set(sizes) == {"adapter", "codec", "audio_encoder", "embed", "norm", "trunk", "total"}
     assert sizes["total"] == sum(sizes.values()) / 2
     release = open_release(tiny_release)
     files = ("model.safetensors", "codec.safetensors")
@@ -116,10 +120,10 @@ def test_inspect(tiny_parts, tiny_release):
     # What comes with the package, by name; a folder of that name, which is no release, does not hide it.
     shipped = run("inspect", "nano")
     assert shipped.exit_code == 0, shipped.output
-    assert shipped.output == run("inspect", SHIPPED["nano"]).output
+    assert shipped.output == run("inspect", SHIPPED_RELEASES["nano"]).output
     # Types are those in the files: matrices in eight bits, their scales not counted.
     types = {line[0]: line[-2] for line in map(str.split, shipped.output.splitlines()) if len(line) > 2}
-    assert types["trunk.layers.*.attention.q"] == "int8"
+    assert types["trunk.num_layers.*.attention.q"] == "int8"
     assert types["norm.scale"] == "float32"
 
     # The tied head is counted once.
@@ -146,7 +150,7 @@ def test_out_in_use(tiny_parts, tiny_release, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
     (tmp_path / "file").touch()
-    builders.language_model_folder(tmp_path / "lm", "llama", tied=True)
+    models.language_model_folder(tmp_path / "lm", "llama", tied=True)
     for out in (tmp_path / "out", tmp_path / "file"):
         for arguments in (
             ("import", tiny_parts / "mini_omni", out, *parts(tiny_parts)),
@@ -228,9 +232,11 @@ def test_all_wrong_tensors_are_listed(tiny_parts, tmp_path):
 
 
 def test_a_model_the_published_code_has_not(tmp_path):
-    from omni_jax.config import AdapterConfig
+    from omni_jax.config.model import AdapterConfig
 
-    builders.release_folder(tmp_path / "release", replace(builders.tiny_config(), adapter=AdapterConfig(ffn=100)))
+    models.release_folder(
+        tmp_path / "release", replace(models.tiny_config(), adapter=AdapterConfig(intermediate_size=100))
+    )
     message = fails("export", tmp_path / "release", tmp_path / "out")
     assert message.endswith("adapter.ffn: expected at most trunk.ffn, which is 96, found 100")
     assert not (tmp_path / "out").exists()
@@ -238,7 +244,7 @@ def test_a_model_the_published_code_has_not(tmp_path):
 
 def test_without_torch(tiny_parts, tiny_release, tmp_path):
     """Only what reads or writes torch's files needs it."""
-    builders.language_model_folder(tmp_path / "lm", "qwen2", tied=True)
+    models.language_model_folder(tmp_path / "lm", "qwen2", tied=True)
     script = """
 import sys
 sys.modules["torch"] = None
@@ -259,7 +265,7 @@ except SystemExit as end:
     assert done.returncode == 2
     assert "this format needs PyTorch: pip install omni-jax[torch]" in done.stderr
     assert not (tmp_path / "theirs").exists()
-    assert without("export", tiny_release, tmp_path / "ear", "--to", "whisper").returncode == 0
+    assert without("export", tiny_release, tmp_path / "audio_encoder", "--to", "whisper").returncode == 0
     done = without("export", tiny_release, tmp_path / "codec", "--to", "snac")
     assert done.returncode == 2
     assert "this format needs PyTorch: pip install omni-jax[torch]" in done.stderr
@@ -305,15 +311,15 @@ def bigger(tmp_path_factory):
     """Some 150 MB of weights in the proportions of the real model: a third are the tables."""
     folder = tmp_path_factory.mktemp("bigger")
     config = replace(
-        builders.tiny_config(),
-        ear=EarConfig(width=192, layers=6, heads=6, ffn=768, positions=100),
-        trunk=TrunkConfig(width=448, layers=9, heads=7, kv_heads=1, ffn=2048, context=192),
+        models.tiny_config(),
+        audio_encoder=AudioEncoderConfig(hidden_size=192, num_layers=6, num_heads=6, intermediate_size=768, max_position=100),
+        trunk=TrunkConfig(hidden_size=448, num_layers=9, num_heads=7, num_kv_heads=1, intermediate_size=2048, max_position=192),
         vocab=VocabConfig(text=24000, audio=64, text_specials=64, audio_specials=64),
     )
-    config = replace(config, adapter=replace(config.adapter, ffn=config.trunk.ffn))
-    builders.whisper_folder(folder / "whisper", config.ear)
-    builders.snac_folder(folder / "snac", config.codec)
-    builders.mini_omni_folder(folder / "mini_omni", config)
+    config = replace(config, adapter=replace(config.adapter, intermediate_size=config.trunk.intermediate_size))
+    models.whisper_folder(folder / "whisper", config.audio_encoder)
+    models.snac_folder(folder / "snac", config.codec)
+    models.mini_omni_folder(folder / "mini_omni", config)
     assert run("import", folder / "mini_omni", folder / "release", *parts(folder)).exit_code == 0
     assert run("export", folder / "release", folder / "lm", "--to", "transformers").exit_code == 0
     return folder

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from omni_jax.config import VocabConfig
-from omni_jax.delay import delay, playable, undelay
+from omni_jax.config.model import VocabConfig
+from omni_jax.delay import delay, fill_invalid_codes, undelay
 from omni_jax.vocab import Vocab
 
 V = Vocab(VocabConfig(text=100, text_specials=6, audio=80, audio_specials=5))
@@ -93,7 +93,7 @@ def test_playable_holds_the_code_before() -> None:
             [13, 23, 33, 43, 53, 63, 0],
         ]
     )
-    out = playable(frames, V)
+    out = fill_invalid_codes(frames, V)
     assert out.dtype == np.int32
     np.testing.assert_array_equal(
         out,
@@ -107,11 +107,11 @@ def test_playable_holds_the_code_before() -> None:
 
 
 def test_playable_of_nothing() -> None:
-    assert playable(np.zeros((0, 7), np.int32), V).shape == (0, 7)
+    assert fill_invalid_codes(np.zeros((0, 7), np.int32), V).shape == (0, 7)
 
 
 def test_playable_depends_on_earlier_frames_only() -> None:
     frames = np.random.default_rng(1).integers(60, 85, (20, 7))
-    whole = playable(frames, V)
+    whole = fill_invalid_codes(frames, V)
     for n in range(20):
-        np.testing.assert_array_equal(playable(frames[:n], V), whole[:n])
+        np.testing.assert_array_equal(fill_invalid_codes(frames[:n], V), whole[:n])

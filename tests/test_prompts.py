@@ -5,15 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from omni_jax.config import VocabConfig
-from omni_jax.prompts import (
-    Task,
-    answer,
-    example,
-    speech_positions,
-    speech_prompt,
-    text_prompt,
-)
+from omni_jax.config.model import VocabConfig
+from omni_jax.prompts import answer, example, speech_positions, speech_prompt, text_prompt
+from omni_jax.tasks import Task
 from omni_jax.vocab import Vocab
 
 V = Vocab(VocabConfig(text=100, text_specials=6, audio=10, audio_specials=5))
@@ -39,9 +33,9 @@ TEXT = {
 
 def test_the_tasks() -> None:
     assert [task.value for task in Task] == ["A1A2", "A1T2", "A1T1", "T1A2", "T1T2", "T1A1"]
-    assert [task.hears for task in Task] == [True, True, True, False, False, False]
-    assert [task.writes for task in Task] == [True, True, True, True, True, False]
-    assert [task.speaks for task in Task] == [True, False, False, True, False, True]
+    assert [task.takes_audio for task in Task] == [True, True, True, False, False, False]
+    assert [task.outputs_text for task in Task] == [True, True, True, True, True, False]
+    assert [task.outputs_audio for task in Task] == [True, False, False, True, False, True]
 
 
 @pytest.mark.parametrize("task", SPEECH)
@@ -61,7 +55,7 @@ def test_text_prompts(task: Task) -> None:
 @pytest.mark.parametrize("task", Task)
 def test_a_task_takes_its_own_input_only(task: Task) -> None:
     with pytest.raises(ValueError, match=str(task)):
-        text_prompt(task, [1], V) if task.hears else speech_prompt(task, 1, V)
+        text_prompt(task, [1], V) if task.takes_audio else speech_prompt(task, 1, V)
 
 
 def test_an_empty_input_is_an_error() -> None:
@@ -95,7 +89,7 @@ WRITTEN = [8, 9, 100, 101, 101, 101, 101, 101, 101]
 
 @pytest.mark.parametrize("task", [Task.A1A2, Task.T1A2])
 def test_example_of_text_and_speech(task: Task) -> None:
-    prompt = speech_prompt(task, 2, V) if task.hears else text_prompt(task, [5, 6], V)
+    prompt = speech_prompt(task, 2, V) if task.takes_audio else text_prompt(task, [5, 6], V)
     out = example(prompt, [8, 9], CODES, V)
     said = np.array([*SPOKEN, WRITTEN])
     before = (SPEECH | TEXT)[task]
@@ -108,12 +102,12 @@ def test_example_of_text_and_speech(task: Task) -> None:
     np.testing.assert_array_equal(out.mask, expected)
     assert out.mask.dtype == bool
     assert out.tokens.shape == out.targets.shape == out.mask.shape == (8, 13)
-    assert out.speech_positions == (2 if task.hears else 0)
+    assert out.speech_positions == (2 if task.takes_audio else 0)
 
 
 @pytest.mark.parametrize("task", [Task.A1T2, Task.A1T1, Task.T1T2])
 def test_example_of_text_alone(task: Task) -> None:
-    prompt = speech_prompt(task, 2, V) if task.hears else text_prompt(task, [5, 6], V)
+    prompt = speech_prompt(task, 2, V) if task.takes_audio else text_prompt(task, [5, 6], V)
     out = example(prompt, [8, 9], None, V)
     before = (SPEECH | TEXT)[task]
     np.testing.assert_array_equal(out.tokens, np.concatenate([before, rows([11, 11], [8, 9])], axis=1))

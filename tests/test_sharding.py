@@ -15,14 +15,14 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec
 
 from omni_jax import sharding
-from omni_jax.config import ModelConfig
-from omni_jax.inference.decode import Programs
-from omni_jax.inference.engine import Request
+from omni_jax.config.model import ModelConfig
+from omni_jax.inference.engine import PreparedRequest
+from omni_jax.inference.runner import ModelRunner
 from omni_jax.model.omni import OmniModel
-from omni_jax.prompts import Task
-from tests.builders import quick_compile
-from tests.inference.slow_decoder import SlowDecoder, random_model, random_request, small_config
+from omni_jax.tasks import Task
+from tests.inference.reference_decoder import ReferenceDecoder, random_model, random_request, small_config
 from tests.inference.test_engine import Answer, Recorder, assert_same, run
+from tests.models import quick_compile
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +116,7 @@ def placed(model: OmniModel, mesh: jax.sharding.Mesh) -> OmniModel:
 
 def config(**more: Any) -> ModelConfig:
     """Heads, kv heads and tables that divide by 8."""
-    return small_config(heads=8, kv_heads=8, head_size=4, text=42, text_specials=6, audio_specials=12, **more)
+    return small_config(num_heads=8, num_kv_heads=8, head_dim=4, text=42, text_specials=6, audio_specials=12, **more)
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -141,7 +141,7 @@ def spread_over(array: jax.Array) -> int:
 
 
 @cache
-def case(stacked: bool) -> tuple[OmniModel, list[Request], list[Answer]]:
+def case(stacked: bool) -> tuple[OmniModel, list[PreparedRequest], list[Answer]]:
     """A model, requests of several kinds that nothing but their limit ends, and the slow decoder's answers."""
     model = random_model(config(tts_adapter_layers=0 if stacked else 1), stacked=stacked, seed=1, eot=0, eoa=0)
     asks: list[tuple[Task, dict[str, Any]]] = [
@@ -154,8 +154,8 @@ def case(stacked: bool) -> tuple[OmniModel, list[Request], list[Answer]]:
         random_request(model.config, task, i, max_steps=14, **settings) for i, (task, settings) in enumerate(asks)
     ]
     with quick_compile():
-        alone = Programs(model)
-        slow = SlowDecoder(model, partial(alone.hear, alone.weights))
+        alone = ModelRunner(model)
+        slow = ReferenceDecoder(model, partial(alone.hear, alone.weights))
         expected = [slow(request) for request in requests]
     assert all(tokens.shape[1] == 14 for tokens, _ in expected)
     return model, requests, expected
@@ -173,7 +173,7 @@ def case(stacked: bool) -> tuple[OmniModel, list[Request], list[Answer]]:
 def test_a_mesh_gives_the_same_tokens(sizes: tuple[int, int, int], stacked: bool) -> None:
     """A mixed batch on eight devices, against the slow decoder on one."""
     model, requests, expected = case(stacked)
-    programs = Recorder(Programs(placed(model, sharding.make_mesh(*sizes))))
+    programs = Recorder(ModelRunner(placed(model, sharding.make_mesh(*sizes))))
     slots = 8 if sizes[0] == 8 else 4
     if sizes[0] != 2:
         requests, expected = requests[:3], expected[:3]

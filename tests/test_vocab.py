@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from omni_jax.config import VocabConfig
-from omni_jax.vocab import LAYERS, STREAMS, TEXT, Vocab
+from omni_jax.config.model import VocabConfig
+from omni_jax.vocab import NUM_CODEBOOKS, NUM_STREAMS, TEXT_STREAM, Vocab
 
 PUBLISHED = Vocab(VocabConfig())
 
 
 def test_streams() -> None:
-    assert (LAYERS, TEXT, STREAMS) == (7, 7, 8)
+    assert (NUM_CODEBOOKS, TEXT_STREAM, NUM_STREAMS) == (7, 7, 8)
 
 
 def test_published_specials() -> None:

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omni_jax.audio.wav import SAMPLE_RATE
-from omni_jax.config import SpecAugmentConfig
+from omni_jax.audio.io import SAMPLE_RATE
+from omni_jax.config.run import SpecAugmentConfig
 
 WINDOW = 400
 """Samples per Fourier window (25 ms)."""
 
 HOP = 160
-"""Samples between neighbouring mel frames (10 ms)."""
+"""Samples between neighboring mel frames (10 ms)."""
 
 
 def log_mel(audio: jax.Array, mels: int = 80) -> jax.Array:
@@ -40,7 +40,7 @@ def log_mel(audio: jax.Array, mels: int = 80) -> jax.Array:
         raise ValueError(f"expected audio as [B, samples] of at least {least} samples, found {audio.shape}")
     frames = audio.shape[1] // HOP
     centred = jnp.pad(audio, ((0, 0), (WINDOW // 2, WINDOW // 2)), mode="reflect")
-    # A window is two and a half hops: lay the sound out in rows of one hop and join neighbouring rows. The
+    # A window is two and a half hops: lay the sound out in rows of one hop and join neighboring rows. The
     # window after the last whole hop, which the recipe drops, is never computed.
     centred = jnp.pad(centred, ((0, 0), (0, max(0, (frames + 2) * HOP - centred.shape[1]))))
     rows = centred[:, : (frames + 2) * HOP].reshape(-1, frames + 2, HOP)
@@ -72,16 +72,16 @@ def spec_augment(mel: jax.Array, key: jax.Array, config: SpecAugmentConfig) -> j
     """
     B, M, frames = mel.shape
     warp_key, width_key, place_key = jax.random.split(key, 3)
-    factor = jax.random.uniform(warp_key, (B, 1, 1), minval=1 - config.warp, maxval=1 + config.warp)
+    factor = jax.random.uniform(warp_key, (B, 1, 1), minval=1 - config.max_warp, maxval=1 + config.max_warp)
     bins = jnp.arange(M, dtype=mel.dtype)
     # Linear interpolation as a product: a gather along the mel axis would not be cut by rows on a mesh.
     place = jnp.clip(bins[:, None] * factor, 0, M - 1)
     weights = jnp.maximum(0.0, 1.0 - jnp.abs(place - bins))
     mel = jnp.einsum("bmk,bkt->bmt", weights, mel, precision=jax.lax.Precision.HIGHEST)
 
-    sizes, widest = jnp.array([frames, M]), jnp.array([config.frames, config.bins])
-    widths = jax.random.uniform(width_key, (B, config.stripes, 2)) * widest
-    starts = jax.random.uniform(place_key, (B, config.stripes, 2)) * (sizes - widths)
+    sizes, widest = jnp.array([frames, M]), jnp.array([config.max_time_mask, config.max_mel_mask])
+    widths = jax.random.uniform(width_key, (B, config.num_masks, 2)) * widest
+    starts = jax.random.uniform(place_key, (B, config.num_masks, 2)) * (sizes - widths)
 
     def cut(axis: int) -> jax.Array:
         at = jnp.arange(mel.shape[2 - axis])
@@ -97,7 +97,7 @@ def pad(audio: np.ndarray, samples: int) -> np.ndarray:
 
     Args:
         audio: f32 [..., samples].
-        samples: length of the result, as `EarConfig.samples`.
+        samples: length of the result, as `AudioEncoderConfig.samples`.
 
     Returns:
         f32 [..., samples].
@@ -116,8 +116,8 @@ def mel_filters(mels: int) -> np.ndarray:
     """Triangles that sum a power spectrum into mel bins, slaney's scale and slaney's area norm.
 
     The mel scale of Slaney's Auditory Toolbox (1998): linear below 1 kHz (200/3 Hz per mel), above it
-    logarithmic with 27 mels per factor 6.4. Each triangle reaches from its left neighbour's centre to its
-    right neighbour's and has the area 1 over frequency in Hz.
+    logarithmic with 27 mels per factor 6.4. Each triangle reaches from its left neighbor's center to its
+    right neighbor's and has the area 1 over frequency in Hz.
 
     Returns:
         f32 [frequencies, M], frequencies = 201, from 0 to 8 kHz.

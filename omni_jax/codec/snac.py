@@ -1,6 +1,6 @@
 """SNAC, the neural codec: speech at 24 kHz to seven codes a frame of 85 ms and back, whole or streaming.
 
-An encoder of strided convolutions makes one latent per hop of 512 samples; three codebooks quantise the
+An encoder of strided convolutions makes one latent per hop of 512 samples; three codebooks quantize the
 latents one after the other, each what the ones before left over, at a quarter, half and full rate; the
 decoder mirrors the encoder with transposed convolutions (Siuzdak et al. 2024, arXiv 2410.14411). The sizes
 named here are those of snac_24khz; `omni_jax.config.CodecConfig` holds them.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -25,24 +24,27 @@ import numpy as np
 from flax import nnx, traverse_util
 from numpy.typing import ArrayLike
 
-from omni_jax.config import CodecConfig
-from omni_jax.tensorfile import differences
+from omni_jax.codec.ops import TAPS, _add_bias, _matmul, _shifted_sum, _silence_from, _snake, _unit
+from omni_jax.config.model import CodecConfig
+from omni_jax.shapes import shape_mismatches
 
 Array = jax.Array
 
-SLOTS = ((0,), (1, 4), (2, 3, 5, 6))
+
+FRAME_SLOTS = ((0,), (1, 4), (2, 3, 5, 6))
 """Which of a frame's seven slots belong to each codebook, in the order of time."""
 
-SLOT_ORDER = np.argsort(np.concatenate(SLOTS))
+
+FRAME_SLOT_ORDER = np.argsort(np.concatenate(FRAME_SLOTS))
 """Where each slot is found when the codebooks' slots are laid side by side."""
 
-TAPS = 7
+
 DILATIONS = (1, 3, 9)
 """Of the residual units in each block."""
 
 
 class Quantized(NamedTuple):
-    """What quantising latents gives, with the losses that train the codebooks."""
+    """What quantizing latents gives, with the losses that train the codebooks."""
 
     latents: Array
     """f32 [B, T, D]: the decoder's input. Its gradient reaches the encoder as if nothing had been rounded."""
@@ -52,18 +54,6 @@ class Quantized(NamedTuple):
     """f32 []: pulls the encoder's projections towards their codewords."""
     codebook_loss: Array
     """f32 []: pulls the codewords towards what they stand for."""
-
-
-class ReceptiveField(NamedTuple):
-    """How far a code is heard: frame f touches samples [f*frame - right, (f+1)*frame + left), no others."""
-
-    left_frames: int
-    """Frames before a frame that some of its samples depend on."""
-    right_frames: int
-    """Frames after a frame that some of its samples depend on."""
-    left_samples: int
-    right_samples: int
-    """Samples at the end of what has been decoded so far that the next frame still changes."""
 
 
 class Snac(nnx.Module):
@@ -81,7 +71,7 @@ class Snac(nnx.Module):
         self.config = config
         D = latent_width(config)
         self.encoder = Encoder(config, rngs=rngs)
-        self.quantizers = nnx.List([Quantizer(config, D, stride, rngs=rngs) for stride in config.strides])
+        self.quantizers = nnx.List([Quantizer(config, D, stride, rngs=rngs) for stride in config.vq_strides])
         self.decoder = Decoder(config, rngs=rngs)
 
     @classmethod
@@ -94,7 +84,7 @@ class Snac(nnx.Module):
         graph, state = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))))
         paths = traverse_util.flatten_dict(nnx.to_pure_dict(state))
         expected = {_dotted(path): value.shape for path, value in paths.items()}
-        if wrong := differences(params, expected):
+        if wrong := shape_mismatches(params, expected):
             raise ValueError("codec parameters:\n" + "\n".join(wrong))
         values = {path: jnp.asarray(params[_dotted(path)]) for path in paths}
         return nnx.merge(graph, traverse_util.unflatten_dict(values))
@@ -115,7 +105,7 @@ class Snac(nnx.Module):
         Returns:
             int32 [B, F, 7], F = ceil(samples / 2048), in slot order; 0 beyond a row's length.
         """
-        frame = self.config.frame
+        frame = self.config.frame_size
         audio = jnp.asarray(audio)
         audio = jnp.pad(audio, ((0, 0), (0, -audio.shape[1] % frame)))[..., None]
         if lengths is None:
@@ -133,10 +123,10 @@ class Snac(nnx.Module):
         for quantizer in self.quantizers:
             part, codes, projected, codeword = quantizer(residual)
             total, residual = total + part, residual - part
-            slots.append(codes.reshape(B, T // self.config.strides[0], -1))
+            slots.append(codes.reshape(B, T // self.config.vq_strides[0], -1))
             commitment += jnp.mean((projected - jax.lax.stop_gradient(codeword)) ** 2)
             codebook += jnp.mean((codeword - jax.lax.stop_gradient(projected)) ** 2)
-        return Quantized(total, jnp.concatenate(slots, -1)[..., SLOT_ORDER], commitment, codebook)
+        return Quantized(total, jnp.concatenate(slots, -1)[..., FRAME_SLOT_ORDER], commitment, codebook)
 
     def decode(
         self,
@@ -165,9 +155,9 @@ class Snac(nnx.Module):
         """
         codes = jnp.asarray(codes)
         B, F, _ = codes.shape
-        ends = None if lengths is None else jnp.asarray(lengths, jnp.int32) * self.config.strides[0]
+        ends = None if lengths is None else jnp.asarray(lengths, jnp.int32) * self.config.vq_strides[0]
         latents = jnp.asarray(0.0)
-        for quantizer, slots in zip(self.quantizers, SLOTS, strict=True):
+        for quantizer, slots in zip(self.quantizers, FRAME_SLOTS, strict=True):
             latents = latents + quantizer.lookup(codes[..., slots].reshape(B, F * len(slots)))
         noise = None if noise_key is None else block_noise(self.config, noise_key, first_frame, B, F)
         return self.decoder(latents, ends, noise)
@@ -323,7 +313,7 @@ class Quantizer(nnx.Module):
 
 
 class Snake(nnx.Module):
-    """x + sin^2(a x) / a with a learnt frequency a per channel (Ziyin et al. 2020, arXiv 2006.08195)."""
+    """x + sin^2(a x) / a with a learned frequency a per channel (Ziyin et al. 2020, arXiv 2006.08195)."""
 
     def __init__(self, D: int):
         self.alpha = nnx.Param(jnp.ones((D,), jnp.float32))
@@ -412,7 +402,7 @@ class Downsample(nnx.Module):
         B, T, D = x.shape
         s, before = self.rate, math.ceil(self.rate / 2)
         x = jnp.pad(_silence_from(x, ends), ((0, 0), (before, s - before), (0, 0)))
-        # Each output sees two neighbouring groups of s positions: a matrix for the first, one for the second.
+        # Each output sees two neighboring groups of s positions: a matrix for the first, one for the second.
         groups = x.reshape(B, T // s + 1, s * D)
         first, second = self.weight[...].reshape(2, s * D, -1)
         return _matmul(groups[:, :-1], first) + _matmul(groups[:, 1:], second) + self.bias[...]
@@ -462,22 +452,6 @@ def latent_width(config: CodecConfig) -> int:
     return config.encoder_dim * 2 ** len(config.encoder_rates)
 
 
-def sine_squared(x: Array) -> Array:
-    """sin(x)^2 in float32, to 3e-7 for |x| below 10^4; elementwise.
-
-    `jnp.sin` does not vectorise on CPU and was four fifths of the decoder's time. sin^2 has period pi, so x
-    is reduced to its distance from the nearest multiple of pi (pi in two parts, the first of few bits so
-    that its multiples are exact), and on [-pi/2, pi/2] the sine is a short polynomial (least squares at
-    Chebyshev nodes, error 4e-10): fifteen times as fast.
-    """
-    turns = jnp.round(x * (1 / math.pi))
-    x = (x - turns * 3.140625) - turns * (math.pi - 3.140625)
-    s = x * x
-    tail = -1.98407965e-4 + s * (2.75223034e-6 + s * -2.38419876e-8)
-    sine = x + x * s * (-1.66666666e-1 + s * (8.33333042e-3 + s * tail))
-    return sine * sine
-
-
 def block_noise(config: CodecConfig, key: Array, first_frame: ArrayLike, B: int, F: int) -> list[Array]:
     """Standard normal noise for each decoder block, a function of key and absolute frame only.
 
@@ -492,7 +466,7 @@ def block_noise(config: CodecConfig, key: Array, first_frame: ArrayLike, B: int,
         Per block f32 [B, F * positions per frame].
     """
     # Positions per frame after each block. A frame's noise is drawn at once, which compiles faster than per block.
-    sizes = config.strides[0] * np.cumprod(config.decoder_rates)
+    sizes = config.vq_strides[0] * np.cumprod(config.decoder_rates)
     frames = jnp.broadcast_to(jnp.asarray(first_frame, jnp.int32), (B,))[:, None] + jnp.arange(F)
 
     def draw(key: Array, frame: Array) -> Array:
@@ -555,120 +529,6 @@ def make_encoder(codec: Snac) -> Callable[..., Array]:
     return encode
 
 
-def receptive_field(config: CodecConfig) -> ReceptiveField:
-    """How far the decoder carries one frame's codes, followed through its layers. Exact, not a bound."""
-    # Positions [start, end) that one frame touches, at the rate of the layer at hand.
-    start, end = 0, config.strides[0]
-    reach = TAPS // 2
-    start, end = start - reach, end + reach
-    for rate in config.decoder_rates:
-        # Position t of a transposed convolution makes outputs [t*s, (t+2)*s), moved by the crop.
-        crop = math.ceil(rate / 2)
-        start, end = start * rate - crop, (end + 1) * rate - crop
-        for dilation in DILATIONS:
-            start, end = start - reach * dilation, end + reach * dilation
-    left, right = end + reach - config.frame, reach - start
-    return ReceptiveField(math.ceil(left / config.frame), math.ceil(right / config.frame), left, right)
-
-
-class StreamDecoder:
-    """Decodes codes as they come; what it returns, joined, is the decode of the whole.
-
-    A sample is returned as soon as no later frame can change it, which is `receptive_field().right_samples`
-    behind the codes received; only the frames that samples still to come depend on are kept. Each step
-    decodes a window of frames, padded to one of a few lengths so that few programs are compiled. One object
-    serves one stream; the compiled programs belong to `decode_fn` and are shared.
-    """
-
-    def __init__(
-        self,
-        decode_fn: DecodeFn,
-        config: CodecConfig,
-        *,
-        noise_key: Array | None = None,
-        chunks: Sequence[int] = (1, 4, 16),
-    ):
-        """Start a stream.
-
-        Args:
-            decode_fn: from `make_decoder`, or `TorchSnac.decode`.
-            config: the codec's.
-            noise_key: one key, see `Snac.decode`.
-            chunks: numbers of new frames to have a window for. Larger pushes are decoded in pieces of the
-                largest, others are padded to the next.
-        """
-        self._decode = decode_fn
-        self._config = config
-        self._noise_key = noise_key
-        self._field = receptive_field(config)
-        self._piece = max(chunks)
-        context = math.ceil((self._field.left_samples + self._field.right_samples) / config.frame)
-        # The first sound needs less than a full context: two windows for it, so that it isn't late.
-        soonest = self._field.right_samples // config.frame + 1
-        self._windows = sorted({soonest, soonest + 1, *(context + chunk for chunk in chunks)})
-        self._kept = np.zeros((0, 7), np.int32)
-        self._received = 0
-        self._emitted = 0
-        self._ended = False
-
-    def push(self, codes: ArrayLike, last: bool = False) -> np.ndarray:
-        """Take the next frames, give the samples that are now final.
-
-        Args:
-            codes: int [n, 7] in slot order, n may be 0.
-            last: no frame follows; everything left is returned.
-
-        Returns:
-            f32 [samples], perhaps none. Over the whole stream F*2048 for F frames.
-
-        Raises:
-            ValueError: codes of another shape, or not below codebook_size.
-            RuntimeError: the stream has ended.
-        """
-        new = np.asarray(codes)
-        if new.ndim != 2 or new.shape[1] != 7:
-            raise ValueError(f"codes: expected shape [frames, 7], found {list(new.shape)}")
-        if new.size and (new.min() < 0 or new.max() >= self._config.codebook_size):
-            raise ValueError(f"codes: expected 0 to {self._config.codebook_size - 1}, found {new.min()} to {new.max()}")
-        if self._ended:
-            raise RuntimeError("the stream has ended: a push with last=True came before")
-        self._ended = last
-        pieces = [new[at : at + self._piece] for at in range(0, len(new), self._piece)] or [new]
-        audio = [self._step(piece, last and index == len(pieces) - 1) for index, piece in enumerate(pieces)]
-        return np.concatenate(audio)
-
-    def warm_up(self) -> None:
-        """Compile every window a stream can need; once for all that share `decode_fn` and `chunks`."""
-        for window in self._windows:
-            self._run(np.zeros((window, 7), np.int32), 0)
-
-    def _step(self, new: np.ndarray, last: bool) -> np.ndarray:
-        frame = self._config.frame
-        self._kept = np.concatenate([self._kept, new.astype(np.int32)])
-        self._received += len(new)
-        settled = self._received * frame - (0 if last else self._field.right_samples)
-        if settled <= self._emitted:
-            return np.zeros(0, np.float32)
-        first = self._received - len(self._kept)
-        audio = self._run(self._kept, first)[self._emitted - first * frame : settled - first * frame]
-        self._emitted = settled
-        # The next sample depends on no frame before this one.
-        needed = max(0, (settled - self._field.left_samples) // frame)
-        self._kept = self._kept[max(0, needed - first) :]
-        return audio
-
-    def _run(self, codes: np.ndarray, first: int) -> np.ndarray:
-        window = next(window for window in self._windows if window >= len(codes))
-        padded = np.pad(codes, ((0, window - len(codes)), (0, 0)))
-        audio = self._decode(
-            padded[None],
-            lengths=np.array([len(codes)], np.int32),
-            noise_key=self._noise_key,
-            first_frame=np.array([first], np.int32),
-        )
-        return np.asarray(audio)[0]
-
-
 def _dotted(path: tuple[Any, ...]) -> str:
     return ".".join(str(part) for part in path)
 
@@ -683,93 +543,3 @@ def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
     # Every size that is drawn is compiled, which takes most of the time: rounded up, there are few of them.
     drawn = jax.random.uniform(rngs.params(), (1 << (size - 1).bit_length(),), jnp.float32, -1, 1)
     return nnx.Param(drawn[:size].reshape(shape) / math.sqrt(fan_in))
-
-
-# The gradients below are written out: those that JAX derives sum over all positions within the loop that computes
-# the terms, which XLA:CPU does not vectorise. Training is three times as fast with them.
-
-
-@jax.custom_vjp
-def _snake(x: Array, alpha: Array) -> Array:
-    """Snake activation, x + sin^2(alpha x) / alpha; x [..., D], alpha [D]."""
-    return x + sine_squared(alpha * x) * (1 / (alpha + 1e-9))
-
-
-def _snake_forward(x: Array, alpha: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _snake(x, alpha), (x, alpha)
-
-
-def _snake_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, alpha = saved
-    # sin(2 u), the slope of sin^2(u), by the same polynomial: sin(2 u) = 1 - 2 sin^2(pi/4 - u).
-    slope = 1 - 2 * sine_squared(math.pi / 4 - alpha * x)
-    by_alpha = gradient * (x * slope - sine_squared(alpha * x) / (alpha + 1e-9)) / (alpha + 1e-9)
-    return gradient * (1 + slope), _sum_positions(by_alpha)
-
-
-_snake.defvjp(_snake_forward, _snake_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _shifted_sum(x: Array, weight: Array, dilation: int) -> Array:
-    """The sum over taps k of weight[k] times x shifted by k dilations; x [B, T, D], weight [7, D]."""
-    T, padded = x.shape[1], _pad_time(x, dilation)
-    total = padded[:, :T] * weight[0]
-    for tap in range(1, TAPS):
-        total = total + padded[:, tap * dilation :][:, :T] * weight[tap]
-    return total
-
-
-def _shifted_sum_forward(x: Array, weight: Array, dilation: int) -> tuple[Array, tuple[Array, Array]]:
-    return _shifted_sum(x, weight, dilation), (x, weight)
-
-
-def _shifted_sum_backward(dilation: int, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, weight = saved
-    T, padded = x.shape[1], _pad_time(x, dilation)
-
-    # In a loop, so that the seven sums are not fused into one slow one.
-    def of_tap(tap: Array) -> Array:
-        return _sum_positions(jax.lax.dynamic_slice_in_dim(padded, tap * dilation, T, axis=1) * gradient)
-
-    return _shifted_sum(gradient, weight[::-1], dilation), jax.lax.map(of_tap, jnp.arange(TAPS))
-
-
-_shifted_sum.defvjp(_shifted_sum_forward, _shifted_sum_backward)
-
-
-def _pad_time(x: Array, dilation: int) -> Array:
-    reach = TAPS // 2 * dilation
-    return jnp.pad(x, ((0, 0), (reach, reach), (0, 0)))
-
-
-@jax.custom_vjp
-def _add_bias(x: Array, bias: Array) -> Array:
-    return x + bias
-
-
-_add_bias.defvjp(lambda x, bias: (x + bias, None), lambda _, gradient: (gradient, _sum_positions(gradient)))
-
-
-def _sum_positions(x: Array) -> Array:
-    """[..., D] -> [D], as a product with ones."""
-    x = x.reshape(-1, x.shape[-1])
-    return _matmul(jnp.ones((len(x),)), x)
-
-
-def _matmul(x: Array, weight: Array) -> Array:
-    # Full float32 also on TPU, whose default rounds factors to bfloat16: codes must not depend on the
-    # machine.
-    return jnp.matmul(x, weight, precision=jax.lax.Precision.HIGHEST)
-
-
-def _unit(x: Array) -> Array:
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-def _silence_from(x: Array, ends: Array | None) -> Array:
-    """X [B, T, ...] with zeros from position ends[b] on: what a row that ends there is padded with."""
-    if ends is None:
-        return x
-    real = jnp.arange(x.shape[1]) < ends[:, None]
-    return jnp.where(real.reshape(real.shape + (1,) * (x.ndim - 2)), x, 0)

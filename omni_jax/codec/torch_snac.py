@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from omni_jax.codec.snac import SLOTS, block_noise
-from omni_jax.config import CodecConfig
+from omni_jax.codec.snac import FRAME_SLOTS, block_noise
+from omni_jax.config.model import CodecConfig
 from omni_jax.convert.snac import config_from_json, config_to_json, from_torch, read, to_torch
 
 Array = jax.Array
@@ -116,7 +116,7 @@ class TorchSnac:
             if not self.config.noise:
                 raise ValueError("noise_key: this codec has no noise blocks (config: noise is false)")
             noise = block_noise(self.config, noise_key, first_frame, B, F)
-        result = jax.ShapeDtypeStruct((B, F * self.config.frame), jnp.float32)
+        result = jax.ShapeDtypeStruct((B, F * self.config.frame_size), jnp.float32)
         return jax.pure_callback(
             self._decode_rows, result, codes, jnp.asarray(lengths), *noise, vmap_method="broadcast_all"
         )
@@ -126,7 +126,7 @@ class TorchSnac:
         # forever.
         codes, lengths, *noise = (np.asarray(operand) for operand in operands)
         *rows, F, _ = codes.shape
-        audio = np.zeros((*rows, F * self.config.frame), np.float32)
+        audio = np.zeros((*rows, F * self.config.frame_size), np.float32)
         for row in np.ndindex(*rows):
             real = int(np.clip(lengths[row], 0, F))
             if real:
@@ -138,8 +138,8 @@ class TorchSnac:
         import torch
 
         F = len(codes)
-        books = [torch.from_numpy(codes[:, slots].reshape(1, -1).astype(np.int64)) for slots in SLOTS]
-        positions = F * self.config.strides[0]
+        books = [torch.from_numpy(codes[:, slots].reshape(1, -1).astype(np.int64)) for slots in FRAME_SLOTS]
+        positions = F * self.config.vq_strides[0]
         with self._lock, torch.inference_mode():
             for index, block in enumerate(self._noise_blocks):
                 positions *= self.config.decoder_rates[index]

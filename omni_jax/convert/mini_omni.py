@@ -17,21 +17,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from omni_jax.config import CodecConfig, ConfigError, EarConfig, ModelConfig, TrunkConfig, build
-from omni_jax.convert.mapping import (
-    ConversionError,
-    Entry,
-    Part,
-    check,
-    filled,
-    identical,
-    import_torch,
-    same,
-    to_ours,
-    to_theirs,
-)
-from omni_jax.tensorfile import DTYPES, LazyTensor, Tensors
-from omni_jax.vocab import LAYERS, Vocab
+from omni_jax.checkpoint.safetensors_io import DTYPES, LazyTensor, Tensors
+from omni_jax.config.load import build_config
+from omni_jax.config.model import AudioEncoderConfig, CodecConfig, ModelConfig, TrunkConfig
+from omni_jax.convert.table import Entry, Part, check, filled, identical, import_torch, same, to_ours, to_theirs
+from omni_jax.errors import ConfigError, ConversionError
+from omni_jax.vocab import NUM_CODEBOOKS, Vocab
 
 WEIGHTS = "lit_model.pth"
 CONFIG = "model_config.yaml"
@@ -62,7 +53,7 @@ _FIXED: dict[str, tuple[Any, Any]] = {
 
 _OPTIONAL: dict[str, Any] = {
     "n_query_groups": None,
-    "head_size": None,
+    "head_dim": None,
     "add_qkv_bias": None,
     "norm_eps": 1e-5,
     "rope_base": 10000,
@@ -93,7 +84,7 @@ _WITHOUT_EFFECT = (
 
 
 def config_from_yaml(
-    values: Mapping[str, Any], ear: EarConfig, codec: CodecConfig, *, tts_adapter: bool, source: str
+    values: Mapping[str, Any], ear: AudioEncoderConfig, codec: CodecConfig, *, tts_adapter: bool, source: str
 ) -> ModelConfig:
     """A model's shape from the content of `model_config.yaml`.
 
@@ -128,9 +119,9 @@ def config_from_yaml(
     ours = field["hf_config"] or {}
     stack = ours.get("adapter_stack", 1)
     for name, expected in (
-        ("cat_audio_vocab_size", LAYERS * audio),
+        ("cat_audio_vocab_size", NUM_CODEBOOKS * audio),
         ("padded_vocab_size", text + all_audio),
-        ("whisper_adapter_dim", ear.width * stack),
+        ("whisper_adapter_dim", ear.hidden_size * stack),
     ):
         if field[name] != expected:
             wrong.append(f"{name}: expected {expected}, found {field[name]!r}")
@@ -138,23 +129,23 @@ def config_from_yaml(
         raise ConversionError(f"{source}:\n" + "\n".join(wrong))
 
     text_specials = ours.get("text_specials", TEXT_SPECIALS)
-    ffn = ours.get("adapter_ffn", field["intermediate_size"])
+    intermediate_size = ours.get("adapter_ffn", field["intermediate_size"])
     trunk = {
         "width": field["n_embd"],
         "layers": field["n_layer"],
         "heads": field["n_head"],
-        "kv_heads": field["n_query_groups"] or field["n_head"],
-        "head_size": field["head_size"] or field["n_embd"] // field["n_head"],
+        "num_kv_heads": field["n_query_groups"] or field["n_head"],
+        "head_dim": field["head_dim"] or field["n_embd"] // field["n_head"],
         "ffn": field["intermediate_size"],
         "rope_theta": field["rope_base"],
         "norm_eps": field["norm_eps"],
         "qkv_bias": field["add_qkv_bias"] or False,
-        "tied_head": field["tie_word_embeddings"],
+        "tie_word_embeddings": field["tie_word_embeddings"],
         "context": field["block_size"],
     }
     values = {
-        "ear": ear,
-        "adapter": {"kind": field["asr_adapter"], "ffn": ffn, "stack": stack},
+        "audio_encoder": ear,
+        "adapter": {"kind": field["asr_adapter"], "ffn": intermediate_size, "stack": stack},
         "trunk": trunk,
         "vocab": {
             "text": text - text_specials,
@@ -166,7 +157,7 @@ def config_from_yaml(
         "tts_adapter_layers": field["post_adapter_layers"] if field["post_adapter"] and tts_adapter else 0,
     }
     try:
-        return build(ModelConfig, values, source)
+        return build_config(ModelConfig, values, source)
     except ConfigError as error:
         raise ConversionError(str(error)) from None
 
@@ -184,8 +175,10 @@ def config_to_yaml(config: ModelConfig) -> dict[str, Any]:
     trunk, vocab = config.trunk, Vocab(config.vocab)
     wrong = []
     gated = config.adapter.kind == "llamamlp"
-    if gated and config.adapter.ffn > trunk.ffn:
-        wrong.append(f"adapter.ffn: expected at most trunk.ffn, which is {trunk.ffn}, found {config.adapter.ffn}")
+    if gated and config.adapter.intermediate_size > trunk.intermediate_size:
+        wrong.append(
+            f"adapter.intermediate_size: expected at most trunk.intermediate_size, which is {trunk.intermediate_size}, found {config.adapter.intermediate_size}"
+        )
     if trunk.rope_scaling is not None:
         wrong.append(f"trunk.rope_scaling: expected none, found {trunk.rope_scaling}")
     if wrong:
@@ -195,31 +188,31 @@ def config_to_yaml(config: ModelConfig) -> dict[str, Any]:
         hf_config["text_specials"] = config.vocab.text_specials
     if config.adapter.stack != 1:
         hf_config["adapter_stack"] = config.adapter.stack
-    if gated and config.adapter.ffn != trunk.ffn:
-        hf_config["adapter_ffn"] = config.adapter.ffn
+    if gated and config.adapter.intermediate_size != trunk.intermediate_size:
+        hf_config["adapter_ffn"] = config.adapter.intermediate_size
     theta = trunk.rope_theta
     return {
         "name": "mini-omni",
         "hf_config": hf_config,
-        "block_size": trunk.context,
+        "block_size": trunk.max_position,
         "vocab_size": config.vocab.text,
         "padded_vocab_size": vocab.rows,
-        "n_layer": trunk.layers,
-        "n_head": trunk.heads,
-        "n_query_groups": trunk.kv_heads,
-        "n_embd": trunk.width,
-        "head_size": trunk.head_size,
-        "intermediate_size": trunk.ffn,
+        "n_layer": trunk.num_layers,
+        "n_head": trunk.num_heads,
+        "n_query_groups": trunk.num_kv_heads,
+        "n_embd": trunk.hidden_size,
+        "head_dim": trunk.head_dim,
+        "intermediate_size": trunk.intermediate_size,
         "add_qkv_bias": trunk.qkv_bias,
         "norm_eps": trunk.norm_eps,
         "rope_base": int(theta) if theta == int(theta) else theta,
         **{name: only for name, (only, _) in _FIXED.items()},
         "text_vocab_size": vocab.text_rows,
         "audio_vocab_size": vocab.audio_rows,
-        "cat_audio_vocab_size": LAYERS * vocab.audio_rows,
-        "whisper_adapter_dim": config.ear.width * config.adapter.stack,
+        "cat_audio_vocab_size": NUM_CODEBOOKS * vocab.audio_rows,
+        "whisper_adapter_dim": config.audio_encoder.hidden_size * config.adapter.stack,
         "asr_adapter": config.adapter.kind,
-        "tie_word_embeddings": trunk.tied_head,
+        "tie_word_embeddings": trunk.tie_word_embeddings,
         "post_adapter": config.tts_adapter_layers > 0,
         "post_adapter_layers": config.tts_adapter_layers or _OPTIONAL["post_adapter_layers"],
     }
@@ -233,7 +226,7 @@ def from_state(state: Tensors, config: ModelConfig, source: str) -> dict[str, La
             to the embedding and differs from it.
     """
     table = _table(config)
-    if config.trunk.tied_head:
+    if config.trunk.tie_word_embeddings:
         expected = {entry.theirs: entry.shape for entry in table}
         check(state, {**expected, HEAD: expected[TABLE]}, source)
         if not identical(state[TABLE], state[HEAD]):
@@ -252,9 +245,9 @@ def to_state(tensors: Tensors, config: ModelConfig, source: str) -> dict[str, La
     Raises:
         ConversionError: names every tensor that is missing, unknown or misshapen.
     """
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("ear.")}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("audio_encoder.")}
     state = to_theirs(_table(config), tensors, source)
-    if config.trunk.tied_head:
+    if config.trunk.tie_word_embeddings:
         state[HEAD] = state[TABLE]
     return state
 
@@ -338,7 +331,7 @@ def write(folder: Path, config: ModelConfig, state: Tensors) -> None:
 def _table(config: ModelConfig) -> list[Entry]:
     """Every tensor but Whisper's and a tied head."""
     trunk, vocab = config.trunk, Vocab(config.vocab)
-    D, Vt, Va = trunk.width, vocab.text_rows, vocab.audio_rows
+    D, Vt, Va = trunk.hidden_size, vocab.text_rows, vocab.audio_rows
 
     def rows(theirs: str, ours: str) -> Entry:
         return Entry(
@@ -346,46 +339,46 @@ def _table(config: ModelConfig) -> list[Entry]:
             (vocab.rows, D),
             (
                 Part(f"{ours}.text", (Vt, D), lambda array: array[:Vt]),
-                Part(f"{ours}.audio", (LAYERS, Va, D), lambda array: array[Vt:].reshape(LAYERS, Va, D)),
+                Part(f"{ours}.audio", (NUM_CODEBOOKS, Va, D), lambda array: array[Vt:].reshape(NUM_CODEBOOKS, Va, D)),
             ),
             lambda text, audio: np.concatenate([text, audio.reshape(-1, D)]),
         )
 
     table = [rows(TABLE, "embed"), same("transformer.ln_f.weight", "norm.scale", (D,))]
-    if not trunk.tied_head:
+    if not trunk.tie_word_embeddings:
         table.append(rows(HEAD, "head"))
-    E, F = config.ear.width * config.adapter.stack, config.adapter.ffn
+    E, F = config.audio_encoder.hidden_size * config.adapter.stack, config.adapter.intermediate_size
     if config.adapter.kind == "llamamlp":
-        table += _gated_mlp("whisper_adapter", "adapter.map", E, F, D, their_ffn=trunk.ffn)
+        table += _gated_mlp("whisper_adapter", "adapter.map", E, F, D, their_ffn=trunk.intermediate_size)
     else:
         table.append(same("whisper_adapter.weight", "adapter.map.weight", (D, E)))
         table.append(same("whisper_adapter.bias", "adapter.map.bias", (D,)))
-    for layer in range(trunk.layers):
+    for layer in range(trunk.num_layers):
         table += _block(f"transformer.h.{layer}", f"trunk.layers.{layer}", trunk)
     for layer in range(config.tts_adapter_layers):
         table += _block(f"{_TTS_ADAPTER}.{layer}", f"tts_adapter.blocks.layers.{layer}", trunk)
     if config.tts_adapter_layers:
         table.append(same(f"{_TTS_ADAPTER}_audio_ln.weight", "tts_adapter.norm.scale", (D,)))
-        head = (LAYERS * Va, D)
-        table.append(same(f"{_TTS_ADAPTER}_audio_lm_head.weight", "tts_adapter.head", head, (LAYERS, Va, D)))
+        head = (NUM_CODEBOOKS * Va, D)
+        table.append(same(f"{_TTS_ADAPTER}_audio_lm_head.weight", "tts_adapter.head", head, (NUM_CODEBOOKS, Va, D)))
     return table
 
 
 def _block(theirs: str, ours: str, trunk: TrunkConfig) -> list[Entry]:
-    D, N, H = trunk.width, trunk.heads, trunk.head_size
+    D, N, H = trunk.hidden_size, trunk.num_heads, trunk.head_dim
     return [
         same(f"{theirs}.norm_1.weight", f"{ours}.attention_norm.scale", (D,)),
         _fused(f"{theirs}.attn.attn.weight", f"{ours}.attention", "", trunk, (D,)),
         *([_fused(f"{theirs}.attn.attn.bias", f"{ours}.attention", "_bias", trunk, ())] if trunk.qkv_bias else []),
         same(f"{theirs}.attn.proj.weight", f"{ours}.attention.out", (D, N * H), (D, N, H)),
         same(f"{theirs}.norm_2.weight", f"{ours}.mlp_norm.scale", (D,)),
-        *_gated_mlp(f"{theirs}.mlp", f"{ours}.mlp", D, trunk.ffn, D),
+        *_gated_mlp(f"{theirs}.mlp", f"{ours}.mlp", D, trunk.intermediate_size, D),
     ]
 
 
 def _fused(theirs: str, ours: str, suffix: str, trunk: TrunkConfig, inputs: tuple[int, ...]) -> Entry:
     """Rows [(K, N/K + 2, H)]: of each key/value head its query heads, its key, its value."""
-    N, K, H = trunk.heads, trunk.kv_heads, trunk.head_size
+    N, K, H = trunk.num_heads, trunk.num_kv_heads, trunk.head_dim
     G = N // K
     grouped = (K, G + 2, H, *inputs)
 
@@ -405,10 +398,12 @@ def _fused(theirs: str, ours: str, suffix: str, trunk: TrunkConfig, inputs: tupl
     )
 
 
-def _gated_mlp(theirs: str, ours: str, width: int, ffn: int, out: int, their_ffn: int | None = None) -> list[Entry]:
-    wide = their_ffn or ffn
+def _gated_mlp(
+    theirs: str, ours: str, width: int, intermediate_size: int, out: int, their_ffn: int | None = None
+) -> list[Entry]:
+    wide = their_ffn or intermediate_size
     return [
-        filled(f"{theirs}.fc_1.weight", f"{ours}.gate", (wide, width), (ffn, width)),
-        filled(f"{theirs}.fc_2.weight", f"{ours}.up", (wide, width), (ffn, width)),
-        filled(f"{theirs}.proj.weight", f"{ours}.down", (out, wide), (out, ffn)),
+        filled(f"{theirs}.fc_1.weight", f"{ours}.gate", (wide, width), (intermediate_size, width)),
+        filled(f"{theirs}.fc_2.weight", f"{ours}.up", (wide, width), (intermediate_size, width)),
+        filled(f"{theirs}.proj.weight", f"{ours}.down", (out, wide), (out, intermediate_size)),
     ]

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from omni_jax.config import ConfigError, RopeScaling, TrunkConfig, build
-from omni_jax.convert.mapping import (
+from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile, Tensors
+from omni_jax.checkpoint.safetensors_io import write_safetensors as write_tensors
+from omni_jax.config.load import build_config
+from omni_jax.config.model import RopeScaling, TrunkConfig
+from omni_jax.convert.table import (
     CONFIG,
     WEIGHTS,
-    ConversionError,
     Entry,
     check,
     identical,
@@ -28,8 +30,7 @@ from omni_jax.convert.mapping import (
     weight_files,
     write_json,
 )
-from omni_jax.tensorfile import LazyTensor, TensorFile, Tensors
-from omni_jax.tensorfile import write as write_tensors
+from omni_jax.errors import ConfigError, ConversionError
 
 CONTEXT = 2048
 """Positions of a new speech model: Mini-Omni's. Language models announce far more, and caches have that length."""
@@ -84,17 +85,17 @@ def config_from_json(values: Mapping[str, Any], state: Tensors, source: str) -> 
     rows = size.pop("rows")
     trunk = {
         **size,
-        "kv_heads": values.get("num_key_value_heads") or size["heads"],
-        "head_size": values.get("head_dim") or size["width"] // size["heads"],
+        "num_kv_heads": values.get("num_key_value_heads") or size["heads"],
+        "head_dim": values.get("head_dim") or size["width"] // size["heads"],
         "rope_theta": theta,
         "rope_scaling": scaling,
         "norm_eps": values.get("rms_norm_eps", 1e-6),
         "qkv_bias": biased,
-        "tied_head": values.get("tie_word_embeddings", False),
+        "tie_word_embeddings": values.get("tie_word_embeddings", False),
         "context": min(CONTEXT, size["context"]),
     }
     try:
-        return build(TrunkConfig, trunk, source), rows
+        return build_config(TrunkConfig, trunk, source), rows
     except ConfigError as error:
         raise ConversionError(str(error)) from None
 
@@ -103,21 +104,21 @@ def config_to_json(trunk: TrunkConfig, rows: int) -> dict[str, Any]:
     """The content of a `config.json` with which transformers loads a trunk: Qwen2 with biases, Llama without."""
     family, name = ("qwen2", "Qwen2ForCausalLM") if trunk.qkv_bias else ("llama", "LlamaForCausalLM")
     rope: dict[str, Any] = {"rope_type": "default"}
-    context = trunk.context
+    context = trunk.max_position
     if scaling := trunk.rope_scaling:
         rope = {"rope_type": "llama3", **{theirs: getattr(scaling, ours) for ours, theirs in _SCALING.items()}}
         # What the scaling was made for; transformers complains about less than the original context.
-        context = max(context, round(scaling.original_context * scaling.factor))
+        context = max(context, round(scaling.original_max_position * scaling.factor))
     values = {
         "architectures": [name],
         "model_type": family,
         "vocab_size": rows,
-        "hidden_size": trunk.width,
-        "intermediate_size": trunk.ffn,
-        "num_hidden_layers": trunk.layers,
-        "num_attention_heads": trunk.heads,
-        "num_key_value_heads": trunk.kv_heads,
-        "head_dim": trunk.head_size,
+        "hidden_size": trunk.hidden_size,
+        "intermediate_size": trunk.intermediate_size,
+        "num_hidden_layers": trunk.num_layers,
+        "num_attention_heads": trunk.num_heads,
+        "num_key_value_heads": trunk.num_kv_heads,
+        "head_dim": trunk.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": context,
         "rms_norm_eps": trunk.norm_eps,
@@ -125,7 +126,7 @@ def config_to_json(trunk: TrunkConfig, rows: int) -> dict[str, Any]:
         "rope_theta": trunk.rope_theta,
         "rope_scaling": rope if trunk.rope_scaling else None,
         "rope_parameters": {"rope_theta": trunk.rope_theta, **rope},
-        "tie_word_embeddings": trunk.tied_head,
+        "tie_word_embeddings": trunk.tie_word_embeddings,
     }
     return values if trunk.qkv_bias else {**values, "attention_bias": False, "mlp_bias": False}
 
@@ -144,7 +145,7 @@ def read(folder: Path) -> tuple[TrunkConfig, int, dict[str, LazyTensor]]:
     values = read_json(folder / CONFIG)
     state: dict[str, LazyTensor] = {}
     for file in weight_files(folder):
-        state.update(TensorFile(folder / file).tensors)
+        state.update(SafetensorsFile(folder / file).tensors)
     # Tables that follow from the config; older files have them.
     state = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
     trunk, rows = config_from_json(values, state, str(folder / CONFIG))
@@ -180,7 +181,7 @@ def from_state(state: Tensors, trunk: TrunkConfig, rows: int, source: str) -> di
             the embedding.
     """
     table = _table(trunk, rows)
-    if trunk.tied_head and _HEAD in state:
+    if trunk.tie_word_embeddings and _HEAD in state:
         expected = {entry.theirs: entry.shape for entry in table}
         check(state, {**expected, _HEAD: expected[_EMBED]}, source)
         if not identical(state[_HEAD], state[_EMBED]):
@@ -248,7 +249,7 @@ def _rope(values: Mapping[str, Any], wrong: list[str]) -> tuple[float, RopeScali
         wrong.append(f"{name}.rope_type: expected default or llama3, found {kind!r}")
         return theta, None
     try:
-        return theta, build(RopeScaling, {ours: rope.get(theirs) for ours, theirs in _SCALING.items()}, name)
+        return theta, build_config(RopeScaling, {ours: rope.get(theirs) for ours, theirs in _SCALING.items()}, name)
     except ConfigError as error:
         wrong.append(str(error))
         return theta, None
@@ -256,11 +257,11 @@ def _rope(values: Mapping[str, Any], wrong: list[str]) -> tuple[float, RopeScali
 
 def _table(trunk: TrunkConfig, rows: int) -> list[Entry]:
     """Every tensor but a tied head."""
-    D, N, K, H, F = trunk.width, trunk.heads, trunk.kv_heads, trunk.head_size, trunk.ffn
+    D, N, K, H, F = trunk.hidden_size, trunk.num_heads, trunk.num_kv_heads, trunk.head_dim, trunk.intermediate_size
     table = [same(_EMBED, "embed.text", (rows, D)), same("model.norm.weight", "norm.scale", (D,))]
-    if not trunk.tied_head:
+    if not trunk.tie_word_embeddings:
         table.append(same(_HEAD, "head.text", (rows, D)))
-    for layer in range(trunk.layers):
+    for layer in range(trunk.num_layers):
         theirs, ours = f"model.layers.{layer}", f"trunk.layers.{layer}"
         table.append(same(f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.scale", (D,)))
         for name, heads in (("q", N), ("k", K), ("v", K)):

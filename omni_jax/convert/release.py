@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from omni_jax.checkpoint import (
+from omni_jax.checkpoint.hub import fetch
+from omni_jax.checkpoint.release import (
     CONFIG,
     TOKENIZER_FILES,
     Release,
-    dotted,
-    fetch,
+    dotted_name,
     is_release,
     new_folder,
     open_release,
@@ -29,14 +29,14 @@ from omni_jax.checkpoint import (
     require_free,
     save_release,
 )
-from omni_jax.config import AdapterConfig, CodecConfig, EarConfig, ModelConfig, VocabConfig
+from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
+from omni_jax.config.model import AdapterConfig, AudioEncoderConfig, CodecConfig, ModelConfig, VocabConfig
 from omni_jax.convert import mini_omni, qwen2, snac, whisper
-from omni_jax.convert.mapping import ConversionError
+from omni_jax.errors import ConversionError
 from omni_jax.model.omni import Adapter, TTSAdapter
-from omni_jax.tensorfile import LazyTensor, Tensors
-from omni_jax.vocab import LAYERS, Vocab
+from omni_jax.vocab import NUM_CODEBOOKS, Vocab
 
-_EAR = "ear."
+_EAR = "audio_encoder."
 """What the names of the ear's tensors begin with in a release."""
 _TRANSFORMERS_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
 _SNAC_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
@@ -108,7 +108,7 @@ def export_whisper(release: Release, out: str | Path) -> None:
     """
     ear = {name.removeprefix(_EAR): tensor.read() for name, tensor in _ear(release).items()}
     with new_folder(out) as partial:
-        whisper.write(partial, release.config.ear, ear)
+        whisper.write(partial, release.config.audio_encoder, ear)
 
 
 def export_snac(release: Release, out: str | Path) -> None:
@@ -156,8 +156,8 @@ def init_release(
     trunk, rows, lm = qwen2.read(folder)
     ear, ear_tensors, codec, codec_tensors = _ear_and_codec(whisper_source, snac_source)
     config = ModelConfig(
-        ear=ear,
-        adapter=AdapterConfig(kind=adapter, ffn=trunk.ffn),
+        audio_encoder=ear,
+        adapter=AdapterConfig(kind=adapter, intermediate_size=trunk.intermediate_size),
         trunk=trunk,
         vocab=replace(VocabConfig(), text=rows, audio=codec.codebook_size),
         codec=codec,
@@ -165,9 +165,9 @@ def init_release(
     )
     vocab = Vocab(config.vocab)
     tables: dict[str, LazyTensor] = {}
-    for name in ("embed",) if trunk.tied_head else ("embed", "head"):
+    for name in ("embed",) if trunk.tie_word_embeddings else ("embed", "head"):
         table = lm.pop(f"{name}.text")
-        tables.update(qwen2.extend(table, name, vocab.text_rows, (LAYERS, vocab.audio_rows), seed))
+        tables.update(qwen2.extend(table, name, vocab.text_rows, (NUM_CODEBOOKS, vocab.audio_rows), seed))
     tensors = {**ear_tensors, **_new_parts(config, seed), **lm, **tables}
     save_release(out, config, tensors, codec_tensors, _tokenizer_files(folder))
 
@@ -226,10 +226,10 @@ def _rows(tensors: Tensors) -> Iterator[Row]:
 
 def _ear_and_codec(
     whisper_source: str, snac_source: str
-) -> tuple[EarConfig, dict[str, LazyTensor], CodecConfig, dict[str, LazyTensor]]:
+) -> tuple[AudioEncoderConfig, dict[str, LazyTensor], CodecConfig, dict[str, LazyTensor]]:
     """A release may stand in for either: its ear, its codec."""
     if release := _release(whisper_source):
-        ear = release.config.ear
+        ear = release.config.audio_encoder
         ear_tensors = _ear(release)
     else:
         ear, arrays = whisper.read(fetch(whisper_source, _TRANSFORMERS_FILES, "a Whisper"))
@@ -255,7 +255,7 @@ def _new_parts(config: ModelConfig, seed: int) -> dict[str, LazyTensor]:
     if config.tts_adapter_layers:
         parts["tts_adapter"] = TTSAdapter(config, stacked=False, dtype=jnp.float32, rngs=rngs)
     return {
-        f"{name}.{dotted(path)}": LazyTensor.of(np.asarray(variable[...]))
+        f"{name}.{dotted_name(path)}": LazyTensor.of(np.asarray(variable[...]))
         for name, part in parts.items()
         for path, variable in nnx.to_flat_state(nnx.state(part))
     }

@@ -17,9 +17,11 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from omni_jax.config import CodecConfig, build
-from omni_jax.convert.mapping import CONFIG, WEIGHTS, ConversionError, import_torch, read_json, write_json
-from omni_jax.tensorfile import differences
+from omni_jax.config.load import build_config
+from omni_jax.config.model import CodecConfig
+from omni_jax.convert.table import CONFIG, WEIGHTS, import_torch, read_json, write_json
+from omni_jax.errors import ConversionError
+from omni_jax.shapes import shape_mismatches
 
 _FIELDS = {
     "sampling_rate": "sample_rate",
@@ -100,7 +102,7 @@ def from_torch(
         else:
             names[entry.ours] = (entry.theirs,)
             expected[entry.theirs] = entry.shape
-    if wrong := differences(state, expected):
+    if wrong := shape_mismatches(state, expected):
         raise ConversionError(f"{source}:\n" + "\n".join(wrong))
     params = {}
     for entry in _table(config):
@@ -123,7 +125,7 @@ def to_torch(params: Mapping[str, np.ndarray], config: CodecConfig) -> dict[str,
         ConversionError: lists every parameter that is missing, unknown or misshapen.
     """
     table = _table(config)
-    if wrong := differences(params, {entry.ours: entry.our_shape for entry in table}):
+    if wrong := shape_mismatches(params, {entry.ours: entry.our_shape for entry in table}):
         raise ConversionError("codec parameters:\n" + "\n".join(wrong))
     state = {}
     for entry in table:
@@ -160,7 +162,7 @@ def config_from_json(values: Mapping[str, Any], source: str = "config.json") -> 
             wrong.append(f"latent_dim: expected {natural}, the encoder's last width, found {width!r}")
     if wrong:
         raise ConversionError(f"{source}, expected to be a snac's:\n" + "\n".join(wrong))
-    return build(CodecConfig, {ours: values[theirs] for theirs, ours in _FIELDS.items()}, source)
+    return build_config(CodecConfig, {ours: values[theirs] for theirs, ours in _FIELDS.items()}, source)
 
 
 def config_to_json(config: CodecConfig) -> dict[str, Any]:
@@ -262,7 +264,7 @@ def _table(config: CodecConfig) -> list[_Entry]:
         D *= 2
     depthwise("encoder.conv_out", f"encoder.block.{len(config.encoder_rates) + 1}", D)
 
-    for index in range(len(config.strides)):
+    for index in range(len(config.vq_strides)):
         quantizer, theirs = f"quantizers.{index}", f"quantizer.quantizers.{index}"
         pointwise(f"{quantizer}.project_in", f"{theirs}.in_proj", D, config.codebook_dim)
         plain(f"{quantizer}.codebook", f"{theirs}.codebook.weight", config.codebook_size, config.codebook_dim)

@@ -17,10 +17,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from omni_jax.config import ConfigError, EarConfig, build
-from omni_jax.convert.mapping import CONFIG, WEIGHTS, ConversionError, read_json, weight_files, write_json
-from omni_jax.model.whisper import sinusoids
-from omni_jax.tensorfile import differences
+from omni_jax.config.load import build_config
+from omni_jax.config.model import AudioEncoderConfig
+from omni_jax.convert.table import CONFIG, WEIGHTS, read_json, weight_files, write_json
+from omni_jax.errors import ConfigError, ConversionError
+from omni_jax.model.whisper_encoder import sinusoids
+from omni_jax.shapes import shape_mismatches
 
 PREFIXES = ("model.encoder.", "encoder.")
 """Where the encoder's tensors live; the first is used when writing."""
@@ -36,7 +38,7 @@ _FIELDS = {
     "ffn": "encoder_ffn_dim",
     "positions": "max_source_positions",
 }
-"""Names of the same things in EarConfig and in transformers' config.json."""
+"""Names of the same things in AudioEncoderConfig and in transformers' config.json."""
 
 POSITIONS = "embed_positions.weight"
 
@@ -67,9 +69,9 @@ class _Tensor:
         return np.ascontiguousarray(array.transpose(np.argsort(self.order)).reshape(self.shape), np.float32)
 
 
-def _table(config: EarConfig) -> list[_Tensor]:
-    """Every learnt tensor of the encoder."""
-    D, N, F = config.width, config.heads, config.ffn
+def _table(config: AudioEncoderConfig) -> list[_Tensor]:
+    """Every learned tensor of the encoder."""
+    D, N, F = config.hidden_size, config.num_heads, config.intermediate_size
     H = D // N
 
     def same(theirs: str, ours: str, size: int) -> _Tensor:
@@ -93,8 +95,8 @@ def _table(config: EarConfig) -> list[_Tensor]:
             same(f"{theirs}.bias", f"{ours}.bias", outputs),
         ]
 
-    table = [*conv("conv1", config.mels), *conv("conv2", D)]
-    for layer in range(config.layers):
+    table = [*conv("conv1", config.num_mel_bins), *conv("conv2", D)]
+    for layer in range(config.num_layers):
         block = f"layers.{layer}"
         table += norm(f"{block}.self_attn_layer_norm", f"{block}.attention_norm")
         for name in "qkv":
@@ -114,7 +116,7 @@ def _table(config: EarConfig) -> list[_Tensor]:
 
 
 def from_transformers(
-    state: Mapping[str, np.ndarray], config: EarConfig, source: str = "Whisper's tensors"
+    state: Mapping[str, np.ndarray], config: AudioEncoderConfig, source: str = "Whisper's tensors"
 ) -> dict[str, np.ndarray]:
     """Transformers' tensors to our parameters.
 
@@ -133,8 +135,8 @@ def from_transformers(
     encoder = _encoder(state)
     table = _table(config)
     shapes = {tensor.theirs: tensor.shape for tensor in table}
-    shapes[POSITIONS] = (config.positions, config.width)
-    problems = differences(encoder, shapes)
+    shapes[POSITIONS] = (config.max_position, config.hidden_size)
+    problems = shape_mismatches(encoder, shapes)
     positions = encoder.get(POSITIONS)
     if positions is not None and positions.shape == shapes[POSITIONS]:
         apart = np.abs(positions.astype(np.float32) - sinusoids(*positions.shape)).max()
@@ -148,21 +150,21 @@ def from_transformers(
     return {tensor.ours: tensor.to_ours(encoder[tensor.theirs]) for tensor in table}
 
 
-def to_transformers(params: Mapping[str, np.ndarray], config: EarConfig) -> dict[str, np.ndarray]:
+def to_transformers(params: Mapping[str, np.ndarray], config: AudioEncoderConfig) -> dict[str, np.ndarray]:
     """Our parameters to transformers' tensors, as `model.encoder.*`; the inverse of `from_transformers`.
 
     Raises:
         ConversionError: names every parameter that is missing, unknown or misshapen.
     """
     table = _table(config)
-    if problems := differences(params, {tensor.ours: tensor.our_shape for tensor in table}):
+    if problems := shape_mismatches(params, {tensor.ours: tensor.our_shape for tensor in table}):
         raise ConversionError("Whisper encoder to transformers:\n" + "\n".join(problems))
     state = {PREFIXES[0] + tensor.theirs: tensor.to_theirs(np.asarray(params[tensor.ours])) for tensor in table}
-    state[PREFIXES[0] + POSITIONS] = sinusoids(config.positions, config.width)
+    state[PREFIXES[0] + POSITIONS] = sinusoids(config.max_position, config.hidden_size)
     return state
 
 
-def config_from_json(values: Mapping[str, Any], source: str = "config.json") -> EarConfig:
+def config_from_json(values: Mapping[str, Any], source: str = "config.json") -> AudioEncoderConfig:
     """The ear's shape from the content of transformers' Whisper `config.json`; `source` is its name for errors.
 
     Raises:
@@ -178,13 +180,15 @@ def config_from_json(values: Mapping[str, Any], source: str = "config.json") -> 
             problems.append(f"{name}: expected {expected!r}, found {values[name]!r}")
     if not problems:
         try:
-            return build(EarConfig, {ours: values[theirs] for ours, theirs in _FIELDS.items()}, "encoder")
+            return build_config(
+                AudioEncoderConfig, {ours: values[theirs] for ours, theirs in _FIELDS.items()}, "encoder"
+            )
         except ConfigError as error:
             problems.append(str(error))
     raise ConversionError(f"{source}, expected to be a Whisper's:\n" + "\n".join(problems))
 
 
-def read(folder: str | Path) -> tuple[EarConfig, dict[str, np.ndarray]]:
+def read(folder: str | Path) -> tuple[AudioEncoderConfig, dict[str, np.ndarray]]:
     """Read the encoder from a folder as `save_pretrained` writes it; the decoder is never loaded.
 
     Args:
@@ -210,7 +214,7 @@ def read(folder: str | Path) -> tuple[EarConfig, dict[str, np.ndarray]]:
     return config, from_transformers(state, config, str(folder))
 
 
-def write(folder: Path, config: EarConfig, params: Mapping[str, np.ndarray]) -> None:
+def write(folder: Path, config: AudioEncoderConfig, params: Mapping[str, np.ndarray]) -> None:
     """Write `config.json` and `model.safetensors`, float32, of a Whisper without layers in its decoder.
 
     transformers' `WhisperModel.from_pretrained` reads it and draws what it wants beside the encoder.
@@ -228,8 +232,8 @@ def write(folder: Path, config: EarConfig, params: Mapping[str, np.ndarray]) -> 
         "model_type": "whisper",
         **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
         "decoder_layers": 0,
-        "decoder_attention_heads": config.heads,
-        "decoder_ffn_dim": config.ffn,
+        "decoder_attention_heads": config.num_heads,
+        "decoder_ffn_dim": config.intermediate_size,
     }
     save_file(to_transformers(params, config), folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / CONFIG, values)

@@ -20,34 +20,40 @@ import grain
 import numpy as np
 from tokenizers import Tokenizer
 
-from omni_jax.config import DataConfig, ModelConfig, SourceConfig
-from omni_jax.data.records import Exchange, RecordError, Records, from_bytes, serves
-from omni_jax.prompts import Example, Task, example, speech_positions, speech_prompt, text_prompt
-from omni_jax.vocab import STREAMS, TEXT, Vocab
+from omni_jax.config.model import ModelConfig
+from omni_jax.config.run import DataConfig, SourceConfig
+from omni_jax.data.records import Exchange, Records, from_bytes, serves
+from omni_jax.errors import PipelineError, RecordError
+from omni_jax.prompts import Example, example, speech_positions, speech_prompt, text_prompt
+from omni_jax.tasks import Task
+from omni_jax.vocab import NUM_STREAMS, TEXT_STREAM, Vocab
 
 Batch = dict[str, np.ndarray]
 
+
 TASKS = tuple(Task)
 """The order of the tasks in `examples` of a batch."""
+
 
 REASONS = ("unreadable", "unsuitable", "longer_than_ear", "longer_than_row", "refused")
 """Why a record was left out: its bytes are damaged; it lacks what the task needs, although its source claims to serve
 it; its question is longer than the ear hears at once; its example is longer than a row; `omni_jax.prompts` refuses it
 (its text is empty, or takes longer than its speech)."""
 
+
 BINS = 64
 """Rows that are packed at the same time. More waste less; a resumed run packs as many again before its first batch."""
 
+
 # Reading ahead hides the latency of network disks. There is a stream for each task and source: a few records each.
 _READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+
+
 _AHEAD = 2
 """Batches that each worker keeps ready."""
 
+
 _NO_SOUND = np.zeros(0, np.int16)
-
-
-class PipelineError(ValueError):
-    """Data that a run cannot use: says which folder or record, what was expected and what was found."""
 
 
 def batches(
@@ -71,7 +77,7 @@ def batches(
         tokenizer: text to ids; special tokens are not added.
         seed: 0 to 2^32 - 1.
         process_index: which of the processes that train together this one is; each reads other records.
-        process_count: how many there are; each yields `config.batch / process_count` rows.
+        process_count: how many there are; each yields `config.batch_size / process_count` rows.
 
     Raises:
         PipelineError: a source cannot be opened or has no exchange for a task it should serve, the rows cannot be
@@ -95,27 +101,27 @@ def batches(
             streams.append(_Examples(stream, builder, folders, endless=True))
             weights.append(share * config.sources[index].weight / total)
     packed = _pack(_Mixture(streams, weights), config, seed=seed)
-    stack = functools.partial(_stack, builder=builder, rows=slice(0, rows), shared=config.workers > 0)
+    stack = functools.partial(_stack, builder=builder, rows=slice(0, rows), shared=config.num_workers > 0)
     data = packed.batch(rows, drop_remainder=True, batch_fn=stack)
-    data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=_AHEAD))
-    if config.workers and not absl.flags.FLAGS.is_parsed():
+    data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers, per_worker_buffer_size=_AHEAD))
+    if config.num_workers and not absl.flags.FLAGS.is_parsed():
         # Grain's workers read absl flags, which are errors before somebody parses them, and nobody here does.
         absl.flags.FLAGS.mark_as_parsed()
     layout = {
         "process": f"{process_index} of {process_count}",
-        "workers": config.workers,
+        "workers": config.num_workers,
         "seed": seed,
         "bins": BINS,
         "rows": rows,
-        "length": config.length,
-        "clips": config.clips,
+        "length": config.max_length,
+        "clips": config.max_clips,
         "tasks": dict(config.tasks),
         "sources": [
             {"records": len(folder), "weight": source.weight, "tasks": list(source.tasks)}
             for folder, source in zip(folders, config.sources, strict=True)
         ],
     }
-    return Batches(iter(data), folders, config.most_corrupt, layout)
+    return Batches(iter(data), folders, config.max_corrupt, layout)
 
 
 def held_out(
@@ -142,8 +148,8 @@ def held_out(
     stream = grain.MapDataset.concatenate(draws).to_iter_dataset(_READING)
     packed = _pack(_Examples(stream, builder, folders, endless=False), config, seed=None)
     mine = slice(process_index * rows, (process_index + 1) * rows)
-    data = packed.batch(config.batch, batch_fn=functools.partial(_stack, builder=builder, rows=mine, shared=False))
-    return Batches(iter(data), folders, config.most_corrupt, {"held_out": [len(folder) for folder in folders]})
+    data = packed.batch(config.batch_size, batch_fn=functools.partial(_stack, builder=builder, rows=mine, shared=False))
+    return Batches(iter(data), folders, config.max_corrupt, {"held_out": [len(folder) for folder in folders]})
 
 
 def padding(batch: Batch) -> float:
@@ -171,11 +177,11 @@ class Batches(grain.DatasetIterator):
     """
 
     def __init__(
-        self, parent: grain.DatasetIterator, folders: Sequence[Records], most_corrupt: int, layout: dict[str, Any]
+        self, parent: grain.DatasetIterator, folders: Sequence[Records], max_corrupt: int, layout: dict[str, Any]
     ):
         super().__init__(parent)
         self._folders = folders
-        self._most_corrupt = most_corrupt
+        self._most_corrupt = max_corrupt
         self._layout = layout
         self._skipped = np.zeros(len(REASONS), np.int64)
         self._unreadable: set[tuple[int, int]] = set()
@@ -194,7 +200,7 @@ class Batches(grain.DatasetIterator):
         """The next batch.
 
         Raises:
-            PipelineError: more records than `most_corrupt` could not be read, or a whole epoch of a source had no
+            PipelineError: more records than `max_corrupt` could not be read, or a whole epoch of a source had no
                 usable example.
         """
         batch: Batch = next(self._parent)
@@ -282,7 +288,7 @@ class _Builder:
     @property
     def speech(self) -> int:
         """Speech positions of a full recording (A)."""
-        return -(-self.model.ear.positions // self.model.adapter.stack)
+        return -(-self.model.audio_encoder.max_position // self.model.adapter.stack)
 
     def __call__(self, draw: _Draw) -> dict[str, Any]:
         """The features that are packed: each with its own length, or a value per example.
@@ -294,16 +300,16 @@ class _Builder:
             raise _Skip("unreadable", str(draw.data))
         task = draw.task
         try:
-            exchange = from_bytes(draw.data, codebook_size=self.model.vocab.audio, audio=task.hears)
+            exchange = from_bytes(draw.data, codebook_size=self.model.vocab.audio, audio=task.takes_audio)
         except RecordError as error:
             raise _Skip("unreadable", str(error)) from None
         if task not in serves(exchange):
             raise _Skip("unsuitable", f"it cannot serve {task}")
         sound = _NO_SOUND if exchange.question_audio is None else exchange.question_audio
-        if len(sound) > self.model.ear.samples:
+        if len(sound) > self.model.audio_encoder.max_samples:
             raise _Skip("longer_than_ear", f"its question has {len(sound)} samples")
         made = self._example(task, exchange, len(sound))
-        length, most = made.tokens.shape[1], self.data.length
+        length, most = made.tokens.shape[1], self.data.max_length
         if length > most:
             raise _Skip("longer_than_row", f"its example takes {length} positions of {most}")
         heard = np.full(length, -1, np.int32)
@@ -313,29 +319,29 @@ class _Builder:
             "targets": made.targets.T,
             "mask": made.mask.T,
             "heard": heard,
-            "clip": np.ones(int(task.hears), np.int8),
+            "clip": np.ones(int(task.takes_audio), np.int8),
             "task": TASKS.index(task),
             "sound": sound,
         }
 
     def nothing(self) -> dict[str, Any]:
         """An example without positions: what was left out at the very end can travel with it."""
-        none = np.zeros((0, STREAMS), np.int32)
+        none = np.zeros((0, NUM_STREAMS), np.int32)
         heard, clip = np.zeros(0, np.int32), np.zeros(0, np.int8)
         features = {"tokens": none, "targets": none, "mask": none.astype(bool), "heard": heard, "clip": clip}
         return features | {"task": -1, "sound": _NO_SOUND}
 
     def _example(self, task: Task, exchange: Exchange, samples: int) -> Example:
-        ear, stack = self.model.ear, self.model.adapter.stack
+        ear, stack = self.model.audio_encoder, self.model.adapter.stack
         try:
-            if task.hears:
-                prompt = speech_prompt(task, speech_positions(samples, ear.positions, stack), self.vocab)
+            if task.takes_audio:
+                prompt = speech_prompt(task, speech_positions(samples, ear.max_position, stack), self.vocab)
             else:
                 asked = exchange.answer_text if task is Task.T1A1 else exchange.question_text
                 prompt = text_prompt(task, self._ids(asked), self.vocab)
             said = exchange.question_text if task is Task.A1T1 else exchange.answer_text
-            text = self._ids(said) if task.writes else []
-            return example(prompt, text, exchange.answer_codes if task.speaks else None, self.vocab)
+            text = self._ids(said) if task.outputs_text else []
+            return example(prompt, text, exchange.answer_codes if task.outputs_audio else None, self.vocab)
         except ValueError as error:
             raise _Skip("refused", str(error)) from None
 
@@ -381,9 +387,9 @@ class _ExamplesIterator(grain.DatasetIterator):
                 name = folder.name(draw.record)
                 if skip.reason == "unreadable":
                     unreadable[draw.source, draw.record] = f"{name}: {skip}"
-                if len(unreadable) > self._builder.data.most_corrupt:
+                if len(unreadable) > self._builder.data.max_corrupt:
                     # Batches counts them all, but may never get a batch to count.
-                    raise _too_many(list(unreadable.values()), self._builder.data.most_corrupt) from None
+                    raise _too_many(list(unreadable.values()), self._builder.data.max_corrupt) from None
                 if self._endless and skipped.sum() >= len(folder):
                     counts = ", ".join(f"{n} {reason}" for n, reason in zip(skipped, REASONS, strict=True) if n)
                     raise PipelineError(
@@ -444,7 +450,10 @@ def _pack(examples: grain.IterDataset, config: DataConfig, *, seed: int | None) 
     return grain.experimental.BestFitPackIterDataset(
         examples,
         # A recording is one of `clips` units, whatever its length: the packer never copies sound.
-        length_struct={**dict.fromkeys(("tokens", "targets", "mask", "heard"), config.length), "clip": config.clips},
+        length_struct={
+            **dict.fromkeys(("tokens", "targets", "mask", "heard"), config.max_length),
+            "clip": config.max_clips,
+        },
         num_packing_bins=BINS,
         seed=seed or 0,
         shuffle_bins=seed is not None,
@@ -460,17 +469,17 @@ def _stack(packed: Sequence[dict[str, Any]], *, builder: _Builder, rows: slice, 
     # Sound is by far the most of a batch, and most of it silence: never touched, it costs nothing. In a worker it is
     # written where the training process will read it.
     zeros = grain.multiprocessing.SharedMemoryArray if shared else np.zeros
-    vocab, B, T = builder.vocab, rows.stop - rows.start, builder.data.length
-    pads = np.full((STREAMS, 1), vocab.pad_a, np.int32)
-    pads[TEXT] = vocab.pad_t
+    vocab, B, T = builder.vocab, rows.stop - rows.start, builder.data.max_length
+    pads = np.full((NUM_STREAMS, 1), vocab.pad_a, np.int32)
+    pads[TEXT_STREAM] = vocab.pad_t
     batch = {
         "tokens": np.tile(pads, (B, 1, T)),
         "targets": np.tile(pads, (B, 1, T)),
-        "mask": np.zeros((B, STREAMS, T), bool),
+        "mask": np.zeros((B, NUM_STREAMS, T), bool),
         "positions": np.zeros((B, T), np.int32),
         "segments": np.zeros((B, T), np.int32),
         "speech_index": np.full((B, T), -1, np.int32),
-        "sound": zeros((B, builder.data.clips, builder.model.ear.samples), np.int16),
+        "sound": zeros((B, builder.data.max_clips, builder.model.audio_encoder.max_samples), np.int16),
         "clips": np.zeros(B, np.int32),
         "examples": np.zeros((B, len(TASKS)), np.int32),
         "skipped": np.sum([skipped for row in packed for skipped in row["skipped"]], axis=0),
@@ -500,9 +509,9 @@ def _stack(packed: Sequence[dict[str, Any]], *, builder: _Builder, rows: slice, 
 
 def _share(config: DataConfig, process_count: int) -> int:
     """Rows of this process."""
-    if config.batch % process_count:
-        raise PipelineError(f"batch: expected a multiple of the {process_count} processes, found {config.batch}")
-    return config.batch // process_count
+    if config.batch_size % process_count:
+        raise PipelineError(f"batch: expected a multiple of the {process_count} processes, found {config.batch_size}")
+    return config.batch_size // process_count
 
 
 def _checked(config: DataConfig, model: ModelConfig, tokenizer: Tokenizer) -> _Builder:
@@ -521,6 +530,6 @@ def _opened(sources: Sequence[SourceConfig]) -> list[Records]:
 
 def _too_many(unreadable: Sequence[str], most: int) -> PipelineError:
     return PipelineError(
-        f"expected at most {most} records that cannot be read (most_corrupt), found {len(unreadable)}, among them:\n"
+        f"expected at most {most} records that cannot be read (max_corrupt), found {len(unreadable)}, among them:\n"
         + "\n".join(unreadable[-3:])
     )

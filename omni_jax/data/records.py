@@ -27,26 +27,35 @@ import soundfile
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from omni_jax.audio import wav
-from omni_jax.prompts import Task
-from omni_jax.vocab import LAYERS
+from omni_jax.audio import io as audio_io
+from omni_jax.errors import RecordError
+from omni_jax.tasks import Task
+from omni_jax.vocab import NUM_CODEBOOKS
 
 VERSION = 1
 """Of records and of the index; a reader accepts its own only."""
 
+
 INDEX = "index.json"
+
+
 SUFFIX = ".array_record"
 
+
 _MAGIC = b"OMNI"
+
+
 _HEADER = struct.Struct("<4sBII")
+
+
 _TEXTS = ("question_text", "answer_text", "source", "voice")
+
+
 _BYTES = ("question_audio", "answer_codes")
-# One record to a chunk, so that any one is read without its neighbours; FLAC and codes do not compress further.
+
+
+# One record to a chunk, so that any one is read without its neighbors; FLAC and codes do not compress further.
 WRITER_OPTIONS = "group_size:1,uncompressed"
-
-
-class RecordError(ValueError):
-    """A record, or a folder of them, that cannot be used: says what is wrong, what was expected and what was found."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +139,7 @@ def from_bytes(data: bytes, *, codebook_size: int = 4096, audio: bool = True) ->
 
 
 @dataclass
-class Tally:
+class RecordCounts:
     """What some exchanges are, in sum."""
 
     exchanges: int = 0
@@ -150,7 +159,7 @@ class Tally:
         self.sources[exchange.source] += 1
         self.tasks.update(task.value for task in tasks)
 
-    def include(self, other: Tally) -> None:
+    def include(self, other: RecordCounts) -> None:
         """Count what another has counted."""
         self.exchanges += other.exchanges
         self.samples += other.samples
@@ -163,7 +172,7 @@ class Tally:
         return {
             "version": VERSION,
             "exchanges": self.exchanges,
-            "question_hours": round(self.samples / wav.SAMPLE_RATE / 3600, 4),
+            "question_hours": round(self.samples / audio_io.SAMPLE_RATE / 3600, 4),
             "answer_frames": self.frames,
             "sources": dict(sorted(self.sources.items())),
             "tasks": {task.value: self.tasks[task.value] for task in Task},
@@ -178,7 +187,7 @@ def write_json(path: Path, values: Any) -> None:
     partial.replace(path)
 
 
-class Writer:
+class RecordWriter:
     """Writes a new folder of exchanges; a context manager.
 
     A shard is written under a temporary name and gets its own when it is complete; `index.json` comes last, and
@@ -198,7 +207,7 @@ class Writer:
         self.folder = Path(folder)
         self.shard_size = shard_size
         self._shards: list[dict[str, Any]] = []
-        self._tally = Tally()
+        self._tally = RecordCounts()
         self._open: tuple[Path, ArrayRecordWriter] | None = None
         self._in_shard = 0
         try:
@@ -233,7 +242,7 @@ class Writer:
         self._finish_shard()
         write_json(self.folder / INDEX, self._tally.index(self._shards))
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> RecordWriter:
         return self
 
     def __exit__(
@@ -355,7 +364,7 @@ def _to_flac(audio: np.ndarray) -> bytes:
             f"question_audio: expected int16 [samples], at least one, found {audio.dtype} {list(audio.shape)}"
         )
     file = io.BytesIO()
-    soundfile.write(file, audio, wav.SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    soundfile.write(file, audio, audio_io.SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return file.getvalue()
 
 
@@ -369,8 +378,10 @@ def _from_flac(flac: bytes) -> np.ndarray:
         raise RecordError(
             f"question_audio: expected FLAC, found {len(flac)} bytes that cannot be decoded: {error.error_string}"
         ) from None
-    if kind != ("FLAC", "PCM_16", 1, wav.SAMPLE_RATE):
-        raise RecordError(f"question_audio: expected FLAC of 16 bits, one channel, {wav.SAMPLE_RATE} Hz, found {kind}")
+    if kind != ("FLAC", "PCM_16", 1, audio_io.SAMPLE_RATE):
+        raise RecordError(
+            f"question_audio: expected FLAC of 16 bits, one channel, {audio_io.SAMPLE_RATE} Hz, found {kind}"
+        )
     if len(audio) != promised or not promised:
         raise RecordError(f"question_audio: expected {promised} samples, at least one, found {len(audio)}")
     return audio
@@ -378,9 +389,14 @@ def _from_flac(flac: bytes) -> np.ndarray:
 
 def _pack_codes(codes: np.ndarray) -> bytes:
     codes = np.asarray(codes)
-    if not np.issubdtype(codes.dtype, np.integer) or codes.ndim != 2 or codes.shape[1] != LAYERS or not len(codes):
+    if (
+        not np.issubdtype(codes.dtype, np.integer)
+        or codes.ndim != 2
+        or codes.shape[1] != NUM_CODEBOOKS
+        or not len(codes)
+    ):
         raise RecordError(
-            f"answer_codes: expected integers [F, {LAYERS}], at least one frame, "
+            f"answer_codes: expected integers [F, {NUM_CODEBOOKS}], at least one frame, "
             f"found {codes.dtype} {list(codes.shape)}"
         )
     if codes.min() < 0 or codes.max() > 65535:
@@ -389,11 +405,11 @@ def _pack_codes(codes: np.ndarray) -> bytes:
 
 
 def _unpack_codes(packed: bytes, codebook_size: int) -> np.ndarray:
-    if not packed or len(packed) % (2 * LAYERS):
+    if not packed or len(packed) % (2 * NUM_CODEBOOKS):
         raise RecordError(
-            f"answer_codes: expected frames of {LAYERS} codes, {2 * LAYERS} bytes each, found {len(packed)} bytes"
+            f"answer_codes: expected frames of {NUM_CODEBOOKS} codes, {2 * NUM_CODEBOOKS} bytes each, found {len(packed)} bytes"
         )
-    codes = np.frombuffer(packed, "<u2").reshape(-1, LAYERS).astype(np.int32)
+    codes = np.frombuffer(packed, "<u2").reshape(-1, NUM_CODEBOOKS).astype(np.int32)
     if codes.max() >= codebook_size:
         raise RecordError(f"answer_codes: expected codes below {codebook_size}, found {codes.max()}")
     return codes

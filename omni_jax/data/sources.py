@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from omni_jax.audio import wav
-from omni_jax.config import ConfigError
+from omni_jax.audio import io as audio_io
 from omni_jax.data.records import Exchange
-from omni_jax.vocab import LAYERS
+from omni_jax.errors import ConfigError
+from omni_jax.vocab import NUM_CODEBOOKS
 
 FOLDERS = 16
 """Of a speech corpus, read together: a thousand utterances or so."""
@@ -36,7 +36,7 @@ VOICE_ASSISTANT = ("split_name", "index", "round", "question", "question_audio",
 _FRAME = re.compile(r"#(?:\s+[0-9]{1,18}(?![0-9])){7}\s*")
 
 
-class Rejected(ValueError):  # noqa: N818 - a row's fate, not a fault
+class RejectedRow(ValueError):  # noqa: N818 - a row's fate, not a fault
     """A row that is left out."""
 
     def __init__(self, reason: str, detail: str = ""):
@@ -46,7 +46,7 @@ class Rejected(ValueError):  # noqa: N818 - a row's fate, not a fault
 
 
 @dataclass(frozen=True)
-class Unit:
+class SourceShard:
     """A part of a source."""
 
     name: str
@@ -62,7 +62,7 @@ class Unit:
 
 
 @dataclass(frozen=True, eq=False)
-class Draft:
+class PendingExchange:
     """An exchange whose answer may still have to be encoded."""
 
     exchange: Exchange
@@ -70,7 +70,7 @@ class Draft:
     """f32 [samples] at the codec's rate."""
 
 
-Row = tuple[str, "Callable[[], Draft]"]
+Row = tuple[str, "Callable[[], PendingExchange]"]
 """Where it stands, and what makes a draft of it or raises `Rejected`."""
 
 
@@ -82,13 +82,13 @@ class Source(Protocol):
         """What records say they come from."""
 
     @property
-    def licence(self) -> str:
+    def license(self) -> str:
         """SPDX, or `unknown`."""
 
-    def units(self) -> list[Unit]:
+    def units(self) -> list[SourceShard]:
         """Its parts, always in the same order."""
 
-    def rows(self, unit: Unit) -> Iterator[Row]:
+    def rows(self, unit: SourceShard) -> Iterator[Row]:
         """The rows of a part, one after the other."""
 
 
@@ -102,17 +102,17 @@ class VoiceAssistant:
     max_question_seconds: float = LONGEST_QUESTION
     codebook_size: int = 4096
     name: str = "voice_assistant_400k"
-    licence: str = "Apache-2.0"
+    license: str = "Apache-2.0"
 
-    def units(self) -> list[Unit]:
+    def units(self) -> list[SourceShard]:
         """A row group each."""
         return [
-            Unit(f"{path.name}:{group}", (path,), (group,))
+            SourceShard(f"{path.name}:{group}", (path,), (group,))
             for path in corpus_files(self.folder, ".parquet")
             for group in range(parquet(path, VOICE_ASSISTANT).num_row_groups)
         ]
 
-    def rows(self, unit: Unit) -> Iterator[Row]:
+    def rows(self, unit: SourceShard) -> Iterator[Row]:
         """Rows of a row group, a few in memory at a time."""
         file = parquet(unit.files[0], VOICE_ASSISTANT)
         number = 0
@@ -121,18 +121,18 @@ class VoiceAssistant:
                 yield f"{unit.name} row {number}", partial(self._draft, row)
                 number += 1
 
-    def _draft(self, row: dict[str, Any]) -> Draft:
+    def _draft(self, row: dict[str, Any]) -> PendingExchange:
         if row["split_name"] == PERSONA and not self.persona:
-            raise Rejected("persona")
+            raise RejectedRow("persona")
         question, answer = _text(row["question"], "question"), _text(row["answer"], "answer")
         sound = row["question_audio"]
         data = sound.get("bytes") if isinstance(sound, dict) else None
         if not data:
-            raise Rejected("question without sound")
+            raise RejectedRow("question without sound")
         audio = _sound(io.BytesIO(data), self.max_question_seconds)
         codes = snac_codes(row["answer_snac"], self.codebook_size)
         source = f"{self.name} {row['split_name']}"
-        return Draft(Exchange(question, audio, answer, codes, source, self.name))
+        return PendingExchange(Exchange(question, audio, answer, codes, source, self.name))
 
 
 def snac_codes(text: Any, codebook_size: int) -> np.ndarray:
@@ -145,26 +145,28 @@ def snac_codes(text: Any, codebook_size: int) -> np.ndarray:
         Rejected: it is not exactly that, or has no frame.
     """
     if not isinstance(text, str) or not text.strip():
-        raise Rejected("answer without codes")
+        raise RejectedRow("answer without codes")
     place, text = 0, text.strip()
     while place < len(text):
         match = _FRAME.match(text, place)
         if not match:
-            raise Rejected("codes in disorder", f"expected '#' and {LAYERS} codes, found {text[place : place + 40]!r}")
+            raise RejectedRow(
+                "codes in disorder", f"expected '#' and {NUM_CODEBOOKS} codes, found {text[place : place + 40]!r}"
+            )
         place = match.end()
-    codes = np.array(text.replace("#", " ").split(), np.int64).reshape(-1, LAYERS)
+    codes = np.array(text.replace("#", " ").split(), np.int64).reshape(-1, NUM_CODEBOOKS)
     if codes.max() >= codebook_size:
-        raise Rejected("code out of range", f"expected codes below {codebook_size}, found {codes.max()}")
+        raise RejectedRow("code out of range", f"expected codes below {codebook_size}, found {codes.max()}")
     return codes.astype(np.int32)
 
 
 @dataclass(frozen=True)
-class Speech:
+class ReadSpeech:
     """A corpus of read speech: recordings and what is said in them, as questions or as answers."""
 
     folder: Path
     name: str
-    licence: str
+    license: str
     # `prepare` knows a source again by what it prints as; a function does so with where in memory it is.
     listing: Callable[[Path], Iterable[tuple[Path, str, str]]] = field(repr=False)
     """Recording, text and speaker of every utterance, always in the same order."""
@@ -174,28 +176,28 @@ class Speech:
     """The codec's, of answers."""
     max_seconds: float = 30.0
 
-    def units(self) -> list[Unit]:
+    def units(self) -> list[SourceShard]:
         """Some folders of recordings each."""
         found = sorted({path.parent for path in self.folder.rglob("*") if path.suffix.lower() in _SOUNDS})
         if not found:
             raise ConfigError(f"{self.folder}: expected recordings as {self.name} has them, found none")
         starts = range(0, len(found), FOLDERS)
-        return [Unit(str(found[i].relative_to(self.folder)), tuple(found[i : i + FOLDERS])) for i in starts]
+        return [SourceShard(str(found[i].relative_to(self.folder)), tuple(found[i : i + FOLDERS])) for i in starts]
 
-    def rows(self, unit: Unit) -> Iterator[Row]:
+    def rows(self, unit: SourceShard) -> Iterator[Row]:
         """Utterances of some folders."""
         for folder in unit.files:
             for path, text, speaker in self.listing(folder):
                 yield str(path.relative_to(self.folder)), partial(self._draft, path, text, speaker)
 
-    def _draft(self, path: Path, text: str, speaker: str) -> Draft:
+    def _draft(self, path: Path, text: str, speaker: str) -> PendingExchange:
         text = _text(text, "text")
         if not path.is_file():
-            raise Rejected("recording is missing")
+            raise RejectedRow("recording is missing")
         if self.as_answer:
             exchange = Exchange(answer_text=text, source=self.name, voice=f"{self.name} {speaker}")
-            return Draft(exchange, _read(path, self.rate, self.max_seconds))
-        return Draft(Exchange(text, _sound(path, self.max_seconds), source=self.name))
+            return PendingExchange(exchange, _read(path, self.rate, self.max_seconds))
+        return PendingExchange(Exchange(text, _sound(path, self.max_seconds), source=self.name))
 
 
 def librispeech(folder: Path) -> Iterator[tuple[Path, str, str]]:
@@ -207,7 +209,7 @@ def librispeech(folder: Path) -> Iterator[tuple[Path, str, str]]:
 
 
 def libritts(folder: Path) -> Iterator[tuple[Path, str, str]]:
-    """`103/1241/103_1241_000000_000001.wav` and its text beside it, normalised."""
+    """`103/1241/103_1241_000000_000001.wav` and its text beside it, normalized."""
     for path in sorted(folder.glob("*.wav")):
         yield path, _beside(path.with_suffix(".normalized.txt")), path.name.partition("_")[0]
 
@@ -236,34 +238,34 @@ SPEECH = {
     "vctk": (vctk, "CC-BY-4.0"),
     "mls": (mls, "CC-BY-4.0"),
 }
-"""Layouts of speech corpora, and their licences."""
+"""Layouts of speech corpora, and their licenses."""
 
 
 @dataclass(frozen=True)
-class TextQa:
+class TextQA:
     """Questions and answers in writing: JSON lines, parquet, or a folder of such or of the datasets library's."""
 
     path: Path
     name: str = "text"
-    licence: str = "unknown"
+    license: str = "unknown"
     max_letters: int = 2000
     """Of question and answer each."""
 
-    def units(self) -> list[Unit]:
+    def units(self) -> list[SourceShard]:
         """Row groups, record batches, or pieces of a file of lines."""
         paths = [self.path] if self.path.is_file() else corpus_files(self.path, ".jsonl", ".parquet", ".arrow")
         units = []
         for path in paths:
             if path.suffix == ".parquet":
                 count = parquet(path, ()).num_row_groups
-                units += [Unit(f"{path.name}:{group}", (path,), (group,)) for group in range(count)]
+                units += [SourceShard(f"{path.name}:{group}", (path,), (group,)) for group in range(count)]
             elif path.suffix == ".arrow":
-                units.append(Unit(path.name, (path,)))
+                units.append(SourceShard(path.name, (path,)))
             else:
-                units += [Unit(f"{path.name}:{begin}", (path,), (begin, end)) for begin, end in _pieces(path)]
+                units += [SourceShard(f"{path.name}:{begin}", (path,), (begin, end)) for begin, end in _pieces(path)]
         return units
 
-    def rows(self, unit: Unit) -> Iterator[Row]:
+    def rows(self, unit: SourceShard) -> Iterator[Row]:
         """Rows of a part."""
         path = unit.files[0]
         if path.suffix == ".parquet":
@@ -279,12 +281,12 @@ class TextQa:
         for number, row in enumerate(rows):
             yield f"{unit.name} row {number}", partial(self._draft, row)
 
-    def _draft(self, row: Any) -> Draft:
+    def _draft(self, row: Any) -> PendingExchange:
         question, answer = question_and_answer(_object(row) if isinstance(row, bytes) else row)
         for name, text in (("question", question), ("answer", answer)):
             if len(text) > self.max_letters:
-                raise Rejected(f"{name} too long", f"expected at most {self.max_letters} letters, found {len(text)}")
-        return Draft(Exchange(question, answer_text=answer, source=self.name))
+                raise RejectedRow(f"{name} too long", f"expected at most {self.max_letters} letters, found {len(text)}")
+        return PendingExchange(Exchange(question, answer_text=answer, source=self.name))
 
 
 def question_and_answer(row: dict[str, Any]) -> tuple[str, str]:
@@ -297,7 +299,7 @@ def question_and_answer(row: dict[str, Any]) -> tuple[str, str]:
         # Moss: "[Human]: ...<eoh> [MOSS]: ...<eoa>", turn after turn.
         match = re.search(r"\[Human\]:\s*(.*?)\s*<eoh>\s*\[MOSS\]:\s*(.*?)\s*<eoa>", str(row["plain_text"]), re.DOTALL)
         if not match:
-            raise Rejected("no turn of Moss", "expected [Human]: ...<eoh> [MOSS]: ...<eoa>")
+            raise RejectedRow("no turn of Moss", "expected [Human]: ...<eoh> [MOSS]: ...<eoa>")
         return _text(match[1], "question"), _text(match[2], "answer")
     if "instruction" in row:
         more = row.get("input") or ""
@@ -310,7 +312,7 @@ def question_and_answer(row: dict[str, Any]) -> tuple[str, str]:
     ):
         if asked in row and said in row:
             return _text(row[asked], asked), _text(row[said], said)
-    raise Rejected("unknown columns", f"found {', '.join(map(str, row))}")
+    raise RejectedRow("unknown columns", f"found {', '.join(map(str, row))}")
 
 
 @dataclass(frozen=True)
@@ -323,25 +325,27 @@ class Manifest:
     max_seconds: float = 60.0
     """Of a recording."""
     name: str = "manifest"
-    licence: str = "unknown"
+    license: str = "unknown"
 
-    def units(self) -> list[Unit]:
+    def units(self) -> list[SourceShard]:
         """Pieces of the file."""
-        return [Unit(f"{self.path.name}:{begin}", (self.path,), (begin, end)) for begin, end in _pieces(self.path)]
+        return [
+            SourceShard(f"{self.path.name}:{begin}", (self.path,), (begin, end)) for begin, end in _pieces(self.path)
+        ]
 
-    def rows(self, unit: Unit) -> Iterator[Row]:
+    def rows(self, unit: SourceShard) -> Iterator[Row]:
         """Lines of a piece."""
         for number, line in enumerate(_lines(self.path, *unit.part)):
             yield f"{unit.name} row {number}", partial(self._draft, line)
 
-    def _draft(self, line: bytes) -> Draft:
+    def _draft(self, line: bytes) -> PendingExchange:
         row = _object(line)
         if unknown := sorted(set(row) - set(FIELDS)):
-            raise Rejected("unknown field", f"expected some of {', '.join(FIELDS)}, found {', '.join(unknown)}")
+            raise RejectedRow("unknown field", f"expected some of {', '.join(FIELDS)}, found {', '.join(unknown)}")
         values = {name: row.get(name) or "" for name in FIELDS}
         for name, value in values.items():
             if not isinstance(value, str):
-                raise Rejected(f"{name} is no text", f"found {type(value).__name__}")
+                raise RejectedRow(f"{name} is no text", f"found {type(value).__name__}")
         question, answer = (self.path.parent / values[name] for name in ("question_audio", "answer_audio"))
         exchange = Exchange(
             question_text=values["question_text"],
@@ -350,7 +354,7 @@ class Manifest:
             source=values["source"] or self.name,
             voice=values["voice"],
         )
-        return Draft(exchange, _read(answer, self.rate, self.max_seconds) if values["answer_audio"] else None)
+        return PendingExchange(exchange, _read(answer, self.rate, self.max_seconds) if values["answer_audio"] else None)
 
 
 FIELDS = ("question_text", "question_audio", "answer_text", "answer_audio", "source", "voice")
@@ -373,9 +377,9 @@ def _object(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise Rejected("not JSON", str(error)) from None
+        raise RejectedRow("not JSON", str(error)) from None
     if not isinstance(row, dict):
-        raise Rejected("not an object", f"found {type(row).__name__}")
+        raise RejectedRow("not an object", f"found {type(row).__name__}")
     return row
 
 
@@ -389,26 +393,26 @@ def _beside(path: Path) -> str:
 def _text(value: Any, name: str) -> str:
     text = value.strip() if isinstance(value, str) else ""
     if not text:
-        raise Rejected(f"{name} is empty")
+        raise RejectedRow(f"{name} is empty")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise Rejected(f"{name} is no text", "half a character") from None
+        raise RejectedRow(f"{name} is no text", "half a character") from None
     return text
 
 
 def _read(source: Path | io.BytesIO, rate: int, max_seconds: float) -> np.ndarray:
     """F32 [samples]."""
     try:
-        return wav.read(source, rate, max_seconds=max_seconds)
-    except wav.AudioError as error:
+        return audio_io.read_audio(source, rate, max_seconds=max_seconds)
+    except audio_io.AudioError as error:
         reason = "recording too long" if "at most" in str(error) and " s, found" in str(error) else "recording unusable"
-        raise Rejected(reason, str(error)) from None
+        raise RejectedRow(reason, str(error)) from None
 
 
 def _sound(source: Path | io.BytesIO, max_seconds: float) -> np.ndarray:
     """int16 [samples] at 16 kHz."""
-    return wav.to_pcm16(_read(source, wav.SAMPLE_RATE, max_seconds))
+    return audio_io.to_pcm16(_read(source, audio_io.SAMPLE_RATE, max_seconds))
 
 
 def corpus_files(folder: Path, *suffixes: str) -> list[Path]:

@@ -15,7 +15,7 @@ from functools import cache
 
 import numpy as np
 
-from omni_jax.config import ConfigError
+from omni_jax.errors import ConfigError
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -34,7 +34,7 @@ def _normaliser() -> Callable[[str], str]:
     return EnglishTextNormalizer()
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """A text as it is compared."""
     return " ".join(_normaliser()(text).split())
 
@@ -56,13 +56,13 @@ class Errors:
 
 
 def word_errors(expected: str, found: str) -> Errors:
-    """Words substituted, deleted and inserted, both texts normalised."""
-    return _errors(normalise(expected), normalise(found), words=True)
+    """Words substituted, deleted and inserted, both texts normalized."""
+    return _errors(normalize(expected), normalize(found), words=True)
 
 
-def letter_errors(expected: str, found: str) -> Errors:
+def char_errors(expected: str, found: str) -> Errors:
     """The same in letters."""
-    return _errors(normalise(expected), normalise(found), words=False)
+    return _errors(normalize(expected), normalize(found), words=False)
 
 
 def _errors(expected: str, found: str, *, words: bool) -> Errors:
@@ -85,14 +85,14 @@ def best(expected: Sequence[str], found: str, measure: Callable[[str, str], Erro
 
 
 def exact(expected: Sequence[str], found: str) -> float:
-    """1 if it is one of the right answers, normalised."""
-    return float(normalise(found) in {normalise(text) for text in expected})
+    """1 if it is one of the right answers, normalized."""
+    return float(normalize(found) in {normalize(text) for text in expected})
 
 
 def contains(expected: Sequence[str], found: str) -> float:
     """1 if one of the right answers stands in it, as whole words: how spoken answers in sentences are judged."""
-    said = f" {normalise(found)} "
-    return float(any(f" {normalise(text)} " in said for text in expected if normalise(text)))
+    said = f" {normalize(found)} "
+    return float(any(f" {normalize(text)} " in said for text in expected if normalize(text)))
 
 
 def f1(expected: Sequence[str], found: str) -> float:

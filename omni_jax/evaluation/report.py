@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import soundfile
 
-from omni_jax.config import ConfigError
+from omni_jax.errors import ConfigError
 from omni_jax.evaluation.metrics import CONFIDENCE, RESAMPLES, Estimate
 from omni_jax.evaluation.run import Evaluation, Result
 
@@ -159,7 +159,7 @@ def _shown(results: Sequence[Result]) -> list[Result]:
 
 
 def _case(result: Result, folder: Path) -> str:
-    lines = [("asked", result.question), ("expected", " / ".join(result.expected)), ("written", result.written)]
+    lines = [("asked", result.question), ("expected", " / ".join(result.expected)), ("written", result.decode_text)]
     lines += [("heard", result.heard or ""), ("problem", result.error)]
     shown = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in lines if value)
     sound = ""

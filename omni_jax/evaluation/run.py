@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omni_jax.api import Ask, Omni, Options
-from omni_jax.audio.wav import AudioError, file_name
-from omni_jax.config import ConfigError
+from omni_jax.api import Omni, Options, Request
+from omni_jax.errors import AudioError, ConfigError
 from omni_jax.evaluation import metrics
-from omni_jax.evaluation.listeners import Listener
+from omni_jax.evaluation.asr_judge import AsrJudge
 from omni_jax.evaluation.metrics import Estimate
 from omni_jax.evaluation.suites import Case
-from omni_jax.prompts import Task
+from omni_jax.file_names import safe_file_name
+from omni_jax.tasks import Task
 
 RESULTS = "results.json"
 WINDOW = 64
@@ -36,7 +36,7 @@ class Result:
     group: str
     question: str
     expected: list[str]
-    written: str = ""
+    decode_text: str = ""
     audio: str = ""
     """File of the spoken answer, seen from the folder of the results."""
     seconds: float = 0.0
@@ -126,7 +126,7 @@ def evaluate(
     *,
     model: str,
     suite: str,
-    listener: Listener | None = None,
+    listener: AsrJudge | None = None,
     options: Options | None = None,
     slots: int = 8,
     progress: Callable[[int], object] = lambda _: None,
@@ -165,9 +165,9 @@ def evaluate(
     return evaluation
 
 
-def _ask(case: Case) -> Ask:
+def _ask(case: Case) -> Request:
     audio: Any = io.BytesIO(case.audio) if isinstance(case.audio, bytes) else case.audio
-    return Ask(audio, case.text or None, case.task)
+    return Request(audio, case.text or None, case.task)
 
 
 def _answer(omni: Omni, cases: Sequence[Case], out: Path, options: Options, slots: int) -> list[Result]:
@@ -182,9 +182,9 @@ def _answer(omni: Omni, cases: Sequence[Case], out: Path, options: Options, slot
             result.error = str(error)
     replies = omni.run([request for _, request in requests], slots)
     for (result, _), reply in zip(requests, replies, strict=True):
-        result.written, result.finish, result.seconds = reply.text, reply.finish_reason, round(reply.seconds, 3)
+        result.decode_text, result.finish, result.seconds = reply.text, reply.finish_reason, round(reply.seconds, 3)
         if reply.audio is not None and len(reply.audio):
-            result.audio = f"{file_name(result.id)}.wav"
+            result.audio = f"{safe_file_name(result.id)}.wav"
             reply.save(out / result.audio)
     return results
 
@@ -192,24 +192,24 @@ def _answer(omni: Omni, cases: Sequence[Case], out: Path, options: Options, slot
 def score(result: Result, case: Case) -> dict[str, float]:
     """The scores of one case; a failed one is wrong in everything."""
     scores = {"failed": float(bool(result.error))}
-    if case.expected and case.task.writes:
+    if case.expected and case.task.outputs_text:
         if case.task is Task.A1T1:
-            for name, measure in (("wer", metrics.word_errors), ("cer", metrics.letter_errors)):
-                errors = metrics.best(case.expected, result.written, measure)
+            for name, measure in (("wer", metrics.word_errors), ("cer", metrics.char_errors)):
+                errors = metrics.best(case.expected, result.decode_text, measure)
                 scores |= {f"{name}_edits": errors.edits, f"{name}_length": errors.length}
         else:
-            scores["contains"] = metrics.contains(case.expected, result.written)
-            scores["f1"] = metrics.f1(case.expected, result.written)
-        scores["exact"] = metrics.exact(case.expected, result.written)
+            scores["contains"] = metrics.contains(case.expected, result.decode_text)
+            scores["f1"] = metrics.f1(case.expected, result.decode_text)
+        scores["exact"] = metrics.exact(case.expected, result.decode_text)
     if result.error:
         return scores
     scores["ended"] = float(result.finish == "stop")
-    if case.task.writes:
-        scores["answer_words"] = len(result.written.split())
-    if case.task.speaks:
+    if case.task.outputs_text:
+        scores["answer_words"] = len(result.decode_text.split())
+    if case.task.outputs_audio:
         scores["answer_seconds"] = result.seconds
         # Where nothing is written, what was to be read aloud is what should be heard.
-        said = result.written if case.task.writes else case.text
+        said = result.decode_text if case.task.outputs_text else case.text
         if result.heard is not None:
             errors = metrics.word_errors(said, result.heard)
             scores |= {"speech_wer_edits": errors.edits, "speech_wer_length": errors.length}
@@ -223,7 +223,7 @@ def clock(omni: Omni, cases: Sequence[Case], options: Options) -> dict[str, floa
         `first_sound` and `total` in seconds, `steps_per_second`, `real_time_factor`; nothing if no case speaks.
     """
     found: dict[str, list[float]] = {}
-    speaking = [case for case in cases if case.task.speaks][:TIMED]
+    speaking = [case for case in cases if case.task.outputs_audio][:TIMED]
     for turn, case in enumerate(speaking[:1] + speaking):
         ask = _ask(case)
         try:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pydantic
 
-from omni_jax.config import ConfigError, build
+from omni_jax.config.load import build_config
 from omni_jax.data.sources import corpus_files, librispeech, parquet
-from omni_jax.prompts import Task
+from omni_jax.errors import ConfigError
+from omni_jax.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def manifest(path: Path) -> Iterator[Case]:
                 values = json.loads(line)
             except ValueError as error:
                 raise ConfigError(f"{place}: expected a JSON object, found {error}") from None
-            row = build(_Row, values, place)
+            row = build_config(_Row, values, place)
             if bool(row.audio) == bool(row.text):
                 raise ConfigError(f"{place}: expected either audio or text, found {'both' if row.text else 'neither'}")
             default = Task.T1A2 if row.text else Task.A1A2
@@ -69,8 +70,8 @@ def manifest(path: Path) -> Iterator[Case]:
                 task = Task(row.task or default)
             except ValueError:
                 raise ConfigError(f"{place}: task: expected one of {', '.join(Task)}, found {row.task!r}") from None
-            if task.hears != bool(row.audio):
-                raise ConfigError(f"{place}: task {task}: expected {'audio' if task.hears else 'text'}")
+            if task.takes_audio != bool(row.audio):
+                raise ConfigError(f"{place}: task {task}: expected {'audio' if task.takes_audio else 'text'}")
             expected = (row.expected,) if isinstance(row.expected, str) else tuple(row.expected)
             audio = path.parent / row.audio if row.audio else None
             yield Case(row.id, task, audio, row.text, tuple(filter(None, expected)), row.question, row.group)

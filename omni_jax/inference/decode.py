@@ -1,52 +1,50 @@
 """Decoding on the device: prefill, and the delay-pattern loop that runs many requests a step at a time.
 
 A batch has B slots, one request each. Its cache and everything else that changes from step to step is one pytree,
-`DecodeState`. What a step has to compute is decided by the host between chunks and handed over as a `Routing`:
-which rows still need the text head, which the audio heads, and which requests have a second row (batch-parallel
-decoding takes the text from a row that answers in text only). The tokens do not depend on it; it only leaves
-out work whose result nobody would read. Its sizes are part of the compiled shape.
+`DecodeState`. What a step has to compute is decided by the host between chunks and passed as a `Routing`: which rows
+still need the text head, which the audio heads, and which requests have a companion row (batch-parallel decoding
+takes the text from a row that answers in text only). The tokens do not depend on it; it only leaves out work whose
+result would not be read. Its sizes are part of the compiled shape.
 
-The prompt's last column is not prefilled: it is the input of step 0, so that prefill never touches a head and the
-two rows of a batch-parallel request share one prefill.
+The prompt's last column is not prefilled: it is the input of step 0, so that prefill never needs a head and the two
+rows of a batch-parallel request share one prefill.
+
+Letters: B batch slots, b companion rows, n text rows, m audio rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, traverse_util
-from jax.sharding import Mesh
 
 from omni_jax import sharding
 from omni_jax.inference.sampling import Sampling, sample
-from omni_jax.model.layers import Int8
+from omni_jax.model.decoder import Cache, cache_length
 from omni_jax.model.omni import OmniModel
-from omni_jax.model.trunk import Cache, cache_slots
-from omni_jax.vocab import LAYERS, STREAMS, TEXT, Vocab
+from omni_jax.vocab import NUM_CODEBOOKS, NUM_STREAMS, TEXT_STREAM, Vocab
 
 Array = jax.Array
 
-LONGEST_CHUNK = 64
+MAX_CHUNK_STEPS = 64
 """Most steps a chunk can take; the token buffer is this long, shorter chunks use its front."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Requests:
-    """What a step needs to know of each request; set when it joins, never changed by a step."""
+class SlotParams:
+    """What a step needs to know of each request; set when it is inserted, never changed by a step."""
 
-    speaks: Array
-    """bool [B], whether the audio streams speak."""
-    limit: Array
+    outputs_audio: Array
+    """bool [B], whether the audio streams are decoded."""
+    max_steps: Array
     """int32 [B], steps after which it must stop."""
     enforce_delay: Array
-    """bool [B], whether a layer that is not yet due emits padding, whatever the model says."""
+    """bool [B], whether a codebook that is not yet due emits padding, whatever the model predicts."""
     sampling: Sampling
 
 
@@ -56,121 +54,133 @@ class DecodeState:
     """All that changes from step to step."""
 
     tokens: Array
-    """int32 [B, 8], the next step's input: what was said last, or the prompt's last column."""
+    """int32 [B, 8], the next step's input: the last step's tokens, or the prompt's last column."""
     positions: Array
     """int32 [B], the trunk position of that input."""
     step: Array
     """int32 [B], steps done."""
     running: Array
-    """bool [B]; a slot that is not running stands still."""
-    writing: Array
-    """bool [B], whether text is still to come."""
-    requests: Requests
+    """bool [B]; a slot that is not running does not change."""
+    text_pending: Array
+    """bool [B], whether the text has not ended yet."""
+    params: SlotParams
     caches: dict[str, Cache]
     """`trunk`, with a TTS adapter also `tts_adapter`: B rows each."""
-    shadows: Cache | None
-    """Trunk cache of the second rows, as many as the routing has; None when it has none."""
+    companions: Cache | None
+    """Trunk cache of the companion rows, as many as the routing has; None when it has none."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routing:
-    """Which rows a chunk computes. An entry of B (or, in `text_row`, anything beside it) is an idle place."""
+    """Which rows a chunk computes. An entry of B (or, in `text_row`, any value next to it) is unused."""
 
-    shadow_slot: Array
-    """int32 [b], the slot each second row belongs to."""
+    companion_slot: Array
+    """int32 [b], the batch slot of each companion row."""
     text_slot: Array
-    """int32 [n], the slots that need the text head."""
+    """int32 [n], the batch slots that need the text head."""
     text_row: Array
-    """int32 [n], the row their text comes from: the slot itself, or B + its second row."""
+    """int32 [n], the row their text comes from: the slot itself, or B + its companion row."""
     audio_slot: Array
-    """int32 [m], the slots that need the audio heads."""
+    """int32 [m], the batch slots that need the audio heads."""
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """(b, n, m)."""
-        return self.shadow_slot.shape[0], self.text_slot.shape[0], self.audio_slot.shape[0]
+        return self.companion_slot.shape[0], self.text_slot.shape[0], self.audio_slot.shape[0]
 
 
-def step(model: OmniModel, state: DecodeState, routing: Routing) -> tuple[DecodeState, Array]:
+def decode_step(model: OmniModel, state: DecodeState, routing: Routing) -> tuple[DecodeState, Array]:
     """One step of every running slot.
 
     Returns:
-        The state after it, and what was said: int32 [B, 8], padding in slots that do not run.
+        The state after it, and the tokens int32 [B, 8], padding in slots that do not run.
     """
-    vocab = Vocab(model.config.vocab)
-    B = state.tokens.shape[0]
-    shadows, texts, audios = routing.sizes
-    ask = state.requests
+    vocab, params = Vocab(model.config.vocab), state.params
+    companions, texts, audios = routing.sizes
 
     rows, positions, caches = state.tokens, state.positions, [state.caches["trunk"]]
-    if shadows:
-        assert state.shadows is not None
-        column = jnp.full((shadows, STREAMS), vocab.pad_a, jnp.int32)
-        column = column.at[:, TEXT].set(state.tokens.at[routing.shadow_slot, TEXT].get(mode="clip"))
+    if companions:
+        assert state.companions is not None
+        column = jnp.full((companions, NUM_STREAMS), vocab.pad_a, jnp.int32)
+        column = column.at[:, TEXT_STREAM].set(state.tokens.at[routing.companion_slot, TEXT_STREAM].get(mode="clip"))
         rows = jnp.concatenate([rows, column])
-        positions = jnp.concatenate([positions, positions.at[routing.shadow_slot].get(mode="clip")])
-        caches.append(state.shadows)
+        positions = jnp.concatenate([positions, positions.at[routing.companion_slot].get(mode="clip")])
+        caches.append(state.companions)
     hidden, caches = model.trunk.decode(model.embed_tokens(rows), positions, caches)
 
-    text = jnp.full((B,), vocab.pad_t, jnp.int32)
+    text = jnp.full(state.running.shape, vocab.pad_t, jnp.int32)
     if texts:
-        # Rows taken from anywhere are spread again, or every device would score all of them.
-        chosen = sharding.by_rows(hidden.at[routing.text_row].get(mode="clip"), model.mesh)
-        logits = model.text_logits(model.norm(chosen))
-        settings = ask.sampling.take(routing.text_slot)
-        steps = state.step.at[routing.text_slot].get(mode="clip")
-        said = sample(logits, settings, steps, jnp.full((texts,), TEXT))
-        text = text.at[routing.text_slot].set(said, mode="drop")
-        text = jnp.where(state.writing, text, vocab.pad_t)
+        text = _sample_text(model, state, routing, hidden)
+    audio, tts_cache = _sample_audio(model, state, routing, hidden)
+    new_caches = {"trunk": caches[0]} | ({} if tts_cache is None else {"tts_adapter": tts_cache})
 
-    new_caches = {"trunk": caches[0]}
-    audio = jnp.full((B, LAYERS), vocab.pad_a, jnp.int32)
-    if audios:
-        voice = hidden[:B]
-        if model.tts_adapter is not None:
-            voice, adapted = model.tts_adapter.blocks.decode(voice, state.positions, [state.caches["tts_adapter"]])
-            voice, new_caches["tts_adapter"] = model.tts_adapter.norm(voice), adapted[0]
-        else:
-            voice = model.norm(voice)
-        logits = model.audio_logits(sharding.by_rows(voice.at[routing.audio_slot].get(mode="clip"), model.mesh))
-        settings = ask.sampling.take(jnp.repeat(routing.audio_slot, LAYERS))
-        steps = jnp.repeat(state.step.at[routing.audio_slot].get(mode="clip"), LAYERS)
-        layer = jnp.arange(LAYERS)
-        said = sample(logits.reshape(audios * LAYERS, -1), settings, steps, jnp.tile(layer, audios))
-        audio = audio.at[routing.audio_slot].set(said.reshape(audios, LAYERS), mode="drop")
-        due = (state.step[:, None] > layer) | ~ask.enforce_delay[:, None]
-        audio = jnp.where(due & ask.speaks[:, None], audio, vocab.pad_a)
-    elif model.tts_adapter is not None:
-        new_caches["tts_adapter"] = state.caches["tts_adapter"]
-
-    said = jnp.concatenate([audio, text[:, None]], axis=1)
-    blank = jnp.full((STREAMS,), vocab.pad_a, jnp.int32).at[TEXT].set(vocab.pad_t)
-    said = jnp.where(state.running[:, None], said, blank)
-    ended = jnp.where(ask.speaks, audio[:, -1] == vocab.eoa, text == vocab.eot)
+    tokens = jnp.concatenate([audio, text[:, None]], axis=1)
+    padding = jnp.full((NUM_STREAMS,), vocab.pad_a, jnp.int32).at[TEXT_STREAM].set(vocab.pad_t)
+    tokens = jnp.where(state.running[:, None], tokens, padding)
+    ended = jnp.where(params.outputs_audio, audio[:, -1] == vocab.eoa, text == vocab.eot)
     moved = state.running.astype(jnp.int32)
-    last_slot = cache_slots(state.caches["trunk"]) - 1
+    last_position = cache_length(state.caches["trunk"]) - 1
     return (
         dataclasses.replace(
             state,
-            tokens=jnp.where(state.running[:, None], said, state.tokens),
-            positions=jnp.minimum(state.positions + moved, last_slot),
+            tokens=jnp.where(state.running[:, None], tokens, state.tokens),
+            positions=jnp.minimum(state.positions + moved, last_position),
             step=state.step + moved,
-            running=state.running & ~ended & (state.step + 1 < ask.limit),
-            writing=state.writing & ~(state.running & (text == vocab.eot)),
+            running=state.running & ~ended & (state.step + 1 < params.max_steps),
+            text_pending=state.text_pending & ~(state.running & (text == vocab.eot)),
             caches=new_caches,
-            shadows=caches[1] if shadows else None,
+            companions=caches[1] if companions else None,
         ),
-        said,
+        tokens,
     )
 
 
-def chunk(model: OmniModel, state: DecodeState, routing: Routing, steps: Array) -> tuple[DecodeState, Array, Array]:
-    """Up to `steps` steps; returns early when nothing runs, or when no slot of the routing writes any more.
+def _sample_text(model: OmniModel, state: DecodeState, routing: Routing, hidden: Array) -> Array:
+    """The text token of every slot, int32 [B]; padding where the text has ended."""
+    vocab, (_, texts, _) = Vocab(model.config.vocab), routing.sizes
+    # Rows gathered from anywhere are sharded again, or every device would score all of them.
+    chosen = sharding.constrain_rows(hidden.at[routing.text_row].get(mode="clip"))
+    logits = model.text_logits(model.norm(chosen))
+    steps = state.step.at[routing.text_slot].get(mode="clip")
+    sampling = state.params.sampling.take(routing.text_slot)
+    sampled = sample(logits, sampling, steps, jnp.full((texts,), TEXT_STREAM))
+    text = jnp.full(state.running.shape, vocab.pad_t, jnp.int32).at[routing.text_slot].set(sampled, mode="drop")
+    return jnp.where(state.text_pending, text, vocab.pad_t)
+
+
+def _sample_audio(model: OmniModel, state: DecodeState, routing: Routing, hidden: Array) -> tuple[Array, Cache | None]:
+    """The audio tokens of every slot, int32 [B, 7], and the TTS adapter's cache, if there is one."""
+    vocab, (_, _, audios) = Vocab(model.config.vocab), routing.sizes
+    (B,) = state.running.shape
+    audio = jnp.full((B, NUM_CODEBOOKS), vocab.pad_a, jnp.int32)
+    cache = state.caches.get("tts_adapter")
+    if not audios:
+        return audio, cache
+    hidden = hidden[:B]
+    if model.tts_adapter is None:
+        hidden = model.norm(hidden)
+    else:
+        hidden, (cache,) = model.tts_adapter.blocks.decode(hidden, state.positions, [state.caches["tts_adapter"]])
+        hidden = model.tts_adapter.norm(hidden)
+    logits = model.audio_logits(sharding.constrain_rows(hidden.at[routing.audio_slot].get(mode="clip")))
+    sampling = state.params.sampling.take(jnp.repeat(routing.audio_slot, NUM_CODEBOOKS))
+    steps = jnp.repeat(state.step.at[routing.audio_slot].get(mode="clip"), NUM_CODEBOOKS)
+    codebook = jnp.arange(NUM_CODEBOOKS)
+    sampled = sample(logits.reshape(audios * NUM_CODEBOOKS, -1), sampling, steps, jnp.tile(codebook, audios))
+    audio = audio.at[routing.audio_slot].set(sampled.reshape(audios, NUM_CODEBOOKS), mode="drop")
+    due = (state.step[:, None] > codebook) | ~state.params.enforce_delay[:, None]
+    return jnp.where(due & state.params.outputs_audio[:, None], audio, vocab.pad_a), cache
+
+
+def decode_chunk(
+    model: OmniModel, state: DecodeState, routing: Routing, steps: Array
+) -> tuple[DecodeState, Array, Array]:
+    """Up to `steps` steps; returns early when nothing runs, or when the text of all slots of the routing has ended.
 
     Returns:
-        The state, the tokens int32 [LONGEST_CHUNK, B, 8] (slot i's new ones are the first
-        `state.step[i] - step before` of them), and int32 [3, B]: step, running, writing, for the host to read.
+        The state, the tokens int32 [MAX_CHUNK_STEPS, B, 8] (slot i's new ones are the first
+        `state.step[i] - step before` of them), and int32 [3, B]: step, running, text_pending, for the host to read.
     """
     B = state.tokens.shape[0]
     _, texts, _ = routing.sizes
@@ -179,18 +189,18 @@ def chunk(model: OmniModel, state: DecodeState, routing: Routing, steps: Array) 
         done, state, _ = carry
         more = (done < steps) & jnp.any(state.running)
         if texts:
-            writing = (state.running & state.writing).at[routing.text_slot].get(mode="fill", fill_value=False)
-            more = more & jnp.any(writing)
+            pending = (state.running & state.text_pending).at[routing.text_slot].get(mode="fill", fill_value=False)
+            more = more & jnp.any(pending)
         return more
 
     def body(carry: tuple[Array, DecodeState, Array]) -> tuple[Array, DecodeState, Array]:
         done, state, tokens = carry
-        state, said = step(model, state, routing)
-        return done + 1, state, tokens.at[done].set(said)
+        state, new = decode_step(model, state, routing)
+        return done + 1, state, tokens.at[done].set(new)
 
-    tokens = jnp.zeros((LONGEST_CHUNK, B, STREAMS), jnp.int32)
+    tokens = jnp.zeros((MAX_CHUNK_STEPS, B, NUM_STREAMS), jnp.int32)
     _, state, tokens = jax.lax.while_loop(go_on, body, (jnp.int32(0), state, tokens))
-    return state, tokens, jnp.stack([state.step, state.running.astype(jnp.int32), state.writing.astype(jnp.int32)])
+    return state, tokens, jnp.stack([state.step, state.running.astype(jnp.int32), state.text_pending.astype(jnp.int32)])
 
 
 def prefill(
@@ -198,18 +208,18 @@ def prefill(
 ) -> dict[str, Cache]:
     """Keys and values of prompts without their last column.
 
-    What stands beyond a prompt's own length is computed too and never looked at: decoding overwrites a slot before
-    it may be seen.
+    Positions beyond a prompt's own length are computed too and never attended to: decoding overwrites a cache
+    position before it may be read.
 
     Args:
         model: the model.
         tokens: int32 [n, 8, T], padded at the end.
-        speech: [n, A, D] from `OmniModel.hear`, or None.
-        speech_positions: int32 [n]: prompt positions 1..speech_positions hear the first that many embeddings.
-        audio: whether any of them will speak.
+        speech: [n, A, D] from `OmniModel.encode_audio`, or None.
+        speech_positions: int32 [n]: prompt positions 1..speech_positions take the first that many embeddings.
+        audio: whether any of them will output audio.
 
     Returns:
-        Caches of n rows and T slots.
+        Caches of n rows and T positions.
     """
     n, _, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T), (n, T))
@@ -221,146 +231,72 @@ def prefill(
     return caches
 
 
-def join(
-    state: DecodeState, prompts: dict[str, Cache], slots: Array, shadow_rows: Array, arrivals: DecodeState
+def insert(
+    state: DecodeState,
+    prefilled: dict[str, Cache],
+    batch_slots: Array,
+    companion_rows: Array,
+    arrivals: DecodeState,
 ) -> DecodeState:
-    """Put prefilled requests into slots.
+    """Put prefilled requests into the running batch.
 
     Args:
         state: the running batch, donated.
-        prompts: caches of n rows from `prefill`.
-        slots: int32 [n]; B for a row that is only there to fill the prefill's shape.
-        shadow_rows: int32 [n], the second row of each; any number out of range for none.
+        prefilled: caches of n rows from `prefill`.
+        batch_slots: int32 [n]; B for a row that only pads the prefill's shape.
+        companion_rows: int32 [n], the companion row of each; any number out of range for none.
         arrivals: the new entries, n of each, without caches.
     """
 
     def place(old: Any, new: Any, rows: Array) -> Any:
+        # A stacked cache has its layers in front of the rows.
         where = (slice(None), rows) if isinstance(old, jax.Array) and old.ndim == 5 else (rows,)
-        slots = new.shape[-2]
-        return old.at[(*where, slice(None), slice(0, slots))].set(new.astype(old.dtype), mode="drop")
+        prompt = slice(0, new.shape[-2])
+        return old.at[(*where, slice(None), prompt)].set(new.astype(old.dtype), mode="drop")
 
     caches = dict(state.caches)
-    for name, prompt in prompts.items():
-        caches[name] = jax.tree.map(partial(place, rows=slots), caches[name], prompt)
-    shadows = state.shadows
-    if shadows is not None:
-        shadows = jax.tree.map(partial(place, rows=shadow_rows), shadows, prompts["trunk"])
-    bare = dataclasses.replace(state, caches={}, shadows=None)
-    joined = jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), bare, arrivals)
-    return dataclasses.replace(joined, caches=caches, shadows=shadows)
+    for name, prompt in prefilled.items():
+        caches[name] = jax.tree.map(partial(place, rows=batch_slots), caches[name], prompt)
+    companions = state.companions
+    if companions is not None:
+        companions = jax.tree.map(partial(place, rows=companion_rows), companions, prefilled["trunk"])
+    bare = dataclasses.replace(state, caches={}, companions=None)
+    inserted = jax.tree.map(lambda old, new: old.at[batch_slots].set(new, mode="drop"), bare, arrivals)
+    return dataclasses.replace(inserted, caches=caches, companions=companions)
 
 
-def halt(state: DecodeState, slot: Array) -> DecodeState:
-    """Let the request in a slot stand still from here on; what it leaves in the caches is overwritten by the next."""
-    return dataclasses.replace(state, running=state.running.at[slot].set(False))
+def stop(state: DecodeState, batch_slot: Array) -> DecodeState:
+    """Stop the request in a batch slot; what it leaves in the caches is overwritten by the next."""
+    return dataclasses.replace(state, running=state.running.at[batch_slot].set(False))
 
 
-def empty(model: OmniModel, slots: int, length: int) -> DecodeState:
-    """A batch of `slots` idle slots whose caches hold `length` positions."""
-    vocab = Vocab(model.config.vocab)
-    caches = {"trunk": model.trunk.cache(slots, length)}
+def init_state(model: OmniModel, max_batch_size: int, max_len: int) -> DecodeState:
+    """A batch of idle slots whose caches hold `max_len` positions each."""
+    vocab, B = Vocab(model.config.vocab), max_batch_size
+    caches = {"trunk": model.trunk.init_cache(B, max_len)}
     if model.tts_adapter is not None:
-        caches["tts_adapter"] = model.tts_adapter.blocks.cache(slots, length)
-    zeros, false = partial(jnp.zeros, (slots,), jnp.int32), partial(jnp.zeros, (slots,), bool)
+        caches["tts_adapter"] = model.tts_adapter.blocks.init_cache(B, max_len)
+    zeros, false = partial(jnp.zeros, (B,), jnp.int32), partial(jnp.zeros, (B,), bool)
     return DecodeState(
-        tokens=jnp.full((slots, STREAMS), vocab.pad_a, jnp.int32).at[:, TEXT].set(vocab.pad_t),
+        tokens=jnp.full((B, NUM_STREAMS), vocab.pad_a, jnp.int32).at[:, TEXT_STREAM].set(vocab.pad_t),
         positions=zeros(),
         step=zeros(),
         running=false(),
-        writing=false(),
-        requests=Requests(
-            speaks=false(),
-            limit=zeros(),
+        text_pending=false(),
+        params=SlotParams(
+            outputs_audio=false(),
+            max_steps=zeros(),
             enforce_delay=false(),
             sampling=Sampling(
-                temperature=jnp.zeros((slots,), jnp.float32),
+                temperature=jnp.zeros((B,), jnp.float32),
                 top_k=zeros(),
-                top_p=jnp.ones((slots,), jnp.float32),
-                seed=jnp.zeros((slots,), jnp.uint32),
+                top_p=jnp.ones((B,), jnp.float32),
+                seed=jnp.zeros((B,), jnp.uint32),
             ),
         ),
         caches=caches,
-        shadows=None,
+        companions=None,
     )
-
-
-DECODED = ("trunk", "tts_adapter", "embed", "head")
-"""Parts that a step of decoding reads."""
-INPUT_AXES = dict.fromkeys(("q", "k", "v", "gate", "up", "down", "text", "audio", "head"), 1) | {"out": 2}
-"""Of their matrices, how many axes are multiplied."""
-CACHE_AXES = ("batch", "kv_heads", None, None)
-"""Logical axes of a layer's keys or values [R, K / P, S, P * H]."""
-
-
-def spread(tree: Any, mesh: Mesh) -> Any:
-    """Settle where caches and everything else that has a row per request live: each row on its own devices."""
-
-    def place(x: Array) -> Array:
-        return sharding.constrain(x, CACHE_AXES if x.ndim >= 4 else ("batch", *[None] * (x.ndim - 1)), mesh)
-
-    return jax.tree.map(place, tree)
-
-
-class Programs:
-    """The compiled programs of one model, over its weights as a plain dict (cheap to dispatch).
-
-    Each is compiled once per shape: `hear` per batch of recordings, `prefill` per rows and padded length, `chunk`
-    per slots, cache length and routing sizes. If the weights are spread over a mesh, so is the running batch.
-
-    Args:
-        model: its weights are taken as they are.
-        int8: round those that decoding reads to eight bits: half the bytes a step, good where they are what a step
-            waits for. A CPU's products want floats and become slower.
-    """
-
-    def __init__(self, model: OmniModel, *, int8: bool = False):
-        mesh = sharding.of_array(jax.tree.leaves(nnx.state(model))[0])
-        model = nnx.merge(*nnx.split(model))
-        model.lay_on(mesh)
-        graph, state = nnx.split(model)
-        self.config = model.config
-        self.weights: Any = nnx.to_pure_dict(state)
-        if int8:
-            self.weights = in_int8(self.weights)
-
-        def settle(out: Any) -> Any:
-            return out if mesh.size == 1 else spread(out, mesh)
-
-        def bind(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-            def call(weights: Any, *args: Any, **kwargs: Any) -> Any:
-                return function(nnx.merge(graph, weights), *args, **kwargs)
-
-            return jax.jit(call, **options)
-
-        def settled_chunk(model: OmniModel, *args: Any) -> tuple[DecodeState, Array, Array]:
-            state, tokens, status = chunk(model, *args)
-            return settle(state), tokens, status
-
-        def settled(function: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *args, **kwargs: settle(function(*args, **kwargs))
-
-        self.hear = bind(OmniModel.hear)
-        self.prefill = bind(settled(prefill), static_argnames="audio")
-        self.chunk = bind(settled_chunk, donate_argnums=1)
-        self.empty = bind(settled(empty), static_argnums=(1, 2))
-        self.shadows = bind(settled(lambda model, *shape: model.trunk.cache(*shape)), static_argnums=(1, 2))
-        self.join = jax.jit(settled(join), donate_argnums=0)
-        self.halt = jax.jit(settled(halt), donate_argnums=0)
-        self.keep_shadows = jax.jit(settled(take_rows))
-
-
-def in_int8(weights: Any, round_to: Callable[[Any, int], Int8] = Int8.of) -> Any:
-    """The matrices of trunk, TTS adapter, embedding and heads as `Int8`; the rest of a model's weights as it is.
-
-    Args:
-        weights: nested, as `Programs` has them.
-        round_to: what makes one of a weight and the number of its input axes.
-    """
-    flat = traverse_util.flatten_dict(weights)
-    for keys, weight in flat.items():
-        if keys[0] in DECODED and keys[-1] in INPUT_AXES:
-            flat[keys] = round_to(weight, INPUT_AXES[keys[-1]])
-    return traverse_util.unflatten_dict(flat)
 
 
 def take_rows(cache: Cache, rows: Array) -> Cache:

@@ -1,7 +1,7 @@
-"""Many requests in one running batch: who sits in which slot, what each chunk computes, who has finished.
+"""Continuous batching: slot assignment, what each chunk computes, and which requests have finished.
 
-The host's side of `omni_jax.inference.decode`. It reads a chunk's tokens while the next chunk runs, so what it
-knows is one chunk old; that only ever costs a chunk that does nothing, never a token.
+The host's side of `omni_jax.inference.decode`. It reads a chunk's tokens while the next chunk runs, so its knowledge
+is one chunk old; that costs at most a chunk that does nothing, never a token.
 """
 
 from __future__ import annotations
@@ -9,130 +9,131 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from numbers import Integral, Real
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from omni_jax.audio.features import pad
-from omni_jax.config import ConfigError
-from omni_jax.inference.decode import LONGEST_CHUNK, DecodeState, Programs, Requests, Routing
+from omni_jax.errors import ConfigError
+from omni_jax.inference.decode import MAX_CHUNK_STEPS, DecodeState, Routing, SlotParams
+from omni_jax.inference.generation import GenerationConfig
+from omni_jax.inference.runner import ModelRunner
 from omni_jax.inference.sampling import Sampling
-from omni_jax.prompts import Prompt, Task, speech_positions, speech_prompt, text_prompt
-from omni_jax.vocab import STREAMS, TEXT, Vocab
+from omni_jax.prompts import Prompt, speech_positions, speech_prompt, text_prompt
+from omni_jax.tasks import Task
+from omni_jax.vocab import NUM_STREAMS, TEXT_STREAM, Vocab
 
 PROMPT_BUCKETS = tuple(sorted({int(base * 2**power) for base in (16, 20, 24, 28) for power in range(12)}))
 """Lengths prompts are padded to: 16, 20, 24, 28, 32, 40, ..., so that at most a fifth is padding."""
-FEW_BUCKETS = tuple(2**power for power in range(4, 16))
-"""For those who compile everything beforehand: 16, 32, 64, ..., a quarter as many programs."""
-CACHE_STEP = 256
+COARSE_PROMPT_BUCKETS = tuple(2**power for power in range(4, 16))
+"""For engines that compile everything beforehand: 16, 32, 64, ..., a quarter as many programs."""
+CACHE_LEN_STEP = 256
 """Cache lengths are multiples of this, up to the trunk's context."""
-MOST_PREFILL_ROWS = 8
+MAX_PREFILL_ROWS = 8
 """Prompts prefilled at once; more are taken in turns."""
+
+FinishReason = Literal["stop", "length", "context"]
+"""`stop`: end of audio, or of text in text-only tasks; `length`: max_steps; `context`: the trunk's context is full."""
+
+
+def next_power_of_2(count: int) -> int:
+    """The smallest power of 2 that is not below `count`, which is at least 1."""
+    return 1 << (count - 1).bit_length()
 
 
 @dataclass(frozen=True)
-class Request:
-    """One thing to answer.
+class PreparedRequest:
+    """One request, validated and tokenized.
 
     Raises:
-        ConfigError: a setting is out of range; names it.
+        ConfigError: there is speech for a task that takes text, or none for one that takes audio.
     """
 
     prompt: Prompt
     speech: np.ndarray | None = None
-    """float32 [samples] at 16 kHz, at most what the ear hears at once; None for text input."""
-    max_steps: int | None = None
-    """Stop after this many steps (finish reason `length`); None: when the trunk's context is full."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_k: int = 0
-    """Draw from the k most probable tokens; 0: from all."""
-    top_p: float = 1.0
-    """Draw from the fewest tokens that together have this probability; 1: from all."""
-    seed: int = 0
-    enforce_delay: bool = True
-    """Whether an audio layer that is not yet due emits padding; False leaves it to the model."""
-    batch_parallel: bool = True
-    """A1A2 only: take the text from a second row that answers in text alone."""
+    """float32 [samples] at 16 kHz, at most what the audio encoder takes at once; None for text input."""
+    config: GenerationConfig = GenerationConfig()
 
     def __post_init__(self) -> None:
-        def check(name: str, kind: type, fits: Callable[[Any], bool], expected: str) -> None:
-            value = getattr(self, name)
-            if not isinstance(value, kind) or not fits(value):
-                raise ConfigError(f"{name}: expected {expected}, found {value!r}")
-
-        if self.max_steps is not None:
-            check("max_steps", Integral, lambda steps: steps >= 1, "a whole number, at least 1")
-        check("temperature", Real, lambda t: t >= 0 and np.isfinite(t), "a number, 0 or more")
-        check("top_k", Integral, lambda k: k >= 0, "a whole number, 0 (all) or more")
-        check("top_p", Real, lambda p: 0 < p <= 1, "a number above 0 and at most 1")
-        check("seed", Integral, lambda seed: 0 <= seed < 2**32, "a whole number, 0..2^32-1")
-        for name in ("enforce_delay", "batch_parallel"):
-            check(name, bool, lambda _: True, "True or False")
-        if (self.speech is not None) != self.prompt.task.hears:
-            raise ConfigError(f"task {self.prompt.task}: expected speech exactly when the task hears")
+        if (self.speech is not None) != self.prompt.task.takes_audio:
+            raise ConfigError(f"task {self.prompt.task}: expected speech exactly when the task takes audio")
 
     @property
-    def parallel(self) -> bool:
-        """Whether it gets a second row."""
-        return self.batch_parallel and self.prompt.task is Task.A1A2
+    def has_companion(self) -> bool:
+        """Whether it is decoded batch-parallel, with a companion row."""
+        return self.config.batch_parallel and self.prompt.task is Task.A1A2
 
-    def limit(self, context: int) -> int:
+    def max_steps(self, context: int) -> int:
         """Steps it may take: the last step's tokens are never an input, so one more than the room left."""
         room = context - len(self.prompt) + 1
-        return room if self.max_steps is None else min(self.max_steps, room)
+        return room if self.config.max_steps is None else min(self.config.max_steps, room)
 
-    def cache_length(self, context: int) -> int:
+    def cache_len(self, context: int) -> int:
         """Positions its cache needs, rounded up so that few shapes are compiled."""
-        needed = len(self.prompt) - 1 + self.limit(context)
-        return min(context, -(-needed // CACHE_STEP) * CACHE_STEP)
+        needed = len(self.prompt) - 1 + self.max_steps(context)
+        return min(context, -(-needed // CACHE_LEN_STEP) * CACHE_LEN_STEP)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a request has newly said."""
+    """New tokens of a request."""
 
     key: int
     tokens: np.ndarray
     """int32 [8, n]."""
-    finish: str | None
-    """None while it goes on. `stop`: said its end; `length`: max_steps; `context`: the trunk's context is full."""
+    finish: FinishReason | None
+    """None while it goes on."""
 
 
 @dataclass
-class _Seat:
+class ActiveRequest:
+    """A request in a batch slot, as far as the host has read."""
+
     key: int
-    request: Request
+    request: PreparedRequest
     step: int = 0
     running: bool = True
-    writing: bool = True
-    shadow: int | None = None
+    text_pending: bool = True
+    companion: int | None = None
+    """Its companion row."""
 
 
-@dataclass
 class Engine:
-    """A running batch of `slots` requests whose caches hold `length` positions; prompts are padded to `buckets`."""
+    """A running batch.
 
-    programs: Programs
-    slots: int
-    length: int
-    buckets: Sequence[int] = PROMPT_BUCKETS
-    queue: deque[tuple[int, Request]] = field(default_factory=deque)
+    Attributes:
+        max_batch_size: requests decoded at once.
+        max_len: positions of each slot's cache.
+        queue: submitted requests that have no slot yet, with their keys.
+        active: the request of each batch slot.
+    """
 
-    def __post_init__(self) -> None:
-        self.vocab = Vocab(self.programs.config.vocab)
-        self.context = self.programs.config.trunk.context
-        self.state: DecodeState = self.programs.empty(self.programs.weights, self.slots, self.length)
-        self.seats: list[_Seat | None] = [None] * self.slots
-        self.shadow_rows = 0
-        self.unread: tuple[list[_Seat | None], jax.Array, jax.Array] | None = None
+    def __init__(self, runner: ModelRunner, max_batch_size: int, max_len: int, buckets: Sequence[int] = PROMPT_BUCKETS):
+        """Allocate the batch.
 
-    def check(self, request: Request) -> None:
+        Args:
+            runner: the model.
+            max_batch_size: requests decoded at once.
+            max_len: positions of each slot's cache.
+            buckets: lengths that prompts are padded to.
+        """
+        self.runner, self.max_batch_size, self.max_len, self.buckets = runner, max_batch_size, max_len, buckets
+        self.vocab = Vocab(runner.config.vocab)
+        self.context = runner.config.trunk.max_position
+        self.queue: deque[tuple[int, PreparedRequest]] = deque()
+        self._init_batch()
+
+    def _init_batch(self) -> None:
+        self.state: DecodeState = self.runner.init_state(self.max_batch_size, self.max_len)
+        self.active: list[ActiveRequest | None] = [None] * self.max_batch_size
+        self.companion_rows = 0
+        self.in_flight: tuple[list[ActiveRequest | None], jax.Array, jax.Array] | None = None
+
+    def check(self, request: PreparedRequest) -> None:
         """Make sure that a request can be answered here.
 
         Raises:
@@ -142,13 +143,13 @@ class Engine:
             raise ConfigError(
                 f"the prompt takes {len(request.prompt)} positions; expected at most the context of {self.context}"
             )
-        if request.cache_length(self.context) > self.length:
+        if request.cache_len(self.context) > self.max_len:
             raise ConfigError(
-                f"the request needs a cache of {request.cache_length(self.context)} positions, "
-                f"this batch has {self.length}"
+                f"the request needs a cache of {request.cache_len(self.context)} positions, "
+                f"this batch has {self.max_len}"
             )
 
-    def submit(self, key: int, request: Request) -> None:
+    def submit(self, key: int, request: PreparedRequest) -> None:
         """Queue a request under a number of the caller's.
 
         Raises:
@@ -159,269 +160,287 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether anything is queued, running or unread."""
-        return bool(self.queue) or self.unread is not None or any(seat is not None for seat in self.seats)
+        """Whether anything is queued, active or in flight."""
+        return bool(self.queue) or self.in_flight is not None or any(self.active)
 
-    def advance(self, steps: int = LONGEST_CHUNK) -> list[Progress]:
-        """Seat who waits, start a chunk of up to `steps` steps, and return what the chunk before it said."""
+    def advance(self, steps: int = MAX_CHUNK_STEPS) -> list[Progress]:
+        """Admit queued requests, start a chunk of up to `steps` steps, and return the tokens of the chunk before."""
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, found {steps}")
-        self._seat_waiting()
-        read, self.unread = self.unread, None
-        if any(seat is not None and seat.running for seat in self.seats):
+        self._admit()
+        previous, self.in_flight = self.in_flight, None
+        if any(active is not None and active.running for active in self.active):
             routing = self._route()
-            self.state, tokens, status = self.programs.chunk(
-                self.programs.weights, self.state, routing, jnp.int32(min(steps, LONGEST_CHUNK))
+            self.state, tokens, status = self.runner.decode_chunk(
+                self.state, routing, jnp.int32(min(steps, MAX_CHUNK_STEPS))
             )
-            self.unread = (list(self.seats), tokens, status)
-        return self._read(*read) if read else []
+            self.in_flight = (list(self.active), tokens, status)
+        return self._read(*previous) if previous else []
 
     def cancel(self, key: int) -> bool:
-        """Forget a request, wherever it is; its slot is free at once, and nothing more is heard of it.
+        """Drop a request, queued or active; its slot is free at once, and no more progress is returned for it.
 
         Returns:
             Whether it was still there.
         """
-        for index, (waiting, _) in enumerate(self.queue):
-            if waiting == key:
+        for index, (queued, _) in enumerate(self.queue):
+            if queued == key:
                 del self.queue[index]
                 return True
-        for slot, seat in enumerate(self.seats):
-            if seat is not None and seat.key == key:
-                # The chunk that runs may still speak for it: whoever reads that sees that it has stopped.
-                seat.running = False
-                self.seats[slot] = None
-                self.state = self.programs.halt(self.state, jnp.int32(slot))
+        for slot, active in enumerate(self.active):
+            if active is not None and active.key == key:
+                # The chunk in flight may have tokens for it: `_read` skips requests that do not run.
+                active.running = False
+                self.active[slot] = None
+                self.state = self.runner.stop(self.state, jnp.int32(slot))
                 return True
         return False
 
-    def begin_anew(self) -> None:
-        """Lose what runs and keep who waits: after a fault, when the state may be one that a program has consumed."""
-        # The old state makes room before the new one is there.
-        del self.state, self.unread
-        self.__post_init__()
+    def reset(self) -> None:
+        """Drop active requests and keep queued ones: after a fault, when a program may have consumed the state."""
+        # The old state is freed before the new one is allocated.
+        del self.state, self.in_flight
+        self._init_batch()
 
     def warm_up(self) -> None:
-        """Compile, by running it on nothing, every program that any request can come to need here.
+        """Compile every program that any request can need here, by running it on nothing.
 
         Raises:
-            RuntimeError: something is queued or running.
+            RuntimeError: something is queued or active.
         """
         if self.busy:
-            raise RuntimeError("a batch that is busy can't be warmed up")
-        vocab, config = self.vocab, self.programs.config
-        longest = speech_positions(config.ear.samples, config.ear.positions, config.adapter.stack)
-        most_rows = min(self.slots, MOST_PREFILL_ROWS)
-        rows = sorted({1 << (count - 1).bit_length() for count in range(1, most_rows + 1)})
-        # Without a TTS adapter prefill does not depend on what is answered.
-        tasks = (Task.T1A1, Task.A1A2, Task.T1T2, Task.A1T1) if config.tts_adapter_layers else (Task.T1A1, Task.A1A2)
-        sizes = sorted({self._size(count) for count in range(self.slots + 1)})
-        for shadows in sizes:
-            self._resize_shadows([], 0)
-            self._resize_shadows([], shadows)
-            for task in tasks:
-                most = min(longest + 2, self.length) if task.hears else self.length
-                for length in sorted({self._padded(length) for length in range(1, most + 1)}):
-                    prompt = speech_prompt(task, 1, vocab) if task.hears else text_prompt(task, [0], vocab)
-                    request = Request(prompt, np.zeros(0, np.float32) if task.hears else None)
-                    for count in rows:
-                        nowhere = _Seat(-1, request)
-                        self._prefill(length, task.hears, [(self.slots, nowhere)] * count)
+            raise RuntimeError("a busy engine cannot be warmed up")
+        sizes = sorted({self._bucket_rows(count) for count in range(self.max_batch_size + 1)})
+        for companions in sizes:
+            self._resize_companions([], 0)
+            self._resize_companions([], companions)
+            self._warm_up_prefill()
             for texts, audios in itertools.product(sizes, sizes):
-                # Whoever has a second row writes and speaks.
-                if min(texts, audios) >= shadows and texts + audios:
-                    idle = [jnp.full(size, self.slots, jnp.int32) for size in (shadows, texts, texts, audios)]
-                    self.state, *_ = self.programs.chunk(
-                        self.programs.weights, self.state, Routing(*idle), jnp.int32(1)
-                    )
-            self.state = self.programs.halt(self.state, jnp.int32(0))
+                # A request with a companion row outputs text and audio.
+                if min(texts, audios) >= companions and texts + audios:
+                    unused = [
+                        jnp.full(size, self.max_batch_size, jnp.int32) for size in (companions, texts, texts, audios)
+                    ]
+                    self.state, *_ = self.runner.decode_chunk(self.state, Routing(*unused), jnp.int32(1))
+            self.state = self.runner.stop(self.state, jnp.int32(0))
             for other in sizes:
-                self._resize_shadows([], other)
-                self._resize_shadows([], shadows)
-        self._resize_shadows([], 0)
+                self._resize_companions([], other)
+                self._resize_companions([], companions)
+        self._resize_companions([], 0)
 
-    def run(self, steps: int = LONGEST_CHUNK) -> Iterator[Progress]:
+    def _warm_up_prefill(self) -> None:
+        config = self.runner.config
+        encoder = config.audio_encoder
+        longest = speech_positions(encoder.max_samples, encoder.max_position, config.adapter.stack)
+        max_rows = min(self.max_batch_size, MAX_PREFILL_ROWS)
+        rows = sorted({next_power_of_2(count) for count in range(1, max_rows + 1)})
+        # Without a TTS adapter prefill does not depend on what is output.
+        tasks = (Task.T1A1, Task.A1A2, Task.T1T2, Task.A1T1) if config.tts_adapter_layers else (Task.T1A1, Task.A1A2)
+        for task in tasks:
+            max_prompt = min(longest + 2, self.max_len) if task.takes_audio else self.max_len
+            if task.takes_audio:
+                request = PreparedRequest(speech_prompt(task, 1, self.vocab), np.zeros(0, np.float32))
+            else:
+                request = PreparedRequest(text_prompt(task, [0], self.vocab))
+            for length in sorted({self._padded(length) for length in range(1, max_prompt + 1)}):
+                for count in rows:
+                    self._prefill(length, [(self.max_batch_size, ActiveRequest(-1, request))] * count)
+
+    def run(self, steps: int = MAX_CHUNK_STEPS) -> Iterator[Progress]:
         """Advance until nothing is left."""
         while self.busy:
             yield from self.advance(steps)
 
-    def _read(self, seats: list[_Seat | None], tokens: jax.Array, status: jax.Array) -> list[Progress]:
-        said, (steps, running, writing) = np.asarray(tokens), np.asarray(status)
-        news = []
-        for slot, seat in enumerate(seats):
-            if seat is None or not seat.running:
+    def _read(self, slots: list[ActiveRequest | None], tokens: jax.Array, status: jax.Array) -> list[Progress]:
+        chunk, (steps, running, text_pending) = np.asarray(tokens), np.asarray(status)
+        progress = []
+        for slot, active in enumerate(slots):
+            if active is None or not active.running:
                 continue
-            new = said[: steps[slot] - seat.step, slot].T
-            seat.step, seat.running, seat.writing = int(steps[slot]), bool(running[slot]), bool(writing[slot])
+            new = chunk[: steps[slot] - active.step, slot].T
+            active.step, active.running = int(steps[slot]), bool(running[slot])
+            active.text_pending = bool(text_pending[slot])
             finish = None
-            if not seat.running:
-                finish = self._finish(seat, new)
-                self.seats[slot] = None
-            news.append(Progress(seat.key, new, finish))
-        return news
+            if not active.running:
+                finish = self._finish_reason(active, new)
+                self.active[slot] = None
+            progress.append(Progress(active.key, new, finish))
+        return progress
 
-    def _finish(self, seat: _Seat, new: np.ndarray) -> str:
-        speaks = seat.request.prompt.task.speaks
-        last, end = (new[TEXT - 1, -1], self.vocab.eoa) if speaks else (new[TEXT, -1], self.vocab.eot)
+    def _finish_reason(self, active: ActiveRequest, new: np.ndarray) -> FinishReason:
+        if active.request.prompt.task.outputs_audio:
+            last, end = new[TEXT_STREAM - 1, -1], self.vocab.eoa
+        else:
+            last, end = new[TEXT_STREAM, -1], self.vocab.eot
         if last == end:
             return "stop"
-        return "length" if seat.step == seat.request.max_steps else "context"
+        return "length" if active.step == active.request.config.max_steps else "context"
 
-    def _size(self, count: int) -> int:
-        """Round a number of rows up to nothing, a quarter or all of the slots: few shapes, little idle work."""
+    def _bucket_rows(self, count: int) -> int:
+        """Round a number of rows up to none, a quarter or all of the slots: few shapes, little idle work."""
         if not count:
             return 0
-        quarter = self.slots // 4
-        return quarter if 0 < count <= quarter else self.slots
+        quarter = self.max_batch_size // 4
+        return quarter if 0 < count <= quarter else self.max_batch_size
 
     def _route(self) -> Routing:
-        live = [(slot, seat) for slot, seat in enumerate(self.seats) if seat is not None and seat.running]
-        writers = [(slot, seat) for slot, seat in live if seat.writing]
-        speakers = [slot for slot, seat in live if seat.request.prompt.task.speaks]
-        pairs = [(slot, seat) for slot, seat in writers if seat.shadow is not None]
-        self._resize_shadows([seat for _, seat in pairs], self._size(len(pairs)))
+        running = [(slot, active) for slot, active in enumerate(self.active) if active is not None and active.running]
+        text = [(slot, active) for slot, active in running if active.text_pending]
+        audio = [slot for slot, active in running if active.request.prompt.task.outputs_audio]
+        paired = [(slot, active) for slot, active in text if active.companion is not None]
+        self._resize_companions([active for _, active in paired], self._bucket_rows(len(paired)))
 
         def fill(values: Sequence[int], size: int) -> jax.Array:
-            return jnp.asarray(np.array([*values, *[self.slots] * (size - len(values))], np.int32))
+            return jnp.asarray(np.array([*values, *[self.max_batch_size] * (size - len(values))], np.int32))
 
-        texts, audios = self._size(len(writers)), self._size(len(speakers))
-        shadow_slot = np.full(self.shadow_rows, self.slots, np.int32)
-        for slot, seat in pairs:
-            shadow_slot[seat.shadow] = slot
-        rows = [slot if seat.shadow is None else self.slots + seat.shadow for slot, seat in writers]
+        texts, audios = self._bucket_rows(len(text)), self._bucket_rows(len(audio))
+        companion_slot = np.full(self.companion_rows, self.max_batch_size, np.int32)
+        for slot, active in paired:
+            companion_slot[active.companion] = slot
+        rows = [slot if active.companion is None else self.max_batch_size + active.companion for slot, active in text]
         return Routing(
-            shadow_slot=jnp.asarray(shadow_slot),
-            text_slot=fill([slot for slot, _ in writers], texts),
+            companion_slot=jnp.asarray(companion_slot),
+            text_slot=fill([slot for slot, _ in text], texts),
             text_row=fill(rows, texts),
-            audio_slot=fill(speakers, audios),
+            audio_slot=fill(audio, audios),
         )
 
-    def _resize_shadows(self, kept: Sequence[_Seat], size: int) -> None:
-        """Keep the second rows of these seats alone, in a cache of `size` rows."""
-        if size == self.shadow_rows:
+    def _resize_companions(self, kept: Sequence[ActiveRequest], size: int) -> None:
+        """Keep the companion rows of these requests alone, in a cache of `size` rows."""
+        if size == self.companion_rows:
             return
-        shadows = None
-        if size:
-            if self.state.shadows is None:
-                shadows = self.programs.shadows(self.programs.weights, size, self.length)
-            else:
-                rows = [seat.shadow for seat in kept if seat.shadow is not None]
-                rows += [0] * (size - len(rows))
-                shadows = self.programs.keep_shadows(self.state.shadows, jnp.asarray(np.array(rows, np.int32)))
-                for index, seat in enumerate(kept):
-                    seat.shadow = index
-        self.state = dataclasses.replace(self.state, shadows=shadows)
-        self.shadow_rows = size
+        companions = self.state.companions
+        if not size:
+            companions = None
+        elif companions is None:
+            companions = self.runner.init_companions(size, self.max_len)
+        else:
+            rows = [active.companion for active in kept if active.companion is not None]
+            rows += [0] * (size - len(rows))
+            companions = self.runner.keep_companions(companions, jnp.asarray(np.array(rows, np.int32)))
+            for index, active in enumerate(kept):
+                active.companion = index
+        self.state = dataclasses.replace(self.state, companions=companions)
+        self.companion_rows = size
 
-    def _seat_waiting(self) -> None:
-        free = [slot for slot, seat in enumerate(self.seats) if seat is None]
+    def _admit(self) -> None:
+        """Give free slots to queued requests and prefill them."""
+        free = [slot for slot, active in enumerate(self.active) if active is None]
         arrivals = []
-        for key, request in self._next_in(len(free)):
-            seat = _Seat(key, request, writing=request.prompt.task.writes)
+        for key, request in self._take_from_queue(len(free)):
+            active = ActiveRequest(key, request, text_pending=request.prompt.task.outputs_text)
             slot = free.pop(0)
-            self.seats[slot] = seat
-            arrivals.append((slot, seat))
+            self.active[slot] = active
+            arrivals.append((slot, active))
         if not arrivals:
             return
-        # Second rows for the newcomers, beside those in use.
-        newcomers = [seat for _, seat in arrivals if seat.request.parallel]
+        # Companion rows for the newcomers, next to those in use.
+        newcomers = [active for _, active in arrivals if active.request.has_companion]
         if newcomers:
-            kept = [s for s in self.seats if s is not None and s.running and s.writing and s.shadow is not None]
-            self._resize_shadows(kept, self._size(len(kept) + len(newcomers)))
-            used = {seat.shadow for seat in kept}
-            unused = (row for row in range(self.shadow_rows) if row not in used)
-            for seat in newcomers:
-                seat.shadow = next(unused)
-        groups: dict[tuple[int, bool], list[tuple[int, _Seat]]] = {}
-        for slot, seat in arrivals:
-            groups.setdefault(self._prefill_shape(seat.request), []).append((slot, seat))
-        for (length, hears), group in groups.items():
-            for start in range(0, len(group), MOST_PREFILL_ROWS):
-                self._prefill(length, hears, group[start : start + MOST_PREFILL_ROWS])
+            kept = [
+                a for a in self.active if a is not None and a.running and a.text_pending and a.companion is not None
+            ]
+            self._resize_companions(kept, self._bucket_rows(len(kept) + len(newcomers)))
+            used = {active.companion for active in kept}
+            unused = (row for row in range(self.companion_rows) if row not in used)
+            for active in newcomers:
+                active.companion = next(unused)
+        groups: dict[tuple[int, bool], list[tuple[int, ActiveRequest]]] = {}
+        for slot, active in arrivals:
+            groups.setdefault(self._prefill_shape(active.request), []).append((slot, active))
+        for (length, _), group in groups.items():
+            for start in range(0, len(group), MAX_PREFILL_ROWS):
+                self._prefill(length, group[start : start + MAX_PREFILL_ROWS])
 
-    def _next_in(self, free: int) -> list[tuple[int, Request]]:
-        """Take from the queue whoever is seated now, at most `free`.
+    def _take_from_queue(self, free: int) -> list[tuple[int, PreparedRequest]]:
+        """Take from the queue the requests that are admitted now, at most `free`.
 
-        While others run they wait for one prefill at most: then only those who share the first one's are let in.
+        While others run they wait for one prefill at most: only requests that share the first one's are admitted.
         """
-        if not any(seat is not None for seat in self.seats):
+        if not any(self.active):
             return [self.queue.popleft() for _ in range(min(free, len(self.queue)))]
         if not free or not self.queue:
             return []
-        shape, rows = self._prefill_shape(self.queue[0][1]), min(free, MOST_PREFILL_ROWS)
-        chosen: list[tuple[int, Request]] = []
-        left: deque[tuple[int, Request]] = deque()
+        shape, rows = self._prefill_shape(self.queue[0][1]), min(free, MAX_PREFILL_ROWS)
+        chosen: list[tuple[int, PreparedRequest]] = []
+        left: deque[tuple[int, PreparedRequest]] = deque()
         for entry in self.queue:
             together = len(chosen) < rows and self._prefill_shape(entry[1]) == shape
             (chosen if together else left).append(entry)
         self.queue = left
         return chosen
 
-    def _prefill_shape(self, request: Request) -> tuple[int, bool]:
+    def _prefill_shape(self, request: PreparedRequest) -> tuple[int, bool]:
         """Padded length, and whether there is speech: prompts alike in this are prefilled together."""
-        return self._padded(len(request.prompt) - 1), request.prompt.task.hears
+        return self._padded(len(request.prompt) - 1), request.prompt.task.takes_audio
 
     def _padded(self, length: int) -> int:
-        return min(next(size for size in self.buckets if size >= length), self.length)
+        return min(next(size for size in self.buckets if size >= length), self.max_len)
 
-    def _prefill(self, length: int, hears: bool, group: list[tuple[int, _Seat]]) -> None:
+    def _prefill(self, length: int, group: list[tuple[int, ActiveRequest]]) -> None:
+        """Prefill requests of one shape and insert them into their slots."""
         count = len(group)
-        rows = 1 << (count - 1).bit_length()
-        tokens = np.full((rows, STREAMS, length), self.vocab.pad_a, np.int32)
-        tokens[:, TEXT] = self.vocab.pad_t
-        for row, (_, seat) in enumerate(group):
-            prompt = seat.request.prompt.tokens[:, :-1]
+        rows = next_power_of_2(count)
+        requests = [active.request for _, active in group]
+        tokens = np.full((rows, NUM_STREAMS, length), self.vocab.pad_a, np.int32)
+        tokens[:, TEXT_STREAM] = self.vocab.pad_t
+        for row, request in enumerate(requests):
+            prompt = request.prompt.tokens[:, :-1]
             tokens[row, :, : prompt.shape[1]] = prompt
-
-        def column(values: Sequence[float], dtype: type, filler: float = 0) -> jax.Array:
-            return jnp.asarray(np.array([*values, *[filler] * (rows - count)], dtype))
-
         speech = positions = None
-        if hears:
-            ear = self.programs.config.ear
-            sound = np.zeros((rows, ear.samples), np.float32)
-            for row, (_, seat) in enumerate(group):
-                assert seat.request.speech is not None
-                sound[row] = pad(seat.request.speech, ear.samples)
-            speech = self.programs.hear(self.programs.weights, jnp.asarray(sound))
-            positions = column([seat.request.prompt.speech_positions for _, seat in group], np.int32)
-        asks = [seat.request for _, seat in group]
-        caches = self.programs.prefill(
-            self.programs.weights,
+        if requests[0].prompt.task.takes_audio:
+            max_samples = self.runner.config.audio_encoder.max_samples
+            audio = np.zeros((rows, max_samples), np.float32)
+            for row, request in enumerate(requests):
+                assert request.speech is not None
+                audio[row] = pad(request.speech, max_samples)
+            speech = self.runner.encode_audio(jnp.asarray(audio))
+            positions = _column([request.prompt.speech_positions for request in requests], rows, np.int32)
+        # Only a TTS adapter's cache depends on what is output: without one there is one program less per shape.
+        outputs_audio = any(request.prompt.task.outputs_audio for request in requests)
+        caches = self.runner.prefill(
             jnp.asarray(tokens),
             speech,
             positions,
-            # Only a TTS adapter's cache depends on it: without one there is one program less per shape.
-            audio=self.programs.config.tts_adapter_layers > 0 and any(ask.prompt.task.speaks for ask in asks),
+            audio=self.runner.config.tts_adapter_layers > 0 and outputs_audio,
         )
-        last = np.zeros((rows, STREAMS), np.int32)
-        last[:count] = [ask.prompt.tokens[:, -1] for ask in asks]
-        arrivals = DecodeState(
+        nowhere = self.max_batch_size
+        companions = [nowhere if active.companion is None else active.companion for _, active in group]
+        self.state = self.runner.insert(
+            self.state,
+            caches,
+            _column([slot for slot, _ in group], rows, np.int32, nowhere),
+            _column(companions, rows, np.int32, nowhere),
+            self._arrivals(requests, rows),
+        )
+
+    def _arrivals(self, requests: Sequence[PreparedRequest], rows: int) -> DecodeState:
+        """The state of requests that have just been prefilled, without caches, padded to `rows` rows."""
+        last = np.zeros((rows, NUM_STREAMS), np.int32)
+        last[: len(requests)] = [request.prompt.tokens[:, -1] for request in requests]
+        tasks, configs = [request.prompt.task for request in requests], [request.config for request in requests]
+        return DecodeState(
             tokens=jnp.asarray(last),
-            positions=column([len(ask.prompt) - 1 for ask in asks], np.int32),
+            positions=_column([len(request.prompt) - 1 for request in requests], rows, np.int32),
             step=jnp.zeros(rows, jnp.int32),
             running=jnp.ones(rows, bool),
-            writing=column([ask.prompt.task.writes for ask in asks], bool),
-            requests=Requests(
-                speaks=column([ask.prompt.task.speaks for ask in asks], bool),
-                limit=column([ask.limit(self.context) for ask in asks], np.int32),
-                enforce_delay=column([ask.enforce_delay for ask in asks], bool),
+            text_pending=_column([task.outputs_text for task in tasks], rows, bool),
+            params=SlotParams(
+                outputs_audio=_column([task.outputs_audio for task in tasks], rows, bool),
+                max_steps=_column([request.max_steps(self.context) for request in requests], rows, np.int32),
+                enforce_delay=_column([config.enforce_delay for config in configs], rows, bool),
                 sampling=Sampling(
-                    temperature=column([ask.temperature for ask in asks], np.float32),
-                    top_k=column([ask.top_k for ask in asks], np.int32),
-                    top_p=column([ask.top_p for ask in asks], np.float32, 1),
-                    seed=column([ask.seed for ask in asks], np.uint32),
+                    temperature=_column([config.temperature for config in configs], rows, np.float32),
+                    top_k=_column([config.top_k for config in configs], rows, np.int32),
+                    top_p=_column([config.top_p for config in configs], rows, np.float32, 1),
+                    seed=_column([config.seed for config in configs], rows, np.uint32),
                 ),
             ),
             caches={},
-            shadows=None,
+            companions=None,
         )
-        nowhere = self.slots
-        shadows = [nowhere if seat.shadow is None else seat.shadow for _, seat in group]
-        self.state = self.programs.join(
-            self.state,
-            caches,
-            column([slot for slot, _ in group], np.int32, nowhere),
-            column(shadows, np.int32, nowhere),
-            arrivals,
-        )
+
+
+def _column(values: Sequence[float], rows: int, dtype: type, filler: float = 0) -> jax.Array:
+    """One value per request, padded to `rows`."""
+    return jnp.asarray(np.array([*values, *[filler] * (rows - len(values))], dtype))

@@ -1,16 +1,14 @@
-"""The parts a Qwen2- or Llama-family block is made of: RMSNorm, rope, grouped-query attention, gated MLP.
+"""The layers that audio encoder and trunk are made of: linear maps, norms, rope, projections of attention, MLPs.
 
-Letters: B batch, T positions, S cache length, D width, N query heads, K key/value heads, G = N/K query heads per
-key/value head, H head size, F ffn width. Every parameter carries logical axis names; `omni_jax.sharding` maps
+Letters: B batch, T positions, S cache length, D hidden, N query heads, K key/value heads, G = N/K query heads per
+key/value head, H head dim, F intermediate. Every parameter carries logical axis names; `omni_jax.sharding` maps
 them to a mesh. Matrix products run in `dtype`, norms and softmax in float32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from omni_jax.config import RopeScaling, TrunkConfig
+from omni_jax import sharding
+from omni_jax.config.model import RopeScaling, TrunkConfig
 
 Array = jax.Array
-MOST_DECODE_ROWS = 32
+MAX_DECODE_ROWS = 32
 """Up to this many rows a matrix product is bound by reading the weight, as in decoding."""
 
 
@@ -45,6 +43,25 @@ def param(rngs: nnx.Rngs | Keys, shape: Sequence[int], axes: Sequence[str | None
     """A weight drawn from N(0, 1/fan_in), with a logical name for each of its axes."""
     value = jax.random.normal(rngs.params(), tuple(shape), jnp.float32) / math.sqrt(fan_in)
     return nnx.Param(value, axes=tuple(axes))
+
+
+def make_layers(make: Callable[[Keys], Any], keys: Array, *, stacked: bool) -> Any:
+    """Layers of one kind: as a single module with a leading axis `layers` on each parameter, or as an `nnx.List`.
+
+    Both are drawn from the same keys, so that a seed means the same weights on every backend.
+
+    Args:
+        make: makes one layer.
+        keys: one per layer.
+        stacked: which of the two.
+    """
+    if not stacked:
+        return nnx.List([make(Keys(key)) for key in keys])
+    layers = nnx.vmap(lambda key: make(Keys(key)))(keys)
+    for _, node in nnx.iter_graph(layers):
+        if isinstance(node, nnx.Param):
+            node.set_metadata(axes=("layers", *node.axes))
+    return layers
 
 
 @jax.tree_util.register_dataclass
@@ -88,8 +105,8 @@ def linear(x: Array, weight: Array | Int8, contract: int = 1, dtype: DTypeLike |
         # Whole numbers up to 127 are exact in every dtype; the scales wait until the sums are done.
         return (linear(x, weight.values, contract, jnp.float32) * weight.scale).astype(dtype or x.dtype)
     rows, outs = x.shape[: x.ndim - contract], weight.shape[: weight.ndim - contract]
-    many = math.prod(rows) > MOST_DECODE_ROWS
-    if many and for_one_cpu(x.dtype):
+    many = math.prod(rows) > MAX_DECODE_ROWS
+    if many and use_bfloat16_dot(x.dtype):
         y = _bfloat16_product(_matrix(x, len(rows)), _matrix(weight, len(outs)))
         return y.reshape(*rows, *outs).astype(dtype or x.dtype)
     weight = weight.astype(x.dtype)
@@ -113,26 +130,13 @@ def linear(x: Array, weight: Array | Int8, contract: int = 1, dtype: DTypeLike |
     return jax.lax.platform_dependent(x, weight, cpu=weight_first, default=product)
 
 
-_traced_for_one_cpu: ContextVar[bool] = ContextVar("_traced_for_one_cpu", default=False)
-
-
-@contextmanager
-def traced_for(mesh: Mesh | None) -> Iterator[None]:
-    """Within it, what is traced will run on this mesh: see `for_one_cpu`."""
-    token = _traced_for_one_cpu.set(mesh is not None and mesh.size == 1 and mesh.devices.flat[0].platform == "cpu")
-    try:
-        yield
-    finally:
-        _traced_for_one_cpu.reset(token)
-
-
-def for_one_cpu(dtype: DTypeLike) -> bool:
-    """Whether products of this dtype are to be in the one form that XLA:CPU has fast instructions for.
+def use_bfloat16_dot(dtype: DTypeLike) -> bool:
+    """Whether products of this dtype should have the one form that XLA:CPU has fast instructions for.
 
     Rows times rows or rows times columns, bfloat16 each, to float32: 2.5 times as fast as float32 on a processor with
-    AVX512-BF16. Anything else of bfloat16 it computes in float32.
+    AVX512-BF16. Anything else of bfloat16 XLA:CPU computes in float32. True within the mesh of a single CPU.
     """
-    return _traced_for_one_cpu.get() and dtype == jnp.bfloat16
+    return dtype == jnp.bfloat16 and jax.sharding.get_abstract_mesh().size == 1 and sharding.platform() == "cpu"
 
 
 @jax.custom_vjp
@@ -168,7 +172,7 @@ def linear_gradients(x: Array, table: Array, error: Array) -> tuple[Array, Array
     Returns:
         [R, D] in error's dtype, and f32 [*out, D]. Where one of them is not used, it costs nothing.
     """
-    if for_one_cpu(error.dtype):
+    if use_bfloat16_dot(error.dtype):
         of_x, of_table = _bfloat16_gradients(x, _matrix(table, table.ndim - 1), _matrix(error, 1))
         return of_x.astype(error.dtype), of_table.reshape(table.shape)
     # The large factor first and the small result transposed: the other way XLA:CPU takes a quarter longer.
@@ -191,8 +195,8 @@ def _bfloat16_dot(x: Array, y: Array, axis: int) -> Array:
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale (arXiv 1910.07467), in float32."""
 
-    def __init__(self, width: int, eps: float):
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=(None,))
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=(None,))
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
@@ -202,13 +206,13 @@ class RMSNorm(nnx.Module):
         return (f * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
-def rope_frequencies(head_size: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Radians per position of each rotated pair, float32 [H/2] (arXiv 2104.09864; scaling: Llama 3.1)."""
-    frequencies = theta ** (-np.arange(0, head_size, 2, dtype=np.float64) / head_size)
+    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is not None:
         # Wavelengths beyond the original context are stretched by `factor`, short ones kept, and those between
         # are blended linearly in the number of turns they make within the original context.
-        turns = scaling.original_context * frequencies / (2 * np.pi)
+        turns = scaling.original_max_position * frequencies / (2 * np.pi)
         blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         blend = np.clip(blend, 0.0, 1.0)
         frequencies = frequencies * (blend + (1 - blend) / scaling.factor)
@@ -217,7 +221,7 @@ def rope_frequencies(head_size: int, theta: float, scaling: RopeScaling | None) 
 
 def rope(positions: Array, config: TrunkConfig) -> tuple[Array, Array]:
     """Cosine and sine for `positions` int32 [B, T], each float32 [B, T, 1, H/2]."""
-    frequencies = rope_frequencies(config.head_size, config.rope_theta, config.rope_scaling)
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -228,113 +232,79 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
-    """Grouped-query attention with a float32 softmax.
+class Linear(nnx.Module):
+    """An affine map of the last axes.
 
-    Args:
-        query: [B, T, N, H].
-        key: [B, S, K, H].
-        value: [B, S, K, H].
-        mask: bool, broadcastable to [B, T, S]; True where a position may look.
-
-    Returns:
-        [B, T, N, H], in query's dtype.
+    Attributes:
+        weight: f32 [*outputs, *inputs].
+        bias: f32 [*outputs], or None.
     """
-    B, T, N, H = query.shape
-    S, K = key.shape[1:3]
-    # The query heads of a group are one long sequence to their keys: products of two matrices, and no copies of keys.
-    rows = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    scores = jnp.einsum("bkth,bksh->bkts", rows, key, preferred_element_type=jnp.float32) / math.sqrt(H)
-    mask = jnp.broadcast_to(mask[:, None], (mask.shape[0], N // K, T, S)).reshape(mask.shape[0], 1, -1, S)
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    # What is subtracted cancels out, and so does its gradient; dividing after the sum over S is the same softmax.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    mixed = jnp.einsum("bkts,bksh->bkth", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    mixed = (mixed / weights.sum(axis=-1, keepdims=True)).astype(query.dtype)
-    return mixed.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
-def attend_cache(query: Array, keys: Array, values: Array, positions: Array) -> Array:
-    """Attention of one position per row to the slots 0..position of its cache.
-
-    Heads that stand side by side in the cache's last axis, P of them, are read as one: a query looks at its own part
-    of it because it is zero in the others. That is P times the work of products that wait for memory anyway.
-
-    Args:
-        query: [R, N, H].
-        keys: [R, K / P, S, P * H].
-        values: [R, K / P, S, P * H].
-        positions: int32 [R].
-
-    Returns:
-        [R, N, H].
-    """
-    R, N, H = query.shape
-    groups, S, W = keys.shape[1:]
-    P = W // H
-    own = jnp.eye(P, dtype=query.dtype)
-    query = query.reshape(R, groups, P, -1, 1, H)
-    if P > 1:
-        query = query * own[:, None, :, None]
-    scores = jnp.einsum(
-        "rkgh,rksh->rkgs", query.reshape(R, groups, -1, W), keys, preferred_element_type=jnp.float32
-    ) / math.sqrt(H)
-    seen = jnp.arange(S) <= positions[:, None]
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
-    mixed = jnp.einsum("rkgs,rksh->rkgh", weights.astype(values.dtype), values).reshape(R, groups, P, -1, P, H)
-    if P > 1:
-        mixed = (mixed * own[:, None, :, None].astype(mixed.dtype)).sum(axis=4)
-    return mixed.reshape(R, N, H)
-
-
-class Attention(nnx.Module):
-    """Grouped-query self-attention with rope; q, k, v may have biases, the output has none."""
-
-    def __init__(self, config: TrunkConfig, rngs: nnx.Rngs | Keys):
-        D, N, K, H = config.width, config.heads, config.kv_heads, config.head_size
-        self.q = param(rngs, (N, H, D), ("heads", None, "embed"), D)
-        self.k = param(rngs, (K, H, D), ("kv_heads", None, "embed"), D)
-        self.v = param(rngs, (K, H, D), ("kv_heads", None, "embed"), D)
-        self.out = param(rngs, (D, N, H), ("embed", "heads", None), N * H)
-        self.biased = config.qkv_bias
-        if config.qkv_bias:
-            self.q_bias = nnx.Param(jnp.zeros((N, H), jnp.float32), axes=("heads", None))
-            self.k_bias = nnx.Param(jnp.zeros((K, H), jnp.float32), axes=("kv_heads", None))
-            self.v_bias = nnx.Param(jnp.zeros((K, H), jnp.float32), axes=("kv_heads", None))
-
-    def project(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
-        """X [B, T, D] -> query [B, T, N, H], key and value [B, T, K, H]; query and key rotated."""
-
-        def heads(weight: nnx.Param, bias: nnx.Param | None) -> Array:
-            y = linear(x, weight[...])
-            return y if bias is None else y + bias[...].astype(y.dtype)
-
-        query = heads(self.q, self.q_bias if self.biased else None)
-        key = heads(self.k, self.k_bias if self.biased else None)
-        value = heads(self.v, self.v_bias if self.biased else None)
-        return rotate(query, cos, sin), rotate(key, cos, sin), value
-
-    def merge(self, heads: Array) -> Array:
-        """[B, T, N, H] -> [B, T, D]."""
-        return linear(heads, self.out[...], contract=2)
-
-
-class GatedMLP(nnx.Module):
-    """down(silu(gate x) * up x) without biases (arXiv 2002.05202), from `width` to `out`."""
 
     def __init__(
         self,
-        width: int,
-        ffn: int,
-        out: int,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        *,
+        axes: Sequence[str | None],
+        bias: bool = False,
         rngs: nnx.Rngs | Keys,
-        axes: tuple[str, str, str] = ("embed", "ffn", "embed"),
     ):
-        self.gate = param(rngs, (ffn, width), (axes[1], axes[0]), width)
-        self.up = param(rngs, (ffn, width), (axes[1], axes[0]), width)
-        self.down = param(rngs, (out, ffn), (axes[2], axes[1]), ffn)
+        """Draw the weight.
+
+        Args:
+            inputs: sizes of the input's last axes.
+            outputs: sizes that replace them.
+            axes: logical names of the weight's axes, outputs first.
+            bias: whether there is one; it starts at zero.
+            rngs: draws the weight.
+        """
+        self.contract = len(inputs)
+        self.weight = param(rngs, (*outputs, *inputs), axes, math.prod(inputs))
+        # A vector of the hidden size is too small to shard; heads are sharded as those of the weight.
+        bias_axes = tuple(None if len(outputs) == 1 and name in _HIDDEN else name for name in axes[: len(outputs)])
+        self.bias = nnx.Param(jnp.zeros(tuple(outputs), jnp.float32), axes=bias_axes) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        """[..., width] -> [..., out]."""
-        return linear(jax.nn.silu(linear(x, self.gate[...])) * linear(x, self.up[...]), self.down[...])
+        """[..., *inputs] -> [..., *outputs], in x's dtype."""
+        y = linear(x, self.weight[...], self.contract)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+_HIDDEN = ("embed", "encoder_embed")
+
+
+class Attention(nnx.Module):
+    """Projections of grouped-query self-attention with rope; q, k, v may have biases, the output has none."""
+
+    def __init__(self, config: TrunkConfig, rngs: nnx.Rngs | Keys):
+        D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        bias = config.qkv_bias
+        self.q = Linear((D,), (N, H), axes=("heads", None, "embed"), bias=bias, rngs=rngs)
+        self.k = Linear((D,), (K, H), axes=("kv_heads", None, "embed"), bias=bias, rngs=rngs)
+        self.v = Linear((D,), (K, H), axes=("kv_heads", None, "embed"), bias=bias, rngs=rngs)
+        self.out = Linear((N, H), (D,), axes=("embed", "heads", None), rngs=rngs)
+
+    def project(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+        """X [B, T, D] -> query [B, T, N, H], key and value [B, T, K, H]; query and key rotated."""
+        return rotate(self.q(x), cos, sin), rotate(self.k(x), cos, sin), self.v(x)
+
+
+class GatedMLP(nnx.Module):
+    """down(silu(gate x) * up x) without biases (arXiv 2002.05202), from `inputs` to `outputs` features."""
+
+    def __init__(
+        self,
+        inputs: int,
+        intermediate_size: int,
+        outputs: int,
+        rngs: nnx.Rngs | Keys,
+        axes: tuple[str, str, str] = ("embed", "mlp", "embed"),
+    ):
+        F, into, hidden, out = intermediate_size, *axes
+        self.gate = Linear((inputs,), (F,), axes=(hidden, into), rngs=rngs)
+        self.up = Linear((inputs,), (F,), axes=(hidden, into), rngs=rngs)
+        self.down = Linear((F,), (outputs,), axes=(out, hidden), rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        """[..., inputs] -> [..., outputs]."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

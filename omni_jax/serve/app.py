@@ -17,12 +17,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
-from omni_jax.audio.wav import AudioError
-from omni_jax.config import ConfigError
-from omni_jax.live import BusyError, ClosedError
-from omni_jax.serve import mini_omni, openai, socket
+from omni_jax.errors import AudioError, BusyError, ClosedError, ConfigError
+from omni_jax.serve import mini_omni, openai, websocket
 from omni_jax.serve.limits import Guard, error_body
-from omni_jax.serve.service import RETRY_SECONDS, Refusal, Service, sentence
+from omni_jax.serve.sessions import RETRY_SECONDS, Refusal, Service, sentence
 
 PAGE = {"index.html": "text/html", "page.js": "text/javascript", "sound.js": "text/javascript", "page.css": "text/css"}
 """Files of the page and their types."""
@@ -62,7 +60,7 @@ def make_app(service: Service) -> ASGIApp:
     app.state.service = service
     app.include_router(openai.router)
     app.include_router(mini_omni.router)
-    app.include_router(socket.router)
+    app.include_router(websocket.router)
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:

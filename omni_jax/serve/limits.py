@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from omni_jax.serve.service import Settings
+from omni_jax.serve.sessions import Settings
 
 OPEN = ("/", "/healthz", "/readyz", "/page/")
 """Needs no key: the page, which asks for it, and what watches over the process."""

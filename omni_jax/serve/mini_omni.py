@@ -12,10 +12,10 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from omni_jax.prompts import Task
 from omni_jax.serve import sound
 from omni_jax.serve.replies import Streamed, service_of
-from omni_jax.serve.service import from_base64
+from omni_jax.serve.sessions import from_base64
+from omni_jax.tasks import Task
 
 router = APIRouter()
 
@@ -39,6 +39,6 @@ async def chat(request: Request, body: ChatBody) -> Response:
     prepared = await service.prepare(sound=recording, task=Task.A1A2, options={"max_steps": body.max_tokens})
     conversation = service.ask(prepared, "/chat")
     codec = service.omni.config.codec
-    stride = body.stream_stride * codec.frame * 2
+    stride = body.stream_stride * codec.frame_size * 2
     content = sound.streamed(conversation, codec.sample_rate, body.format, stride)
     return Streamed(conversation, content, media_type=sound.MEDIA_TYPES[body.format])

@@ -19,13 +19,13 @@ from fastapi import APIRouter, File, Form, Request, Response, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from omni_jax.api import Reply
-from omni_jax.audio.wav import SAMPLE_RATE
-from omni_jax.prompts import Task
+from omni_jax.audio.io import SAMPLE_RATE
+from omni_jax.inference.answer import Reply
 from omni_jax.serve import sound
 from omni_jax.serve.limits import error_body
 from omni_jax.serve.replies import Streamed, service_of, whole
-from omni_jax.serve.service import Conversation, Refusal, from_base64
+from omni_jax.serve.sessions import Conversation, Refusal, from_base64
+from omni_jax.tasks import Task
 
 router = APIRouter(prefix="/v1")
 
@@ -197,13 +197,15 @@ async def chat(request: Request, body: ChatRequest) -> Response:
         if value is not None and value not in neutral:
             raise Refusal(400, f"{name}: this model can't follow it; leave it out", field=name, code="unsupported")
     recording, text, unheard = _question(body.messages)
-    speaks = "audio" in (body.modalities or ["text"])
-    if speaks and body.audio is None:
+    outputs_audio = "audio" in (body.modalities or ["text"])
+    if outputs_audio and body.audio is None:
         raise Refusal(400, "audio: expected the format and voice of the answer, found none", field="audio")
     format = body.audio.format if body.audio is not None else "wav"
-    if body.stream and speaks and format not in sound.STREAMED:
+    if body.stream and outputs_audio and format not in sound.STREAMED:
         raise Refusal(400, f"audio.format: expected wav or pcm16 in a stream, found {format}", field="audio.format")
-    task = (Task.T1A2 if speaks else Task.T1T2) if recording is None else Task.A1A2 if speaks else Task.A1T2
+    task = (
+        (Task.T1A2 if outputs_audio else Task.T1T2) if recording is None else Task.A1A2 if outputs_audio else Task.A1T2
+    )
     service = service_of(request)
     prepared = await service.prepare(sound=recording, text=text, task=task, options=_options(body))
     conversation = service.ask(prepared, "/v1/chat/completions")
@@ -211,7 +213,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     prompt = len(prepared.prompt)
     if body.stream:
         usage = bool(body.stream_options and body.stream_options.include_usage)
-        events = _chat_events(conversation, body.model, speaks, format, service.omni.config.codec.sample_rate)
+        events = _chat_events(conversation, body.model, outputs_audio, format, service.omni.config.codec.sample_rate)
         lines = _server_sent(events, conversation, (prompt, body.model) if usage else None)
         return Streamed(conversation, lines, media_type="text/event-stream", headers=headers)
     reply = await whole(request, conversation)
@@ -225,7 +227,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
 
 
 async def _chat_events(
-    conversation: Conversation, name: str, speaks: bool, format: str, rate: int
+    conversation: Conversation, name: str, outputs_audio: bool, format: str, rate: int
 ) -> AsyncIterator[dict[str, Any]]:
     head, ident = _head("chat.completion.chunk", name), _audio_id()
 
@@ -235,17 +237,17 @@ async def _chat_events(
     def audio(**delta: Any) -> dict[str, Any]:
         return event({"audio": {"id": ident["id"], **delta}})
 
-    first: dict[str, Any] = {"audio": {"id": ident["id"], "transcript": ""}} if speaks else {"content": ""}
+    first: dict[str, Any] = {"audio": {"id": ident["id"], "transcript": ""}} if outputs_audio else {"content": ""}
     yield event({"role": "assistant", **first})
     header = sound.endless_header(rate) if format == "wav" else b""
     async for part in conversation:
         if part.text:
-            yield audio(transcript=part.text) if speaks else event({"content": part.text})
+            yield audio(transcript=part.text) if outputs_audio else event({"content": part.text})
         if len(part.audio):
             yield audio(data=base64.b64encode(header + sound.pcm(part.audio)).decode())
             header = b""
     if conversation.whole is not None:
-        if speaks:
+        if outputs_audio:
             yield audio(expires_at=ident["expires_at"])
         yield event({}, _finish(conversation.whole))
 

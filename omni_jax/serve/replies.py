@@ -10,8 +10,8 @@ from fastapi import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from omni_jax.api import Reply
-from omni_jax.serve.service import Conversation, Refusal, Service
+from omni_jax.inference.answer import Reply
+from omni_jax.serve.sessions import Conversation, Refusal, Service
 
 
 def service_of(request: Request) -> Service:

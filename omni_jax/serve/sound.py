@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 import numpy as np
 import soundfile
 
-from omni_jax.audio.wav import to_pcm16, to_wav
-from omni_jax.serve.service import Conversation
+from omni_jax.audio.io import encode_wav, to_pcm16
+from omni_jax.serve.sessions import Conversation
 
 MEDIA_TYPES = {
     "wav": "audio/wav",
@@ -29,7 +29,7 @@ def encode(audio: np.ndarray, rate: int, format: str) -> bytes:
     if format in ("pcm", "pcm16"):
         return pcm(audio)
     if format == "wav":
-        return to_wav(audio, rate)
+        return encode_wav(audio, rate)
     container, subtype = {"flac": ("FLAC", "PCM_16"), "mp3": ("MP3", None), "opus": ("OGG", "OPUS")}[format]
     buffer = io.BytesIO()
     soundfile.write(buffer, audio, rate, format=container, subtype=subtype)

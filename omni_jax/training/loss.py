@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from omni_jax import sharding
-from omni_jax.config import LossConfig
+from omni_jax.config.run import LossConfig
 from omni_jax.model.layers import linear, linear_gradients
 from omni_jax.model.omni import OmniModel
-from omni_jax.vocab import STREAMS, TEXT
+from omni_jax.vocab import NUM_STREAMS, TEXT_STREAM
 
 Array = jax.Array
 Sums = dict[str, Array]
@@ -46,15 +46,18 @@ def of_batch(
 
     Returns:
         The loss, float32 [], and sums over positions per head, layers 0..6, then text, without gradients:
-        `loss`: float32 [8], sums of -log p(target); `z`: float32 [8], sums of log^2 of the normaliser;
+        `loss`: float32 [8], sums of -log p(target); `z`: float32 [8], sums of log^2 of the normalizer;
         `correct`: float32 [8], how often the target is the most probable; `count`: float32 [8].
     """
     scale = jnp.array([*config.audio, config.text], jnp.float32) / jnp.maximum(counts, 1.0)
     text, audio = model.head_tables()
     total, columns = jnp.float32(0.0), []
-    for table, hidden, heads in ((audio, audio_hidden, slice(0, TEXT)), (text, text_hidden, slice(TEXT, STREAMS))):
+    for table, hidden, heads in (
+        (audio, audio_hidden, slice(0, TEXT_STREAM)),
+        (text, text_hidden, slice(TEXT_STREAM, NUM_STREAMS)),
+    ):
         value, sums = _head_loss(
-            config.chunk, config.z, model.mesh, table, hidden, targets[:, heads], mask[:, heads], scale[heads]
+            config.chunk_size, config.z, model.mesh, table, hidden, targets[:, heads], mask[:, heads], scale[heads]
         )
         total += value
         columns.append(sums)
@@ -136,24 +139,24 @@ def _sweep(
         states, goal, where = (sharding.by_rows(x, mesh) for x in xs)
         logits = linear(states, table, dtype=jnp.float32).reshape(B, chunk, C, -1)
         logits = sharding.constrain(logits, ("batch", None, None, "vocab"), mesh)
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
         said = jnp.take_along_axis(logits, goal[..., None], axis=-1)[..., 0]
         # The best logit, not argmax: cheaper, and a tie with the target counts as right.
         right = said >= logits.max(axis=-1)
         values = {
-            "loss": normaliser - said,
-            "z": jnp.square(normaliser) if z else jnp.zeros_like(normaliser),
+            "loss": normalizer - said,
+            "z": jnp.square(normalizer) if z else jnp.zeros_like(normalizer),
             "correct": right.astype(jnp.float32),
-            "count": jnp.ones_like(normaliser),
+            "count": jnp.ones_like(normalizer),
         }
         total = {name: total[name] + jnp.sum(jnp.where(where, v, 0.0), axis=(0, 1)) for name, v in values.items()}
         if not (of_table or of_hidden):
             return (total, None), None
         # d/dlogits of -log p(target) is p - onehot(target), that of z log^2 is 2 z log p.
         weight = jnp.where(where, scale, 0.0)
-        pull = weight * (1.0 + 2.0 * z * normaliser)
+        pull = weight * (1.0 + 2.0 * z * normalizer)
         hit = goal[..., None] == jnp.arange(logits.shape[-1])
-        error = jnp.exp(logits - normaliser[..., None]) * pull[..., None] - jnp.where(hit, weight[..., None], 0.0)
+        error = jnp.exp(logits - normalizer[..., None]) * pull[..., None] - jnp.where(hit, weight[..., None], 0.0)
         error = error.astype(states.dtype).reshape(B * chunk, *rows)
         of_states, of_rows = linear_gradients(states.reshape(B * chunk, D), table, error)
         if table_gradient is not None:

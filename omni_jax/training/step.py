@@ -12,13 +12,13 @@ import optax
 from flax import nnx, traverse_util
 
 from omni_jax.audio.features import spec_augment
-from omni_jax.config import OptimizerConfig, RunConfig, SpecAugmentConfig
+from omni_jax.config.run import OptimizerConfig, RunConfig, SpecAugmentConfig
 from omni_jax.model.layers import traced_for
 from omni_jax.model.omni import OmniModel
-from omni_jax.prompts import Task
+from omni_jax.tasks import Task
 from omni_jax.training import loss
-from omni_jax.training.stages import Params, unite
-from omni_jax.vocab import TEXT
+from omni_jax.training.stages import Params, combine
+from omni_jax.vocab import TEXT_STREAM
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -46,11 +46,11 @@ class TrainState:
 def schedule(config: OptimizerConfig) -> optax.Schedule:
     """Learning rate by step: linear up to `peak`, then half a cosine down to `final`."""
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if config.warmup else config.peak,
-        peak_value=config.peak,
-        warmup_steps=config.warmup,
-        decay_steps=max(config.steps, config.warmup + 1),
-        end_value=config.final,
+        init_value=0.0 if config.warmup_steps else config.peak_lr,
+        peak_value=config.peak_lr,
+        warmup_steps=config.warmup_steps,
+        decay_steps=max(config.steps, config.warmup_steps + 1),
+        end_value=config.end_lr,
     )
 
 
@@ -68,7 +68,7 @@ def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     The step itself computes it with `advance` and `updates`.
     """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip),
+        optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(schedule(config), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays),
     )
 
@@ -87,7 +87,7 @@ def advance(config: OptimizerConfig, moments: Any, gradient: Params, norm: Array
         fine: bool []; False leaves the moments exactly as they are.
     """
     clip, (adam, decay, scheduled) = moments
-    shrink = jnp.where(norm < config.clip, 1.0, config.clip / norm)
+    shrink = jnp.where(norm < config.max_grad_norm, 1.0, config.max_grad_norm / norm)
 
     def blend(rate: float, power: int, old: Any) -> Any:
         return jax.tree.map(
@@ -119,14 +119,14 @@ def forward(
 ) -> tuple[Array, loss.Sums]:
     """What `loss.of_batch` gives for a batch whose heads have `counts` float32 [8] targets in all.
 
-    With a key, recordings are heard as `config.data.spec_augment` varies them, and codes read as `code_noise` does.
+    With a key, recordings are heard as `config.data.spec_augment` varies them, and codes read as `audio_token_noise` does.
     """
     data, tokens = config.data, batch["tokens"]
-    if key is not None and data.code_noise:
-        tokens = misread(tokens, data.code_noise, model.config.vocab.audio, jax.random.fold_in(key, 1))
+    if key is not None and data.audio_token_noise:
+        tokens = corrupt_codes(tokens, data.audio_token_noise, model.config.vocab.audio, jax.random.fold_in(key, 1))
     with traced_for(model.mesh):
         heard = None
-        if any(Task(task).hears for task in data.tasks):
+        if any(Task(task).takes_audio for task in data.tasks):
             heard = hear(model, batch["sound"], data.spec_augment, key)
         text_hidden, audio_hidden, _ = model(
             tokens,
@@ -139,15 +139,15 @@ def forward(
         return loss.of_batch(model, text_hidden, audio_hidden, batch["targets"], batch["mask"], counts, config.loss)
 
 
-def misread(tokens: Array, share: float, codes: int, key: Array) -> Array:
+def corrupt_codes(tokens: Array, share: float, codes: int, key: Array) -> Array:
     """Input tokens int32 [B, 8, T] with about this share of the codes replaced by any of `codes`, each on its own.
 
     Text and special tokens stay.
     """
     chosen, drawn = jax.random.split(key)
-    audio = tokens[:, :TEXT]
+    audio = tokens[:, :TEXT_STREAM]
     wrong = (audio < codes) & jax.random.bernoulli(chosen, share, audio.shape)
-    return tokens.at[:, :TEXT].set(jnp.where(wrong, jax.random.randint(drawn, audio.shape, 0, codes), audio))
+    return tokens.at[:, :TEXT_STREAM].set(jnp.where(wrong, jax.random.randint(drawn, audio.shape, 0, codes), audio))
 
 
 def hear(model: OmniModel, sound: Array, augment: SpecAugmentConfig | None = None, key: Array | None = None) -> Array:
@@ -187,17 +187,17 @@ def train_step(
     Returns:
         The state after it and metrics: `loss` [], `heads` [8] (mean loss per head, layers then text), `accuracy` [8],
         `counts` [8], `gradient_norm`, `update_norm` and `parameter_norm` (of the parameters before the step; both NaN
-        in a step that `config.log_every` leaves out), `learning_rate`, `skipped`, `skipped_in_a_row`, all float32.
+        in a step that `config.log_interval_steps` leaves out), `learning_rate`, `skipped`, `skipped_in_a_row`, all float32.
     """
-    parts = config.optimizer.accumulate
+    parts = config.optimizer.gradient_accumulation_steps
     counts = jnp.sum(batch["mask"], axis=(0, 2)).astype(jnp.float32)
 
     keys = None
-    if config.data.spec_augment is not None or config.data.code_noise:
+    if config.data.spec_augment is not None or config.data.audio_token_noise:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step), parts)
 
     def part_loss(learning: Params, part: Batch, key: Array | None) -> tuple[Array, dict[str, Array]]:
-        return forward(nnx.merge(graph, unite(learning, frozen)), part, counts, config, key)
+        return forward(nnx.merge(graph, combine(learning, frozen)), part, counts, config, key)
 
     compute = jax.value_and_grad(part_loss, has_aux=True)
     if parts == 1:
@@ -224,7 +224,7 @@ def train_step(
         return optax.tree.norm(updates(config.optimizer, moments, learning)), optax.tree.norm(learning)
 
     # A whole pass over moments and parameters, so only for a step that is logged.
-    logged = ((state.step + 1) % config.log_every == 0) | (state.step + 1 == config.optimizer.steps)
+    logged = ((state.step + 1) % config.log_interval_steps == 0) | (state.step + 1 == config.optimizer.steps)
     unknown = (jnp.float32(jnp.nan), jnp.float32(jnp.nan))
     norms = jax.lax.cond(logged, measure, lambda *_: unknown, moments, state.learning)
     # The parameters are overwritten after they have been measured, and so need no copy.

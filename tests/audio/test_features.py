@@ -5,7 +5,7 @@ import pytest
 from transformers import WhisperFeatureExtractor
 
 from omni_jax.audio import features
-from omni_jax.config import SpecAugmentConfig
+from omni_jax.config.run import SpecAugmentConfig
 
 SECONDS = np.arange(480_000) / 16_000
 RNG = np.random.default_rng(0)
@@ -58,7 +58,7 @@ def test_any_length(samples):
 
 def test_log_mel_by_hand():
     # A sine at the 5th Fourier frequency (200 Hz) under a Hann window: magnitude 400 / 4 at frequency 5,
-    # half of that at its neighbours, nothing elsewhere.
+    # half of that at its neighbors, nothing elsewhere.
     clip = np.sin(2 * np.pi * 200 * SECONDS[:16_000]).astype(np.float32)
     power = np.zeros(201)
     power[[4, 5, 6]] = np.array([0.25, 1.0, 0.25]) * 100**2
@@ -86,7 +86,7 @@ def test_wrong_shape(shape):
 def test_a_warped_spectrum_is_the_old_one_read_between_its_bins():
     mel = np.asarray(jax.random.normal(jax.random.key(0), (4, 80, 30)))
     ramp = np.broadcast_to(np.arange(80.0, dtype=np.float32)[:, None], (80, 30))
-    config = SpecAugmentConfig(warp=0.3, stripes=0)
+    config = SpecAugmentConfig(max_warp=0.3, num_masks=0)
     vary = jax.jit(features.spec_augment, static_argnums=2)
     # Of a ramp it makes the places that it reads at.
     places = np.asarray(vary(np.broadcast_to(ramp, mel.shape), jax.random.key(1), config))[:, :, 0]
@@ -103,7 +103,7 @@ def test_a_warped_spectrum_is_the_old_one_read_between_its_bins():
 
 def test_stripes_are_cut_out_of_time_and_mel_and_filled_with_the_mean():
     mel = np.asarray(jax.random.normal(jax.random.key(0), (8, 80, 300)))
-    config = SpecAugmentConfig(warp=0.0, stripes=2, frames=10, bins=12)
+    config = SpecAugmentConfig(max_warp=0.0, num_masks=2, max_time_mask=10, max_mel_mask=12)
     varied = np.asarray(features.spec_augment(mel, jax.random.key(2), config))
     changed = varied != mel
     frames, bins = changed.all(1).sum(1), changed.all(2).sum(1)
@@ -116,7 +116,7 @@ def test_stripes_are_cut_out_of_time_and_mel_and_filled_with_the_mean():
         expected = changed[row].all(0)[None, :] | changed[row].all(1)[:, None]
         np.testing.assert_array_equal(changed[row], expected)
         np.testing.assert_allclose(varied[row][changed[row]], mel[row].mean(), atol=1e-5)
-    same = features.spec_augment(mel, jax.random.key(2), SpecAugmentConfig(warp=0.0, stripes=0))
+    same = features.spec_augment(mel, jax.random.key(2), SpecAugmentConfig(max_warp=0.0, num_masks=0))
     np.testing.assert_allclose(same, mel, atol=1e-6)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from omni_jax.config import CodecConfig
+from omni_jax.config.model import CodecConfig
 from tests.codec.reference import Pair, make_pair, random_codes
 
 

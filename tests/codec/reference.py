@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from omni_jax.codec.snac import SLOTS, DecodeFn, Snac, make_decoder, make_encoder
+from omni_jax.codec.snac import FRAME_SLOTS, DecodeFn, Snac, make_decoder, make_encoder
 from omni_jax.codec.torch_snac import import_snac
-from omni_jax.config import CodecConfig
+from omni_jax.config.model import CodecConfig
 from omni_jax.convert.snac import config_to_json, from_torch
 
 
@@ -30,7 +30,7 @@ class Pair:
     def torch_decode(self, codes: np.ndarray, noise: list[np.ndarray] | None = None) -> np.ndarray:
         """[B, F, 7] -> [B, samples] by the reference, with its noise blocks given this noise, or none."""
         queue = None if noise is None else [torch.from_numpy(block) for block in noise]
-        books = [torch.from_numpy(codes[..., s].reshape(len(codes), -1).astype(np.int64)) for s in SLOTS]
+        books = [torch.from_numpy(codes[..., s].reshape(len(codes), -1).astype(np.int64)) for s in FRAME_SLOTS]
 
         def drawn(shape: tuple[int, ...], **_: Any) -> torch.Tensor:
             return torch.zeros(shape) if queue is None else queue.pop(0).reshape(shape)
@@ -44,7 +44,7 @@ class Pair:
         with torch.inference_mode():
             books = [book.numpy() for book in self.torch.encode(torch.from_numpy(audio[:, None]))]
         codes = np.zeros((len(audio), books[0].shape[1], 7), np.int32)
-        for slots, book in zip(SLOTS, books, strict=True):
+        for slots, book in zip(FRAME_SLOTS, books, strict=True):
             codes[..., slots] = book.reshape(len(audio), -1, len(slots))
         return codes
 
@@ -72,7 +72,7 @@ def random_codes(pair: Pair, B: int, F: int, seed: int = 0) -> np.ndarray:
 
 
 def random_audio(B: int, samples: int, seed: int = 0) -> np.ndarray:
-    """Noise whose loudness and colour change, so that the codes do too. Float32 [B, samples]."""
+    """Noise whose loudness and color change, so that the codes do too. Float32 [B, samples]."""
     random = np.random.default_rng(seed)
     noise = random.standard_normal((B, samples))
     coloured = sum(weight * np.roll(noise, shift, 1) for shift, weight in enumerate(random.normal(size=9)))

@@ -11,14 +11,9 @@ import pytest
 import torch
 from flax import nnx
 
-from omni_jax.codec.snac import (
-    SLOTS,
-    Snac,
-    block_noise,
-    make_decoder,
-    sine_squared,
-)
-from omni_jax.config import CodecConfig
+from omni_jax.codec.ops import sine_squared
+from omni_jax.codec.snac import FRAME_SLOTS, Snac, block_noise, make_decoder
+from omni_jax.config.model import CodecConfig
 from tests.codec.reference import Pair, random_audio, random_codes
 
 TOLERANCE = 1e-5
@@ -27,9 +22,9 @@ TOLERANCE = 1e-5
 @pytest.mark.parametrize("name", ["pair", "odd_pair"])
 def test_encode_gives_the_codes_of_torch(name: str, request: pytest.FixtureRequest):
     pair: Pair = request.getfixturevalue(name)
-    audio = random_audio(3, pair.config.frame * 24 - 5)
+    audio = random_audio(3, pair.config.frame_size * 24 - 5)
     expected = pair.torch_encode(audio)
-    assert all(len(np.unique(expected[..., slots])) > 10 for slots in SLOTS), "too few codes to tell"
+    assert all(len(np.unique(expected[..., slots])) > 10 for slots in FRAME_SLOTS), "too few codes to tell"
     codes = pair.encode(audio)
     assert codes.shape == (3, 24, 7)
     assert codes.dtype == jnp.int32
@@ -37,7 +32,7 @@ def test_encode_gives_the_codes_of_torch(name: str, request: pytest.FixtureReque
 
 
 def test_encode_ragged_rows(pair: Pair):
-    frame = pair.config.frame
+    frame = pair.config.frame_size
     audio = random_audio(3, 24 * frame - 5)
     lengths = np.array([4 * frame + 100, 24 * frame - 5, 3 * frame], np.int32)
     together = np.asarray(pair.encode(audio, lengths=lengths))
@@ -56,7 +51,7 @@ def test_decode_gives_the_audio_of_torch(name: str, request: pytest.FixtureReque
     expected = pair.torch_decode(codes)
     assert 0.2 < expected.std() < 0.6, "neither silent nor saturated"
     audio = pair.decode(codes)
-    assert audio.shape == (3, 11 * pair.config.frame)
+    assert audio.shape == (3, 11 * pair.config.frame_size)
     np.testing.assert_allclose(audio, expected, atol=TOLERANCE, rtol=0)
 
 
@@ -68,7 +63,7 @@ def test_real_shape_against_torch(real_pair: Pair):
 
 
 def test_decode_ragged_rows(pair: Pair, codes: np.ndarray):
-    frame = pair.config.frame
+    frame = pair.config.frame_size
     lengths = np.array([5, 11, 0], np.int32)
     audio = np.asarray(pair.decode(codes, lengths=lengths))
     for row, length in enumerate(lengths[:2]):
@@ -136,7 +131,7 @@ def test_quantize_gives_the_latents_of_torch(pair: Pair):
         expected, books = pair.torch.quantizer(torch.from_numpy(latents).mT)
     quantized = jax.jit(pair.codec.quantize)(latents)
     np.testing.assert_allclose(quantized.latents, expected.mT.numpy(), atol=TOLERANCE, rtol=0)
-    for slots, book in zip(SLOTS, books, strict=True):
+    for slots, book in zip(FRAME_SLOTS, books, strict=True):
         np.testing.assert_array_equal(quantized.codes[..., slots].reshape(2, -1), book.numpy())
 
 
@@ -169,7 +164,7 @@ def test_quantize_losses_and_straight_through(pair: Pair):
 
 def test_training_forward_reaches_every_parameter():
     config = CodecConfig(encoder_dim=4, encoder_rates=(4,), decoder_dim=8, decoder_rates=(4,), codebook_size=16)
-    audio = jnp.asarray(random_audio(1, 8 * config.frame))
+    audio = jnp.asarray(random_audio(1, 8 * config.frame_size))
     graph, state = nnx.split(Snac(config, rngs=nnx.Rngs(0)))
 
     def loss(state: nnx.State) -> jax.Array:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from omni_jax.codec.snac import StreamDecoder, receptive_field
-from omni_jax.config import CodecConfig
+from omni_jax.codec.stream import StreamDecoder, receptive_field
+from omni_jax.config.model import CodecConfig
 from tests.codec.reference import Pair, random_codes
 
 TOLERANCE = 1e-5
@@ -30,7 +30,7 @@ def test_field_is_exact(name: str, request: pytest.FixtureRequest):
     pair: Pair = request.getfixturevalue(name)
     field = receptive_field(pair.config)
     before, after = field.right_frames + 1, field.left_frames + 1
-    F, frame = before + 1 + after, pair.config.frame
+    F, frame = before + 1 + after, pair.config.frame_size
     width = pair.config.encoder_dim * 2 ** len(pair.config.encoder_rates)
     latents = np.random.default_rng(0).standard_normal((1, F * 4, width)).astype(np.float32)
     change = np.zeros_like(latents)
@@ -54,7 +54,7 @@ def test_a_code_outside_the_field_changes_nothing(pair: Pair):
     other = one.copy()
     other[0, 4] = (other[0, 4] + 1) % pair.config.codebook_size
     changed = np.flatnonzero((np.asarray(pair.decode(one)) != np.asarray(pair.decode(other)))[0])
-    frame = pair.config.frame
+    frame = pair.config.frame_size
     assert 4 * frame - field.right_samples <= changed[0] < 4 * frame
     assert 5 * frame <= changed[-1] < 5 * frame + field.left_samples
 
@@ -69,7 +69,7 @@ def test_pieces_joined_are_the_whole(pair: Pair, split: list[int], empty_end: bo
     stream = StreamDecoder(pair.decode, pair.config)
     joined = run(stream, codes[0], split, empty_end)
     assert joined.dtype == np.float32
-    assert joined.shape == (sum(split) * pair.config.frame,)
+    assert joined.shape == (sum(split) * pair.config.frame_size,)
     if split:
         np.testing.assert_allclose(joined, pair.torch_decode(codes)[0], atol=TOLERANCE, rtol=0)
 
@@ -106,7 +106,7 @@ def test_few_programs_and_bounded_memory(pair: Pair):
 
     def decode(codes: np.ndarray, **options: Any) -> jax.Array:
         shapes.append(codes.shape)
-        return jnp.zeros((1, codes.shape[1] * pair.config.frame))
+        return jnp.zeros((1, codes.shape[1] * pair.config.frame_size))
 
     stream = StreamDecoder(decode, pair.config)
     stream.warm_up()
@@ -128,7 +128,7 @@ def test_push_refuses(pair: Pair):
     with pytest.raises(ValueError, match="found -1 to 0"):
         stream.push(np.array([[0, 0, 0, 0, 0, 0, -1]]))
     # A push that was refused left no trace.
-    assert stream.push(np.zeros((1, 7), np.int32), last=True).shape == (pair.config.frame,)
+    assert stream.push(np.zeros((1, 7), np.int32), last=True).shape == (pair.config.frame_size,)
     with pytest.raises(RuntimeError, match="the stream has ended"):
         stream.push(np.zeros((1, 7), np.int32))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from omni_jax.codec.snac import StreamDecoder
+from omni_jax.codec.stream import StreamDecoder
 from omni_jax.codec.torch_snac import TorchSnac
 from omni_jax.convert.snac import config_to_json
 from tests.codec.reference import Pair, random_codes

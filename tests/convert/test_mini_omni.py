@@ -11,15 +11,15 @@ import torch
 import yaml
 from transformers import WhisperModel
 
-from omni_jax import checkpoint
 from omni_jax.audio.features import log_mel
-from omni_jax.config import AdapterConfig, RopeScaling, VocabConfig
+from omni_jax.checkpoint import release as checkpoint
+from omni_jax.checkpoint.safetensors_io import LazyTensor
+from omni_jax.config.model import AdapterConfig, RopeScaling, VocabConfig
 from omni_jax.convert import mini_omni
-from omni_jax.convert.mapping import ConversionError
 from omni_jax.convert.release import export_mini_omni, import_mini_omni
-from omni_jax.tensorfile import LazyTensor
+from omni_jax.errors import ConversionError
 from omni_jax.vocab import Vocab
-from tests import builders
+from tests import models
 from tests.reference_mini_omni import MiniOmni
 
 # Tied or not, which adapter, blocks of the TTS adapter.
@@ -28,9 +28,9 @@ KINDS = [(True, "llamamlp", 0), (False, "mlp", 2), (True, "mlp", 1), (False, "ll
 
 def config_of(kind):
     tied, adapter, blocks = kind
-    config = builders.tiny_config(tts_adapter_layers=blocks)
-    adapter = AdapterConfig(kind=adapter, ffn=config.trunk.ffn)
-    return replace(config, trunk=replace(config.trunk, tied_head=tied), adapter=adapter)
+    config = models.tiny_config(tts_adapter_layers=blocks)
+    adapter = AdapterConfig(kind=adapter, intermediate_size=config.trunk.intermediate_size)
+    return replace(config, trunk=replace(config.trunk, tie_word_embeddings=tied), adapter=adapter)
 
 
 def import_(source, parts, out):
@@ -47,7 +47,7 @@ def test_logits_of_the_published_model(kind, tiny_parts, tmp_path):
     """From the sound to all eight heads, a spoken and a written prompt."""
     config = config_of(kind)
     vocab = Vocab(config.vocab)
-    builders.mini_omni_folder(tmp_path / "theirs", config)
+    models.mini_omni_folder(tmp_path / "theirs", config)
     release = import_(tmp_path / "theirs", tiny_parts, tmp_path / "release")
     reference = MiniOmni(yaml.safe_load((tmp_path / "theirs" / "model_config.yaml").read_text())).eval()
     reference.load_state_dict(state_of(tmp_path / "theirs"), strict=True)
@@ -57,25 +57,25 @@ def test_logits_of_the_published_model(kind, tiny_parts, tmp_path):
     generator = np.random.default_rng(0)
     tokens = generator.integers(0, vocab.audio_rows, (B, 8, T))
     tokens[:, 7] = generator.integers(0, vocab.text_rows, (B, T))
-    sound = jnp.asarray(builders.sound(config.ear, B))
-    mel = torch.from_numpy(np.array(log_mel(sound, config.ear.mels)))
+    sound = jnp.asarray(models.sound(config.audio_encoder, B))
+    mel = torch.from_numpy(np.array(log_mel(sound, config.audio_encoder.num_mel_bins)))
     with torch.no_grad():
         features = encoder(mel).last_hidden_state[:, :heard]
         spoken = reference(torch.from_numpy(tokens), features)
-        written = reference(torch.from_numpy(tokens))
+        decode_text = reference(torch.from_numpy(tokens))
 
     index = np.full((B, T), -1)
     index[:, 1 : 1 + heard] = np.arange(heard)
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     nowhere = np.full((B, T), -1)
-    for stacked, where, expected in ((False, index, spoken), (True, index, spoken), (True, nowhere, written)):
+    for stacked, where, expected in ((False, index, spoken), (True, index, spoken), (True, nowhere, decode_text)):
         model = release.load_model(stacked=stacked, dtype=jnp.float32)
         text, audio = logits(model, tokens, positions, sound, where)
         np.testing.assert_allclose(text, expected[0].numpy(), atol=1e-4, rtol=0)
         np.testing.assert_allclose(audio, expected[1].numpy(), atol=1e-4, rtol=0)
 
 
-@partial(jax.jit, compiler_options=builders.QUICK)
+@partial(jax.jit, compiler_options=models.QUICK)
 def logits(model, tokens, positions, sound=None, index=None):
     text, audio, _ = model(tokens, positions, None if sound is None else model.hear(sound), index)
     return model.text_logits(text), model.audio_logits(audio)
@@ -85,7 +85,7 @@ def logits(model, tokens, positions, sound=None, index=None):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_import_then_export_is_bit_exact(kind, dtype, tiny_parts, tmp_path):
     config = config_of(kind)
-    builders.mini_omni_folder(tmp_path / "theirs", config, dtype)
+    models.mini_omni_folder(tmp_path / "theirs", config, dtype)
     release = import_(tmp_path / "theirs", tiny_parts, tmp_path / "release")
     assert release.config == config
     export_mini_omni(release, tmp_path / "back")
@@ -100,12 +100,12 @@ def test_import_then_export_is_bit_exact(kind, dtype, tiny_parts, tmp_path):
     values = yaml.safe_load((tmp_path / "back" / "model_config.yaml").read_text())
     assert values == yaml.safe_load((tmp_path / "theirs" / "model_config.yaml").read_text())
     tied = after["lm_head.weight"].data_ptr() == after["transformer.wte.weight"].data_ptr()
-    assert tied == config.trunk.tied_head
+    assert tied == config.trunk.tie_word_embeddings
 
 
 def test_a_model_of_ours_goes_out(tmp_path):
     config = config_of((False, "llamamlp", 2))
-    builders.release_folder(tmp_path / "release", config)
+    models.release_folder(tmp_path / "release", config)
     release = checkpoint.open_release(tmp_path / "release")
     export_mini_omni(release, tmp_path / "out")
     values = yaml.safe_load((tmp_path / "out" / "model_config.yaml").read_text())
@@ -122,8 +122,8 @@ def test_a_model_of_ours_goes_out(tmp_path):
 @pytest.mark.parametrize("kind", ["llamamlp", "mlp"])
 def test_an_adapter_that_joins_frames_and_is_narrow(kind, tiny_parts, tmp_path):
     """As nano has it: the published code computes the same from frames that are joined before."""
-    config = replace(builders.tiny_config(), adapter=AdapterConfig(kind=kind, ffn=40, stack=3))
-    builders.release_folder(tmp_path / "release", config)
+    config = replace(models.tiny_config(), adapter=AdapterConfig(kind=kind, intermediate_size=40, stack=3))
+    models.release_folder(tmp_path / "release", config)
     release = checkpoint.open_release(tmp_path / "release")
     export_mini_omni(release, tmp_path / "out")
     reference = MiniOmni(yaml.safe_load((tmp_path / "out" / "model_config.yaml").read_text())).eval()
@@ -140,7 +140,9 @@ def test_an_adapter_that_joins_frames_and_is_narrow(kind, tiny_parts, tmp_path):
     source = str(tmp_path / "release")
     import_mini_omni(str(tmp_path / "out"), tmp_path / "again", whisper_source=source, snac_source=source)
     again = checkpoint.open_release(tmp_path / "again")
-    assert again.config == (config if kind == "llamamlp" else replace(config, adapter=replace(config.adapter, ffn=96)))
+    assert again.config == (
+        config if kind == "llamamlp" else replace(config, adapter=replace(config.adapter, intermediate_size=96))
+    )
     for name, tensor in {**release.model_tensors(), **release.codec_tensors()}.items():
         found = {**again.model_tensors(), **again.codec_tensors()}[name]
         assert found.read().tobytes() == tensor.read().tobytes(), name
@@ -174,7 +176,7 @@ def published_state(config):
 
 
 def test_published_config_gives_the_preset():
-    from omni_jax.config import PRESETS
+    from omni_jax.config.model import PRESETS
 
     preset = PRESETS["mini_omni_tts_adapter"]
     values = mini_omni.config_to_yaml(preset)
@@ -183,7 +185,7 @@ def test_published_config_gives_the_preset():
         "n_head": 14,
         "n_query_groups": 2,
         "n_embd": 896,
-        "head_size": 64,
+        "head_dim": 64,
         "intermediate_size": 4864,
         "padded_vocab_size": 181120,
         "text_vocab_size": 152000,
@@ -209,13 +211,13 @@ def test_published_config_gives_the_preset():
         "hf_config": {},
     }
     assert {name: values[name] for name in expected} == expected
-    again = mini_omni.config_from_yaml(values, preset.ear, preset.codec, tts_adapter=True, source="x")
+    again = mini_omni.config_from_yaml(values, preset.audio_encoder, preset.codec, tts_adapter=True, source="x")
     assert again == preset
 
 
 def read_values(values, config, **options):
     return mini_omni.config_from_yaml(
-        values, config.ear, config.codec, **{"tts_adapter": True, "source": "model_config.yaml", **options}
+        values, config.audio_encoder, config.codec, **{"tts_adapter": True, "source": "model_config.yaml", **options}
     )
 
 
@@ -227,23 +229,23 @@ def test_an_announced_adapter_that_is_not_there_is_left_out(tiny_config):
 
 def test_absent_fields_are_what_the_published_code_takes(tiny_config):
     values = mini_omni.config_to_yaml(tiny_config)
-    del values["rotary_percentage"], values["n_query_groups"], values["head_size"], values["add_qkv_bias"]
+    del values["rotary_percentage"], values["n_query_groups"], values["head_dim"], values["add_qkv_bias"]
     with pytest.raises(ConversionError, match=r"rotary_percentage: expected 1.0, found 0.25 \(default\)"):
         read_values(values, tiny_config)
     trunk = read_values({**values, "rotary_percentage": 1}, tiny_config).trunk
-    assert (trunk.kv_heads, trunk.head_size, trunk.qkv_bias) == (4, 12, False)
+    assert (trunk.num_kv_heads, trunk.head_dim, trunk.qkv_bias) == (4, 12, False)
 
 
 def test_all_wrong_fields_at_once(tiny_config):
     values = mini_omni.config_to_yaml(tiny_config)
     del values["n_layer"]
-    values |= {"scale_embeddings": True, "norm_class_name": "LayerNorm", "colour": "red", "name": "Gemma-2b"}
+    values |= {"scale_embeddings": True, "norm_class_name": "LayerNorm", "color": "red", "name": "Gemma-2b"}
     with pytest.raises(ConversionError) as error:
         read_values(values, tiny_config)
     assert str(error.value).splitlines() == [
         "model_config.yaml:",
         "n_layer: missing",
-        "colour: unknown field",
+        "color: unknown field",
         "scale_embeddings: expected False, found True",
         "norm_class_name: expected 'RMSNorm', found 'LayerNorm'",
         "name: expected no Gemma, whose norms add one to their scale, found 'Gemma-2b'",
@@ -257,7 +259,7 @@ def test_all_wrong_fields_at_once(tiny_config):
         ({"whisper_adapter_dim": 768}, "whisper_adapter_dim: expected 32, found 768"),
         ({"n_embd": "wide"}, "n_embd: expected a number, found 'wide'"),
         ({"asr_adapter": "lstm"}, "adapter.kind"),
-        ({"n_query_groups": 3}, "heads must be a multiple of kv_heads"),
+        ({"n_query_groups": 3}, "heads must be a multiple of num_kv_heads"),
         ({"audio_vocab_size": 66, "cat_audio_vocab_size": 462, "padded_vocab_size": 774}, "audio_specials"),
     ],
 )
@@ -268,10 +270,10 @@ def test_wrong_values(tiny_config, change, message):
 
 
 def test_what_the_published_code_cannot_do(tiny_config, tiny_parts, tmp_path):
-    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
+    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64)
     config = replace(
         tiny_config,
-        adapter=AdapterConfig(ffn=100),
+        adapter=AdapterConfig(intermediate_size=100),
         trunk=replace(tiny_config.trunk, rope_scaling=scaling),
     )
     with pytest.raises(ConversionError) as error:
@@ -284,7 +286,7 @@ def test_what_the_published_code_cannot_do(tiny_config, tiny_parts, tmp_path):
 
 def test_specials_as_published_need_no_hint():
     vocab = VocabConfig(text=300, audio=64, text_specials=64, audio_specials=8)
-    config = replace(builders.tiny_config(), vocab=vocab)
+    config = replace(models.tiny_config(), vocab=vocab)
     values = mini_omni.config_to_yaml(config)
     assert values["hf_config"] == {}
     assert read_values(values, config) == config

@@ -11,13 +11,13 @@ import safetensors.numpy
 import torch
 from transformers import AutoModelForCausalLM
 
-from omni_jax.checkpoint import open_release
-from omni_jax.config import RopeScaling
+from omni_jax.checkpoint.release import open_release
+from omni_jax.checkpoint.safetensors_io import LazyTensor
+from omni_jax.config.model import RopeScaling
 from omni_jax.convert import qwen2
-from omni_jax.convert.mapping import ConversionError
 from omni_jax.convert.release import export_transformers, init_release
-from omni_jax.tensorfile import LazyTensor
-from tests import builders
+from omni_jax.errors import ConversionError
+from tests import models
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -46,7 +46,7 @@ def make(folder, parts, **options):
     return open_release(folder.parent / "release")
 
 
-@partial(jax.jit, compiler_options=builders.QUICK)
+@partial(jax.jit, compiler_options=models.QUICK)
 def text_logits(model, ids):
     """Plain text through the trunk: no average of eight streams."""
     x = model.embed.text[...][ids]
@@ -57,7 +57,7 @@ def text_logits(model, ids):
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_both_ways(name, tiny_parts, tmp_path):
     family, options = MODELS[name]
-    theirs = builders.language_model_folder(tmp_path / "lm", family, **options)
+    theirs = models.language_model_folder(tmp_path / "lm", family, **options)
     release = make(tmp_path / "lm", tiny_parts, adapter="mlp")
     ids = np.random.default_rng(0).integers(0, 300, (2, 60))
     with torch.no_grad():
@@ -79,9 +79,9 @@ def test_logits_both_ways(name, tiny_parts, tmp_path):
 
 
 def test_shards_and_bfloat16(tiny_parts, tmp_path):
-    model = builders.language_model("qwen2", tied=False).to(torch.bfloat16)
+    model = models.language_model("qwen2", tied=False).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "lm", max_shard_size="40KB")
-    builders.tokenizer_files(tmp_path / "lm")
+    models.tokenizer_files(tmp_path / "lm")
     assert len(list((tmp_path / "lm").glob("*.safetensors"))) > 2
     release = make(tmp_path / "lm", tiny_parts)
     tensors = release.model_tensors()
@@ -96,7 +96,7 @@ def test_shards_and_bfloat16(tiny_parts, tmp_path):
 
 
 def test_new_rows(tiny_parts, tmp_path):
-    builders.language_model_folder(tmp_path / "lm", "qwen2", tied=False)
+    models.language_model_folder(tmp_path / "lm", "qwen2", tied=False)
     release = make(tmp_path / "lm", tiny_parts, seed=1)
     vocab = release.config.vocab
     assert (vocab.text, vocab.text_specials, vocab.audio, vocab.audio_specials) == (300, 64, 64, 64)
@@ -115,7 +115,7 @@ def test_new_rows(tiny_parts, tmp_path):
 def test_the_seed_decides(tiny_parts, tmp_path):
     made = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        builders.language_model_folder(tmp_path / name / "lm", "llama", tied=True)
+        models.language_model_folder(tmp_path / name / "lm", "llama", tied=True)
         release = make(tmp_path / name / "lm", tiny_parts, seed=seed, adapter="mlp", tts_adapter_layers=1)
         made[name] = {tensor: lazy.read() for tensor, lazy in release.model_tensors().items()}
     for tensor in made["a"]:
@@ -129,7 +129,7 @@ def test_the_seed_decides(tiny_parts, tmp_path):
 
 
 def values_of(**changes):
-    return {**builders.language_model("llama", tied=False).config.to_dict(), **changes}
+    return {**models.language_model("llama", tied=False).config.to_dict(), **changes}
 
 
 def read_values(values, state=None):
@@ -137,7 +137,7 @@ def read_values(values, state=None):
 
 
 def test_rope_of_either_transformers():
-    scaling = RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=48)
+    scaling = RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=48)
     new, _ = read_values(values_of(rope_parameters=LLAMA3))
     assert (new.rope_theta, new.rope_scaling) == (5e4, scaling)
     values = values_of(rope_theta=5e4)
@@ -194,7 +194,7 @@ def test_the_context_is_a_speech_models():
 
 
 def test_all_wrong_tensors_at_once(tiny_parts, tmp_path):
-    builders.language_model_folder(tmp_path / "lm", "qwen2", tied=False)
+    models.language_model_folder(tmp_path / "lm", "qwen2", tied=False)
     file = tmp_path / "lm" / "model.safetensors"
     state = safetensors.numpy.load_file(file)
     state["strange"] = state.pop("model.norm.weight")
@@ -213,7 +213,7 @@ def test_all_wrong_tensors_at_once(tiny_parts, tmp_path):
 
 
 def test_a_tied_head_in_the_file(tiny_parts, tmp_path):
-    builders.language_model_folder(tmp_path / "lm", "qwen2", tied=True)
+    models.language_model_folder(tmp_path / "lm", "qwen2", tied=True)
     file = tmp_path / "lm" / "model.safetensors"
     state = safetensors.numpy.load_file(file)
     state["lm_head.weight"] = state["model.embed_tokens.weight"].copy()
@@ -226,7 +226,7 @@ def test_a_tied_head_in_the_file(tiny_parts, tmp_path):
 
 
 def test_missing_files(tmp_path):
-    builders.language_model_folder(tmp_path / "lm", "qwen2", tied=True)
+    models.language_model_folder(tmp_path / "lm", "qwen2", tied=True)
     (tmp_path / "lm" / "model.safetensors").unlink()
     with pytest.raises(ConversionError, match=r"expected model\.safetensors or .*index\.json, found neither"):
         qwen2.read(tmp_path / "lm")
@@ -239,6 +239,6 @@ def test_llama3_keeps_its_own_context():
     trunk, rows = read_values(values_of(rope_parameters=LLAMA3))
     values = qwen2.config_to_json(trunk, rows)
     assert values["max_position_embeddings"] == 192
-    longer = replace(trunk, rope_scaling=replace(trunk.rope_scaling, original_context=100))
+    longer = replace(trunk, rope_scaling=replace(trunk.rope_scaling, original_max_position=100))
     assert qwen2.config_to_json(longer, rows)["max_position_embeddings"] == 400
     assert read_values(values) == (trunk, rows)

@@ -13,9 +13,9 @@ import torch
 
 from omni_jax.codec.snac import Snac
 from omni_jax.codec.torch_snac import import_snac
-from omni_jax.config import CodecConfig, ConfigError
-from omni_jax.convert.mapping import ConversionError
+from omni_jax.config.model import CodecConfig
 from omni_jax.convert.snac import config_from_json, config_to_json, from_torch, read, to_torch
+from omni_jax.errors import ConfigError, ConversionError
 
 CONFIG = CodecConfig(encoder_dim=6, encoder_rates=(3, 5), decoder_dim=16, decoder_rates=(5, 3), codebook_size=20)
 
@@ -61,7 +61,7 @@ def test_round_trip_from_torch(module: Any, state: dict[str, np.ndarray]):
 
 def test_round_trip_from_ours(state: dict[str, np.ndarray]):
     params = from_torch(state, CONFIG)
-    # A noise block that never learnt anything.
+    # A noise block that never learned anything.
     params["decoder.blocks.0.noise.weight"][:] = 0
     again = from_torch(to_torch(params, CONFIG), CONFIG)
     assert list(again) == list(params)

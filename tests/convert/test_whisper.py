@@ -8,22 +8,22 @@ import torch
 from safetensors.numpy import save_file
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from omni_jax.config import EarConfig
+from omni_jax.config.model import AudioEncoderConfig
 from omni_jax.convert import whisper
-from omni_jax.convert.mapping import ConversionError
+from omni_jax.errors import ConversionError
 
-CONFIG = EarConfig(mels=20, width=48, layers=2, heads=4, ffn=72, positions=30)
+CONFIG = AudioEncoderConfig(num_mel_bins=20, hidden_size=48, num_layers=2, num_heads=4, intermediate_size=72, max_position=30)
 THEIRS = WhisperConfig(
     vocab_size=40,
-    num_mel_bins=CONFIG.mels,
-    d_model=CONFIG.width,
+    num_mel_bins=CONFIG.num_mel_bins,
+    d_model=CONFIG.hidden_size,
     encoder_layers=CONFIG.layers,
     encoder_attention_heads=CONFIG.heads,
-    encoder_ffn_dim=CONFIG.ffn,
+    encoder_ffn_dim=CONFIG.intermediate_size,
     decoder_layers=1,
     decoder_attention_heads=4,
     decoder_ffn_dim=16,
-    max_source_positions=CONFIG.positions,
+    max_source_positions=CONFIG.max_position,
     max_target_positions=8,
     pad_token_id=0,
     bos_token_id=1,
@@ -86,7 +86,7 @@ def test_transformers_loads_what_we_write(model, state):
     left = other.load_state_dict({name: torch.from_numpy(array) for name, array in back.items()}, strict=False)
     assert left.unexpected_keys == []
     assert not [name for name in left.missing_keys if "encoder." in name and "decoder" not in name]
-    mel = torch.randn(1, CONFIG.mels, 2 * CONFIG.positions)
+    mel = torch.randn(1, CONFIG.num_mel_bins, 2 * CONFIG.max_position)
     with torch.no_grad():
         torch.testing.assert_close(other.model.encoder(mel)[0], model.model.encoder(mel)[0], atol=1e-5, rtol=0)
 

@@ -14,13 +14,16 @@ from array_record.python.array_record_module import ArrayRecordReader
 from orbax.checkpoint import v1 as ocp
 from tokenizers import Tokenizer
 
-from omni_jax.config import PRESETS, AdapterConfig, DataConfig, SourceConfig
+from omni_jax.config.model import PRESETS, AdapterConfig
+from omni_jax.config.run import DataConfig, SourceConfig
 from omni_jax.data import pipeline
-from omni_jax.data.pipeline import TASKS, Batch, Batches, PipelineError, batches, held_out, padding
-from omni_jax.data.records import Exchange, Writer, serves
-from omni_jax.prompts import Example, Task, example, speech_positions, speech_prompt, text_prompt
+from omni_jax.data.pipeline import TASKS, Batch, Batches, batches, held_out, padding
+from omni_jax.data.records import Exchange, RecordWriter, serves
+from omni_jax.errors import PipelineError
+from omni_jax.prompts import Example, example, speech_positions, speech_prompt, text_prompt
+from omni_jax.tasks import Task
 from omni_jax.vocab import Vocab
-from tests import builders
+from tests import models
 
 MODEL = PRESETS["tiny"]
 VOCAB = Vocab(MODEL.vocab)
@@ -31,7 +34,7 @@ A = 100
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer.from_file(str(builders.tokenizer_files(tmp_path_factory.mktemp("tokenizer"))[0]))
+    return Tokenizer.from_file(str(models.tokenizer_files(tmp_path_factory.mktemp("tokenizer"))[0]))
 
 
 def exchange(n: int, *, samples: int | None = None, text: str = "so {}", frames: int | None = None) -> Exchange:
@@ -46,7 +49,7 @@ def exchange(n: int, *, samples: int | None = None, text: str = "so {}", frames:
 
 
 def folder_of(path: Path, exchanges: Iterable[Exchange]) -> str:
-    with Writer(path, shard_size=16) as writer:
+    with RecordWriter(path, shard_size=16) as writer:
         for each in exchanges:
             writer.write(each)
     return str(path)
@@ -72,12 +75,14 @@ def made(task: Task, each: Exchange, tokenizer: Tokenizer) -> Example:
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    if task.hears:
+    if task.takes_audio:
         prompt = speech_prompt(task, speech_positions(len(each.question_audio), A), VOCAB)
     else:
         prompt = text_prompt(task, ids(each.answer_text if task is Task.T1A1 else each.question_text), VOCAB)
     said = each.question_text if task is Task.A1T1 else each.answer_text
-    return example(prompt, ids(said) if task.writes else [], each.answer_codes if task.speaks else None, VOCAB)
+    return example(
+        prompt, ids(said) if task.outputs_text else [], each.answer_codes if task.outputs_audio else None, VOCAB
+    )
 
 
 def key(tokens: np.ndarray, targets: np.ndarray, mask: np.ndarray, sound: np.ndarray) -> tuple[bytes, ...]:
@@ -91,8 +96,10 @@ def expected(tokenizer: Tokenizer, exchanges: Iterable[Exchange] = EXCHANGES) ->
     for n, each in enumerate(exchanges):
         for task in serves(each):
             want = made(task, each, tokenizer)
-            sound = np.zeros(MODEL.ear.samples if task.hears else 0, np.int16)
-            sound[: len(each.question_audio) if task.hears else 0] = each.question_audio if task.hears else 0
+            sound = np.zeros(MODEL.audio_encoder.max_samples if task.takes_audio else 0, np.int16)
+            sound[: len(each.question_audio) if task.takes_audio else 0] = (
+                each.question_audio if task.takes_audio else 0
+            )
             found[key(want.tokens, want.targets, want.mask, sound)] = f"{task} {n}"
     return found
 
@@ -184,7 +191,7 @@ def test_every_example_arrives_intact(folder: str, tokenizer: Tokenizer) -> None
 
 def test_joined_frames_take_fewer_positions(folder: str, tokenizer: Tokenizer) -> None:
     """With `stack` 3 a clip has ceil(100 / 3) = 34 speech positions."""
-    model = builders.replace(MODEL, adapter=AdapterConfig(ffn=48, stack=3))
+    model = models.replace(MODEL, adapter=AdapterConfig(intermediate_size=48, stack=3))
     batch = next(batches(config(folder, tasks={"A1T1": 1}), model, tokenizer, seed=0))
     seen = 0
     for row in range(4):
@@ -212,7 +219,7 @@ def test_little_padding(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytes
         tmp_path / "long",
         (exchange(n, samples=samples, frames=frames) for n, (samples, frames) in enumerate(lengths)),
     )
-    model = builders.replace(PRESETS["mini_omni"], vocab=MODEL.vocab, codec=MODEL.codec)
+    model = models.replace(PRESETS["mini_omni"], vocab=MODEL.vocab, codec=MODEL.codec)
     # As many batches as are packed together: the last rows of a packing are the emptiest.
     iterator = batches(config(path, length=2048, clips=8, tasks={"A1A2": 1}), model, tokenizer, seed=0)
     wasted = [padding(next(iterator)) for _ in range(pipeline.BINS // 4)]
@@ -373,7 +380,7 @@ def spoil(path: str, shard_record: int) -> None:
 def test_an_unreadable_record_is_counted_once_and_skipped(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = folder_of(tmp_path / "x", EXCHANGES[:20])
     spoil(path, 7)
-    iterator = batches(config(path, most_corrupt=1), MODEL, tokenizer, seed=0)
+    iterator = batches(config(path, max_corrupt=1), MODEL, tokenizer, seed=0)
     known = expected(tokenizer)
     seen = {known[each].split()[1] for batch in draw(iterator, 40) for each in unpack(batch)}
     assert seen == {str(n) for n in range(20)} - {"7"}
@@ -386,7 +393,7 @@ def test_too_many_unreadable_records(tmp_path: Path, tokenizer: Tokenizer, worke
     path = folder_of(tmp_path / "x", EXCHANGES[:20])
     spoil(path, 7)
     spoil(path, 9)
-    iterator = batches(config(path, most_corrupt=1, workers=workers), MODEL, tokenizer, seed=0)
+    iterator = batches(config(path, max_corrupt=1, workers=workers), MODEL, tokenizer, seed=0)
     with pytest.raises(PipelineError, match=r"at most 1 records .*found 2.*\n.*00000\.array_record, record [79]"):
         draw(iterator, 40)
     iterator.close()
@@ -395,7 +402,7 @@ def test_too_many_unreadable_records(tmp_path: Path, tokenizer: Tokenizer, worke
 def test_a_source_that_is_all_damaged_stops_the_worker(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """No batch would ever come to be counted. The codes are those of a codec with more of them."""
     path = folder_of(tmp_path / "x", (Exchange(answer_text="a", answer_codes=np.full((9, 7), 70)) for _ in range(9)))
-    iterator = batches(config(path, tasks={"T1A1": 1}, most_corrupt=3), MODEL, tokenizer, seed=0)
+    iterator = batches(config(path, tasks={"T1A1": 1}, max_corrupt=3), MODEL, tokenizer, seed=0)
     with pytest.raises(PipelineError, match=r"record \d: answer_codes: expected codes below 64, found 70"):
         next(iterator)
 
@@ -403,7 +410,7 @@ def test_a_source_that_is_all_damaged_stops_the_worker(tmp_path: Path, tokenizer
 def test_what_is_left_out_is_counted_by_reason(tmp_path: Path, tokenizer: Tokenizer, in_order: None) -> None:
     bad = {
         1: exchange(1, text=""),
-        2: exchange(2, samples=32001),
+        2: exchange(2, num_samples=32001),
         3: exchange(3, frames=150),
         4: exchange(4, text="seventeen words " * 9, frames=5),
     }
@@ -421,14 +428,14 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path, tokenizer: Tokeni
 
 
 def test_a_recording_as_long_as_the_ear_is_heard_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    each = exchange(0, samples=32000)
+    each = exchange(0, num_samples=32000)
     path = folder_of(tmp_path / "x", [each])
     batch = next(batches(config(path, tasks={"A1T2": 1}), MODEL, tokenizer, seed=0))
     assert set(unpack(batch)) <= set(expected(tokenizer, [each]))
 
 
 def test_a_source_without_a_usable_example_is_an_error_not_a_wait(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    path = folder_of(tmp_path / "x", (exchange(n, samples=40000) for n in range(5)))
+    path = folder_of(tmp_path / "x", (exchange(n, num_samples=40000) for n in range(5)))
     with pytest.raises(PipelineError, match="expected examples of A1T1, found none in 5 records: 5 longer_than_ear"):
         next(batches(config(path, tasks={"A1T1": 1}), MODEL, tokenizer, seed=0))
 
@@ -443,7 +450,7 @@ def test_what_is_wrong_from_the_start(folder: str, tmp_path: Path, tokenizer: To
             "batch: expected a multiple of the 2 processes, found 3",
         ),
     ]
-    small = builders.replace(MODEL, vocab=builders.replace(MODEL.vocab, text=270))
+    small = models.replace(MODEL, vocab=models.replace(MODEL.vocab, text=270))
     wrong.append(
         (lambda: batches(config(folder), small, tokenizer, seed=0), "tokenizer: expected at most .* 270 tokens")
     )
@@ -457,7 +464,7 @@ def test_what_is_wrong_from_the_start(folder: str, tmp_path: Path, tokenizer: To
 
 def test_held_out_has_every_example_once(folder: str, tmp_path: Path, tokenizer: Tokenizer, in_order: None) -> None:
     """In order, to the last, and the same whatever the number of processes."""
-    spoilt = folder_of(tmp_path / "x", [*EXCHANGES[:3], exchange(0, samples=40000)])
+    spoilt = folder_of(tmp_path / "x", [*EXCHANGES[:3], exchange(0, num_samples=40000)])
     sources = (SourceConfig(folder), SourceConfig(spoilt, tasks=("A1T1",)))
     data = config(folder, held_out=sources, tasks={"A1T1": 1, "T1A1": 1})
     iterator = held_out(data, MODEL, tokenizer)
@@ -479,7 +486,7 @@ def test_held_out_has_every_example_once(folder: str, tmp_path: Path, tokenizer:
 
 
 def test_what_is_left_out_at_the_very_end_is_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    path = folder_of(tmp_path / "x", [EXCHANGES[0], exchange(0, samples=40000)])
+    path = folder_of(tmp_path / "x", [EXCHANGES[0], exchange(0, num_samples=40000)])
     iterator = held_out(config(path, held_out=(SourceConfig(path),), tasks={"A1T2": 1}), MODEL, tokenizer)
     (batch,) = iterator
     assert batch["examples"].sum() == 1

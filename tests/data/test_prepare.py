@@ -20,14 +20,16 @@ import pytest
 import soundfile
 from flax import nnx
 
-from omni_jax.audio import wav
+from omni_jax.audio import io as audio_io
 from omni_jax.codec.snac import Snac, make_encoder
-from omni_jax.config import CodecConfig, ConfigError
+from omni_jax.config.model import CodecConfig
 from omni_jax.data import prepare as preparing
-from omni_jax.data.prepare import NOTE, prepare
-from omni_jax.data.records import INDEX, Exchange, Records, Writer, from_bytes
-from omni_jax.data.sources import Manifest, TextQa, VoiceAssistant
-from omni_jax.prompts import Task
+from omni_jax.data.prepare import prepare
+from omni_jax.data.records import INDEX, Exchange, Records, RecordWriter, from_bytes
+from omni_jax.data.shards import MANIFEST_SUFFIX
+from omni_jax.data.sources import Manifest, TextQA, VoiceAssistant
+from omni_jax.errors import ConfigError
+from omni_jax.tasks import Task
 from tests.data.test_sources import put, tone, voice_assistant, voice_assistant_row
 
 # Two blocks and frames of 60 samples: small programs, and answers of many frames.
@@ -67,7 +69,7 @@ def test_an_index_that_training_reads(tmp_path: Path) -> None:
     assert index["exchanges"] == 2
     assert index["question_hours"] == pytest.approx(1 / 3600, abs=1e-4)
     assert index["answer_frames"] == 4
-    assert index["licences"] == {"voice_assistant_400k": "Apache-2.0"}
+    assert index["licenses"] == {"voice_assistant_400k": "Apache-2.0"}
     assert index["rejected"] == {"answer is empty": 2, "answer without codes": 1}
     assert index["rejected_examples"]["answer is empty"] == [
         "train-00000-of-00325.parquet:1 row 0: answer is empty",
@@ -83,7 +85,7 @@ def test_answers_encoded_in_batches_are_those_of_each_alone(tmp_path: Path) -> N
     rows = []
     for number, seconds in enumerate((0.05, 0.08, 0.04)):
         sound = 0.1 * np.random.default_rng(number).standard_normal(int(seconds * 24_000))
-        wav.write(tmp_path / f"a{number}.wav", sound.astype(np.float32), 24_000)
+        audio_io.write_wav(tmp_path / f"a{number}.wav", sound.astype(np.float32), 24_000)
         rows.append({"answer_text": f"a {number}", "answer_audio": f"a{number}.wav"})
     rows.insert(1, {"question_text": "only", "answer_text": "text"})
     put(tmp_path / "m.jsonl", "\n".join(map(json.dumps, rows)))
@@ -94,7 +96,7 @@ def test_answers_encoded_in_batches_are_those_of_each_alone(tmp_path: Path) -> N
     made = [from_bytes(records[number], codebook_size=CODEC.codebook_size) for number in range(4)]
     assert [exchange.answer_text for exchange in made] == ["a 0", "text", "a 1", "a 2"]
     for number, exchange in enumerate(made[:1] + made[2:]):
-        audio = wav.read(tmp_path / f"a{number}.wav", CODEC.sample_rate)
+        audio = audio_io.read_audio(tmp_path / f"a{number}.wav", CODEC.sample_rate)
         alone = preparing.encode_answers([audio], encode, CODEC)[0]
         assert exchange.answer_codes is not None
         np.testing.assert_array_equal(exchange.answer_codes, alone)
@@ -121,7 +123,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_pieces")
 def test_what_is_done_stays_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines(tmp_path / "qa.jsonl", 100)
-    source, out = TextQa(tmp_path / "qa.jsonl"), tmp_path / "out"
+    source, out = TextQA(tmp_path / "qa.jsonl"), tmp_path / "out"
     seen: list[tuple[int, int]] = []
     first = prepare(source, out, progress=lambda *at: seen.append(at))
     parts = len(source.units())
@@ -135,7 +137,7 @@ def test_what_is_done_stays_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     # A shard that is gone and a note that can't be read are made anew, nothing else is.
     (out / "00001.array_record").unlink()
-    (out / f"00003{NOTE}").write_text("{")
+    (out / f"00003{MANIFEST_SUFFIX}").write_text("{")
     again: list[tuple[int, int]] = []
     assert prepare(source, out, progress=lambda *at: again.append(at)) == first
     assert len(again) == 2
@@ -144,14 +146,14 @@ def test_what_is_done_stays_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     lines(tmp_path / "qa.jsonl", 30)
     assert prepare(source, out)["exchanges"] == 30
     assert questions(out) == [f"Q{n}" for n in range(30)]
-    assert len(list(out.glob(f"*{NOTE}"))) == len(source.units())
+    assert len(list(out.glob(f"*{MANIFEST_SUFFIX}"))) == len(source.units())
 
 
 def test_another_corpus_does_not_take_the_place_of_one(tmp_path: Path) -> None:
     lines(tmp_path / "qa.jsonl", 5)
     out = tmp_path / "out"
-    prepare(TextQa(tmp_path / "qa.jsonl"), out)
-    other = TextQa(tmp_path / "qa.jsonl", name="other")
+    prepare(TextQA(tmp_path / "qa.jsonl"), out)
+    other = TextQA(tmp_path / "qa.jsonl", name="other")
     with pytest.raises(ConfigError, match=r"out: expected an empty folder or one of other, found one of text"):
         prepare(other, out)
     assert len(Records(out)) == 5
@@ -160,7 +162,7 @@ def test_another_corpus_does_not_take_the_place_of_one(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_pieces")
 def test_an_interruption_leaves_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines(tmp_path / "qa.jsonl", 100)
-    source, out, whole = TextQa(tmp_path / "qa.jsonl"), tmp_path / "out", preparing.UnitWriter.__call__
+    source, out, whole = TextQA(tmp_path / "qa.jsonl"), tmp_path / "out", preparing.UnitWriter.__call__
 
     def broken(*args: Any) -> Any:
         if args[1] == 3:
@@ -197,10 +199,10 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     killed = 0
     for _ in range(3):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        before = len(list((tmp_path / "out").glob(f"*{NOTE}"))) if (tmp_path / "out").exists() else 0
+        before = len(list((tmp_path / "out").glob(f"*{MANIFEST_SUFFIX}"))) if (tmp_path / "out").exists() else 0
         until = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < until:
-            if len(list((tmp_path / "out").glob(f"*{NOTE}"))) > before:
+            if len(list((tmp_path / "out").glob(f"*{MANIFEST_SUFFIX}"))) > before:
                 os.kill(process.pid, signal.SIGKILL)
                 killed += 1
                 break
@@ -261,11 +263,11 @@ def test_a_gigabyte_is_prepared_in_the_memory_of_a_fiftieth_of_it(tmp_path: Path
 
 
 def test_folders_of_another_making_are_left_alone(tmp_path: Path) -> None:
-    with Writer(tmp_path / "out") as writer:
+    with RecordWriter(tmp_path / "out") as writer:
         writer.write(Exchange("q", answer_text="a"))
     lines(tmp_path / "qa.jsonl", 3)
     with pytest.raises(ConfigError, match="records of another making"):
-        prepare(TextQa(tmp_path / "qa.jsonl"), tmp_path / "out")
+        prepare(TextQA(tmp_path / "qa.jsonl"), tmp_path / "out")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="expected a folder to write to"):
-        prepare(TextQa(tmp_path / "qa.jsonl"), tmp_path / "file")
+        prepare(TextQA(tmp_path / "qa.jsonl"), tmp_path / "file")

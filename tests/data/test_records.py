@@ -16,17 +16,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from omni_jax.data.records import (
-    INDEX,
-    Exchange,
-    RecordError,
-    Records,
-    Writer,
-    from_bytes,
-    serves,
-    to_bytes,
-)
-from omni_jax.prompts import Task
+from omni_jax.data.records import INDEX, Exchange, Records, RecordWriter, from_bytes, serves, to_bytes
+from omni_jax.errors import RecordError
+from omni_jax.tasks import Task
 
 
 def names(folder: Path) -> list[str]:
@@ -197,7 +189,7 @@ def numbered(n: int) -> Exchange:
 
 
 def test_folder(tmp_path: Path) -> None:
-    with Writer(tmp_path / "a" / "b", shard_size=3) as writer:
+    with RecordWriter(tmp_path / "a" / "b", shard_size=3) as writer:
         for n in range(7):
             writer.write(numbered(n))
         writer.write(FULL)
@@ -227,7 +219,7 @@ def test_folder(tmp_path: Path) -> None:
 
 
 def test_shard_boundary_leaves_no_empty_shard(tmp_path: Path) -> None:
-    with Writer(tmp_path, shard_size=2) as writer:
+    with RecordWriter(tmp_path, shard_size=2) as writer:
         for n in range(4):
             writer.write(numbered(n))
     assert names(tmp_path) == ["00000.array_record", "00001.array_record", INDEX]
@@ -235,7 +227,7 @@ def test_shard_boundary_leaves_no_empty_shard(tmp_path: Path) -> None:
 
 def test_an_exception_leaves_whole_shards_only(tmp_path: Path) -> None:
     def write() -> None:
-        with Writer(tmp_path, shard_size=2) as writer:
+        with RecordWriter(tmp_path, shard_size=2) as writer:
             for n in range(3):
                 writer.write(numbered(n))
             raise KeyError
@@ -246,7 +238,7 @@ def test_an_exception_leaves_whole_shards_only(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"found no index\.json"):
         Records(tmp_path)
     with pytest.raises(RecordError, match="without records, found some"):
-        Writer(tmp_path)
+        RecordWriter(tmp_path)
 
 
 def test_a_kill_leaves_nothing_under_a_final_name(tmp_path: Path) -> None:
@@ -259,13 +251,13 @@ def test_a_kill_leaves_nothing_under_a_final_name(tmp_path: Path) -> None:
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 9
     assert names(tmp_path) == [".00000.array_record.part"]
-    with Writer(tmp_path) as writer:
+    with RecordWriter(tmp_path) as writer:
         writer.write(numbered(0))
     assert names(tmp_path) == ["00000.array_record", INDEX]
 
 
 def test_a_bad_exchange_does_not_spoil_the_folder(tmp_path: Path) -> None:
-    with Writer(tmp_path) as writer:
+    with RecordWriter(tmp_path) as writer:
         writer.write(numbered(0))
         with pytest.raises(RecordError):
             writer.write(Exchange(answer_codes=np.zeros((2, 3), int)))
@@ -279,12 +271,12 @@ def test_what_is_not_a_folder_of_records(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("x")
     with pytest.raises(RecordError, match="expected a folder to write to"):
-        Writer(file)
-    with Writer(tmp_path / "empty"):
+        RecordWriter(file)
+    with RecordWriter(tmp_path / "empty"):
         pass
     with pytest.raises(RecordError, match="expected at least one exchange, found none"):
         Records(tmp_path / "empty")
-    with Writer(tmp_path / "a") as writer:
+    with RecordWriter(tmp_path / "a") as writer:
         writer.write(numbered(0))
     index = tmp_path / "a" / INDEX
     text = index.read_text()

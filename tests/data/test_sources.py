@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from omni_jax.audio import wav
-from omni_jax.config import ConfigError
+from omni_jax.audio import io as audio_io
 from omni_jax.data import sources
-from omni_jax.data.sources import Draft, Manifest, Rejected, Source, Speech, TextQa, VoiceAssistant
+from omni_jax.data.sources import Manifest, PendingExchange, ReadSpeech, RejectedRow, Source, TextQA, VoiceAssistant
+from omni_jax.errors import ConfigError
 
 
 def tone(seconds: float, rate: int, format: str = "WAV") -> bytes:
@@ -26,7 +26,7 @@ def tone(seconds: float, rate: int, format: str = "WAV") -> bytes:
     return file.getvalue()
 
 
-def read(source: Source) -> tuple[list[Draft], list[Rejected]]:
+def read(source: Source) -> tuple[list[PendingExchange], list[RejectedRow]]:
     """Every row of every unit."""
     drafts, rejected = [], []
     units = source.units()
@@ -35,7 +35,7 @@ def read(source: Source) -> tuple[list[Draft], list[Rejected]]:
         for _, make in source.rows(unit):
             try:
                 drafts.append(make())
-            except Rejected as problem:
+            except RejectedRow as problem:
                 rejected.append(problem)
     return drafts, rejected
 
@@ -74,7 +74,7 @@ def test_voice_assistant(tmp_path: Path) -> None:
     assert exchange.answer_codes is not None
     assert exchange.answer_codes.tolist() == [[1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 4095]]
     assert exchange.question_audio is not None
-    expected = wav.to_pcm16(wav.read(io.BytesIO(tone(0.5, 22_050))))
+    expected = audio_io.to_pcm16(audio_io.read_audio(io.BytesIO(tone(0.5, 22_050))))
     np.testing.assert_array_equal(exchange.question_audio, expected)
     assert len(read(VoiceAssistant(tmp_path, persona=True))[0]) == 3
 
@@ -157,8 +157,8 @@ LAYOUTS = {"librispeech": librispeech, "libritts": libritts, "vctk": vctk, "mls"
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_corpora_of_read_speech(tmp_path: Path, name: str) -> None:
     LAYOUTS[name](tmp_path)
-    listing, licence = sources.SPEECH[name]
-    source = Speech(tmp_path, name, licence, listing)
+    listing, license = sources.SPEECH[name]
+    source = ReadSpeech(tmp_path, name, license, listing)
     # What is made is known again by it, in other processes too.
     assert " at 0x" not in repr(source)
     drafts, rejected = read(source)
@@ -169,7 +169,7 @@ def test_corpora_of_read_speech(tmp_path: Path, name: str) -> None:
     for draft in drafts:
         assert draft.exchange.question_audio is not None
         assert 0.29 < len(draft.exchange.question_audio) / 16_000 < 0.41
-    aloud, _ = read(Speech(tmp_path, name, licence, listing, as_answer=True, rate=24_000))
+    aloud, _ = read(ReadSpeech(tmp_path, name, license, listing, as_answer=True, rate=24_000))
     assert [draft.exchange.answer_text for draft in aloud] == spoken
     assert all(draft.answer_audio is not None and len(draft.answer_audio) > 0.29 * 24_000 for draft in aloud)
     assert aloud[0].exchange.voice.startswith(f"{name} ")
@@ -177,12 +177,12 @@ def test_corpora_of_read_speech(tmp_path: Path, name: str) -> None:
 
 def test_speech_that_lacks_something(tmp_path: Path) -> None:
     librispeech(tmp_path)
-    listing, licence = sources.SPEECH["librispeech"]
+    listing, license = sources.SPEECH["librispeech"]
     (tmp_path / "dev-clean/84/121123/84-121123-0001.flac").unlink()
     put(tmp_path / "dev-clean/84/2/84-2.trans.txt", "84-2-0000\n84-2-0001 WORDS\n84-2-0002 MORE\n")
     put(tmp_path / "dev-clean/84/2/84-2-0001.flac", b"junk")
     put(tmp_path / "dev-clean/84/2/84-2-0002.flac", tone(31, 16_000, "FLAC"))
-    drafts, rejected = read(Speech(tmp_path, "librispeech", licence, listing))
+    drafts, rejected = read(ReadSpeech(tmp_path, "librispeech", license, listing))
     assert len(drafts) == 1
     assert [problem.reason for problem in rejected] == [
         "recording is missing",
@@ -191,7 +191,7 @@ def test_speech_that_lacks_something(tmp_path: Path) -> None:
         "recording too long",
     ]
     with pytest.raises(ConfigError, match="expected recordings"):
-        Speech(tmp_path / "txt", "vctk", "", sources.vctk).units()
+        ReadSpeech(tmp_path / "txt", "vctk", "", sources.vctk).units()
 
 
 LINES = [
@@ -205,20 +205,20 @@ LINES = [
 PAIRS = [("Q1", "A1"), ("Q2", "A2"), ("Q3\nmore", "A3"), ("Q4", "A4"), ("Q6", "A6"), ("Q7", "A7")]
 
 
-def pairs(drafts: list[Draft]) -> list[tuple[str, str]]:
+def pairs(drafts: list[PendingExchange]) -> list[tuple[str, str]]:
     return [(draft.exchange.question_text, draft.exchange.answer_text) for draft in drafts]
 
 
 def test_text(tmp_path: Path) -> None:
     put(tmp_path / "qa.jsonl", "\n\n".join(map(json.dumps, LINES)))
-    drafts, rejected = read(TextQa(tmp_path / "qa.jsonl"))
+    drafts, rejected = read(TextQA(tmp_path / "qa.jsonl"))
     assert (pairs(drafts), rejected) == (PAIRS, [])
     (tmp_path / "folder").mkdir()
     pq.write_table(pa.Table.from_pylist(LINES[:1] * 5), tmp_path / "folder" / "a.parquet", row_group_size=2)
     table = pa.Table.from_pylist(LINES[1:3])
     with pa.ipc.new_stream(tmp_path / "folder" / "data-00000-of-00001.arrow", table.schema) as stream:
         stream.write_table(table)
-    drafts, rejected = read(TextQa(tmp_path / "folder"))
+    drafts, rejected = read(TextQA(tmp_path / "folder"))
     assert (pairs(drafts), rejected) == ([PAIRS[0]] * 5 + PAIRS[1:3], [])
 
 
@@ -231,7 +231,7 @@ def test_lines_are_read_once_wherever_a_file_is_cut(tmp_path: Path, monkeypatch:
     whole = sources._pieces
     for piece in (1, 7, 30, 31, 100, size, size + 1):
         monkeypatch.setattr(sources, "_pieces", lambda path, piece=piece: whole(path, piece))
-        drafts, _ = read(TextQa(tmp_path / "qa.jsonl"))
+        drafts, _ = read(TextQA(tmp_path / "qa.jsonl"))
         assert [question for question, _ in pairs(drafts)] == [f"Q{n}" for n in range(1, 60)]
 
 
@@ -241,7 +241,7 @@ def test_lines_are_read_once_wherever_a_file_is_cut(tmp_path: Path, monkeypatch:
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("[]", "not an object"),
-        ('{"colour": "red"}', "unknown columns"),
+        ('{"color": "red"}', "unknown columns"),
         ('{"question": "", "answer": "a"}', "question is empty"),
         ('{"question": "q", "answer": 3}', "answer is empty"),
         ('{"question": "\\ud800", "answer": "a"}', "question is no text"),
@@ -251,7 +251,7 @@ def test_lines_are_read_once_wherever_a_file_is_cut(tmp_path: Path, monkeypatch:
 )
 def test_text_that_is_left_out(tmp_path: Path, line: str, reason: str) -> None:
     put(tmp_path / "qa.jsonl", f"{line}\n{json.dumps(LINES[4])}\n")
-    drafts, rejected = read(TextQa(tmp_path / "qa.jsonl"))
+    drafts, rejected = read(TextQA(tmp_path / "qa.jsonl"))
     assert pairs(drafts) == [PAIRS[4]]
     assert [problem.reason for problem in rejected] == [reason]
 
@@ -270,7 +270,7 @@ def test_manifest(tmp_path: Path) -> None:
         json.dumps({"question_text": "only", "answer_text": "text", "question_audio": None}),
         "{",
         "[]",
-        json.dumps(good | {"colour": "red"}),
+        json.dumps(good | {"color": "red"}),
         json.dumps(good | {"voice": 3}),
         json.dumps(good | {"answer_audio": "none.wav"}),
     ]

@@ -10,8 +10,8 @@ from omni_jax.evaluation.metrics import Errors
 
 
 def test_what_counts_as_the_same() -> None:
-    assert metrics.normalise("  Twenty-two COLOURS, please! ") == metrics.normalise("22 colors please")
-    assert metrics.word_errors("The colour is grey.", "the color is gray") == Errors(0, 4)
+    assert metrics.normalize("  Twenty-two COLOURS, please! ") == metrics.normalize("22 colors please")
+    assert metrics.word_errors("The color is grey.", "the color is gray") == Errors(0, 4)
 
 
 def test_errors() -> None:

@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from omni_jax import cli
 from omni_jax.api import Omni
-from omni_jax.audio import wav
-from omni_jax.config import ConfigError
-from omni_jax.evaluation import listeners, report
+from omni_jax.audio import io as audio_io
+from omni_jax.errors import ConfigError
+from omni_jax.evaluation import asr_judge, report
 from omni_jax.evaluation.run import Evaluation, evaluate
 from omni_jax.evaluation.suites import Case
-from omni_jax.prompts import Task
-from tests.inference.slow_decoder import small_omni
+from omni_jax.tasks import Task
+from tests.inference.reference_decoder import small_omni
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -43,7 +43,7 @@ class Parrot:
 
     def hear(self, path: Path) -> str:
         self.heard.append(path)
-        assert len(wav.read(path, 24_000)) > 0
+        assert len(audio_io.read_audio(path, 24_000)) > 0
         return self.says
 
 
@@ -51,7 +51,7 @@ class Parrot:
 def cases(omni: Omni, tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
     folder = tmp_path_factory.mktemp("questions")
     sound = np.random.default_rng(0).normal(size=3000).astype(np.float32) / 10
-    wav.write(folder / "q.wav", sound, 16_000)
+    audio_io.write_wav(folder / "q.wav", sound, 16_000)
     said = omni.transcribe(folder / "q.wav").text
     answered = omni.reply(folder / "q.wav").text
     return [
@@ -80,7 +80,7 @@ def test_everything_is_asked_heard_and_judged(omni: Omni, cases: list[Case], fou
     by_id = {result.id: result for result in evaluation.results}
     assert list(by_id) == [case.id for case in cases]
     assert by_id["spoken"].scores["exact"] == by_id["spoken"].scores["contains"] == 1
-    assert by_id["wrong"].written == by_id["spoken"].written
+    assert by_id["wrong"].decode_text == by_id["spoken"].decode_text
     assert by_id["wrong"].scores["exact"] == 0
     assert "none.wav" in by_id["missing"].error
     assert by_id["missing"].scores == {"failed": 1.0, "contains": 0.0, "f1": 0.0, "exact": 0.0}
@@ -93,7 +93,7 @@ def test_everything_is_asked_heard_and_judged(omni: Omni, cases: list[Case], fou
     reply = omni.reply(text="hello")
     assert reply.audio is not None
     np.testing.assert_array_equal(
-        wav.to_pcm16(wav.read(out / "typed.wav", reply.sample_rate)), wav.to_pcm16(reply.audio)
+        audio_io.to_pcm16(audio_io.read_audio(out / "typed.wav", reply.sample_rate)), audio_io.to_pcm16(reply.audio)
     )
     assert by_id["typed"].scores["answer_seconds"] == pytest.approx(reply.seconds, abs=1e-3)
     assert 0 < evaluation.speed["first_sound"] <= evaluation.speed["total"]
@@ -148,17 +148,17 @@ def test_report(found: tuple[Evaluation, Path], omni: Omni, cases: list[Case], t
 
 
 def test_listeners(tmp_path: Path) -> None:
-    assert listeners.listener("none") is None
+    assert asr_judge.listener("none") is None
     program = f"{sys.executable} -c \"import sys; print(open(sys.argv[1], 'rb').read(4).decode())\" {{audio}}"
-    heard = listeners.listener(f"command={program}")
+    heard = asr_judge.listener(f"command={program}")
     assert heard is not None
-    wav.write(tmp_path / "a b.wav", np.ones(100, np.float32) / 2, 16_000)
+    audio_io.write_wav(tmp_path / "a b.wav", np.ones(100, np.float32) / 2, 16_000)
     assert heard.hear(tmp_path / "a b.wav") == "RIFF"
     with pytest.raises(ConfigError, match="exit code 1"):
         heard.hear(tmp_path / "none.wav")
     for wrong in ("whisper", "command=", "command=listen", "faster-whisper"):
         with pytest.raises(ConfigError, match="listener"):
-            listeners.listener(wrong)
+            asr_judge.listener(wrong)
 
 
 def test_from_the_shell(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from omni_jax.config import ConfigError
+from omni_jax.errors import ConfigError
 from omni_jax.evaluation import suites
 from omni_jax.evaluation.suites import Case
-from omni_jax.prompts import Task
+from omni_jax.tasks import Task
 from tests.data.test_sources import librispeech, put, tone
 
 
@@ -35,7 +35,7 @@ def test_manifest(tmp_path: Path) -> None:
     [
         ("{", "line 1: expected a JSON object"),
         ("[]", "line 1: "),
-        ('{"id": "a", "colour": 1}', "line 1: colour: Unexpected"),
+        ('{"id": "a", "color": 1}', "line 1: color: Unexpected"),
         ('{"id": 1, "text": "b"}', "line 1: id: Input should be a valid string, found 1"),
         ('{"id": "a", "text": "b", "expected": 12}', r"line 1: expected.*, found 12"),
         ('{"id": "a"}', "expected either audio or text, found neither"),

@@ -15,22 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from omni_jax.config import ConfigError, ModelConfig
+from omni_jax.config.model import ModelConfig
 from omni_jax.delay import undelay
-from omni_jax.inference.decode import Programs, Routing
-from omni_jax.inference.engine import Engine, Progress, Request
-from omni_jax.prompts import Prompt, Task, text_prompt
-from omni_jax.vocab import TEXT, Vocab
-from tests.builders import quick_compile
-from tests.inference.slow_decoder import CONTEXT, SlowDecoder, random_model, random_request, small_config
+from omni_jax.errors import ConfigError
+from omni_jax.inference.decode import Routing
+from omni_jax.inference.engine import Engine, PreparedRequest, Progress
+from omni_jax.inference.runner import ModelRunner
+from omni_jax.prompts import Prompt, text_prompt
+from omni_jax.tasks import Task
+from omni_jax.vocab import TEXT_STREAM, Vocab
+from tests.inference.reference_decoder import CONTEXT, ReferenceDecoder, random_model, random_request, small_config
+from tests.models import quick_compile
 
 Answer = tuple[np.ndarray, str]
 
 
-def mixed_requests(config: ModelConfig) -> list[Request]:
+def mixed_requests(config: ModelConfig) -> list[PreparedRequest]:
     """Every task greedy and sampled, with every setting that changes what is said; short ones and long ones."""
 
-    def ask(task: Task, content: int, length: int | None = None, **settings: Any) -> Request:
+    def ask(task: Task, content: int, length: int | None = None, **settings: Any) -> PreparedRequest:
         return random_request(config, task, content, length, **settings)
 
     warm: dict[str, Any] = {"temperature": 0.7}
@@ -49,7 +52,7 @@ def mixed_requests(config: ModelConfig) -> list[Request]:
         ask(Task.T1A2, 30, max_steps=9),
         ask(Task.T1T2, 41, max_steps=5),
         ask(Task.A1T1, 25, max_steps=1000),
-        ask(Task.A1A2, 5, length=config.ear.positions),
+        ask(Task.A1A2, 5, length=config.audio_encoder.max_position),
         ask(Task.T1T2, 46, length=CONTEXT - 3),  # a prompt that fills the context: one step
     ]
 
@@ -58,18 +61,18 @@ def mixed_requests(config: ModelConfig) -> list[Request]:
 class Family:
     """A model with its compiled programs, requests, and what the slow decoder answers to them."""
 
-    programs: Programs
-    requests: list[Request]
+    programs: ModelRunner
+    requests: list[PreparedRequest]
     expected: list[Answer]
     slots: int
-    slow: SlowDecoder
+    slow: ReferenceDecoder
 
 
 def family(slots: int, *, stacked: bool, seed: int, eot: float = 1.5, **config: Any) -> Family:
     """The seeds are chosen so that what `test_the_interesting_events_occur` lists does occur."""
     model = random_model(small_config(**config), stacked=stacked, seed=seed, eot=eot, eoa=1.5)
-    programs = Programs(model)
-    requests, slow = mixed_requests(model.config), SlowDecoder(model, partial(programs.hear, programs.weights))
+    programs = ModelRunner(model)
+    requests, slow = mixed_requests(model.config), ReferenceDecoder(model, partial(programs.hear, programs.weights))
     return Family(programs, requests, [slow(request) for request in requests], slots, slow)
 
 
@@ -93,7 +96,7 @@ def stacked_with_tts_adapter() -> Family:
 class Recorder:
     """The programs of a model, noting each chunk: its routing, who sat where, and the steps it took."""
 
-    def __init__(self, programs: Programs):
+    def __init__(self, programs: ModelRunner):
         self.__dict__.update(vars(programs))
         self.chunked = programs.chunk
         self.chunk = self._noted
@@ -130,7 +133,7 @@ class Said:
         return [(np.concatenate(self.parts[key], axis=1), self.finish[key]) for key in keys]
 
 
-def run(programs: Any, requests: Sequence[Request], slots: int, steps: int = 64) -> list[Answer]:
+def run(programs: Any, requests: Sequence[PreparedRequest], slots: int, steps: int = 64) -> list[Answer]:
     engine = Engine(programs, slots, CONTEXT)
     if isinstance(programs, Recorder):
         programs.engine = engine
@@ -174,24 +177,24 @@ def test_the_interesting_events_occur(name: str, request: pytest.FixtureRequest)
     for ask, (tokens, finish) in zip(it.requests, it.expected, strict=True):
         task, steps = ask.prompt.task, tokens.shape[1]
         seen.add(f"finish {finish}")
-        ends = np.flatnonzero(tokens[TEXT] == v.eot)
-        if task.speaks and task.writes:
+        ends = np.flatnonzero(tokens[TEXT_STREAM] == v.eot)
+        if task.outputs_audio and task.outputs_text:
             if len(ends) and ends[0] < steps - 5:
                 seen.add("text ends long before speech")
                 if ask.parallel:
                     seen.add("text ends long before speech, batch-parallel")
-                assert (tokens[TEXT, ends[0] + 1 :] == v.pad_t).all()
+                assert (tokens[TEXT_STREAM, ends[0] + 1 :] == v.pad_t).all()
             if not len(ends) and finish == "stop":
                 seen.add("speech ends before text")
-        if task.speaks and finish == "stop" and ask.enforce_delay:
-            assert undelay(tokens[:TEXT], v).shape[0] == steps - 8
+        if task.outputs_audio and finish == "stop" and ask.enforce_delay:
+            assert undelay(tokens[:TEXT_STREAM], v).shape[0] == steps - 8
             seen.add("frames" if steps > 8 else "no frames")
         if not ask.enforce_delay and (tokens[0, :1] != v.pad_a).any():
             seen.add("a layer speaks before its turn")
         if task is Task.T1A1:
-            assert (tokens[TEXT] == v.pad_t).all()
-        if not task.speaks:
-            assert (tokens[:TEXT] == v.pad_a).all()
+            assert (tokens[TEXT_STREAM] == v.pad_t).all()
+        if not task.outputs_audio:
+            assert (tokens[:TEXT_STREAM] == v.pad_a).all()
             seen.add(f"{finish} of text alone")
         if len(ask.prompt) == CONTEXT:
             assert steps == 1
@@ -306,7 +309,7 @@ def test_a_chunk_computes_only_what_somebody_reads(tied: Family) -> None:
     for routing, seats, _ in recorder.calls:
         live = {slot: seat for slot, seat in enumerate(seats) if seat is not None and seat.running}
         writers = {slot for slot, seat in live.items() if seat.writing}
-        speakers = {slot for slot, seat in live.items() if seat.request.prompt.task.speaks}
+        speakers = {slot for slot, seat in live.items() if seat.request.prompt.task.outputs_audio}
         pairs = {slot for slot in writers if live[slot].request.parallel}
         shadows, texts, audios = (
             [slot for slot in np.asarray(x).tolist() if slot < tied.slots]
@@ -327,7 +330,7 @@ def test_a_chunk_computes_only_what_somebody_reads(tied: Family) -> None:
 
 
 def test_text_tasks_never_compute_audio(tied: Family) -> None:
-    chosen = [i for i, request in enumerate(tied.requests) if not request.prompt.task.speaks]
+    chosen = [i for i, request in enumerate(tied.requests) if not request.prompt.task.outputs_audio]
     recorder = Recorder(tied.programs)
     answers = run(recorder, [tied.requests[i] for i in chosen], tied.slots, 8)
     assert_same(answers, [tied.expected[i] for i in chosen])
@@ -346,7 +349,7 @@ def test_once_text_has_ended_its_head_and_second_row_rest(tied: Family) -> None:
     v = Vocab(tied.programs.config.vocab)
     tried = 0
     for request, (tokens, finish) in zip(tied.requests, tied.expected, strict=True):
-        ends = np.flatnonzero(tokens[TEXT] == v.eot)
+        ends = np.flatnonzero(tokens[TEXT_STREAM] == v.eot)
         if not (request.parallel and len(ends) and ends[0] < tokens.shape[1] - 5):
             continue
         tried += 1
@@ -398,10 +401,10 @@ def test_second_rows_grow_shrink_and_move(tied: Family) -> None:
     # Two that write to their end, so that the number of second rows follows who is there.
     lasting = [random_request(config, Task.A1A2, content, temperature=1.0) for content in (21, 10)]
     answers = [tied.slow(request) for request in lasting]
-    assert [len(np.flatnonzero(tokens[TEXT] == tied.slow.vocab.eot)) for tokens, _ in answers] == [0, 1]
+    assert [len(np.flatnonzero(tokens[TEXT_STREAM] == tied.slow.vocab.eot)) for tokens, _ in answers] == [0, 1]
     assert [tokens.shape[1] for tokens, _ in answers] == [29, 18]
 
-    def cut(which: int, steps: int) -> tuple[Request, Answer]:
+    def cut(which: int, steps: int) -> tuple[PreparedRequest, Answer]:
         return dataclasses.replace(lasting[which], max_steps=steps), (answers[which][0][:, :steps], "length")
 
     first = [cut(0, 2), cut(1, 3), cut(1, 2), (lasting[0], answers[0])]
@@ -428,8 +431,8 @@ def test_second_rows_grow_shrink_and_move(tied: Family) -> None:
     assert {(4, 1), (1, 4)} <= set(pairwise(pairs))
 
 
-def request_of(config: ModelConfig, **settings: Any) -> Request:
-    return Request(text_prompt(Task.T1T2, [1, 2], Vocab(config.vocab)), **settings)
+def request_of(config: ModelConfig, **settings: Any) -> PreparedRequest:
+    return PreparedRequest(text_prompt(Task.T1T2, [1, 2], Vocab(config.vocab)), **settings)
 
 
 @pytest.mark.parametrize(
@@ -474,9 +477,9 @@ def test_a_setting_of_another_type_is_named(setting: str, value: Any) -> None:
 def test_speech_exactly_when_the_task_hears() -> None:
     v = Vocab(small_config().vocab)
     with pytest.raises(ConfigError, match="T1T2"):
-        Request(text_prompt(Task.T1T2, [1], v), np.zeros(320, np.float32))
+        PreparedRequest(text_prompt(Task.T1T2, [1], v), np.zeros(320, np.float32))
     with pytest.raises(ConfigError, match="A1T2"):
-        Request(Prompt(Task.A1T2, np.zeros((8, 5), np.int32), 2))
+        PreparedRequest(Prompt(Task.A1T2, np.zeros((8, 5), np.int32), 2))
 
 
 def test_limits_and_cache_lengths() -> None:
@@ -498,7 +501,7 @@ def test_a_request_that_does_not_fit_is_refused_at_the_door(tied: Family) -> Non
         engine.submit(0, request_of(tied.programs.config))
     v = Vocab(tied.programs.config.vocab)
     with pytest.raises(ConfigError, match=r"65 positions.*context of 64"):
-        engine.submit(0, Request(text_prompt(Task.T1T2, [1] * 62, v)))
+        engine.submit(0, PreparedRequest(text_prompt(Task.T1T2, [1] * 62, v)))
     assert not engine.busy
 
 

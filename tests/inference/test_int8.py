@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from omni_jax.config import ModelConfig
-from omni_jax.inference.decode import Programs, in_int8
-from omni_jax.inference.engine import Engine, Request
+from omni_jax.config.model import ModelConfig
+from omni_jax.inference.engine import Engine, PreparedRequest
+from omni_jax.inference.runner import ModelRunner, quantize_weights
 from omni_jax.model.layers import Int8, linear
-from omni_jax.prompts import Task
-from tests.builders import quick_compile
-from tests.inference.slow_decoder import random_model, random_request, small_config
+from omni_jax.tasks import Task
+from tests.inference.reference_decoder import random_model, random_request, small_config
+from tests.models import quick_compile
 
 RANDOM = np.random.default_rng(0)
 
@@ -54,8 +54,8 @@ def test_products_and_rows_are_those_of_what_is_meant(rows: int) -> None:
     assert table[...] is table
 
 
-def said(programs: Programs, config: ModelConfig, requests: list[Request]) -> list[Any]:
-    engine = Engine(programs, 2, max(request.cache_length(config.trunk.context) for request in requests))
+def said(programs: ModelRunner, config: ModelConfig, requests: list[PreparedRequest]) -> list[Any]:
+    engine = Engine(programs, 2, max(request.cache_length(config.trunk.max_position) for request in requests))
     for key, request in enumerate(requests):
         engine.submit(key, request)
     tokens: dict[int, list[np.ndarray]] = {key: [] for key in range(len(requests))}
@@ -72,11 +72,13 @@ def said(programs: Programs, config: ModelConfig, requests: list[Request]) -> li
 )
 def test_decoding(shape: dict[str, Any], stacked: bool) -> None:
     config = small_config(**shape)
-    rounded, floats = (Programs(random_model(config, stacked=stacked), int8=int8) for int8 in (True, False))
+    rounded, floats = (ModelRunner(random_model(config, stacked=stacked), int8=int8) for int8 in (True, False))
     flat = traverse_util.flatten_dict(rounded.weights)
     eight = {keys[-1] for keys, leaf in flat.items() if isinstance(leaf, Int8)}
     assert eight >= {"q", "k", "v", "out", "gate", "up", "down", "text", "audio"}
-    assert {keys[0] for keys, leaf in flat.items() if isinstance(leaf, Int8)}.isdisjoint({"ear", "adapter", "norm"})
+    assert {keys[0] for keys, leaf in flat.items() if isinstance(leaf, Int8)}.isdisjoint(
+        {"audio_encoder", "adapter", "norm"}
+    )
     floats.weights = traverse_util.unflatten_dict(
         {keys: jnp.asarray(meant(leaf)) if isinstance(leaf, Int8) else leaf for keys, leaf in flat.items()}
     )
@@ -90,7 +92,7 @@ def test_they_are_half_as_large_as_bfloat16() -> None:
         "trunk": {"layers": {"mlp": {"up": jnp.ones((4, 256, 128), jnp.bfloat16)}}},
         "norm": {"scale": jnp.ones(9)},
     }
-    rounded = in_int8(weights)
+    rounded = quantize_weights(weights)
     assert rounded["norm"]["scale"] is weights["norm"]["scale"]
     up = rounded["trunk"]["layers"]["mlp"]["up"]
     assert up.scale.shape == (4, 256)

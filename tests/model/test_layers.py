@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from omni_jax.config import RopeScaling, TrunkConfig
+from omni_jax.config.model import RopeScaling, TrunkConfig
 from omni_jax.model.layers import (
     MOST_DECODE_ROWS,
     Attention,
@@ -29,7 +29,7 @@ from omni_jax.model.layers import (
     traced_for,
 )
 from omni_jax.sharding import make_mesh
-from tests.model.randomised import randomised
+from tests.model.randomized import randomized
 
 RANDOM = np.random.default_rng(0)
 
@@ -67,7 +67,7 @@ def test_rope_frequencies_literal() -> None:
 
 def test_llama3_scaling_literal() -> None:
     """Turns within the original context of 2 pi * 100: 100, 10, 1, 0.1; kept above 20, stretched below 5."""
-    scaling = RopeScaling(factor=4, low_freq_factor=5, high_freq_factor=20, original_context=round(200 * math.pi))
+    scaling = RopeScaling(factor=4, low_freq_factor=5, high_freq_factor=20, original_max_position=round(200 * math.pi))
     turns = round(200 * math.pi) / (2 * math.pi) * np.array([1.0, 0.1, 0.01, 0.001])
     kept = (turns[1] - 5) / 15
     expected = [1.0, 0.1 * kept + 0.1 / 4 * (1 - kept), 0.01 / 4, 0.001 / 4]
@@ -75,12 +75,12 @@ def test_llama3_scaling_literal() -> None:
 
 
 def test_rope_and_rotation_literal() -> None:
-    config = TrunkConfig(head_size=4, rope_theta=100.0)
+    config = TrunkConfig(head_dim=4, rope_theta=100.0)
     cos, sin = rope(jnp.array([[0, 3]]), config)
     assert cos.shape == sin.shape == (1, 2, 1, 2)
     x = jnp.array([[[[1.0, 2.0, 3.0, 4.0]], [[1.0, 2.0, 3.0, 4.0]]]])
     turned = rotate(x, cos, sin)
-    # Halves, not neighbours: (1, 3) turn by 3 radians, (2, 4) by 0.3.
+    # Halves, not neighbors: (1, 3) turn by 3 radians, (2, 4) by 0.3.
     pairs = [
         complex(1, 3) * complex(math.cos(3), math.sin(3)),
         complex(2, 4) * complex(math.cos(0.3), math.sin(0.3)),
@@ -225,7 +225,7 @@ def test_heads_side_by_side_in_a_cache_are_attended_to_as_if_apart(side_by_side:
 
 
 def test_gated_mlp() -> None:
-    mlp = randomised(lambda: GatedMLP(4, 7, 3, nnx.Rngs(0)))
+    mlp = randomized(lambda: GatedMLP(4, 7, 3, nnx.Rngs(0)))
     gate, up, down = (np.asarray(w[...]) for w in (mlp.gate, mlp.up, mlp.down))
     assert (gate.shape, up.shape, down.shape) == ((7, 4), (7, 4), (3, 7))
     x = normal(2, 5, 4)
@@ -234,8 +234,8 @@ def test_gated_mlp() -> None:
 
 
 def test_attention_projects_adds_biases_and_rotates() -> None:
-    config = TrunkConfig(width=8, heads=4, kv_heads=2, head_size=6, rope_theta=100.0)
-    layer = randomised(lambda: Attention(config, nnx.Rngs(0)))
+    config = TrunkConfig(hidden_size=8, num_heads=4, num_kv_heads=2, head_dim=6, rope_theta=100.0)
+    layer = randomized(lambda: Attention(config, nnx.Rngs(0)))
     x, positions = normal(2, 3, 8), jnp.array([[0, 1, 2], [5, 6, 9]])
     cos, sin = rope(positions, config)
     query, key, value = layer.project(x, cos, sin)
@@ -250,6 +250,6 @@ def test_attention_projects_adds_biases_and_rotates() -> None:
 
 
 def test_attention_without_biases_has_none() -> None:
-    config = TrunkConfig(width=8, heads=2, kv_heads=1, head_size=4, qkv_bias=False)
+    config = TrunkConfig(hidden_size=8, num_heads=2, num_kv_heads=1, head_dim=4, qkv_bias=False)
     layer = nnx.eval_shape(lambda: Attention(config, nnx.Rngs(0)))
     assert not any("bias" in "".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(layer)))

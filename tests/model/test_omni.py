@@ -12,13 +12,13 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from tests.model.test_trunk import fill, layer_weights, randomised_torch
 
-from omni_jax.config import AdapterConfig, EarConfig, ModelConfig
+from omni_jax.config.model import AdapterConfig, AudioEncoderConfig, ModelConfig
 from omni_jax.model.omni import Adapter, OmniModel
 from omni_jax.vocab import Vocab
-from tests.inference.slow_decoder import random_model, small_config
-from tests.model.randomised import randomised
-from tests.model.test_trunk import fill, layer_weights, randomised_torch
+from tests.inference.reference_decoder import random_model, small_config
+from tests.model.randomized import randomized
 
 
 def close(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:
@@ -61,7 +61,7 @@ def test_eight_embeddings_are_averaged() -> None:
 
 def test_speech_takes_the_place_of_the_audio_embeddings_alone() -> None:
     tokens = random_tokens(CONFIG, 2, 5)
-    speech = np.random.default_rng(1).normal(size=(2, 3, CONFIG.trunk.width)).astype(np.float32)
+    speech = np.random.default_rng(1).normal(size=(2, 3, CONFIG.trunk.hidden_size)).astype(np.float32)
     index = np.array([[-1, 0, 1, 2, -1], [-1, -1, 0, -1, -1]])
     heard = {(b, t): speech[b, index[b, t]] for b in range(2) for t in range(5) if index[b, t] >= 0}
     close(MODEL.embed_prompt(tokens, speech, index), averaged(MODEL, tokens, heard))
@@ -70,37 +70,39 @@ def test_speech_takes_the_place_of_the_audio_embeddings_alone() -> None:
 @pytest.mark.parametrize("kind", ["llamamlp", "mlp"])
 @pytest.mark.parametrize("stack", [1, 3])
 def test_adapters(kind: Any, stack: int) -> None:
-    config = dataclasses.replace(CONFIG, adapter=AdapterConfig(kind=kind, ffn=11, stack=stack))
-    adapter = randomised(lambda: Adapter(config, nnx.Rngs(0)))
-    x = np.random.default_rng(0).normal(size=(2, 7, CONFIG.ear.width)).astype(np.float32)
+    config = dataclasses.replace(CONFIG, adapter=AdapterConfig(kind=kind, intermediate_size=11, stack=stack))
+    adapter = randomized(lambda: Adapter(config, nnx.Rngs(0)))
+    x = np.random.default_rng(0).normal(size=(2, 7, CONFIG.audio_encoder.hidden_size)).astype(np.float32)
     places = -(-7 // stack)
-    joined = np.zeros((2, places, stack * CONFIG.ear.width), np.float32)
+    joined = np.zeros((2, places, stack * CONFIG.audio_encoder.hidden_size), np.float32)
     for b in range(2):
         for t in range(7):
-            start = t % stack * CONFIG.ear.width
-            joined[b, t // stack, start : start + CONFIG.ear.width] = x[b, t]
+            start = t % stack * CONFIG.audio_encoder.hidden_size
+            joined[b, t // stack, start : start + CONFIG.audio_encoder.hidden_size] = x[b, t]
     if kind == "mlp":
         expected = joined @ np.asarray(adapter.map.weight[...]).T + np.asarray(adapter.map.bias[...])
     else:
         gate, up, down = (np.asarray(w[...]) for w in (adapter.map.gate, adapter.map.up, adapter.map.down))
         gated = joined @ gate.T
         expected = (gated / (1 + np.exp(-gated)) * (joined @ up.T)) @ down.T
-    assert expected.shape == (2, places, CONFIG.trunk.width)
+    assert expected.shape == (2, places, CONFIG.trunk.hidden_size)
     close(adapter(x), expected, 1e-4)
 
 
 def test_hearing_is_log_mel_ear_and_adapter() -> None:
     config = dataclasses.replace(
-        CONFIG, ear=EarConfig(mels=8, width=16, layers=1, heads=2, ffn=20, positions=7), adapter=AdapterConfig(stack=2)
+        CONFIG,
+        audio_encoder=AudioEncoderConfig(num_mel_bins=8, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=20, max_position=7),
+        adapter=AdapterConfig(stack=2),
     )
     model = random_model(config)
-    sound = np.random.default_rng(0).normal(size=(2, config.ear.samples)).astype(np.float32)
+    sound = np.random.default_rng(0).normal(size=(2, config.audio_encoder.max_samples)).astype(np.float32)
     from omni_jax.audio.features import log_mel
 
-    assert config.ear.samples == 7 * 320
+    assert config.audio_encoder.max_samples == 7 * 320
     heard = model.hear(sound)
-    assert heard.shape == (2, 4, config.trunk.width)
-    close(heard, model.adapter(model.ear(log_mel(jnp.asarray(sound), 8))))
+    assert heard.shape == (2, 4, config.trunk.hidden_size)
+    close(heard, model.adapter(model.audio_encoder(log_mel(jnp.asarray(sound), 8))))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -112,12 +114,12 @@ def test_text_logits_equal_transformers(tied: bool, stacked: bool) -> None:
     trunk, vocab = config.trunk, Vocab(config.vocab)
     theirs = transformers.Qwen2Config(
         vocab_size=vocab.text_rows,
-        hidden_size=trunk.width,
-        num_hidden_layers=trunk.layers,
-        num_attention_heads=trunk.heads,
-        num_key_value_heads=trunk.kv_heads,
-        head_dim=trunk.head_size,
-        intermediate_size=trunk.ffn,
+        hidden_size=trunk.hidden_size,
+        num_hidden_layers=trunk.num_layers,
+        num_attention_heads=trunk.num_heads,
+        num_key_value_heads=trunk.num_kv_heads,
+        head_dim=trunk.head_dim,
+        intermediate_size=trunk.intermediate_size,
         rms_norm_eps=trunk.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": trunk.rope_theta},
         tie_word_embeddings=tied,
@@ -125,11 +127,11 @@ def test_text_logits_equal_transformers(tied: bool, stacked: bool) -> None:
     )
     reference = randomised_torch(transformers.Qwen2ForCausalLM(theirs))
     state = {name: value.numpy() for name, value in reference.state_dict().items()}
-    layers = [layer_weights(state, i, trunk) for i in range(trunk.layers)]
+    layers = [layer_weights(state, i, trunk) for i in range(trunk.num_layers)]
     if stacked:
-        fill(model.trunk.layers, {name: np.stack([layer[name] for layer in layers]) for name in layers[0]})
+        fill(model.trunk.num_layers, {name: np.stack([layer[name] for layer in layers]) for name in layers[0]})
     else:
-        for block, weights in zip(model.trunk.layers, layers, strict=True):
+        for block, weights in zip(model.trunk.num_layers, layers, strict=True):
             fill(block, weights)
     model.norm.scale.set_value(jnp.asarray(state["model.norm.weight"]))
     model.embed.text.set_value(jnp.asarray(state["model.embed_tokens.weight"]))
@@ -198,7 +200,7 @@ def test_logits_are_float32_whatever_the_model_computes_in() -> None:
 
         tokens = jax.ShapeDtypeStruct((2, 8, 12), jnp.int32)
         positions = jax.ShapeDtypeStruct((2, 12), jnp.int32)
-        sound = jax.ShapeDtypeStruct((2, config.ear.samples), jnp.float32)
+        sound = jax.ShapeDtypeStruct((2, config.audio_encoder.max_samples), jnp.float32)
         hidden, text, audio, cache = jax.eval_shape(run, state, tokens, positions, sound)
         assert hidden.dtype == jnp.bfloat16
         assert text.dtype == audio.dtype == jnp.float32
@@ -210,7 +212,7 @@ def test_logits_are_float32_whatever_the_model_computes_in() -> None:
 @pytest.mark.parametrize("rows", [2, 100])
 def test_logits_keep_what_bfloat16_would_round_away(rows: int) -> None:
     """Rows few and many, which take different products."""
-    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(rows, CONFIG.trunk.width)), jnp.bfloat16)
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(rows, CONFIG.trunk.hidden_size)), jnp.bfloat16)
     text, audio = (
         np.asarray(table.astype(jnp.bfloat16), np.float32) for table in (MODEL.embed.text[...], MODEL.embed.audio[...])
     )
@@ -224,7 +226,7 @@ def test_packed_examples_equal_the_examples_alone() -> None:
     config = small_config(tts_adapter_layers=1)
     model = random_model(config)
     random = np.random.default_rng(0)
-    D = config.trunk.width
+    D = config.trunk.hidden_size
     parts = [(random_tokens(config, 1, n, seed=n), random.normal(size=(1, 4, D)).astype(np.float32)) for n in (9, 6)]
     heard = [3, 4]
     T = 20

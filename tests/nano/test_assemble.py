@@ -11,23 +11,26 @@ from flax import nnx
 
 from nano import assemble, run
 from nano import codec as codecs
-from omni_jax import checkpoint
-from omni_jax.checkpoint import open_release, parameter_shapes
+from omni_jax.checkpoint import release as checkpoint
+from omni_jax.checkpoint.release import open_release, parameter_shapes
+from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile, write_safetensors
 from omni_jax.codec.snac import Snac
-from omni_jax.config import PRESETS
-from omni_jax.tensorfile import CheckpointError, LazyTensor, TensorFile, write
-from tests.builders import tokenizer_files
+from omni_jax.config.model import PRESETS
+from omni_jax.errors import CheckpointError
+from tests.models import tokenizer_files
 
 TINY = PRESETS["tiny"]
 
 
 @pytest.fixture
 def ear(tmp_path: Path) -> Path:
-    """As nano.ear writes it: float16."""
+    """As nano.audio_encoder writes it: float16."""
     rng = np.random.default_rng(0)
-    shapes = {name: shape for name, shape in parameter_shapes(TINY).items() if name.startswith("ear.")}
-    path = tmp_path / "ear.safetensors"
-    write(path, {name: LazyTensor.of(rng.normal(size=shape).astype(np.float16)) for name, shape in shapes.items()})
+    shapes = {name: shape for name, shape in parameter_shapes(TINY).items() if name.startswith("audio_encoder.")}
+    path = tmp_path / "audio_encoder.safetensors"
+    write_safetensors(
+        path, {name: LazyTensor.of(rng.normal(size=shape).astype(np.float16)) for name, shape in shapes.items()}
+    )
     return path
 
 
@@ -54,9 +57,9 @@ def test_every_part_comes_from_where_it_was_taught(ear: Path, codec: Path, tmp_p
         assert tensor.dtype == np.float32, name
         same = np.array_equal(tensor, before[name].astype(np.float16))
         # Norms and biases are drawn alike by every seed.
-        assert same == (name.startswith(("embed.", "trunk.", "norm.")) or (tensor.ndim == 1 and "ear." not in name)), (
-            name
-        )
+        assert same == (
+            name.startswith(("embed.", "trunk.", "norm.")) or (tensor.ndim == 1 and "audio_encoder." not in name)
+        ), name
     heard = open_release(tmp_path / "start").load_codec()
     expected = codecs.read(codec, TINY.codec)
     jax.tree.map(np.testing.assert_array_equal, heard.params(), expected.params())
@@ -66,7 +69,7 @@ def test_every_part_comes_from_where_it_was_taught(ear: Path, codec: Path, tmp_p
 def test_a_part_of_another_shape_is_refused(ear: Path, codec: Path, tmp_path: Path):
     files = tokenizer_files(tmp_path)
     assemble.untaught(tmp_path / "untaught", files, preset="tiny")
-    write(ear, {"ear.conv1.kernel": LazyTensor.of(np.zeros((3, 3), np.float16))})
+    write_safetensors(ear, {"audio_encoder.conv1.kernel": LazyTensor.of(np.zeros((3, 3), np.float16))})
     trunk = tmp_path / "trunk.safetensors"
     assemble.keep_trunk(open_release(tmp_path / "untaught"), trunk)
     with pytest.raises(CheckpointError, match=r"ear\.conv1\.kernel: expected .* found \(3, 3\)"):
@@ -106,7 +109,7 @@ def test_what_is_shipped_is_in_eight_bits_and_small(tmp_path: Path, monkeypatch:
     assert {file.name for file in files} == set(checkpoint.FILES)
     shipped = open_release(tmp_path / "packaged")
     assert shipped.fingerprint() != taught.fingerprint()
-    matrix = TensorFile(shipped.folder / checkpoint.MODEL).read("embed.text")
+    matrix = SafetensorsFile(shipped.folder / checkpoint.MODEL).read("embed.text")
     assert max(len(np.unique(row)) for row in matrix) <= 255
     # Again, over what is there.
     assert assemble.package(taught, tmp_path / "packaged") == size

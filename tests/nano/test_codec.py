@@ -15,7 +15,7 @@ from flax import nnx
 from nano import codec as codecs
 from nano import run
 from omni_jax.codec.snac import Snac
-from omni_jax.config import CodecConfig
+from omni_jax.config.model import CodecConfig
 
 TINY = CodecConfig(
     encoder_dim=8, encoder_rates=(32, 16), decoder_dim=16, decoder_rates=(16, 32), codebook_size=16, noise=False
@@ -83,7 +83,7 @@ def test_distance_is_zero_for_the_same_and_grows_with_noise():
 
 
 def test_magnitude_of_a_sine():
-    # Amplitude 1 at the centre of bin 32: half of it in that bin, a quarter in its neighbours under a Hann window.
+    # Amplitude 1 at the center of bin 32: half of it in that bin, a quarter in its neighbors under a Hann window.
     time = np.arange(4096)
     levels = np.asarray(codecs._magnitudes(jnp.asarray(np.sin(2 * np.pi * time * 32 / 512))[None], 512))
     np.testing.assert_allclose(levels[0, 10, 31:34], [0.25, 0.5, 0.25], atol=1e-3)

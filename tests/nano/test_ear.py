@@ -12,11 +12,12 @@ import soundfile
 
 from nano import ear as ears
 from nano import run
-from omni_jax.checkpoint import parameter_shapes
-from omni_jax.config import EarConfig, ModelConfig
-from omni_jax.tensorfile import CheckpointError, TensorFile
+from omni_jax.checkpoint.release import parameter_shapes
+from omni_jax.checkpoint.safetensors_io import SafetensorsFile
+from omni_jax.config.model import AudioEncoderConfig, ModelConfig
+from omni_jax.errors import CheckpointError
 
-TINY = EarConfig(mels=16, width=16, layers=1, heads=2, ffn=32, positions=40)
+TINY = AudioEncoderConfig(num_mel_bins=16, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, max_position=40)
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_letters_and_back():
     # A blank between two of the same letter keeps both.
     a, b = ears.LETTERS.index("a") + 1, ears.LETTERS.index("b") + 1
     path = np.array([[0, a, a, 0, a, b, b, 0]])
-    assert ears.written(np.eye(len(ears.LETTERS) + 1)[path]) == ["aab"]
+    assert ears.decode_text(np.eye(len(ears.LETTERS) + 1)[path]) == ["aab"]
 
 
 @pytest.mark.parametrize("text", ["a" * (ears.LONGEST_TEXT + 1), "3"])
@@ -91,16 +92,16 @@ def test_letters_are_spread_evenly_over_what_is_said():
 
 def test_heads_begin_by_looking_beside_themselves():
     """The attention of every head peaks at its offset, amid what is heard."""
-    from omni_jax.model.whisper import sinusoids
+    from omni_jax.model.whisper_encoder import sinusoids
 
     config = ears.CONFIG
     params = ears.Trainer(config, 10, 0).start().params
-    block = params["ear"]["layers"][0]
-    heard = 0.3 * np.asarray(jax.random.normal(jax.random.key(1), (60, config.width)))
-    x = np.asarray(sinusoids(60, config.width)) + heard
+    block = params["audio_encoder"]["layers"][0]
+    heard = 0.3 * np.asarray(jax.random.normal(jax.random.key(1), (60, config.hidden_size)))
+    x = np.asarray(sinusoids(60, config.hidden_size)) + heard
     x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
     q, k = (np.einsum("td,dnh->nth", x, np.asarray(block[name]["kernel"])) for name in "qk")
-    scores = np.einsum("nth,nsh->nts", q, k) / np.sqrt(config.width // config.heads)
+    scores = np.einsum("nth,nsh->nts", q, k) / np.sqrt(config.hidden_size // config.num_heads)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     middle = np.arange(10, 50)
@@ -136,27 +137,30 @@ def test_training_learns_resumes_and_exports(voices: Path, tmp_path: Path, monke
     whole, parts = ((tmp_path / name / run.STATE).read_bytes() for name in ("whole", "parts"))
     assert whole == parts
 
-    named = {name: tensor.shape for name, tensor in TensorFile(tmp_path / "whole" / "ear.safetensors").tensors.items()}
-    release = parameter_shapes(ModelConfig(ear=TINY))
-    assert named == {name: shape for name, shape in release.items() if name.startswith("ear.")}
+    named = {
+        name: tensor.shape
+        for name, tensor in SafetensorsFile(tmp_path / "whole" / "audio_encoder.safetensors").tensors.items()
+    }
+    release = parameter_shapes(ModelConfig(audio_encoder=TINY))
+    assert named == {name: shape for name, shape in release.items() if name.startswith("audio_encoder.")}
 
 
 def test_an_ear_taught_before_is_taught_further(tmp_path: Path):
     before, after = ears.Trainer(TINY, 10, 0).start(), ears.Trainer(TINY, 10, 1).start()
-    run.export(tmp_path / "ear.safetensors", {"ear": before.params["ear"]})
-    begun = ears.begin_with(after, tmp_path / "ear.safetensors")
+    run.export(tmp_path / "audio_encoder.safetensors", {"audio_encoder": before.params["audio_encoder"]})
+    begun = ears.begin_with(after, tmp_path / "audio_encoder.safetensors")
     for params in (begun.params, begun.average):
         jax.tree.map(
             lambda new, old: np.testing.assert_array_equal(new, np.asarray(old, np.float16)),
-            params["ear"],
-            before.params["ear"],
+            params["audio_encoder"],
+            before.params["audio_encoder"],
         )
         jax.tree.map(np.testing.assert_array_equal, params["head"], after.params["head"])
-    trainers = (ears.Trainer(TINY, 10, 0, hears=hears) for hears in (False, True))
+    trainers = (ears.Trainer(TINY, 10, 0, takes_audio=takes_audio) for takes_audio in (False, True))
     first, further = (max(float(trainer.rate(step)) for step in range(10)) for trainer in trainers)
     assert further == pytest.approx(first / 2), "it is taught gently"
     with pytest.raises(CheckpointError, match="another ear"):
-        ears.begin_with(ears.Trainer(ears.CONFIG, 10, 0).start(), tmp_path / "ear.safetensors")
+        ears.begin_with(ears.Trainer(ears.CONFIG, 10, 0).start(), tmp_path / "audio_encoder.safetensors")
 
 
 def test_parameters_listen_for_any_length():

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from nano import evaluate, listen
 from omni_jax import Omni
-from omni_jax.api import UntrainedWarning
-from omni_jax.config import PRESETS
-from omni_jax.data.records import Exchange, Writer
+from omni_jax.config.model import PRESETS
+from omni_jax.data.records import Exchange, RecordWriter
+from omni_jax.errors import UntrainedWarning
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def omni() -> Omni:
 def records(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     for name in ("held_out_seen", "read_held_out"):
-        with Writer(tmp_path / name) as writer:
+        with RecordWriter(tmp_path / name) as writer:
             for number in range(3):
                 sound = None if name.startswith("read") else rng.integers(-5000, 5000, 8000).astype(np.int16)
                 question = "" if sound is None else f"Number {number}?"
@@ -50,8 +50,8 @@ def test_a_task_is_asked_and_its_sound_kept(omni: Omni, records: Path, tmp_path:
     assert entries[0]["held_out"] == "pair"
 
 
-def entry(expected: str, written: str, kind: str = "sum", held_out: str = "pair") -> dict[str, object]:
-    return {"kind": kind, "held_out": held_out, "question": "?", "expected": expected, "written": written}
+def entry(expected: str, decode_text: str, kind: str = "sum", held_out: str = "pair") -> dict[str, object]:
+    return {"kind": kind, "held_out": held_out, "question": "?", "expected": expected, "written": decode_text}
 
 
 def test_scores_are_counted_by_what_was_held_out():

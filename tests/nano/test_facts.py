@@ -139,7 +139,7 @@ def test_neighbours_are_one_apart(train: list[Item], held_out: list[Item]):
 def test_a_question_has_one_answer(train: list[Item], held_out: list[Item]):
     answers: dict[str, set[str]] = defaultdict(set)
     for item in train + held_out:
-        answers[facts.normalise(item.question)].add(item.answer)
+        answers[facts.normalize(item.question)].add(item.answer)
     assert {question: found for question, found in answers.items() if len(found) > 1} == {}
 
 
@@ -150,8 +150,8 @@ def test_answers_are_short_sentences(train: list[Item], held_out: list[Item]):
 
 
 def test_held_out_is_never_trained_on(train: list[Item], held_out: list[Item]):
-    trained = {facts.normalise(item.question) for item in train}
-    assert not trained & {facts.normalise(item.question) for item in held_out}
+    trained = {facts.normalize(item.question) for item in train}
+    assert not trained & {facts.normalize(item.question) for item in held_out}
     assert all(not item.held_out for item in train)
     assert {item.held_out for item in held_out} == {"pair", "phrasing", "both"}
 
@@ -186,8 +186,8 @@ def test_a_fifth_of_the_phrasings_is_held_out_but_never_the_plainest():
 
 
 def test_held_out_questions_use_known_words(train: list[Item], held_out: list[Item]):
-    known = {word for item in train for word in facts.normalise(item.question).split()}
-    assert {word for item in held_out for word in facts.normalise(item.question).split()} <= known
+    known = {word for item in train for word in facts.normalize(item.question).split()}
+    assert {word for item in held_out for word in facts.normalize(item.question).split()} <= known
     assert len(known) < 700
 
 
@@ -211,12 +211,12 @@ def test_further_phrasings_are_others_and_ask_for_nothing_held_out(train: list[I
     further = facts.questions("train", further=True)
     assert further != train
     assert {item.question for item in train} < {item.question for item in further}
-    secret = {facts.normalise(item.question) for item in held_out}
-    assert not {facts.normalise(item.question) for item in further} & secret
+    secret = {facts.normalize(item.question) for item in held_out}
+    assert not {facts.normalize(item.question) for item in further} & secret
     assert {item.fact for item in further} == {item.fact for item in train}
     answers = defaultdict(set)
     for item in further:
-        answers[facts.normalise(item.question)].add(item.answer)
+        answers[facts.normalize(item.question)].add(item.answer)
     assert all(len(found) == 1 for found in answers.values()), "no question has two answers"
     for kind in KINDS.values():
         assert len(kind.further_phrasings) >= 12
@@ -246,8 +246,8 @@ def test_sentences_are_new_and_in_known_words():
     assert not set(facts.sentences("train", 500, seed=5)) & set(held_out)
     asked = [text for kind in KINDS.values() for text in kind.phrasings]
     answered = [fact.answer for kind in KINDS.values() for fact in kind.facts]
-    known = {word for text in train + asked + answered for word in facts.normalise(text).split()}
-    assert {word for text in held_out for word in facts.normalise(text).split()} <= known
+    known = {word for text in train + asked + answered for word in facts.normalize(text).split()}
+    assert {word for text in held_out for word in facts.normalize(text).split()} <= known
     for text in train + held_out:
         assert re.fullmatch(r"[A-Z][A-Za-z' ,-]*[.?]", text), text
         assert not re.search(r"\b[Aa] [aeiou]", text), text
@@ -266,8 +266,8 @@ def test_free_sentences_have_many_forms_and_nothing_held_out():
         # Two of the patterns that are held out, also as parts of a sentence.
         assert not re.search(rf"\bthe ({adjective}) \w+ likes the ({adjective}) ", text, re.IGNORECASE), text
         assert not re.search(r"my favorite (cow|dog|cat|pig|sheep|lion|bear) is", text, re.IGNORECASE), text
-    # The words of those patterns have to be learnt elsewhere.
-    words = {word for text in free for word in facts.normalise(text).split()}
+    # The words of those patterns have to be learned elsewhere.
+    words = {word for text in free for word in facts.normalize(text).split()}
     assert {"likes", "my", "favorite", "above", "below", "do", "you", "know", "from", "live", "in"} <= words
     openings = {tuple(text.split()[:2]) for text in free}
     assert len(openings) > 1000, "no two dozen patterns"
@@ -276,12 +276,12 @@ def test_free_sentences_have_many_forms_and_nothing_held_out():
 def test_answer_like_sentences_say_often_what_answers_seldom_have():
     sentences = facts.free_sentences(6000, 0, "answer")
     assert len(set(sentences)) == 6000
-    said = Counter(word for text in sentences for word in facts.normalise(text).split())
+    said = Counter(word for text in sentences for word in facts.normalize(text).split())
     seldom = ("capital", "country", "opposite", "sound", "color")
-    answers = Counter(word for item in facts.sample("train", 6000, 0) for word in facts.normalise(item.answer).split())
+    answers = Counter(word for item in facts.sample("train", 6000, 0) for word in facts.normalize(item.answer).split())
     for kind in seldom:
         for fact in facts.KINDS[kind].facts:
-            for word in facts.normalise(fact.answer).split():
+            for word in facts.normalize(fact.answer).split():
                 assert said[word] >= 5, word
     assert said["brussels"] > 5 * answers["brussels"]
     assert any(re.fullmatch(r"The capital of [A-Z].* is [A-Z].*\.", text) for text in sentences)
@@ -289,14 +289,14 @@ def test_answer_like_sentences_say_often_what_answers_seldom_have():
 
 def test_named_sentences_say_the_name_in_many_places():
     sentences = facts.free_sentences(2000, 0, "named")
-    places = Counter(facts.normalise(text).split().index("nano") for text in sentences)
+    places = Counter(facts.normalize(text).split().index("nano") for text in sentences)
     assert len(set(sentences)) == 2000
     assert min(places[place] for place in range(6)) > 50
     assert "My name is Nano." not in sentences, "the answer is recorded anyway"
 
 
 def test_normalise():
-    assert facts.normalise("Forty-seven, isn't IT?  No.") == "forty seven isn't it no"
+    assert facts.normalize("Forty-seven, isn't IT?  No.") == "forty seven isn't it no"
 
 
 def test_the_command_writes_the_training_answers(tmp_path, capsys: pytest.CaptureFixture[str]):

@@ -1,4 +1,4 @@
-"""What is counted as an error of speech. The recogniser is a stand-in, the packages it comes in are made up."""
+"""What is counted as an error of speech. The recognizer is a stand-in, the packages it comes in are made up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from nano import codec as codecs
 from nano import listen
 from omni_jax.codec.snac import Snac
-from omni_jax.config import CodecConfig
+from omni_jax.config.model import CodecConfig
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ from omni_jax.config import CodecConfig
         (" ?! ", ""),
     ],
 )
-def test_text_as_it_is_said(written: str, said: str):
-    assert listen.spoken(written) == said
+def test_text_as_it_is_said(decode_text: str, said: str):
+    assert listen.spoken(decode_text) == said
 
 
 def test_every_number_is_as_nano_writes_it():

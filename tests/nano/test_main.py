@@ -11,7 +11,8 @@ import pytest
 import nano.__main__ as recipe
 from nano import records
 from nano.__main__ import Step
-from omni_jax.config import RunConfig, load
+from omni_jax.config.load import load_config
+from omni_jax.config.run import RunConfig
 
 
 @pytest.fixture
@@ -54,21 +55,21 @@ def test_kept_parts_are_used_unless_all_is_made_anew(
     parts.mkdir()
     folder.mkdir()
     monkeypatch.setattr(recipe, "PARTS", parts)
-    (parts / "ear.safetensors").write_bytes(b"kept")
+    (parts / "audio_encoder.safetensors").write_bytes(b"kept")
     (parts / "letters.txt").write_bytes(b"beside it")
-    done = folder / "ear.safetensors"
-    step = Step("ear", ("make", str(done)), done, ("ear.safetensors", "letters.txt"))
+    done = folder / "audio_encoder.safetensors"
+    step = Step("audio_encoder", ("make", str(done)), done, ("audio_encoder.safetensors", "letters.txt"))
     recipe.run(step, anew=False)
     assert done.read_bytes() == b"kept"
     assert (folder / "letters.txt").read_bytes() == b"beside it"
     # They may be replaced by better ones.
-    (parts / "ear.safetensors").write_bytes(b"newer")
+    (parts / "audio_encoder.safetensors").write_bytes(b"newer")
     recipe.run(step, anew=False)
     assert done.read_bytes() == b"newer"
     assert ran == []
     recipe.run(step, anew=True)
     assert len(ran) == 1
-    assert sorted(path.name for path in folder.iterdir()) == ["ear.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["audio_encoder.safetensors"]
     # What was taught here is no kept part, and neither replaced nor taught again.
     for anew in (False, True):
         recipe.run(step, anew=anew)
@@ -98,7 +99,7 @@ def test_every_step_begins_with_what_an_earlier_one_makes(tmp_path: Path):
     made = set()
     for step in recipe.STEPS:
         if step.command[0] == "train.py":
-            config = load(RunConfig, step.command[1])
+            config = load_config(RunConfig, step.command[1])
             assert str(step.done) == f"{config.out}/release", step.name
             assert config.start in made, step.name
             used = {source.path for source in (*config.data.sources, *config.data.held_out)}

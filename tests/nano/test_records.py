@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 
 from nano import facts, records, synthesize
 from nano.synthesize import SynthesisError, Utterance
-from omni_jax import checkpoint
+from omni_jax.checkpoint import release as checkpoint
 from omni_jax.codec.snac import Snac, make_encoder
-from omni_jax.config import CodecConfig
+from omni_jax.config.model import CodecConfig
 from omni_jax.data.records import INDEX, Exchange, Records, from_bytes
-from omni_jax.prompts import Task
+from omni_jax.tasks import Task
 
 TINY = CodecConfig(
     encoder_dim=8, encoder_rates=(16,), decoder_dim=8, decoder_rates=(16,), codebook_size=64, noise=False
@@ -179,7 +179,7 @@ def alone(codec: Snac) -> Callable[[np.ndarray], np.ndarray]:
     encode = make_encoder(codec)
 
     def run(audio: np.ndarray) -> np.ndarray:
-        padded = np.pad(audio.astype(np.float32) / 32768, (0, -len(audio) % codec.config.frame))
+        padded = np.pad(audio.astype(np.float32) / 32768, (0, -len(audio) % codec.config.frame_size))
         return np.asarray(encode(padded[None], lengths=np.array([len(audio)])))[0]
 
     return run
@@ -219,7 +219,7 @@ def test_every_folder_has_what_its_tasks_need(corpora: Path, codec: Snac, tmp_pa
             text = recording.utterance.text
             plain[text] = encode(recording.audio)
             for version, codes in enumerate(versions):
-                shift = zlib.crc32(text.encode(), version) % codec.config.frame
+                shift = zlib.crc32(text.encode(), version) % codec.config.frame_size
                 codes[text] = encode(np.pad(recording.audio, (shift, 0)))
     for other in (plain, versions[1]):
         changed = [not np.array_equal(versions[0][text], other[text]) for text in plain]
@@ -284,7 +284,7 @@ def test_what_is_there_is_not_made_again(corpora: Path, codec: Snac, tmp_path: P
     encode = alone(other)
     recording = next(synthesize.recordings(corpora, "answers/read_train"))
     after = exchanges(out / "read_train")
-    shift = zlib.crc32(recording.utterance.text.encode()) % other.config.frame
+    shift = zlib.crc32(recording.utterance.text.encode()) % other.config.frame_size
     np.testing.assert_array_equal(after[0].answer_codes, encode(np.pad(recording.audio, (shift, 0))))
     assert not np.array_equal(after[0].answer_codes, before["read_train"][0].answer_codes)
 

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from nano import rounding
-from omni_jax import checkpoint
-from omni_jax.config import PRESETS
-from omni_jax.inference.decode import in_int8
+from omni_jax.checkpoint import release as checkpoint
+from omni_jax.config.model import PRESETS
+from omni_jax.inference.runner import quantize_weights
 
 B, T, CLIPS = 2, 6, 2
 
@@ -34,7 +34,7 @@ def batch() -> dict[str, np.ndarray]:
         "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
         "segments": np.ones((B, T), np.int32),
         "speech_index": np.full((B, T), -1, np.int32),
-        "sound": np.zeros((B, CLIPS, PRESETS["tiny"].ear.samples), np.int16),
+        "sound": np.zeros((B, CLIPS, PRESETS["tiny"].audio_encoder.max_samples), np.int16),
     }
 
 
@@ -52,7 +52,7 @@ def test_the_same_weights_say_the_same(model: Any, batch: dict[str, np.ndarray])
 def test_divergence_and_difference_are_those_of_the_logits(model: Any, batch: dict[str, np.ndarray]):
     graph, state = nnx.split(model)
     weights = nnx.to_pure_dict(state)
-    rounded = in_int8(weights)
+    rounded = quantize_weights(weights)
     found = rounding.compare(graph, weights, rounded, batch)
 
     divergence, difference, loss = np.zeros(8), np.zeros(8), np.zeros(8)
@@ -83,8 +83,8 @@ def test_tables_say_what_was_found():
     # Nothing is written in this task, so the text head has no row.
     assert lines[2:] == ["| T1A1 | audio | 7 | 1.0000 | 1.0000 | 1.00000 | 100.00% | 100.00% |"]
 
-    def entries(*written: str) -> list[dict[str, str]]:
-        return [{"written": text, "expected": "four", "kind": "sum", "held_out": "pair"} for text in written]
+    def entries(*decode_text: str) -> list[dict[str, str]]:
+        return [{"written": text, "expected": "four", "kind": "sum", "held_out": "pair"} for text in decode_text]
 
     lines = rounding.answers_table({"A": entries("four", "four")}, {"A": entries("four", "five")})
     assert lines[2:] == ["| A | 2 | 100.0% | 50.0% | 50.0% |"]

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from nano import run
-from omni_jax.tensorfile import CheckpointError
+from omni_jax.errors import CheckpointError
 
 
 class State(NamedTuple):
@@ -79,11 +79,11 @@ def learn(out: Path, steps: int, seed: int, stop_at: int | None = None) -> Count
         return Counter(state.step + 1, state.total + number), {"number": jnp.asarray(number)}
 
     start = Counter(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-    return run.learn(
+    return run.trainable(
         *(out, start, steps, {"seed": seed}, step),
         lambda state, done: {"total": float(state.total)},
         ["number"],
-        log_every=4,
+        log_interval_steps=4,
         validate_every=6,
         save_seconds=0,
     )

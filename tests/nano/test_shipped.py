@@ -11,8 +11,8 @@ import pytest
 
 from nano import ship
 from omni_jax import Omni
-from omni_jax.checkpoint import open_release
-from omni_jax.config import SHIPPED
+from omni_jax.checkpoint.release import open_release
+from omni_jax.config.model import SHIPPED_RELEASES
 from omni_jax.convert.release import export_mini_omni, import_mini_omni
 
 SHIPPED_ANSWERS = json.loads(Path(__file__).with_name("shipped.json").read_text(encoding="utf-8"))
@@ -27,7 +27,7 @@ def test_it_is_the_default_taught_and_small() -> None:
     omni = Omni.load()
     assert omni.trained
     assert omni.config == open_release("nano").config
-    assert sum(file.stat().st_size for file in SHIPPED["nano"].iterdir()) < 16e6
+    assert sum(file.stat().st_size for file in SHIPPED_RELEASES["nano"].iterdir()) < 16e6
 
 
 @pytest.mark.parametrize("shipped", SHIPPED_ANSWERS, ids=lambda shipped: "-".join(map(str, shipped["ask"].values())))

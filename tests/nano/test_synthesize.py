@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from nano import facts, synthesize
 from nano.records import READ
 from nano.synthesize import Sizes, SynthesisError, Utterance, make_shard, recordings
-from omni_jax.data import speech
+from omni_jax.data import synthesizers
 
 TRAINING = (
     *("questions/train", "questions/more", "questions/phrased", "questions/recorded"),
@@ -50,7 +50,7 @@ class Speaker:
 
     def speak(self, text: str, voice: str, speed: float = 1.0, pitch: float = 0.0) -> tuple[np.ndarray, int]:
         if text == self.fails_at:
-            raise speech.SpeechError("out of breath")
+            raise synthesizers.SpeechError("out of breath")
         self.spoken.append(text)
         seconds = 10.0 if text == "slow" else 0.1 * len(text)
         time = np.arange(round(seconds * RATE)) / RATE
@@ -81,7 +81,7 @@ def owned(*texts: str) -> list[Utterance]:
 
 
 def texts(utterances: list[Utterance]) -> set[str]:
-    return {facts.normalise(utterance.text) for utterance in utterances}
+    return {facts.normalize(utterance.text) for utterance in utterances}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -117,7 +117,7 @@ def test_plan_has_as_many_as_wanted(plan: dict[str, list[Utterance]]):
     }
     assert held_out > 100
     answers = {item.answer for item in facts.questions("train")}
-    assert texts(plan["answers/train"] + plan["answers/more"]) == {facts.normalise(answer) for answer in answers}
+    assert texts(plan["answers/train"] + plan["answers/more"]) == {facts.normalize(answer) for answer in answers}
     assert more == len(answers) - 6000
     assert not texts(plan["answers/read_more"]) & texts(plan["answers/read_train"])
     free = [*plan["answers/read_free"], *plan["questions/dictation_free"]]
@@ -160,7 +160,7 @@ def test_unseen_voices_are_never_heard_in_training(plan: dict[str, list[Utteranc
 
 def test_nothing_held_out_is_said_in_training(plan: dict[str, list[Utterance]]):
     training = set().union(*(texts(plan[part]) for part in TRAINING))
-    held_out = {facts.normalise(item.question) for item in facts.questions("held_out")}
+    held_out = {facts.normalize(item.question) for item in facts.questions("held_out")}
     assert not training & held_out
     for part in (*SEEN, *UNSEEN, "answers/held_out", "answers/read_held_out"):
         assert not training & texts(plan[part]), part
@@ -170,7 +170,7 @@ def test_nothing_held_out_is_said_in_training(plan: dict[str, list[Utterance]]):
     assert {utterance.held_out for part in TRAINING for utterance in plan[part]} == {""}
     # Nor is what only a held-out pair of numbers is the answer to.
     known = {item.answer for item in facts.questions("train")}
-    secret = {facts.normalise(item.answer) for item in facts.questions("held_out") if item.answer not in known}
+    secret = {facts.normalize(item.answer) for item in facts.questions("held_out") if item.answer not in known}
     assert len(secret) > 100
     assert not training & secret
 
@@ -192,8 +192,8 @@ def test_every_question_has_its_answer_spoken(plan: dict[str, list[Utterance]]):
 
 
 def test_further_phrasings_are_said_by_voices_further_from_themselves(plan: dict[str, list[Utterance]]):
-    further = {facts.normalise(item.question) for item in facts.questions("train", further=True)}
-    others = {facts.normalise(item.question) for item in facts.questions("train")}
+    further = {facts.normalize(item.question) for item in facts.questions("train", further=True)}
+    others = {facts.normalize(item.question) for item in facts.questions("train")}
     assert texts(plan["questions/phrased"]) <= further
     # Here and there two kinds share a phrasing.
     assert len(texts(plan["questions/phrased"]) & others) < 240
@@ -220,10 +220,10 @@ def test_voices_made_from_recordings(plan: dict[str, list[Utterance]]):
             assert 0.95 * synthesize.WIDER_PITCH[name] < most <= synthesize.WIDER_PITCH[name]
     assert sum(share.values()) == len(sentences)
     # In the phrasings that are said by everybody, and in the further ones.
-    further = {facts.normalise(item.question) for item in facts.questions("train", further=True)}
-    others = {facts.normalise(item.question) for item in facts.questions("train")}
+    further = {facts.normalize(item.question) for item in facts.questions("train", further=True)}
+    others = {facts.normalize(item.question) for item in facts.questions("train")}
     assert texts(questions) <= further
-    known = sum(facts.normalise(utterance.text) in others for utterance in questions)
+    known = sum(facts.normalize(utterance.text) in others for utterance in questions)
     assert known / len(questions) == pytest.approx(0.5, abs=0.01)
 
 
@@ -244,8 +244,8 @@ def test_any_shard_is_like_all(plan: dict[str, list[Utterance]]):
 @pytest.mark.parametrize("name", ["espeak", "flite", "hibari", "pico"])
 def test_planned_voices_exist(name: str, plan: dict[str, list[Utterance]]):
     try:
-        known = set(speech.engine(name).voices())
-    except speech.SpeechError:
+        known = set(synthesizers.engine(name).voices())
+    except synthesizers.SpeechError:
         pytest.skip(f"{name} is not installed")
     assert {u.voice for utterances in plan.values() for u in utterances if u.engine == name} <= known
 
@@ -352,7 +352,7 @@ def test_a_shard_is_whole_or_not_there(tmp_path: Path, speaker: Speaker):
     (tmp_path / "answers").mkdir()
     path = tmp_path / "answers/train-00000"
     speaker.fails_at = "two"
-    with pytest.raises(speech.SpeechError, match="out of breath"):
+    with pytest.raises(synthesizers.SpeechError, match="out of breath"):
         make_shard(str(path), owned("one", "two"), 0)
     assert contents(tmp_path) == {}
     # As if stopped between the sound and the lines, of which the sound is of something else.
@@ -388,7 +388,7 @@ def test_synthesis_goes_on_where_it_was_stopped(tmp_path: Path, speaker: Speaker
     # Some now, then an error, then the rest.
     assert synthesize.synthesize(tmp_path / "pieces", PARTS, shards=1, workers=1) == ({"made": 2}, 3)
     speaker.fails_at = "five"
-    with pytest.raises(speech.SpeechError, match="out of breath"):
+    with pytest.raises(synthesizers.SpeechError, match="out of breath"):
         synthesize.synthesize(tmp_path / "pieces", PARTS, workers=1)
     speaker.fails_at, speaker.spoken = "", []
     outcome, left = synthesize.synthesize(tmp_path / "pieces", PARTS, workers=1)
@@ -442,7 +442,7 @@ def test_synthesis_in_processes_of_its_own(tmp_path: Path, monkeypatch: pytest.M
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     # Here, too, so that this process doesn't keep the stand-in.
-    monkeypatch.setattr(synthesize, "_engine", speech.engine)
+    monkeypatch.setattr(synthesize, "_engine", synthesizers.engine)
     part = {"questions/train": asked("one", "two")}
     assert synthesize.synthesize(tmp_path / "made", part, workers=1) == ({"made": 2}, 0)
     found = list(recordings(tmp_path / "made", "questions/train"))

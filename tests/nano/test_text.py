@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from nano import facts, text
-from omni_jax.checkpoint import TOKENIZER_FILES
+from omni_jax.checkpoint.release import TOKENIZER_FILES
 from omni_jax.data.records import INDEX, Exchange, Records, from_bytes
-from omni_jax.prompts import Task
+from omni_jax.tasks import Task
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def decode_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     text.write(folder, sentences=50, held_out=100)
     return folder
@@ -35,9 +35,9 @@ def test_a_tokenizer_can_write_anything_and_is_saved_as_a_release_has_it(tmp_pat
     assert all(file.is_file() for file in files)
 
 
-def test_every_question_is_in_one_folder_and_nothing_held_out_is_trained_on(written: Path):
-    training = {name: exchanges(written / name) for name in ("numbers", "products", "knowledge", "smalltalk")}
-    held_out = exchanges(written / "held_out")
+def test_every_question_is_in_one_folder_and_nothing_held_out_is_trained_on(decode_text: Path):
+    training = {name: exchanges(decode_text / name) for name in ("numbers", "products", "knowledge", "smalltalk")}
+    held_out = exchanges(decode_text / "held_out")
     everything = [exchange for found in training.values() for exchange in found]
     asked = {exchange.question_text: exchange.answer_text for exchange in everything}
     assert asked == {item.question: item.answer for item in facts.questions("train", further=True)}
@@ -60,8 +60,8 @@ def assert_nothing_held_out(found: list[Exchange], kind: str, **asked: str):
     assert not questions & {phrasing.format(**asked).lower() for phrasing in phrasings}
 
 
-def test_larger_products_have_both_orders_and_no_product_that_is_asked_for(written: Path):
-    larger = exchanges(written / "larger_products")
+def test_larger_products_have_both_orders_and_no_product_that_is_asked_for(decode_text: Path):
+    larger = exchanges(decode_text / "larger_products")
     answers = {exchange.answer_text for exchange in larger}
     assert "Seven times thirty is two hundred ten." in answers
     assert "Thirty times seven is two hundred ten." in answers
@@ -71,11 +71,11 @@ def test_larger_products_have_both_orders_and_no_product_that_is_asked_for(writt
     assert_nothing_held_out(larger, "product", a="seven", b="thirty")
 
 
-def test_further_counts_go_both_ways_and_ask_for_nothing_that_is_asked_for(written: Path):
-    larger = exchanges(written / "further_counts")
+def test_further_counts_go_both_ways_and_ask_for_nothing_that_is_asked_for(decode_text: Path):
+    larger = exchanges(decode_text / "further_counts")
     answers = {exchange.answer_text for exchange in larger}
     assert {"Forty, forty-one, forty-two.", "Forty-two, forty-one, forty.", "Seven, six.", "Zero, one."} <= answers
-    # From each of 101 numbers to its five neighbours on either side, but for those beyond the ends.
+    # From each of 101 numbers to its five neighbors on either side, but for those beyond the ends.
     neighbors = 2 * sum(101 - distance for distance in range(1, 6))
     asked = {item.answer for split in ("train", "held_out") for item in facts.questions(split, ["count"])}
     assert len(answers) == neighbors - len(asked)
@@ -83,16 +83,16 @@ def test_further_counts_go_both_ways_and_ask_for_nothing_that_is_asked_for(writt
     assert_nothing_held_out(larger, "count", a="forty", b="forty-two")
 
 
-def test_what_is_repeated_was_never_held_out(written: Path):
+def test_what_is_repeated_was_never_held_out(decode_text: Path):
     held_out = {item.question for item in facts.questions("held_out")} | set(facts.sentences("held_out", 300, 0))
-    repeated = exchanges(written / "repeat")
+    repeated = exchanges(decode_text / "repeat")
     for exchange in repeated:
         assert exchange.question_text.endswith(f": {exchange.answer_text}")
         assert exchange.answer_text not in held_out
     assert len({exchange.question_text.partition(":")[0] for exchange in repeated}) == len(text.REPEAT)
 
 
-def test_records_serve_text_only_and_are_written_once(written: Path):
+def test_records_serve_text_only_and_are_written_once(decode_text: Path):
     for name in (
         "numbers",
         "products",
@@ -103,9 +103,9 @@ def test_records_serve_text_only_and_are_written_once(written: Path):
         "repeat",
         "held_out",
     ):
-        records = Records(written / name)
+        records = Records(decode_text / name)
         assert [task for task in Task if records.count(task)] == [Task.T1T2]
-    assert text.write(written, sentences=50, held_out=100) == {}
+    assert text.write(decode_text, sentences=50, held_out=100) == {}
 
 
 def test_other_texts_are_written_anew_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

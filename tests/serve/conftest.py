@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 from omni_jax.api import Omni
-from omni_jax.audio import wav
+from omni_jax.audio import io as audio_io
 from omni_jax.serve.app import make_server
-from omni_jax.serve.service import Service, Settings
-from tests.builders import quick_compile
-from tests.inference.slow_decoder import small_omni
+from omni_jax.serve.sessions import Service, Settings
+from tests.inference.reference_decoder import small_omni
+from tests.models import quick_compile
 
 
 @dataclass
@@ -73,7 +73,7 @@ def eventually(true: Callable[[], bool]) -> None:
 def assert_same_sound(heard: np.ndarray, expected: np.ndarray | None) -> None:
     """16-bit samples that came over the network are an answer's, up to the rounding of a stream."""
     assert expected is not None
-    wanted = wav.to_pcm16(expected).astype(int)
+    wanted = audio_io.to_pcm16(expected).astype(int)
     assert heard.shape == wanted.shape
     assert np.abs(heard - wanted).max(initial=0) < 5
 
@@ -145,7 +145,7 @@ def sound() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def recording(sound: np.ndarray) -> bytes:
-    return wav.to_wav(sound, 16_000)
+    return audio_io.encode_wav(sound, 16_000)
 
 
 @pytest.fixture(scope="session")

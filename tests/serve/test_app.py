@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from omni_jax.api import Omni
-from omni_jax.audio import wav
+from omni_jax.audio import io as audio_io
 from omni_jax.inference.engine import Engine
-from omni_jax.serve.service import Conversation
+from omni_jax.serve.sessions import Conversation
 from tests.serve.conftest import Held, Running, eventually, running
 
 HELLO = {"model": "small", "messages": [{"role": "user", "content": "hello"}]}
@@ -74,7 +74,7 @@ def test_nothing_is_compiled_once_it_is_ready(
     ]
     requests += [
         server.omni.prepare({"audio": np.resize(sound, length), "sample_rate": 16_000, "task": task})
-        for length in (400, server.omni.config.ear.samples)
+        for length in (400, server.omni.config.audio_encoder.max_samples)
         for task in ("A1A2", "A1T1", "A1T2")
     ]
     jax.config.update("jax_log_compiles", True)
@@ -179,7 +179,7 @@ def test_recordings_that_are_too_long_are_not_even_decoded(omni: Omni, tmp_path:
         hours = base64.b64encode(buffer.getvalue()).decode()
         status, message = server.refused("/chat", {"audio": hours})
         assert (status, message) == (400, "recording: expected a recording of at most 0.10 s, found 1800.00 s")
-        long = base64.b64encode(wav.to_wav(np.ones(2000, np.float32) / 2, 16_000)).decode()
+        long = base64.b64encode(audio_io.encode_wav(np.ones(2000, np.float32) / 2, 16_000)).decode()
         assert "at most 0.10 s, found 0.12 s" in server.refused("/chat", {"audio": long})[1]
 
 

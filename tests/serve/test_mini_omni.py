@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from omni_jax.audio import wav
+from omni_jax.audio import io as audio_io
 from omni_jax.serve import sound as sounds
 from tests.serve.conftest import Running, assert_same_sound
 
@@ -46,7 +46,7 @@ def test_by_default_a_wav_that_every_player_reads(server: Running, recording: by
     assert rate == expected.sample_rate
     assert_same_sound(read, expected.audio)
     # Our own reader takes it too, though its header can't say how long it is.
-    assert len(wav.read(io.BytesIO(data), rate)) == len(expected.audio)
+    assert len(audio_io.read_audio(io.BytesIO(data), rate)) == len(expected.audio)
 
 
 def test_it_stops_where_it_is_told_to(server: Running, recording: bytes, spoken: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from omni_jax.api import Omni
-from omni_jax.audio import wav
+from omni_jax.audio import io as audio_io
 from tests.serve.conftest import Held, Running, assert_same_sound, eventually, running
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
@@ -31,7 +31,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     # What the microphone hears: a tone that rises and falls, over and over.
     moments = np.arange(48_000) / 16_000
     microphone = tmp_path_factory.mktemp("microphone") / "tone.wav"
-    wav.write(
+    audio_io.write_wav(
         microphone, (0.3 * np.sin(2 * np.pi * 300 * moments) * np.sin(2 * np.pi * moments)).astype(np.float32), 16_000
     )
     with sync_playwright() as playwright:
@@ -121,10 +121,10 @@ def test_hold_to_talk(page: Any, server: Running, hold: str) -> None:
 
 def test_a_recording_is_dropped(page: Any, server: Running, sound: np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / "question.wav"
-    wav.write(path, sound, 16_000)
+    audio_io.write_wav(path, sound, 16_000)
     page.set_input_files("#file", path)
     # 16 kHz, mono: the browser has nothing to change.
-    expected = server.omni.reply(wav.to_pcm16(sound), sample_rate=16_000)
+    expected = server.omni.reply(audio_io.to_pcm16(sound), sample_rate=16_000)
     assert_same_sound(played(page), expected.audio)
     assert page.text_content("#history .answered") == expected.text
     assert "question.wav" in page.text_content("#history .asked")

@@ -29,7 +29,7 @@ if __name__ == "__main__":
         name = "x".join(map(str, sizes))
         found |= {f"{name}/{key}": value for key, value in test_step.flat(whole).items()}
         found[f"{name}/loss"] = np.array([step["loss"] for step in metrics])
-    # A process's rows need not be neighbours.
+    # A process's rows need not be neighbors.
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4).T.reshape(8, 1, 1), sharding.AXES)
     share, shares = loop.row_share(mesh, jax.process_index())
     mine = {name: np.split(rows, shares)[share] for name, rows in test_step.batch().items()}

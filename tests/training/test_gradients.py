@@ -16,15 +16,15 @@ from flax import nnx
 from torch.nn import functional
 
 from omni_jax.audio.features import log_mel
-from omni_jax.checkpoint import model_tensors, parameter_shapes
-from omni_jax.config import ModelConfig
+from omni_jax.checkpoint.release import model_tensors, parameter_shapes
+from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
+from omni_jax.config.model import ModelConfig
 from omni_jax.convert import qwen2
 from omni_jax.model.omni import OmniModel
-from omni_jax.tensorfile import LazyTensor, Tensors
-from omni_jax.training.stages import divide, unite
+from omni_jax.training.stages import combine, partition
 from omni_jax.training.step import forward
-from omni_jax.vocab import LAYERS, TEXT, Vocab
-from tests import builders
+from omni_jax.vocab import NUM_CODEBOOKS, TEXT_STREAM, Vocab
+from tests import models
 from tests.training.test_step import CLIPS, LENGTH, ROWS, batch, run_config
 
 WEIGHTS = {"text": 1.5, "audio": (1.0, 0.5, 1.0, 1.0, 2.0, 1.0, 1.0), "chunk": 16, "z": 0.01}
@@ -39,28 +39,28 @@ def our_gradient(config: ModelConfig, arrays: dict) -> tuple[float, list[dict[st
         "audio_embedding",
         *(["tts_adapter"] * bool(config.tts_adapter_layers)),
     )
-    if not config.trunk.tied_head:
+    if not config.trunk.tie_word_embeddings:
         learn = (*learn, "text_head", "audio_head")
     run = run_config(learn=learn, loss=WEIGHTS, remat="full")
     graph, state = nnx.split(OmniModel(config, stacked=True, dtype=jnp.float32, rngs=nnx.Rngs(1)))
     # Norms and biases that are not what they begin as.
     rng = np.random.default_rng(2)
     params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), nnx.to_pure_dict(state))
-    learning, frozen = divide(params, learn)
+    learning, frozen = partition(params, learn)
     counts = jnp.asarray(arrays["mask"].sum((0, 2)), jnp.float32)
 
     @jax.jit
     @jax.value_and_grad
     def compute(learning):
-        return forward(nnx.merge(graph, unite(learning, frozen)), arrays, counts, run)[0]
+        return forward(nnx.merge(graph, combine(learning, frozen)), arrays, counts, run)[0]
 
     value, gradient = compute(learning)
     named = [
         {name: tensor.read() for name, tensor in model_tensors(nnx.merge(graph, tree)).items()}
-        for tree in (params, unite(gradient, jax.tree.map(jnp.zeros_like, frozen)))
+        for tree in (params, combine(gradient, jax.tree.map(jnp.zeros_like, frozen)))
     ]
     sound = arrays["sound"].reshape(ROWS * CLIPS, -1).astype(np.float32) / 32768
-    features = nnx.merge(graph, params).ear(log_mel(jnp.asarray(sound), config.ear.mels))
+    features = nnx.merge(graph, params).audio_encoder(log_mel(jnp.asarray(sound), config.audio_encoder.num_mel_bins))
     return float(value), named, np.asarray(features)
 
 
@@ -84,7 +84,7 @@ def their_gradient(
 ) -> tuple[float, dict[str, np.ndarray]]:
     trunk, vocab = config.trunk, Vocab(config.vocab)
     of_trunk = {name: x for name, x in weights.items() if name.startswith(("trunk.", "norm.")) or name == "embed.text"}
-    if not trunk.tied_head:
+    if not trunk.tie_word_embeddings:
         of_trunk["head.text"] = weights["head.text"]
     model = qwen(folder / "trunk", trunk, vocab.text_rows, of_trunk)
     free = {
@@ -94,12 +94,12 @@ def their_gradient(
     }
     tts = None
     if config.tts_adapter_layers:
-        blocks = replace(trunk, layers=config.tts_adapter_layers, tied_head=True)
+        blocks = replace(trunk, num_layers=config.tts_adapter_layers, tie_word_embeddings=True)
         prefix = "tts_adapter.blocks"
         tensors = {name.replace(prefix, "trunk"): x for name, x in weights.items() if name.startswith(prefix)}
         tensors |= {
             "norm.scale": weights["tts_adapter.norm.scale"],
-            "embed.text": np.zeros((1, trunk.width), np.float32),
+            "embed.text": np.zeros((1, trunk.hidden_size), np.float32),
         }
         tts = qwen(folder / "tts", blocks, 1, tensors)
     before_norm: list[torch.Tensor] = []
@@ -108,7 +108,7 @@ def their_gradient(
     heard = torch.tensor(features)
     gate, up, down = (free[f"adapter.map.{name}"] for name in ("gate", "up", "down"))
     heard = functional.linear(functional.silu(functional.linear(heard, gate)) * functional.linear(heard, up), down)
-    heard = heard.reshape(ROWS, -1, trunk.width)
+    heard = heard.reshape(ROWS, -1, trunk.hidden_size)
 
     text_head = model.lm_head.weight
     audio_head = free["tts_adapter.head"] if tts else free.get("head.audio", free["embed.audio"])
@@ -121,15 +121,15 @@ def their_gradient(
             tokens = torch.tensor(arrays["tokens"][row][:, where], dtype=torch.long)
             target = torch.tensor(arrays["targets"][row][:, where], dtype=torch.long)
             mask = torch.tensor(arrays["mask"][row][:, where])
-            audio = sum(free["embed.audio"][k][tokens[k]] for k in range(LAYERS))
+            audio = sum(free["embed.audio"][k][tokens[k]] for k in range(NUM_CODEBOOKS))
             index = torch.tensor(arrays["speech_index"][row][where], dtype=torch.long)
-            audio = torch.where((index >= 0)[:, None], LAYERS * heard[row][index.clamp(min=0)], audio)
-            x = (audio + model.model.embed_tokens.weight[tokens[TEXT]]) / 8
+            audio = torch.where((index >= 0)[:, None], NUM_CODEBOOKS * heard[row][index.clamp(min=0)], audio)
+            x = (audio + model.model.embed_tokens.weight[tokens[TEXT_STREAM]]) / 8
             hidden = model.model(inputs_embeds=x[None], use_cache=False).last_hidden_state[0]
             sounds = hidden
             if tts:
                 sounds = tts.model(inputs_embeds=before_norm[-1], use_cache=False).last_hidden_state[0]
-            logits = [*(sounds @ audio_head[k].T for k in range(LAYERS)), hidden @ text_head.T]
+            logits = [*(sounds @ audio_head[k].T for k in range(NUM_CODEBOOKS)), hidden @ text_head.T]
             for k, scores in enumerate(logits):
                 each = functional.cross_entropy(scores, target[k], reduction="none")
                 each = each + WEIGHTS["z"] * scores.logsumexp(-1) ** 2
@@ -138,7 +138,7 @@ def their_gradient(
     found = named_gradients(model, trunk, vocab.text_rows)
     found |= {name: tensor.grad.numpy() for name, tensor in free.items() if tensor.grad is not None}
     if tts:
-        of_tts = named_gradients(tts, replace(trunk, layers=config.tts_adapter_layers, tied_head=True), 1)
+        of_tts = named_gradients(tts, replace(trunk, num_layers=config.tts_adapter_layers, tie_word_embeddings=True), 1)
         found |= {name.replace("trunk", prefix): x for name, x in of_tts.items() if name.startswith("trunk")}
         found["tts_adapter.norm.scale"] = of_tts["norm.scale"]
     return total.item(), found
@@ -147,8 +147,8 @@ def their_gradient(
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("tts_adapter_layers", [0, 2])
 def test_the_gradient_is_torchs(tied: bool, tts_adapter_layers: int, tmp_path: Path):
-    config = builders.tiny_config(tts_adapter_layers=tts_adapter_layers)
-    config = replace(config, trunk=replace(config.trunk, layers=2, tied_head=tied))
+    config = models.tiny_config(tts_adapter_layers=tts_adapter_layers)
+    config = replace(config, trunk=replace(config.trunk, num_layers=2, tie_word_embeddings=tied))
     arrays = batch()
     assert arrays["tokens"].shape == (ROWS, 8, LENGTH)
     value, (weights, mine), features = our_gradient(config, arrays)
@@ -156,7 +156,7 @@ def test_the_gradient_is_torchs(tied: bool, tts_adapter_layers: int, tmp_path: P
     assert abs(value - expected) < 1e-4
     # A head that the TTS adapter's has replaced gets no gradient in theirs, zeros in ours.
     unused = {"head.audio"} if tts_adapter_layers and not tied else set()
-    assert set(theirs) | unused == {name for name in parameter_shapes(config) if not name.startswith("ear.")}
+    assert set(theirs) | unused == {name for name in parameter_shapes(config) if not name.startswith("audio_encoder.")}
     assert not any(mine[name].any() for name in unused)
     for name, gradient in theirs.items():
         # Of a key's bias it is nothing but rounding: a softmax does not change when all its scores do.

@@ -18,11 +18,12 @@ from jax.experimental import topologies
 
 from omni_jax import config as configs
 from omni_jax import sharding
-from omni_jax.checkpoint import open_release
-from omni_jax.config import PRESETS, ConfigError, RunConfig
-from omni_jax.data.records import Exchange, Writer
-from omni_jax.tensorfile import CheckpointError
-from omni_jax.tpu.chips import Topology
+from omni_jax.checkpoint.release import open_release
+from omni_jax.compile_report.topology import Topology
+from omni_jax.config.model import PRESETS
+from omni_jax.config.run import RunConfig
+from omni_jax.data.records import Exchange, RecordWriter
+from omni_jax.errors import CheckpointError, ConfigError
 from omni_jax.training import loop
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("records") / "tiny"
     rng = np.random.default_rng(0)
-    with Writer(folder) as writer:
+    with RecordWriter(folder) as writer:
         for index in range(8):
             writer.write(
                 Exchange(
@@ -119,14 +120,14 @@ def test_a_run_leaves_metrics_checkpoints_and_a_release(finished: Path):
 
 
 def test_the_ear_and_the_text_rows_are_bit_identical_after_training(finished: Path):
-    from omni_jax.checkpoint import init_model, model_tensors
+    from omni_jax.checkpoint.release import init_model, model_tensors
 
     stacked, dtype = loop.default_layout()
     mesh = loop.sharding.make_mesh(8)
     before = model_tensors(init_model(PRESETS["tiny"], stacked=stacked, dtype=dtype, seed=0, mesh=mesh))
     after = open_release(finished / "release").model_tensors()
     changed = {name for name, tensor in after.items() if not np.array_equal(tensor.read(), before[name].read())}
-    assert not {name for name in changed if name.startswith(("ear.", "embed.text"))}
+    assert not {name for name in changed if name.startswith(("audio_encoder.", "embed.text"))}
     assert {name.split(".")[0] for name in changed} == {"adapter", "trunk", "norm", "embed"}
 
 
@@ -137,7 +138,7 @@ def test_a_finished_run_is_not_run_again(finished: Path, records: Path):
 
 
 def test_the_next_stage_starts_from_a_run(finished: Path, records: Path, tmp_path: Path):
-    config = run_config(tmp_path / "next", records, steps=1, start=str(finished), learn=["trunk", "text_embedding"])
+    config = run_config(tmp_path / "next", records, steps=1, start=str(finished), trainable=["trunk", "text_embedding"])
     setup = loop.Setup.of(config)
     assert setup.start.release is not None
     assert setup.start.release.folder == finished / "release"
@@ -204,7 +205,7 @@ def test_slices_divide_the_batch(tmp_path: Path, records: Path):
     mesh = sharding.make_mesh(4, 8, 1, devices)
     assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
     config = run_config(tmp_path / "out", records, mesh={"data": 1, "fsdp": 32})
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch=32))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=32))
     with pytest.raises(ConfigError, match="mesh: expected data to be a multiple of the 2 slices, found 1"):
         loop.mesh_of(config, devices)
 
@@ -262,7 +263,7 @@ def test_a_run_that_is_stopped_at_once_has_nothing_to_save(
     shutil.copytree(finished, out, ignore=shutil.ignore_patterns("release", "6", "tensorboard"))
     monkeypatch.setattr(loop.Stop, "asked", lambda self, step: True)
     for every in (2, 3):
-        config = run_config(out, records, checkpoint={"every": every, "keep": 2}, samples=0)
+        config = run_config(out, records, checkpoint={"every": every, "keep": 2}, num_samples=0)
         assert loop.train(config) is None
     assert max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit()) == 4
 
@@ -270,7 +271,7 @@ def test_a_run_that_is_stopped_at_once_has_nothing_to_save(
 def test_a_sample_that_cannot_be_answered_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture):
     rng = np.random.default_rng(0)
     codes = rng.integers(0, PRESETS["tiny"].vocab.audio, (4, 7))
-    with Writer(tmp_path / "records") as writer:
+    with RecordWriter(tmp_path / "records") as writer:
         too_long = rng.integers(-3000, 3000, 40 * 16_000).astype(np.int16)
         writer.write(Exchange("q", too_long, "a", codes, "noise"))
         writer.write(Exchange("", None, "a", codes, "noise"))
@@ -278,7 +279,7 @@ def test_a_sample_that_cannot_be_answered_is_left_out(tmp_path: Path, capsys: py
     data = {**run_values(tmp_path, tmp_path)["data"], "tasks": {"T1A1": 1}, "batch": 8}
     data |= {"sources": [{"path": str(tmp_path / "records")}], "held_out": [{"path": str(tmp_path / "records")}]}
     out = tmp_path / "out"
-    loop.train(run_config(out, tmp_path / "records", steps=1, data=data, samples=3))
+    loop.train(run_config(out, tmp_path / "records", steps=1, data=data, num_samples=3))
     assert "sample 0 is left out" in capsys.readouterr().out
     assert (out / "release").is_dir()
 
@@ -289,7 +290,7 @@ def test_a_run_goes_on_on_another_mesh(finished: Path, records: Path, tmp_path: 
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 4))
     assert dict(loop.mesh_of(run_config(finished, records)).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-    loop.train(run_config(out, records, mesh={"data": 2, "fsdp": 2, "tensor": 2}, samples=0))
+    loop.train(run_config(out, records, mesh={"data": 2, "fsdp": 2, "tensor": 2}, num_samples=0))
     mine, theirs = losses(out), losses(finished)
     assert sorted(mine) == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose([mine[5], mine[6]], [theirs[5], theirs[6]], rtol=1e-5)
@@ -357,7 +358,7 @@ def test_sigterm_saves_and_exits_cleanly(records: Path, tmp_path: Path):
     environment["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
 
     def start(name: str, port: int, steps: int) -> tuple[list[subprocess.Popen], list[Path]]:
-        values = run_values(out, records, steps=steps, checkpoint={"every": 10_000, "keep": 2}, samples=0)
+        values = run_values(out, records, steps=steps, checkpoint={"every": 10_000, "keep": 2}, num_samples=0)
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(values))
         logs = [tmp_path / f"{name}{index}.log" for index in range(2)]

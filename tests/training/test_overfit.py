@@ -11,12 +11,13 @@ import pytest
 
 import convert_weights
 from omni_jax import Omni
-from omni_jax.api import Reply
-from omni_jax.checkpoint import open_release
-from omni_jax.data.prepare import Codec, prepare
+from omni_jax.checkpoint.release import open_release
+from omni_jax.data.prepare import prepare
 from omni_jax.data.records import Exchange, Records, from_bytes
+from omni_jax.data.shards import CodecSpec
 from omni_jax.data.sources import Manifest
-from omni_jax.delay import playable, undelay
+from omni_jax.delay import fill_invalid_codes, undelay
+from omni_jax.inference.answer import Reply
 from tests.test_convert_weights import parts, run
 
 ROOT = Path(convert_weights.__file__).parent
@@ -25,22 +26,22 @@ STEPS = {1: 60, 2: 60, 3: 400}
 
 
 def codes(reply: Reply, omni: Omni) -> np.ndarray:
-    return playable(undelay(reply.tokens[:7], omni.vocab), omni.vocab)
+    return fill_invalid_codes(undelay(reply.tokens[:7], omni.vocab), omni.vocab)
 
 
 @pytest.mark.slow
 def test_three_stages_learn_eight_exchanges_by_heart(tiny_parts: Path, tmp_path: Path):
     start = tmp_path / "start"
     assert run("import", tiny_parts / "mini_omni", start, *parts(tiny_parts)).exit_code == 0
-    codec = Codec(str(start))
+    codec = CodecSpec(str(start))
     source = Manifest(EXCHANGES / "exchanges.jsonl", rate=codec.config.sample_rate)
     assert prepare(source, tmp_path / "records", codec=codec)["exchanges"] == 8
-    # Programs that run hundreds of times are worth optimising; one device is enough.
+    # Programs that run hundreds of times are worth optimizing; one device is enough.
     environment = {**os.environ, "XLA_FLAGS": ""}
     for stage, steps in STEPS.items():
         out = tmp_path / f"stage{stage}"
-        changes = [f"out={out}", f"start={start}", f"data.sources=[{{path: {tmp_path / 'records'}}}]", "data.batch=4"]
-        changes += [f"optimizer.steps={steps}", "checkpoint.every=1000", "log_every=50"]
+        changes = [f"out={out}", f"start={start}", f"data.sources=[{{path: {tmp_path / 'records'}}}]", "data.batch_size=4"]
+        changes += [f"optimizer.steps={steps}", "checkpoint.save_interval_steps=1000", "log_interval_steps=50"]
         command = [sys.executable, "train.py", f"configs/tiny_stage{stage}.yaml", *changes]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -60,7 +61,7 @@ def test_three_stages_learn_eight_exchanges_by_heart(tiny_parts: Path, tmp_path:
     plain = omni.batch([EXCHANGES / question for question in questions], batch_parallel=False)
     assert [reply.text for reply in plain] == [exchange.answer_text for exchange in exchanges]
 
-    # What was learnt leaves and comes back.
+    # What was learned leaves and comes back.
     assert run("export", start, tmp_path / "published").exit_code == 0
     assert run("import", tmp_path / "published", tmp_path / "again", *parts(tiny_parts)).exit_code == 0
     trained, again = (open_release(folder).model_tensors() for folder in (start, tmp_path / "again"))

@@ -18,18 +18,18 @@ from flax import nnx, traverse_util
 
 from omni_jax import config as configs
 from omni_jax import sharding
-from omni_jax.checkpoint import init_model
-from omni_jax.config import LossConfig, RunConfig
+from omni_jax.checkpoint.release import init_model
+from omni_jax.config.run import LossConfig, RunConfig
 from omni_jax.model.omni import OmniModel
 from omni_jax.training import loss, step
-from omni_jax.training.stages import divide
+from omni_jax.training.stages import partition
 from omni_jax.training.step import TrainState, advance, forward, optimizer, train_step, updates
-from tests.builders import tiny_config
+from tests.models import tiny_config
 
 ROOT = Path(__file__).parents[2]
 TINY = tiny_config(tts_adapter_layers=1)
 # Programs of this size are compiled a dozen times here.
-MODEL = replace(TINY, ear=replace(TINY.ear, layers=1), trunk=replace(TINY.trunk, layers=2))
+MODEL = replace(TINY, audio_encoder=replace(TINY.audio_encoder, num_layers=1), trunk=replace(TINY.trunk, num_layers=2))
 EVERYTHING = ("adapter", "trunk", "text_embedding", "audio_embedding", "tts_adapter")
 ROWS, LENGTH, CLIPS = 8, 40, 2
 STEPS = 3
@@ -56,7 +56,7 @@ def batch(seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     half = LENGTH // 2
     local = np.concatenate([np.arange(half), np.arange(half)]).astype(np.int32)
-    per_clip = MODEL.ear.positions
+    per_clip = MODEL.audio_encoder.max_position
     index = np.where((local >= 1) & (local <= 8), local - 1, -1) + np.where(np.arange(LENGTH) < half, 0, per_clip)
     index = np.where((local >= 1) & (local <= 8), index, -1).astype(np.int32)
     segments = np.where(np.arange(LENGTH) < half, 1, 2).astype(np.int32)
@@ -67,7 +67,7 @@ def batch(seed: int = 0) -> dict[str, np.ndarray]:
         "positions": np.tile(local, (ROWS, 1)),
         "segments": np.tile(segments, (ROWS, 1)),
         "speech_index": np.tile(index, (ROWS, 1)),
-        "sound": rng.integers(-3000, 3000, (ROWS, CLIPS, MODEL.ear.samples), dtype=np.int16),
+        "sound": rng.integers(-3000, 3000, (ROWS, CLIPS, MODEL.audio_encoder.max_samples), dtype=np.int16),
     }
 
 
@@ -79,7 +79,7 @@ class Trainer:
         model = init_model(MODEL, stacked=stacked, dtype=jnp.float32, seed=0, mesh=mesh)
         graph, state = nnx.split(model)
         self.graph = graph
-        self.learning, self.frozen = divide(nnx.to_pure_dict(state), config.learn)
+        self.learning, self.frozen = partition(nnx.to_pure_dict(state), config.trainable)
         self.step = jax.jit(partial(train_step, graph, config))
 
     def begin(self) -> TrainState:
@@ -119,21 +119,21 @@ def test_the_loss_is_cross_entropy_per_head_whatever_the_chunk():
     model = init_model(MODEL, stacked=False, dtype=jnp.float32, seed=0)
     arrays = batch()
     rng = np.random.default_rng(1)
-    text, audio = (rng.standard_normal((ROWS, LENGTH, MODEL.trunk.width)).astype(np.float32) for _ in range(2))
+    text, audio = (rng.standard_normal((ROWS, LENGTH, MODEL.trunk.hidden_size)).astype(np.float32) for _ in range(2))
     logits = [np.asarray(model.audio_logits(jnp.asarray(audio)))[..., k, :] for k in range(7)]
     logits.append(np.asarray(model.text_logits(jnp.asarray(text))))
     expected, right, squares = np.zeros(8), np.zeros(8), np.zeros(8)
     for k, scores in enumerate(logits):
         scores = scores.astype(np.float64)
-        normaliser = np.log(np.exp(scores).sum(-1))
+        normalizer = np.log(np.exp(scores).sum(-1))
         said = np.take_along_axis(scores, arrays["targets"][:, k, :, None], -1)[..., 0]
         where = arrays["mask"][:, k]
-        expected[k] = (normaliser - said)[where].sum()
-        squares[k] = (normaliser**2)[where].sum()
+        expected[k] = (normalizer - said)[where].sum()
+        squares[k] = (normalizer**2)[where].sum()
         right[k] = (scores.argmax(-1) == arrays["targets"][:, k])[where].sum()
     counts = arrays["mask"].sum((0, 2))
     for chunk in (ROWS * LENGTH, ROWS * 16, ROWS * 7):
-        config = LossConfig(chunk=chunk, z=0.1, text=2.0, audio=(1.0, 0.5, 0.0, 1.0, 1.0, 1.0, 1.0))
+        config = LossConfig(chunk_size=chunk, z=0.1, text=2.0, audio=(1.0, 0.5, 0.0, 1.0, 1.0, 1.0, 1.0))
         value, sums = loss.of_batch(
             model, text, audio, arrays["targets"], arrays["mask"], counts.astype(np.float32), config
         )
@@ -149,7 +149,7 @@ def test_the_loss_is_cross_entropy_per_head_whatever_the_chunk():
 def test_a_head_without_targets_costs_nothing():
     model = init_model(MODEL, stacked=False, dtype=jnp.float32, seed=0)
     arrays = batch()
-    hidden = np.ones((ROWS, LENGTH, MODEL.trunk.width), np.float32)
+    hidden = np.ones((ROWS, LENGTH, MODEL.trunk.hidden_size), np.float32)
     nothing = np.zeros((ROWS, 8, LENGTH), bool)
 
     def value(hidden):
@@ -164,9 +164,9 @@ def test_a_head_without_targets_costs_nothing():
 def test_the_gradient_of_the_loss_is_what_jax_derives_from_whole_logits(chunk):
     model = init_model(MODEL, stacked=False, dtype=jnp.float32, seed=0)
     arrays = batch()
-    config = LossConfig(chunk=chunk, z=0.1, text=2.0, audio=(1.0, 0.5, 0.0, 1.0, 1.0, 1.0, 1.0))
+    config = LossConfig(chunk_size=chunk, z=0.1, text=2.0, audio=(1.0, 0.5, 0.0, 1.0, 1.0, 1.0, 1.0))
     rng = np.random.default_rng(1)
-    hidden = [rng.standard_normal((ROWS, LENGTH, MODEL.trunk.width)).astype(np.float32) for _ in range(2)]
+    hidden = [rng.standard_normal((ROWS, LENGTH, MODEL.trunk.hidden_size)).astype(np.float32) for _ in range(2)]
     counts = arrays["mask"].sum((0, 2)).astype(np.float32)
     tables = model.head_tables()
     weights = np.array([*config.audio, config.text], np.float32) / counts
@@ -179,9 +179,9 @@ def test_the_gradient_of_the_loss_is_what_jax_derives_from_whole_logits(chunk):
         logits = [*jnp.moveaxis(jnp.einsum("btd,cvd->btcv", audio, tables[1]), 2, 0), text @ tables[0].T]
         value = 0.0
         for head, scores in enumerate(logits):
-            normaliser = jax.nn.logsumexp(scores, axis=-1)
+            normalizer = jax.nn.logsumexp(scores, axis=-1)
             said = jnp.take_along_axis(scores, arrays["targets"][:, head, :, None], -1)[..., 0]
-            each = normaliser - said + config.z * normaliser**2
+            each = normalizer - said + config.z * normalizer**2
             value += weights[head] * jnp.where(arrays["mask"][:, head], each, 0.0).sum()
         return 3.0 * value
 
@@ -209,26 +209,26 @@ def test_clips_are_heard_alike_together_and_apart(monkeypatch):
 def test_a_share_of_the_codes_is_misread_and_nothing_else():
     codes = 100
     tokens = np.random.default_rng(0).integers(0, codes + 8, (4, 8, 500)).astype(np.int32)
-    read = np.asarray(jax.jit(step.misread, static_argnums=(1, 2))(tokens, 0.2, codes, jax.random.key(1)))
+    read = np.asarray(jax.jit(step.corrupt_codes, static_argnums=(1, 2))(tokens, 0.2, codes, jax.random.key(1)))
     other = read != tokens
     code = tokens < codes
     assert not other[:, 7].any(), "text"
     assert not other[:, :7][~code[:, :7]].any(), "specials"
     # Of a hundred codes one is the right one again.
     assert abs(other[:, :7][code[:, :7]].mean() - 0.2 * 0.99) < 0.01
-    misread = read[other]
-    assert (misread.min(), misread.max()) == (0, codes - 1)
+    corrupt_codes = read[other]
+    assert (corrupt_codes.min(), corrupt_codes.max()) == (0, codes - 1)
     agree = np.corrcoef(other[:, 0].ravel(), other[:, 1].ravel())[0, 1]
     assert abs(agree) < 0.1, "each code on its own"
 
 
-@pytest.mark.parametrize("how", [{"spec_augment": {"warp": 0.2}}, {"code_noise": 0.3}])
+@pytest.mark.parametrize("how", [{"spec_augment": {"warp": 0.2}}, {"audio_token_noise": 0.3}])
 def test_what_is_varied_is_otherwise_at_every_step_and_alike_on_every_mesh(how):
     data = {"sources": [{"path": "unused"}], "tasks": {"A1A2": 1}, "batch": ROWS, "length": LENGTH}
-    varied = run_config(data={**data, **how}, log_every=1)
+    varied = run_config(data={**data, **how}, log_interval_steps=1)
 
     def losses(trainer: Trainer) -> list[float]:
-        """Of one batch at different steps, nothing learnt between them."""
+        """Of one batch at different steps, nothing learned between them."""
         state, arrays = trainer.begin(), trainer.place(batch())
         found = []
         for number in range(2):
@@ -323,7 +323,7 @@ def test_what_is_frozen_has_no_moments_and_what_learns_moves():
 
 
 def test_norms_and_biases_do_not_decay():
-    config = replace(run_config().optimizer, warmup=0, weight_decay=0.5)
+    config = replace(run_config().optimizer, warmup_steps=0, weight_decay=0.5)
     learning = {"a": {"scale": jnp.ones(3), "q_bias": jnp.ones(3), "q": jnp.ones((3, 3))}}
     zeros = jax.tree.map(jnp.zeros_like, learning)
     moments = advance(config, optimizer(config).init(learning), zeros, jnp.float32(0.0), jnp.array(True))
@@ -334,7 +334,7 @@ def test_norms_and_biases_do_not_decay():
 
 
 def test_both_halves_of_the_optimizer_are_optax():
-    config = replace(run_config().optimizer, weight_decay=0.5, clip=2.0, eps=1e-8)
+    config = replace(run_config().optimizer, weight_decay=0.5, max_grad_norm=2.0, eps=1e-8)
     rng = np.random.default_rng(0)
     mine = theirs = {"norm": {"scale": jnp.ones(3)}, "q": jnp.asarray(rng.standard_normal((3, 4)), jnp.float32)}
     transformation = optimizer(config)

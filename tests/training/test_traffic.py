@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from omni_jax.config import RunConfig, load
+from omni_jax.compile_report import hlo, report
+from omni_jax.config.load import load_config
+from omni_jax.config.run import RunConfig
 from omni_jax.model.omni import OmniModel
-from omni_jax.tpu import hlo, report
 from omni_jax.training import loop
 
 ROOT = Path(__file__).parents[2]
@@ -19,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 
 def sent() -> tuple[dict[str, float], report.Program]:
     """Bytes by kind of collective, and the program they were counted in."""
-    fields = ["data.batch=8", "data.length=128", "start=preset:tiny", "mesh.fsdp=4", "mesh.data=2", "loss.chunk=64"]
-    config = load(RunConfig, ROOT / "configs" / "mini_omni_stage3.yaml", fields)
+    fields = ["data.batch_size=8", "data.max_length=128", "start=preset:tiny", "mesh.fsdp=4", "mesh.data=2", "loss.chunk_size=64"]
+    config = load_config(RunConfig, ROOT / "configs" / "mini_omni_stage3.yaml", fields)
     _, program = report._train(config, jax.devices())
     compiled = program.function.lower(*program.arguments, **program.keywords).compile()
     return hlo.parse(compiled.as_text()).cost.collectives, program

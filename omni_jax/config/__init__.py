@@ -1,0 +1,1 @@
+"""Configuration: frozen dataclasses, checked field by field, read from and written to YAML. Imports no JAX."""

@@ -1,0 +1,201 @@
+"""The configuration of a training run. `docs/reference/run_config.md` is generated from these docstrings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from omni_jax.config.model import STRICT
+from omni_jax.tasks import Task
+
+MODULES = (
+    "audio_encoder",
+    "adapter",
+    "trunk",
+    "text_embedding",
+    "audio_embedding",
+    "text_head",
+    "audio_head",
+    "tts_adapter",
+)
+"""Names of the modules that a stage can train."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class SourceConfig:
+    """One corpus of spoken exchanges."""
+
+    path: str
+    """A folder of records, as `omni-jax prepare` writes it."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often it is drawn, relative to the other sources of the same task."""
+    tasks: tuple[str, ...] = tuple(Task)
+    """Tasks its exchanges can serve: A1… need question audio, …A… answer codes."""
+
+    @model_validator(mode="after")
+    def _known_tasks(self) -> SourceConfig:
+        unknown = set(self.tasks) - set(Task)
+        if unknown or not self.tasks:
+            raise ValueError(f"tasks must be some of {', '.join(Task)}, found {', '.join(sorted(unknown)) or 'none'}")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class SpecAugmentConfig:
+    """Augmentation of log-mel features in training; see `omni_jax.audio.features.spec_augment`."""
+
+    max_warp: float = Field(default=0.1, ge=0, lt=1)
+    """Vocal tract length perturbation: the mel axis is stretched by a factor of 1 minus to 1 plus this."""
+    num_masks: int = Field(default=2, ge=0)
+    """Masks along the time axis, and as many along the mel axis."""
+    max_time_mask: int = Field(default=10, gt=0)
+    """Width of the widest time mask, in frames of 10 ms."""
+    max_mel_mask: int = Field(default=12, gt=0)
+    """Width of the widest mel mask, in bins."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataConfig:
+    """What a run reads, and how it is packed."""
+
+    sources: tuple[SourceConfig, ...]
+    tasks: dict[str, float]
+    """Share of examples of each task, in any unit."""
+    held_out: tuple[SourceConfig, ...] = ()
+    """Never trained on; losses per task and head are reported on them."""
+    batch_size: int = Field(default=8, gt=0)
+    """Rows of a step over all devices."""
+    max_length: int = Field(default=2048, gt=0)
+    """Positions of a row (T); examples are packed into rows, one that is longer is counted and left out."""
+    max_clips: int = Field(default=8, gt=0)
+    """Recordings that fit into a row."""
+    spec_augment: SpecAugmentConfig | None = None
+    """Augmentation of recordings in training; None leaves them as they are. Useful where the audio encoder was
+    trained on the same recordings: it makes no mistakes on them, so the trunk would not learn to cope with any."""
+    audio_token_noise: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that a code of the model's own speech is replaced by a random code in the input (not in the
+    targets). Against exposure bias: in decoding the model reads its own, sometimes wrong, codes."""
+    num_workers: int = Field(default=2, ge=0)
+    """Processes that read and pack ahead; 0 reads in the training process."""
+    max_corrupt: int = Field(default=100, ge=0)
+    """Records that cannot be read are counted and skipped; more than this many different ones, per process, stop the
+    run."""
+
+    @model_validator(mode="after")
+    def _served(self) -> DataConfig:
+        if not self.sources:
+            raise ValueError("sources must name at least one source")
+        if not self.tasks:
+            raise ValueError("tasks must name at least one task and its share")
+        for task, share in self.tasks.items():
+            if task not in set(Task) or share <= 0:
+                raise ValueError(f"tasks must map some of {', '.join(Task)} to shares above 0, found {task}: {share}")
+            if not any(task in source.tasks for source in self.sources):
+                raise ValueError(f"tasks: no source serves {task}")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class LossConfig:
+    """Cross entropy of every head, summed with these weights."""
+
+    text: float = Field(default=1.0, ge=0)
+    audio: tuple[float, ...] = (1.0,) * 7
+    """One weight per codebook."""
+    chunk_size: int = Field(default=2048, gt=0)
+    """Positions on a device, of all its rows together, whose logits are held at once."""
+
+    @model_validator(mode="after")
+    def _seven(self) -> LossConfig:
+        if len(self.audio) != 7 or min(self.audio) < 0:
+            raise ValueError(f"audio must be 7 weights of 0 or more, found {self.audio}")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class OptimizerConfig:
+    """AdamW, linear warm-up, cosine decay."""
+
+    steps: int = Field(gt=0)
+    peak_lr: float = Field(gt=0)
+    """Learning rate after the warm-up."""
+    end_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end."""
+    warmup_steps: int = Field(default=0, ge=0)
+    b1: float = Field(default=0.9, ge=0, lt=1)
+    b2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    """On matrices only, not on norms and biases."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    """Micro-batches a batch is computed in, one after the other, to save memory."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class MeshConfig:
+    """Devices along each mesh axis. `data: -1` takes all that the other two leave."""
+
+    data: int = Field(default=-1, ge=-1)
+    fsdp: int = Field(default=1, gt=0)
+    tensor: int = Field(default=1, gt=0)
+
+
+@dataclass(frozen=True, config=STRICT)
+class CheckpointConfig:
+    """When a run saves itself and what it keeps."""
+
+    save_interval_steps: int = Field(default=500, gt=0)
+    max_to_keep: int = Field(default=3, gt=0)
+    """Newest checkpoints to keep."""
+    keep_period: int | None = Field(default=None, gt=0)
+    """Besides, keep every checkpoint at a multiple of this many steps."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunConfig:
+    """One stage of training: which modules are trained, on what, how, from where to where."""
+
+    out: str
+    """Folder of the run: checkpoints, metrics, and at the end `release`."""
+    start: str
+    """Release folder to start from, `preset:NAME` for random weights, or the run folder of an earlier stage."""
+    trainable: tuple[str, ...]
+    """Modules that are trained; the others are frozen: no gradient, no optimizer state, no update."""
+    data: DataConfig
+    optimizer: OptimizerConfig
+    loss: LossConfig = LossConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    remat: Literal["none", "dots", "full"] = "full"
+    """What the backward pass computes again: nothing, all but matrix products, or whole blocks."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; parameters are float32. `auto`: bfloat16, on CPU float32."""
+    log_interval_steps: int = Field(default=10, gt=0)
+    """Only at these steps does the host wait for the device."""
+    eval_interval_steps: int | None = Field(default=None, gt=0)
+    """Steps between evaluations on `data.held_out`; None: only at the end."""
+    num_samples: int = Field(default=2, ge=0)
+    """Held-out questions that are answered, in text and speech, at each evaluation."""
+    max_skipped_steps: int = Field(default=10, gt=0)
+    """Consecutive steps that may be skipped because their loss is not finite before the run stops."""
+    seed: int = Field(default=0, ge=0)
+    wandb: str | None = None
+    """Weights & Biases project to log to, where the package is installed."""
+
+    @model_validator(mode="after")
+    def _known_modules(self) -> RunConfig:
+        unknown = set(self.trainable) - set(MODULES)
+        if unknown or not self.trainable:
+            raise ValueError(
+                f"trainable must be some of {', '.join(MODULES)}, found {', '.join(sorted(unknown)) or 'none'}"
+            )
+        if self.data.batch_size % self.optimizer.gradient_accumulation_steps:
+            raise ValueError(
+                "data.batch_size must be a multiple of optimizer.gradient_accumulation_steps, "
+                f"found {self.data.batch_size} and {self.optimizer.gradient_accumulation_steps}"
+            )
+        return self

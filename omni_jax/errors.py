@@ -1,0 +1,92 @@
+"""The errors of the package: everything a caller may want to catch is an `OmniError`.
+
+An error is raised at the edge, before compute starts. Its message is a sentence that names the file or field, what
+was expected and what was found; what a program needs to decide is in typed attributes, never in the message.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Self
+
+
+class OmniError(Exception):
+    """Base of all errors about input that cannot be used. Anything else that is raised is a bug."""
+
+    def prefixed(self, prefix: str) -> Self:
+        """The same error with `prefix: ` in front of its message."""
+        error = copy.copy(self)
+        error.args = (f"{prefix}: {self}",)
+        return error
+
+
+class ConfigError(OmniError, ValueError):
+    """A configuration or option that cannot be used.
+
+    Attributes:
+        field: dotted name of the field, where the error is about a single one.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None):
+        super().__init__(message)
+        self.field = field
+
+
+class AudioError(OmniError, ValueError):
+    """A recording that cannot be used."""
+
+
+class AudioTooLongError(AudioError):
+    """A recording that is longer than the limit.
+
+    Attributes:
+        max_seconds: the limit.
+    """
+
+    def __init__(self, message: str, *, max_seconds: float):
+        super().__init__(message)
+        self.max_seconds = max_seconds
+
+
+class CheckpointError(OmniError, ValueError):
+    """A release, checkpoint or weight file that cannot be used."""
+
+
+class ConversionError(OmniError, ValueError):
+    """Weights that cannot be converted: one line per tensor that is missing, unknown or misshapen."""
+
+
+class RecordError(OmniError, ValueError):
+    """A record, or a folder of records, that cannot be used."""
+
+
+class PipelineError(OmniError, ValueError):
+    """Data that a training run cannot use."""
+
+
+class SynthesisError(OmniError, RuntimeError):
+    """Text that a speech synthesizer could not speak."""
+
+
+class TrainingError(OmniError, RuntimeError):
+    """A training run that cannot go on: says at which step and why."""
+
+
+class BusyError(OmniError, RuntimeError):
+    """The request queue is full; try again later."""
+
+
+class ClosedError(OmniError, RuntimeError):
+    """The engine is closed and takes no more requests."""
+
+
+class MissingExtraError(OmniError, ImportError):
+    """A package of an optional extra is not installed; the message has the command that installs it."""
+
+    def __init__(self, purpose: str, extra: str):
+        super().__init__(f"{purpose}: pip install 'omni-jax[{extra}]'")
+        self.extra = extra
+
+
+class UntrainedWarning(UserWarning):
+    """The model's weights are random: its answers mean nothing."""

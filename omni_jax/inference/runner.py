@@ -1,0 +1,168 @@
+"""The compiled programs of one model, bound to its weights and their mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx, traverse_util
+
+from omni_jax import sharding
+from omni_jax.config.model import ModelConfig
+from omni_jax.inference import decode
+from omni_jax.inference.decode import DecodeState, Routing
+from omni_jax.model.decoder import Cache
+from omni_jax.model.layers import Int8
+from omni_jax.model.omni import OmniModel
+
+Array = jax.Array
+
+CACHE_AXES = ("batch", "kv_heads", None, None)
+"""Logical axes of a layer's keys or values [R, K / P, S, P * H]."""
+
+DECODE_MODULES = ("trunk", "tts_adapter", "embed", "head")
+"""Modules that a decode step reads."""
+
+
+class Programs(NamedTuple):
+    """Jitted functions, to be called within the mesh; the first five take the weights first."""
+
+    encode_audio: Any
+    prefill: Any
+    decode_chunk: Any
+    init_state: Any
+    init_companions: Any
+    insert: Any
+    stop: Any
+    keep_companions: Any
+
+
+class ModelRunner:
+    """A model's weights, as a plain dict (cheap to dispatch), and the programs that run on them.
+
+    Each program is compiled once per shape: `encode_audio` per batch of recordings, `prefill` per rows and padded
+    length, `decode_chunk` per batch size, cache length and routing sizes. If the weights are sharded over a mesh, so
+    is the running batch.
+
+    Attributes:
+        config: the model's shape.
+        weights: nested dict of arrays, or of their shapes and shardings for programs that are compiled only.
+        programs: the jitted functions.
+    """
+
+    def __init__(self, model: OmniModel, *, int8: bool = False):
+        """Take a model.
+
+        Args:
+            model: its weights are taken as they are.
+            int8: quantize those that decoding reads to eight bits: half the bytes a step, good where reading them
+                takes the time of a step. On a CPU, whose products want floats, it is slower.
+        """
+        graph, state = nnx.split(model)
+        self._graph = graph
+        self.config: ModelConfig = model.config
+        self.weights: Any = nnx.to_pure_dict(state)
+        # Before they are quantized: a scale has fewer axes.
+        self._mesh = mesh = sharding.mesh_of(jax.tree.leaves(self.weights)[0])
+        if int8:
+            self.weights = quantize_weights(self.weights)
+
+        def sharded(function: Callable[..., Any]) -> Callable[..., Any]:
+            """Fix the sharding of what a function returns, so that the next program is compiled for it once."""
+            return function if mesh.size == 1 else lambda *args, **kwargs: constrain_state(function(*args, **kwargs))
+
+        def bind(function: Callable[..., Any], **options: Any) -> Any:
+            def call(weights: Any, *args: Any, **kwargs: Any) -> Any:
+                return function(nnx.merge(graph, weights), *args, **kwargs)
+
+            return jax.jit(call, **options)
+
+        def decode_chunk(model: OmniModel, *args: Any) -> tuple[DecodeState, Array, Array]:
+            state, tokens, status = decode.decode_chunk(model, *args)
+            return (state if mesh.size == 1 else constrain_state(state)), tokens, status
+
+        self.programs = Programs(
+            encode_audio=bind(OmniModel.encode_audio),
+            prefill=bind(sharded(decode.prefill), static_argnames="audio"),
+            decode_chunk=bind(decode_chunk, donate_argnums=1),
+            init_state=bind(sharded(decode.init_state), static_argnums=(1, 2)),
+            init_companions=bind(
+                sharded(lambda model, rows, max_len: model.trunk.init_cache(rows, max_len)), static_argnums=(1, 2)
+            ),
+            insert=jax.jit(sharded(decode.insert), donate_argnums=0),
+            stop=jax.jit(sharded(decode.stop), donate_argnums=0),
+            keep_companions=jax.jit(sharded(decode.take_rows)),
+        )
+
+    def module(self) -> OmniModel:
+        """The model as a module, over the same arrays."""
+        return nnx.merge(self._graph, self.weights)
+
+    def encode_audio(self, audio: Array) -> Array:
+        """See `OmniModel.encode_audio`."""
+        with jax.set_mesh(self._mesh):
+            return self.programs.encode_audio(self.weights, audio)
+
+    def prefill(
+        self, tokens: Array, speech: Array | None, speech_positions: Array | None, *, audio: bool
+    ) -> dict[str, Cache]:
+        """See `omni_jax.inference.decode.prefill`."""
+        with jax.set_mesh(self._mesh):
+            return self.programs.prefill(self.weights, tokens, speech, speech_positions, audio=audio)
+
+    def decode_chunk(self, state: DecodeState, routing: Routing, steps: Array) -> tuple[DecodeState, Array, Array]:
+        """See `omni_jax.inference.decode.decode_chunk`; `state` is donated."""
+        with jax.set_mesh(self._mesh):
+            return self.programs.decode_chunk(self.weights, state, routing, steps)
+
+    def init_state(self, max_batch_size: int, max_len: int) -> DecodeState:
+        """See `omni_jax.inference.decode.init_state`."""
+        with jax.set_mesh(self._mesh):
+            return self.programs.init_state(self.weights, max_batch_size, max_len)
+
+    def init_companions(self, rows: int, max_len: int) -> Cache:
+        """An empty cache for companion rows."""
+        with jax.set_mesh(self._mesh):
+            return self.programs.init_companions(self.weights, rows, max_len)
+
+    def insert(self, state: DecodeState, *args: Any) -> DecodeState:
+        """See `omni_jax.inference.decode.insert`; `state` is donated."""
+        with jax.set_mesh(self._mesh):
+            return self.programs.insert(state, *args)
+
+    def stop(self, state: DecodeState, batch_slot: Array) -> DecodeState:
+        """See `omni_jax.inference.decode.stop`; `state` is donated."""
+        with jax.set_mesh(self._mesh):
+            return self.programs.stop(state, batch_slot)
+
+    def keep_companions(self, cache: Cache, rows: Array) -> Cache:
+        """The companion cache of `rows` alone."""
+        with jax.set_mesh(self._mesh):
+            return self.programs.keep_companions(cache, rows)
+
+
+def constrain_state(tree: Any) -> Any:
+    """Fix the sharding of caches and everything else that has a row per request: each row on its own devices."""
+
+    def constrain(x: Array) -> Array:
+        # A stacked cache has its layers in front.
+        layers = ("layers",) * (x.ndim - 4)
+        return sharding.constrain(x, (*layers, *CACHE_AXES)) if x.ndim >= 4 else sharding.constrain_rows(x)
+
+    return jax.tree.map(constrain, tree)
+
+
+def quantize_weights(weights: Any, quantize: Callable[[Any, int], Int8] = Int8.of) -> Any:
+    """The matrices of trunk, TTS adapter, embedding and heads as `Int8`; the rest of a model's weights as it is.
+
+    Args:
+        weights: nested, as `ModelRunner` has them.
+        quantize: makes one of a weight and the number of its input axes.
+    """
+    flat = traverse_util.flatten_dict(weights)
+    for path, weight in flat.items():
+        if path[0] in DECODE_MODULES and path[-1] in ("weight", "text", "audio", "head"):
+            # The output projection of attention contracts heads and head dim.
+            flat[path] = quantize(weight, 2 if path[-2:] == ("out", "weight") else 1)
+    return traverse_util.unflatten_dict(flat)

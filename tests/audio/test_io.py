@@ -1,0 +1,307 @@
+import io
+
+import numpy as np
+import pytest
+import soundfile
+
+from omni_jax.audio import io as audio_io
+from omni_jax.errors import AudioError
+
+
+def sine(rate, seconds=0.5, frequency=440.0, peak=0.5):
+    return (peak * np.sin(2 * np.pi * frequency * np.arange(round(rate * seconds)) / rate)).astype(np.float32)
+
+
+def encode(audio, rate=16_000, **options):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, audio, rate, **{"format": "WAV", "subtype": "FLOAT", **options})
+    return buffer.getvalue()
+
+
+FORMATS = {  # how far from the original each may be
+    ("WAV", "PCM_U8", ".wav"): 1 / 128,
+    ("WAV", "PCM_16", ".wav"): 1 / 16384,
+    ("WAV", "PCM_24", ".wav"): 1e-6,
+    ("WAV", "FLOAT", ".wav"): 0,
+    ("WAV", "DOUBLE", ".wav"): 0,
+    ("FLAC", "PCM_16", ".flac"): 1 / 16384,
+    ("OGG", "VORBIS", ".ogg"): 0.1,
+    ("MP3", "MPEG_LAYER_III", ".mp3"): 0.1,
+    ("WAV", "PCM_16", ".misnamed"): 1 / 16384,
+}
+
+
+@pytest.mark.parametrize(("container", "subtype", "suffix"), FORMATS)
+def test_reads_every_format(tmp_path, container, subtype, suffix):
+    audio = sine(16_000)
+    path = tmp_path / f"clip{suffix}"
+    path.write_bytes(encode(audio, format=container, subtype=subtype))
+    for source in (path, str(path), io.BytesIO(path.read_bytes())):
+        found = audio_io.read_audio(source)
+        assert found.dtype == np.float32
+        assert found.shape == audio.shape
+        # Lossy codecs disturb the edges of a clip that begins and ends at once.
+        inner = slice(2000, -2000) if suffix in (".ogg", ".mp3") else slice(None)
+        np.testing.assert_allclose(found[inner], audio[inner], atol=FORMATS[container, subtype, suffix], rtol=0)
+
+
+@pytest.mark.parametrize("rate", [8000, 22_050, 44_100, 48_000])
+def test_resampling_keeps_frequency_and_level(rate):
+    found = audio_io.read_audio(io.BytesIO(encode(sine(rate, seconds=1.0), rate)))
+    assert found.shape == (16_000,)
+    inner = slice(1000, -1000)
+    np.testing.assert_allclose(found[inner], sine(16_000, seconds=1.0)[inner], atol=1e-3)
+
+
+def test_resampling_removes_what_does_not_fit():
+    # 10 kHz would fold to 6 kHz at a rate of 16 kHz.
+    both = sine(48_000, 1.0) + sine(48_000, 1.0, frequency=10_000.0)
+    found = audio_io.to_mono(both, 48_000)
+    np.testing.assert_allclose(found[1000:-1000], sine(16_000, 1.0)[1000:-1000], atol=1e-3)
+
+
+def test_other_target_rate():
+    np.testing.assert_array_equal(audio_io.read_audio(io.BytesIO(encode(sine(24_000), 24_000)), 24_000), sine(24_000))
+
+
+def test_channels_are_averaged():
+    left, right = sine(16_000), sine(16_000, frequency=300.0)
+    found = audio_io.read_audio(io.BytesIO(encode(np.stack([left, right], axis=1))))
+    np.testing.assert_allclose(found, (left + right) / 2, atol=1e-7)
+
+
+def broken(audio, value):
+    audio = audio.copy()
+    audio[100] = value
+    return audio
+
+
+FLAC = encode(sine(16_000), format="FLAC", subtype="PCM_16")
+MP3 = encode(sine(16_000), format="MP3", subtype="MPEG_LAYER_III")
+VORBIS = encode(sine(16_000, seconds=4.0), format="OGG", subtype="VORBIS")
+OPUS = encode(sine(16_000, seconds=4.0), format="OGG", subtype="OPUS")
+
+
+def holed(data, part):
+    """Eight bytes overwritten at this part of a file."""
+    at = int(len(data) * part)
+    return data[:at] + b"damaged!" + data[at + 8 :]
+
+
+BAD = {
+    "empty": (b"", r"found an empty file \(0 bytes\)"),
+    "no samples": (encode(np.zeros(0, np.float32)), "at least 20 ms of sound, found no samples"),
+    "text": (
+        b"certainly not sound\n" * 50,
+        r"expected audio .* found 1000 bytes that libsndfile cannot decode",
+    ),
+    "zeros": (bytes(1000), "cannot decode"),
+    "cut in the header": (encode(sine(16_000))[:30], "cannot decode"),
+    "wav cut in the data": (encode(sine(16_000), subtype="PCM_16")[:8000], "ends early"),
+    "flac cut in the data": (FLAC[: len(FLAC) // 2], "cannot decode"),
+    "mp3 cut in the data": (MP3[: len(MP3) // 2], "ends early"),
+    "vorbis cut within a page": (VORBIS[:-100], "damaged or ends early"),
+    "vorbis cut in a page's header": (VORBIS[: VORBIS.rindex(b"OggS") + 20], "damaged or ends early"),
+    "opus cut within a page": (OPUS[:-100], "damaged or ends early"),
+    "vorbis with a hole": (holed(VORBIS, 0.5), "damaged or ends early"),
+    "opus with a hole in its last page": (holed(OPUS, 0.99), "damaged or ends early"),
+    "1 Hz": (encode(sine(16_000), 1), "sample rate of at least 1000 Hz, found 1"),
+    "NaN": (encode(broken(sine(16_000), np.nan)), "expected finite samples, found NaN or infinity"),
+    "infinity": (encode(broken(sine(16_000), -np.inf)), "expected finite samples, found NaN or infinity"),
+    "zero signal": (encode(np.zeros(16_000, np.float32)), "expected sound, found silence"),
+    "nearly silent": (encode(sine(16_000, peak=0.9e-4)), "expected sound, found silence"),
+    "silent in our band": (
+        encode(sine(48_000, frequency=15_000.0) * np.hanning(24_000), 48_000),
+        "expected sound, found silence",
+    ),
+    "opposite channels": (
+        encode(np.stack([sine(16_000), -sine(16_000)], axis=1)),
+        "expected sound, found silence",
+    ),
+    "too short": (
+        encode(sine(48_000, peak=0.5)[:959], 48_000),
+        r"at least 20 ms of sound, found 19\.98 ms \(959",
+    ),
+    "three samples": (encode(sine(16_000)[1:4]), r"found 0\.1875 ms \(3 samples at 16000 Hz\)"),
+    "not scaled": (encode(30_000 * sine(16_000)), "within -1..1, found a peak of 15000"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_recordings(tmp_path, name):
+    data, message = BAD[name]
+    path = tmp_path / "clip.wav"
+    path.write_bytes(data)
+    with pytest.raises(AudioError, match=message) as info:
+        audio_io.read_audio(path)
+    assert str(info.value).startswith(f"{path}: expected ")
+    assert "\n" not in str(info.value)
+    with pytest.raises(AudioError, match=message) as info:
+        audio_io.read_audio(io.BytesIO(data))
+    assert str(info.value).startswith("recording: expected ")
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(AudioError, match=r"absent\.wav: expected a recording, there is no such file"):
+        audio_io.read_audio(tmp_path / "absent.wav")
+    with pytest.raises(AudioError, match="found a directory"):
+        audio_io.read_audio(tmp_path)
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(AudioError, match="expected a readable file, found Not a directory"):
+        audio_io.read_audio(tmp_path / "file" / "clip.wav")
+
+
+def test_shortest_and_faintest_recordings_pass():
+    assert audio_io.to_mono(sine(16_000)[:320], 16_000).shape == (320,)
+    assert audio_io.to_mono(sine(16_000, peak=1.1e-4), 16_000).shape == (8000,)
+    assert np.abs(audio_io.to_mono(sine(16_000, peak=2.0), 16_000)).max() > 1.99
+
+
+def test_wav_of_unknown_length_is_read():
+    data = encode(sine(16_000), subtype="PCM_16")
+    at = data.index(b"data") + 4
+    for size in (b"\xff\xff\xff\xff", b"\x00\xf0\xff\x7f"):
+        assert audio_io.read_audio(io.BytesIO(data[:at] + size + data[at + 4 :])).shape == (8000,)
+
+
+def test_mp3_whose_length_is_a_guess_is_read():
+    """Without the first frame, where the table of contents is, libsndfile takes a length from the first bitrate."""
+    # Nothing, which takes few bits, then noise, which takes many: the first frame says little about the others.
+    sound = 0.1 * np.random.default_rng(0).standard_normal(64_000).astype(np.float32) * (np.arange(64_000) > 8_000)
+    whole = encode(sound, format="MP3", subtype="MPEG_LAYER_III")
+    bare = whole[288:]  # a frame of 64 kbit/s and 576 samples at 16 kHz
+    assert whole[288:290] == whole[:2]
+    assert b"Xing" in whole
+    assert b"Xing" not in bare
+    with soundfile.SoundFile(io.BytesIO(bare)) as file:
+        assert file.frames > len(file.read()), "else this tests nothing"
+    assert len(audio_io.read_audio(io.BytesIO(bare))) >= len(sound)
+    # A tag in front changes nothing; in a file that has its table, the length is a promise.
+    tag = b"ID3\4\0\0" + bytes([0, 0, 2, 3]) + b"Xing".ljust(2 * 128 + 3, b"\0")
+    assert len(audio_io.read_audio(io.BytesIO(tag + bare))) >= len(sound)
+    assert len(audio_io.read_audio(io.BytesIO(tag + whole))) == len(sound)
+    with pytest.raises(AudioError, match="ends early"):
+        audio_io.read_audio(io.BytesIO(tag + whole[: len(whole) // 2]))
+
+
+def test_as_mono_takes_what_python_has():
+    audio = sine(16_000)
+    np.testing.assert_array_equal(audio_io.to_mono(audio, 16_000), audio)
+    np.testing.assert_array_equal(audio_io.to_mono(audio[:, None], 16_000), audio)
+    np.testing.assert_array_equal(audio_io.to_mono(list(audio), 16_000), audio)
+    np.testing.assert_allclose(audio_io.to_mono(audio.astype(np.float64), 16_000), audio)
+    pcm = audio_io.to_pcm16(audio)
+    np.testing.assert_array_equal(audio_io.to_mono(pcm, 16_000), pcm / 32768.0)
+    np.testing.assert_array_equal(audio_io.to_pcm16(audio_io.to_mono(pcm, 16_000)), pcm)
+    np.testing.assert_allclose(audio_io.to_mono(np.stack([pcm, pcm], axis=1), 16_000), audio, atol=1 / 32768)
+    assert audio_io.to_mono(sine(48_000), 48_000).shape == (8000,)
+
+
+@pytest.mark.parametrize(
+    ("array", "rate", "message"),
+    [
+        (
+            sine(16_000).reshape(2, 2, -1),
+            16_000,
+            r"expected \[samples\] or \[samples, channels\], found shape",
+        ),
+        (np.float32(0.5), 16_000, r"expected \[samples\] or \[samples, channels\], found shape \(\)"),
+        (np.ones((2, 8000), np.float32), 16_000, "found more channels than samples"),
+        (np.ones(8000, np.int32), 16_000, "expected floating point or int16 samples, found int32"),
+        (np.ones(8000, np.complex64), 16_000, "found complex64"),
+        (sine(16_000), 0, "expected a sample rate of at least 1000 Hz, found 0"),
+        (sine(16_000), 999, "expected a sample rate of at least 1000 Hz, found 999"),
+        (np.zeros((0, 2), np.float32), 16_000, "found no samples"),
+        (np.zeros(8000, np.int16), 16_000, "found silence"),
+        (broken(sine(16_000), np.nan), 16_000, "found NaN or infinity"),
+        (sine(16_000)[:319], 16_000, "at least 20 ms"),
+    ],
+)
+def test_as_mono_refuses(array, rate, message):
+    with pytest.raises(AudioError, match=message):
+        audio_io.to_mono(array, rate)
+
+
+def test_check_length():
+    audio = sine(16_000, seconds=2.0)
+    assert audio_io.check_duration(audio, 32_000, cut=False) is audio
+    with pytest.raises(AudioError, match=r"^array: .* at most 1\.50 s, found 2\.00 s: .* cut=True"):
+        audio_io.check_duration(audio, 24_000, cut=False)
+    np.testing.assert_array_equal(audio_io.check_duration(audio, 24_000, cut=True), audio[:24_000])
+
+
+def test_pcm16_clips_and_rounds():
+    audio = np.array([0.0, 1.0, -1.0, 1.5, -7.0, 0.5, 1.4 / 32768, 1.6 / 32768, -1.6 / 32768], np.float32)
+    pcm = audio_io.to_pcm16(audio)
+    assert pcm.dtype == np.int16
+    assert pcm.tolist() == [0, 32767, -32768, 32767, -32768, 16384, 1, 2, -2]
+    with pytest.raises(AudioError, match="found NaN or infinity"):
+        audio_io.to_pcm16(np.array([np.nan], np.float32))
+
+
+def test_write_and_read_back(tmp_path):
+    path = tmp_path / "out.wav"
+    path.write_bytes(b"what was there before")
+    audio_io.write_wav(path, sine(24_000, peak=1.5), 24_000)
+    assert soundfile.info(path).subtype == "PCM_16"
+    assert soundfile.info(path).samplerate == 24_000
+    np.testing.assert_allclose(
+        audio_io.read_audio(path, 24_000), np.clip(sine(24_000, peak=1.5), -1, 32767 / 32768), atol=1e-4
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["out.wav"]
+
+
+def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "out.wav"
+    path.write_bytes(b"what was there before")
+
+    def interrupted(self, data):
+        with self.open("wb") as file:
+            file.write(data[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(path), "write_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        audio_io.write_wav(path, sine(24_000), 24_000)
+    assert [file.name for file in tmp_path.iterdir()] == ["out.wav"]
+    assert path.read_bytes() == b"what was there before"
+
+
+def test_write_refuses(tmp_path):
+    with pytest.raises(AudioError, match="expected a place to write to, found No such file or directory"):
+        audio_io.write_wav(tmp_path / "absent" / "out.wav", sine(24_000), 24_000)
+    with pytest.raises(AudioError, match=r"as \[samples\], found shape \(2, 3\)"):
+        audio_io.write_wav(tmp_path / "out.wav", np.zeros((2, 3), np.float32), 24_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def encoded(seconds: float, format: str, subtype: str | None = None, channels: int = 1) -> io.BytesIO:
+    file = io.BytesIO()
+    sound = 0.1 * np.sin(np.arange(int(seconds * 16_000)) / 9)
+    soundfile.write(file, np.repeat(sound[:, None], channels, 1), 16_000, format=format, subtype=subtype)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("format", ["WAV", "FLAC", "MP3", "OGG"])
+def test_longer_than_may_be(format):
+    # MP3 has a little silence before and after.
+    assert len(audio_io.read_audio(encoded(1.0, format), max_seconds=1.2)) >= 16_000
+    with pytest.raises(AudioError, match=r"expected a recording of at most 0\.90 s, found (1\.\d\d s|more)"):
+        audio_io.read_audio(encoded(1.0, format), max_seconds=0.9)
+
+
+def test_more_channels_than_may_be():
+    wide = encoded(0.1, "WAV", channels=33)
+    assert len(audio_io.read_audio(wide)) == 1600
+    wide.seek(0)
+    with pytest.raises(AudioError, match="expected at most 32 channels, found 33"):
+        audio_io.read_audio(wide, max_seconds=1.0)
+
+
+def test_file_names():
+    assert audio_io.file_name("q-1.a_ü") == "q-1.a_ü"
+    assert audio_io.file_name("../a b").startswith("_a_b-")
+    assert audio_io.file_name("..").startswith("-")
+    assert audio_io.file_name("a/b") != audio_io.file_name("a:b")
+    assert len(audio_io.file_name("日" * 300).encode()) < 250

@@ -1,0 +1,58 @@
+"""Work counted by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from omni_jax.compile_report import flops
+
+X, W = jnp.ones((2, 3, 4)), jnp.ones((4, 5))
+
+
+def count(function: Callable[..., jax.Array], *arguments: jax.Array, loop_trips: int = 1) -> float:
+    return flops.count(jax.make_jaxpr(function)(*arguments), loop_trips)
+
+
+def test_products_and_convolutions() -> None:
+    assert count(lambda x, w: x @ w, X, W) == 2 * 2 * 3 * 4 * 5
+    assert count(lambda x: jnp.einsum("bij,bkj->bik", x, x), X) == 2 * 2 * 3 * 3 * 4
+
+    def convolve(x: jax.Array, k: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(x, k, (2,), [(1, 1)], dimension_numbers=("NWC", "WIO", "NWC"))
+
+    assert count(convolve, jnp.ones((2, 10, 4)), jnp.ones((3, 4, 7))) == 2 * (2 * 5 * 7) * 3 * 4
+
+
+def test_loops() -> None:
+    def scanned(w: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, _: (x @ w, None), jnp.ones((3, 4)), None, length=11)[0]
+
+    square = jnp.ones((4, 4))
+    assert count(jax.jit(scanned), square) == 11 * 2 * 3 * 4 * 4
+
+    def looped(w: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: x @ w, jnp.ones((3, 4)))
+
+    assert count(looped, square, loop_trips=5) == 5 * 2 * 3 * 4 * 4
+
+    def branched(w: jax.Array) -> jax.Array:
+        return jax.lax.cond(w[0, 0] > 0, lambda w: w @ w, lambda w: w @ w @ w, w)
+
+    assert count(branched, square) == 2 * 2 * 4**3
+
+
+@pytest.mark.parametrize(("remat", "products"), [(False, 5), (True, 6)])
+def test_what_a_backward_pass_computes_again_counts_again(remat: bool, products: int) -> None:
+    def loss(w: jax.Array, v: jax.Array) -> jax.Array:
+        def inner(w: jax.Array) -> jax.Array:
+            return jnp.sin(jnp.ones((4, 4)) @ w)
+
+        return jnp.sum(jnp.sin((jax.checkpoint(inner) if remat else inner)(w) @ v))
+
+    square = jnp.ones((4, 4))
+    # Two forward; of w one, of v one and one that leads back to w.
+    assert count(jax.grad(loss, argnums=(0, 1)), square, square) == products * 2 * 4**3

@@ -1,0 +1,271 @@
+"""The trunk against small random models of transformers, and its cache against its whole-sequence forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+from omni_jax.config.model import RopeScaling, TrunkConfig
+from omni_jax.model.decoder import Cache, Decoder, DecoderBlock, cache_length, cache_rows
+from omni_jax.model.layers import RMSNorm
+from tests.model.randomized import randomized
+
+VOCAB = 50
+
+
+def qwen2() -> tuple[Any, TrunkConfig]:
+    config = transformers.Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=80,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+    )
+    ours = TrunkConfig(
+        hidden_size=48,
+        num_layers=3,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=8,
+        intermediate_size=80,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        max_position=64,
+    )
+    return transformers.Qwen2ForCausalLM(config), ours
+
+
+def llama(scaled: bool) -> tuple[Any, TrunkConfig]:
+    """No biases, an untied head, another theta, heads that are not width / heads wide."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 5e3}
+    scaling = None
+    if scaled:
+        numbers = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope |= {"rope_type": "llama3", "original_max_position_embeddings": 24, **numbers}
+        scaling = RopeScaling(original_max_position=24, **numbers)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        intermediate_size=56,
+        rms_norm_eps=1e-5,
+        rope_parameters=rope,
+        tie_word_embeddings=False,
+        max_position_embeddings=64,
+        attn_implementation="eager",
+    )
+    ours = TrunkConfig(
+        hidden_size=40,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=16,
+        intermediate_size=56,
+        rope_theta=5e3,
+        rope_scaling=scaling,
+        norm_eps=1e-5,
+        qkv_bias=False,
+        tie_word_embeddings=False,
+        max_position=64,
+    )
+    return transformers.LlamaForCausalLM(config), ours
+
+
+FAMILIES: dict[str, Callable[[], tuple[Any, TrunkConfig]]] = {
+    "qwen2": qwen2,
+    "llama": lambda: llama(scaled=False),
+    "llama3": lambda: llama(scaled=True),
+}
+
+
+def randomised_torch(model: Any) -> Any:
+    """Every parameter random, norms and biases too."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            noise = torch.randn(value.shape, generator=generator)
+            value.copy_(1 + 0.2 * noise if "norm" in name else 0.3 * noise if "bias" in name else 0.2 * noise)
+    return model.eval()
+
+
+def layer_weights(state: dict[str, np.ndarray], i: int, config: TrunkConfig) -> dict[str, np.ndarray]:
+    """One layer of a transformers state dict under our names."""
+    D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+    of = f"model.layers.{i}."
+    weights = {
+        "attention_norm.scale": state[of + "input_layernorm.weight"],
+        "mlp_norm.scale": state[of + "post_attention_layernorm.weight"],
+        "attention.q": state[of + "self_attn.q_proj.weight"].reshape(N, H, D),
+        "attention.k": state[of + "self_attn.k_proj.weight"].reshape(K, H, D),
+        "attention.v": state[of + "self_attn.v_proj.weight"].reshape(K, H, D),
+        "attention.out": state[of + "self_attn.o_proj.weight"].reshape(D, N, H),
+        "mlp.gate": state[of + "mlp.gate_proj.weight"],
+        "mlp.up": state[of + "mlp.up_proj.weight"],
+        "mlp.down": state[of + "mlp.down_proj.weight"],
+    }
+    if config.qkv_bias:
+        weights["attention.q_bias"] = state[of + "self_attn.q_proj.bias"].reshape(N, H)
+        weights["attention.k_bias"] = state[of + "self_attn.k_proj.bias"].reshape(K, H)
+        weights["attention.v_bias"] = state[of + "self_attn.v_proj.bias"].reshape(K, H)
+    return weights
+
+
+def fill(block: DecoderBlock, weights: dict[str, np.ndarray]) -> None:
+    names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(block))}
+    assert names == set(weights)
+    for name, value in weights.items():
+        node: Any = block
+        for part in name.split("."):
+            node = getattr(node, part)
+        assert node.shape == value.shape
+        node.set_value(jnp.asarray(value))
+
+
+class Ours:
+    """Embedding, blocks, norm and head with the weights of a transformers model, as jitted functions."""
+
+    def __init__(self, theirs: Any, config: TrunkConfig, *, stacked: bool):
+        state = {name: value.numpy() for name, value in theirs.state_dict().items()}
+        layers = [layer_weights(state, i, config) for i in range(config.num_layers)]
+        blocks = randomized(
+            lambda: Decoder(config, config.num_layers, stacked=stacked, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        )
+        if stacked:
+            fill(blocks.layers, {name: np.stack([layer[name] for layer in layers]) for name in layers[0]})
+        else:
+            for block, weights in zip(blocks.layers, layers, strict=True):
+                fill(block, weights)
+        self.blocks = blocks
+        self.table = state["model.embed_tokens.weight"]
+        head = self.table if config.tie_word_embeddings else state["lm_head.weight"]
+        norm = RMSNorm(config.hidden_size, config.norm_eps)
+        norm.scale[...] = jnp.asarray(state["model.norm.weight"])
+        graph, self.weights = nnx.split(blocks)
+
+        @jax.jit
+        def whole(weights: Any, x: Any, positions: Any, segments: Any = None) -> tuple[jax.Array, Cache]:
+            y, cache = nnx.merge(graph, weights)(x, positions, segments)
+            return norm(y) @ head.T, cache
+
+        @jax.jit
+        def step(weights: Any, x: Any, positions: Any, caches: Any) -> tuple[jax.Array, Any]:
+            y, caches = nnx.merge(graph, weights).decode(x, positions, caches)
+            return norm(y) @ head.T, caches
+
+        self._whole, self._step = whole, step
+
+    def whole(self, tokens: np.ndarray, positions: np.ndarray | None = None, segments: Any = None) -> Any:
+        if positions is None:
+            positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+        return self._whole(self.weights, self.table[tokens], positions, segments)
+
+    def step(self, tokens: np.ndarray, positions: np.ndarray, caches: list[Cache]) -> Any:
+        return self._step(self.weights, self.table[tokens], positions, caches)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def theirs(request: pytest.FixtureRequest) -> tuple[Any, TrunkConfig]:
+    model, config = FAMILIES[request.param]()
+    return randomised_torch(model), config
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["unstacked", "stacked"])
+def ours(request: pytest.FixtureRequest, theirs: tuple[Any, TrunkConfig]) -> Ours:
+    return Ours(*theirs, stacked=request.param)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, VOCAB, (2, 40))
+
+
+def test_logits_equal_transformers(theirs: tuple[Any, TrunkConfig], ours: Ours, tokens: np.ndarray) -> None:
+    with torch.no_grad():
+        expected = theirs[0](torch.tensor(tokens)).logits.numpy()
+    logits, _ = ours.whole(tokens)
+    assert np.abs(expected).max() > 1, "logits of order 1, or the tolerance means nothing"
+    np.testing.assert_allclose(np.asarray(logits), expected, atol=1e-4, rtol=0)
+
+
+def test_prefill_and_steps_equal_the_whole_sequence(ours: Ours, tokens: np.ndarray) -> None:
+    """Two rows of different length, garbage beyond them in the cache, a third row in a cache of its own."""
+    expected, _ = ours.whole(tokens)
+    lengths = np.array([12, 5])
+    _, prefilled = ours.whole(tokens[:, :12])
+    caches = [ours.blocks.cache(2, 24), ours.blocks.cache(1, 24)]
+    assert [cache_rows(cache) for cache in caches] == [2, 1]
+    assert [cache_length(cache) for cache in caches] == [24, 24]
+    dirty = [jax.tree.map(lambda x: x + 100.0, cache) for cache in caches]
+
+    def place(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
+
+    caches = [
+        jax.tree.map(place, dirty[0], prefilled),
+        jax.tree.map(lambda old, new: place(old, new[..., 1:2, :, :, :]), dirty[1], prefilled),
+    ]
+    rows = np.array([0, 1, 1])
+    at = np.array([12, 5, 5])
+    assert (at[:2] == lengths).all()
+    for _ in range(9):
+        logits, caches = ours.step(tokens[rows, at], at, caches)
+        np.testing.assert_allclose(np.asarray(logits), np.asarray(expected)[rows, at], atol=1e-4, rtol=0)
+        at = at + 1
+
+
+def test_a_step_writes_nothing_but_its_slot(ours: Ours, tokens: np.ndarray) -> None:
+    cache = jax.tree.map(lambda x: x + 7.0, ours.blocks.cache(2, 8))
+    _, (after,) = ours.step(tokens[:, 0], np.array([3, 6]), [cache])
+    for name in "kv":
+        leaves = after[name] if isinstance(after[name], tuple) else tuple(after[name])
+        for layer in leaves:
+            changed = (np.asarray(layer) != 7.0).any(axis=(1, 3))
+            np.testing.assert_array_equal(changed, [np.arange(8) == 3, np.arange(8) == 6])
+
+
+def test_packed_sequences_do_not_see_each_other(ours: Ours, tokens: np.ndarray) -> None:
+    """Lengths 15, 9 and 10 in one row of 40, positions counted anew, six of padding."""
+    parts = [slice(0, 15), slice(15, 24), slice(24, 34)]
+    segments, positions = np.zeros((1, 40), np.int32), np.zeros((1, 40), np.int32)
+    for number, part in enumerate(parts, start=1):
+        segments[0, part] = number
+        positions[0, part] = np.arange(part.stop - part.start)
+    packed, _ = ours.whole(tokens[:1], positions, segments)
+    for part in parts:
+        alone, _ = ours.whole(np.pad(tokens[:1, part], ((0, 0), (0, 40 - (part.stop - part.start)))))
+        np.testing.assert_allclose(packed[0, part], alone[0, : part.stop - part.start], atol=1e-4, rtol=0)
+
+
+def test_the_same_seed_gives_the_same_weights_stacked_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the draws are drawn from, without compiling a normal distribution per shape.
+    def key_alone(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jnp.broadcast_to(jax.random.key_data(key)[..., -1].astype(dtype), shape)
+
+    monkeypatch.setattr(jax.random, "normal", key_alone)
+    config = TrunkConfig(hidden_size=8, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=4, intermediate_size=12)
+
+    def weights(stacked: bool) -> Any:
+        blocks = Decoder(config, 3, stacked=stacked, dtype=jnp.float32, rngs=nnx.Rngs(5))
+        return nnx.to_pure_dict(nnx.state(blocks.layers))
+
+    together, one_by_one = weights(True), weights(False)
+    for i in range(3):
+        jax.tree.map(lambda whole, alone, i=i: np.testing.assert_array_equal(whole[i], alone), together, one_by_one[i])
+    draws = {float(layer["mlp"][name].ravel()[0]) for layer in one_by_one.values() for name in ("gate", "up", "down")}
+    assert len(draws) == 9
