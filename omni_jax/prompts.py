@@ -45,12 +45,12 @@ class Example:
 
 
 def speech_positions(samples: int, positions: int, stack: int = 1) -> int:
-    """How many trunk positions a recording takes: floor(duration_ms / 20) + 1 ear frames, `stack` to a position.
+    """How many trunk positions a recording takes: floor(duration_ms / 20) + 1 encoder frames, `stack` to a position.
 
     Args:
         samples: length at 16 kHz, unpadded.
-        positions: frames the ear gives; a full-length recording has no frame after its last.
-        stack: ear frames per trunk position.
+        positions: frames of the audio encoder; a full-length recording has no frame after its last.
+        stack: encoder frames per trunk position.
     """
     return -(-min(samples // 320 + 1, positions) // stack)
 

@@ -11,7 +11,7 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiled programs are not kept on disk: read back, one for several CPU devices has forgotten the order of its
-# collectives and can wait for itself for ever (jax 0.10.2).
+# collectives and can deadlock (jax 0.10.2).
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -191,8 +191,8 @@ class ReferenceDecoder:
             ), index
         sound = np.zeros((1, config.audio_encoder.max_samples), np.float32)
         sound[0, : len(request.speech)] = request.speech
-        heard = request.prompt.speech_positions
-        index[:, 1 : heard + 1] = np.arange(heard)
+        positions = request.prompt.speech_positions
+        index[:, 1 : positions + 1] = np.arange(positions)
         return jnp.repeat(self.encode_audio(sound), 2, axis=0), index
 
     def _choose(self, logits: Any, request: PreparedRequest, step: int, streams: list[int]) -> list[int]:

@@ -258,13 +258,13 @@ def test_cancel_frees_batch_slot_without_affecting_others(tied: Family, rounds: 
     collected = Collected()
     for _ in range(rounds):
         collected.add(engine.advance(2))
-    seated = [active.key for active in engine.active if active is not None]
-    chosen = [*seated[:2], 11]
+    in_slots = [active.key for active in engine.active if active is not None]
+    chosen = [*in_slots[:2], 11]
     for key in chosen:
         assert engine.cancel(key)
         assert not engine.cancel(key)
     assert not [active for active in engine.active if active is not None and active.key in chosen]
-    if seated:
+    if in_slots:
         assert engine.active.count(None) >= 2
     before = {key: len(collected.parts[key]) for key in chosen}
     while engine.busy:
@@ -368,7 +368,7 @@ def test_finished_requests_take_no_further_steps(tied: Family) -> None:
 
 
 def test_programs_are_compiled_once_per_shape(tied: Family) -> None:
-    names = ("hear", "prefill", "chunk", "join", "empty", "companions", "keep_shadows")
+    names = ("encode_audio", "prefill", "decode_chunk", "insert", "init_state", "init_companions", "keep_companions")
     run(tied.runner, tied.requests, tied.slots, 3)
     before = {name: getattr(tied.runner.programs, name)._cache_size() for name in names}
     for steps in (3, 64, 7):
