@@ -895,7 +895,7 @@ def _distinct_row(row: Row, first: dict[str, str], names: set[str]) -> Row:
 
     name = safe_file_name(row.id)
     if name.casefold() in names:
-        name = safe_file_name(row.id, tell_apart=True)
+        name = safe_file_name(row.id, force_hash=True)
     names.add(name.casefold())
     return dataclasses.replace(row, wav=f"{name}.wav")
 

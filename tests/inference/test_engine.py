@@ -374,7 +374,7 @@ def test_programs_are_compiled_once_per_shape(tied: Family) -> None:
     for steps in (3, 64, 7):
         run(tied.runner, tied.requests, tied.slots, steps)
     after = {name: getattr(tied.runner.programs, name)._cache_size() for name in names}
-    # Other chunk sizes active requests at other times, in groups of other sizes; chunks themselves have four shapes.
+    # Other chunk sizes admit requests at other times, in groups of other sizes; chunks themselves have four shapes.
     assert after["decode_chunk"] == before["decode_chunk"] == 4
     assert after["init_state"] == after["init_companions"] == 1
     run(tied.runner, tied.requests, tied.slots, 7)
