@@ -41,8 +41,12 @@ smoke: $(VENV)/.base
 	$(BIN)/omni-jax demo --out build/smoke
 	$(BIN)/python -m pytest -q tests/config tests/test_delay.py tests/test_prompts.py tests/inference/test_engine.py
 
+# What `make test` compiles without optimization, once more as users run it.
+NUMERIC := tests/model tests/codec tests/inference/test_engine.py tests/training/test_gradients.py
+
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+	OMNI_JAX_TEST_OPTIMIZED=1 $(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile $(NUMERIC)
 
 coverage: $(VENV)/.dev
 	rm -f .coverage .coverage.*

@@ -61,7 +61,7 @@ def tables_in_products(runner: ModelRunner, routes: Routing) -> set[str]:
     state = started(runner)
     if len(routes.companion_slot):
         state = dataclasses.replace(state, companions=runner.init_companions(len(routes.companion_slot), S))
-    text = runner.programs.decode_chunk.lower(runner.weights, state, routes, jnp.int32(1)).as_text()
+    text = runner.jitted.decode_chunk.lower(runner.weights, state, routes, jnp.int32(1)).as_text()
     D = CONFIG.trunk.hidden_size
     tables = {f"{V.text_rows}x{D}": "text", f"7x{V.audio_rows}x{D}": "audio"}
     found = set()
@@ -79,7 +79,7 @@ def test_decode_chunk_skips_heads_outside_the_routing(runner: ModelRunner) -> No
 
 def test_decode_chunk_without_audio_skips_the_tts_adapter(runner: ModelRunner) -> None:
     def blocks(routes: Routing) -> int:
-        text = runner.programs.decode_chunk.lower(runner.weights, started(runner), routes, jnp.int32(1)).as_text()
+        text = runner.jitted.decode_chunk.lower(runner.weights, started(runner), routes, jnp.int32(1)).as_text()
         F, D = CONFIG.trunk.intermediate_size, CONFIG.trunk.hidden_size
         return len(re.findall(rf"dot_general.*tensor<{D}x{F}xf32>", text))
 

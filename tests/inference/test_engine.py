@@ -370,15 +370,15 @@ def test_finished_requests_take_no_further_steps(tied: Family) -> None:
 def test_programs_are_compiled_once_per_shape(tied: Family) -> None:
     names = ("encode_audio", "prefill", "decode_chunk", "insert", "init_state", "init_companions", "keep_companions")
     run(tied.runner, tied.requests, tied.slots, 3)
-    before = {name: getattr(tied.runner.programs, name)._cache_size() for name in names}
+    before = {name: getattr(tied.runner.jitted, name)._cache_size() for name in names}
     for steps in (3, 64, 7):
         run(tied.runner, tied.requests, tied.slots, steps)
-    after = {name: getattr(tied.runner.programs, name)._cache_size() for name in names}
+    after = {name: getattr(tied.runner.jitted, name)._cache_size() for name in names}
     # Other chunk sizes admit requests at other times, in groups of other sizes; chunks themselves have four shapes.
     assert after["decode_chunk"] == before["decode_chunk"] == 4
     assert after["init_state"] == after["init_companions"] == 1
     run(tied.runner, tied.requests, tied.slots, 7)
-    assert {name: getattr(tied.runner.programs, name)._cache_size() for name in names} == after
+    assert {name: getattr(tied.runner.jitted, name)._cache_size() for name in names} == after
 
 
 def test_running_batch_is_donated(tied: Family) -> None:
