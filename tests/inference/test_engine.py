@@ -41,7 +41,7 @@ def mixed_requests(config: ModelConfig) -> list[PreparedRequest]:
         *(ask(task, 10 * i) for i, task in enumerate(Task)),
         *(ask(task, 10 * i + 1, **warm, seed=i) for i, task in enumerate(Task)),
         ask(Task.A1A2, 0, batch_parallel=False),
-        ask(Task.A1A2, 1, batch_parallel=False, **warm, seed=0),
+        ask(Task.A1A2, 1, batch_parallel=False, **warm, seed=10),
         ask(Task.A1A2, 0, enforce_delay=False),
         ask(Task.T1A2, 31, enforce_delay=False, **warm, seed=5),
         ask(Task.T1A1, 50, enforce_delay=False),
