@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import secrets
+import struct
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,6 +44,17 @@ samples cast to float. Ordinary overshoot from mixing, lossy codecs or resamplin
 
 MAX_CHANNELS = 32
 """Of a recording whose size is limited."""
+
+
+MEDIA_TYPES = {
+    "wav": "audio/wav",
+    "pcm": "audio/pcm",
+    "pcm16": "audio/pcm",
+    "flac": "audio/flac",
+    "mp3": "audio/mpeg",
+    "opus": "audio/ogg",
+}
+"""Formats of `encode` and their MIME types. `pcm` and `pcm16` are the same: OpenAI's endpoints use both names."""
 
 
 def read_audio(
@@ -202,6 +214,48 @@ def encode_wav(audio: np.ndarray, sample_rate: int) -> bytes:
         raise AudioError(f"expected samples to write as [samples], found shape {np.shape(audio)}")
     buffer = io.BytesIO()
     soundfile.write(buffer, to_pcm16(audio), sample_rate, subtype="PCM_16", format="WAV")
+    return buffer.getvalue()
+
+
+def pcm_bytes(audio: np.ndarray) -> bytes:
+    """16-bit little-endian samples without a header.
+
+    Args:
+        audio: f32 [samples]; clipped to -1..1.
+
+    Raises:
+        AudioError: the samples are not finite.
+    """
+    return to_pcm16(audio).astype("<i2").tobytes()
+
+
+def streaming_wav_header(sample_rate: int) -> bytes:
+    """The header of a mono 16-bit wav file of unknown length: both sizes are 2^32 - 1, which players understand."""
+    unknown = 0xFFFFFFFF
+    return struct.pack(
+        "<4sI4s4sIHHIIHH4sI",
+        b"RIFF", unknown, b"WAVE", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16, b"data", unknown,
+    )  # fmt: skip
+
+
+def encode(audio: np.ndarray, sample_rate: int, format: str) -> bytes:
+    """A whole recording as a file of one of the formats of `MEDIA_TYPES`.
+
+    Args:
+        audio: f32 [samples]; clipped to -1..1.
+        sample_rate: samples per second.
+        format: key of `MEDIA_TYPES`.
+
+    Raises:
+        AudioError: the samples are not one-dimensional or not finite.
+    """
+    if format in ("pcm", "pcm16"):
+        return pcm_bytes(audio)
+    if format == "wav":
+        return encode_wav(audio, sample_rate)
+    container, subtype = {"flac": ("FLAC", "PCM_16"), "mp3": ("MP3", None), "opus": ("OGG", "OPUS")}[format]
+    buffer = io.BytesIO()
+    soundfile.write(buffer, audio, sample_rate, format=container, subtype=subtype)
     return buffer.getvalue()
 
 

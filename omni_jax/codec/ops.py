@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from omni_jax.codec.snac import Array
+Array = jax.Array
 
 TAPS = 7
 

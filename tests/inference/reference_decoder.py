@@ -18,6 +18,7 @@ from omni_jax.api import Omni
 from omni_jax.codec.snac import Snac, make_decoder
 from omni_jax.config.model import AdapterConfig, AudioEncoderConfig, CodecConfig, ModelConfig, TrunkConfig, VocabConfig
 from omni_jax.inference.engine import PreparedRequest
+from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.sampling import Sampling, sample
 from omni_jax.model.omni import OmniModel
 from omni_jax.prompts import speech_positions, speech_prompt, text_prompt
@@ -40,17 +41,19 @@ def small_config(
 ) -> ModelConfig:
     """Sizes that all differ, so that a mixed-up axis shows."""
     sizes: dict[str, Any] = {
-        "width": 32,
-        "layers": 2,
-        "heads": 4,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
         "num_kv_heads": 2,
         "head_dim": 6,
-        "ffn": 40,
+        "intermediate_size": 40,
         "rope_theta": 1e4,
-        "context": CONTEXT,
+        "max_position": CONTEXT,
     }
     return ModelConfig(
-        audio_encoder=AudioEncoderConfig(num_mel_bins=8, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=20, max_position=20),
+        audio_encoder=AudioEncoderConfig(
+            num_mel_bins=8, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=20, max_position=20
+        ),
         adapter=AdapterConfig(intermediate_size=24),
         trunk=TrunkConfig(**sizes | trunk, tie_word_embeddings=tied),
         vocab=VocabConfig(text=text, text_specials=text_specials, audio=12, audio_specials=audio_specials),
@@ -117,9 +120,9 @@ def random_request(
         )
         sound = (0.1 * random.normal(size=samples)).astype(np.float32)
         assert speech_positions(samples, config.audio_encoder.max_position) == length
-        return PreparedRequest(speech_prompt(task, length, vocab), sound, **settings)
+        return PreparedRequest(speech_prompt(task, length, vocab), sound, GenerationConfig(**settings))
     text = random.integers(0, config.vocab.text, length).tolist()
-    return PreparedRequest(text_prompt(task, text, vocab), **settings)
+    return PreparedRequest(text_prompt(task, text, vocab), config=GenerationConfig(**settings))
 
 
 class ReferenceDecoder:
@@ -148,7 +151,7 @@ class ReferenceDecoder:
         rows = np.zeros((2, 8, context), np.int32)
         length = len(request.prompt)
         rows[:, :, :length] = request.prompt.tokens
-        parallel = request.batch_parallel and task is Task.A1A2
+        parallel = request.config.batch_parallel and task is Task.A1A2
         if parallel:
             rows[1, :, length - 1] = [v.pad_a] * 7 + [v.answer_t]
         speech, index = self._speech(request)
@@ -164,14 +167,14 @@ class ReferenceDecoder:
                 text_ended = text == v.eot
             if task.outputs_audio:
                 audio = self._choose(audio_logits[0], request, step, list(range(7)))
-                if request.enforce_delay:
+                if request.config.enforce_delay:
                     audio = [token if step >= layer + 1 else v.pad_a for layer, token in enumerate(audio)]
             else:
                 audio = [v.pad_a] * 7
             said.append([*audio, text])
             if (audio[6] == v.eoa) if task.outputs_audio else (text == v.eot):
                 return np.array(said, np.int32).T, "stop"
-            if len(said) == request.max_steps:
+            if len(said) == request.config.max_steps:
                 return np.array(said, np.int32).T, "length"
             if length == context:
                 return np.array(said, np.int32).T, "context"
@@ -195,10 +198,10 @@ class ReferenceDecoder:
     def _choose(self, logits: Any, request: PreparedRequest, step: int, streams: list[int]) -> list[int]:
         n = len(streams)
         sampling = Sampling(
-            temperature=np.full(n, request.temperature, np.float32),
-            top_k=np.full(n, request.top_k, np.int32),
-            top_p=np.full(n, request.top_p, np.float32),
-            seed=np.full(n, request.seed, np.uint32),
+            temperature=np.full(n, request.config.temperature, np.float32),
+            top_k=np.full(n, request.config.top_k, np.int32),
+            top_p=np.full(n, request.config.top_p, np.float32),
+            seed=np.full(n, request.config.seed, np.uint32),
         )
         tokens = self.sample(logits, sampling, np.full(n, step, np.int32), np.array(streams, np.int32))
         return [int(token) for token in tokens]
