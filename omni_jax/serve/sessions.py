@@ -162,8 +162,9 @@ class Service:
         def work() -> PreparedRequest:
             if audio is None:
                 return self.omni.prepare(request)
+            samples = self._samples(audio, sample_rate)
             return self.omni.prepare(
-                Request(self._samples(audio, sample_rate), None, task, audio_io.SAMPLE_RATE, config=config)
+                Request(samples, None, task, audio_io.SAMPLE_RATE, config=config, name="recording")
             )
 
         async with self._decoding:

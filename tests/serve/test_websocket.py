@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -191,11 +192,14 @@ def test_live_refuses_empty_requests(
     assert server.metric("omni_requests_total", endpoint="/live", outcome="refused") == before + 1
 
 
-def test_live_refuses_unknown_options(socket: ClientConnection) -> None:
-    send(socket, type="start", options={"loud": True})
+@pytest.mark.parametrize(
+    ("options", "found"), [({"loud": True}, "found loud"), ({"top_k": 2**40}, f"top_k: expected .* found {2**40}")]
+)
+def test_live_refuses_invalid_options(socket: ClientConnection, options: dict[str, Any], found: str) -> None:
+    send(socket, type="start", options=options)
     send(socket, type="text", text="hello")
     messages = receive_turn(socket, 1)
-    assert "found loud" in messages[0]["message"]
+    assert re.search(found, messages[0]["message"])
     assert messages[-1]["outcome"] == "refused"
 
 
