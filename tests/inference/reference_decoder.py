@@ -1,4 +1,4 @@
-"""Small random models, and decoding as section 1 of the reference describes it: slow, obvious, without a cache.
+"""Small random models, and decoding as the paper describes it: slow, obvious, without a cache.
 
 Every step runs the whole sequence through the whole model again, one request at a time.
 """
@@ -77,7 +77,7 @@ def random_model(
     vocab, table = Vocab(config.vocab), "embed" if config.trunk.tie_word_embeddings else "head"
     voice = ("tts_adapter", "head") if config.tts_adapter_layers else (table, "audio")
 
-    def favour_the_ends(path: tuple[Any, ...], values: np.ndarray) -> None:
+    def favor_the_ends(path: tuple[Any, ...], values: np.ndarray) -> None:
         if path == (table, "text"):
             values[vocab.eot] *= eot
         if path == voice:
@@ -86,7 +86,7 @@ def random_model(
     def make() -> OmniModel:
         return OmniModel(config, stacked=stacked, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
-    return randomized(make, seed, favour_the_ends)
+    return randomized(make, seed, favor_the_ends)
 
 
 def small_omni() -> Omni:
@@ -128,10 +128,10 @@ def random_request(
 class ReferenceDecoder:
     """Decodes one request at a time from a model's whole-sequence forward."""
 
-    def __init__(self, model: OmniModel, hear: Callable[[np.ndarray], jax.Array]):
-        """Take a model, and its ear and adapter as a compiled function."""
+    def __init__(self, model: OmniModel, encode_audio: Callable[[np.ndarray], jax.Array]):
+        """Take a model, and its audio encoder and adapter as a compiled function."""
         graph, weights = nnx.split(model)
-        self.config, self.vocab, self.hear = model.config, Vocab(model.config.vocab), hear
+        self.config, self.vocab, self.encode_audio = model.config, Vocab(model.config.vocab), encode_audio
 
         @jax.jit
         def logits(weights: Any, rows: Any, speech: Any, index: Any, at: Any) -> tuple[jax.Array, jax.Array]:
@@ -151,14 +151,14 @@ class ReferenceDecoder:
         rows = np.zeros((2, 8, context), np.int32)
         length = len(request.prompt)
         rows[:, :, :length] = request.prompt.tokens
-        parallel = request.config.batch_parallel and task is Task.A1A2
+        parallel = request.has_companion
         if parallel:
             rows[1, :, length - 1] = [v.pad_a] * 7 + [v.answer_t]
         speech, index = self._speech(request)
-        said: list[list[int]] = []
+        steps: list[list[int]] = []
         text_ended = task is Task.T1A1
         while True:
-            step = len(said)
+            step = len(steps)
             text_logits, audio_logits = self.logits(rows, speech, index, length - 1)
             if text_ended:
                 text = v.pad_t
@@ -168,16 +168,16 @@ class ReferenceDecoder:
             if task.outputs_audio:
                 audio = self._choose(audio_logits[0], request, step, list(range(7)))
                 if request.config.enforce_delay:
-                    audio = [token if step >= layer + 1 else v.pad_a for layer, token in enumerate(audio)]
+                    audio = [token if step >= codebook + 1 else v.pad_a for codebook, token in enumerate(audio)]
             else:
                 audio = [v.pad_a] * 7
-            said.append([*audio, text])
+            steps.append([*audio, text])
             if (audio[6] == v.eoa) if task.outputs_audio else (text == v.eot):
-                return np.array(said, np.int32).T, "stop"
-            if len(said) == request.config.max_steps:
-                return np.array(said, np.int32).T, "length"
+                return np.array(steps, np.int32).T, "stop"
+            if len(steps) == request.config.max_steps:
+                return np.array(steps, np.int32).T, "length"
             if length == context:
-                return np.array(said, np.int32).T, "context"
+                return np.array(steps, np.int32).T, "context"
             rows[0, :, length] = [*audio, text]
             rows[1, :, length] = [*[v.pad_a] * 7, text]
             length += 1
@@ -193,7 +193,7 @@ class ReferenceDecoder:
         sound[0, : len(request.speech)] = request.speech
         heard = request.prompt.speech_positions
         index[:, 1 : heard + 1] = np.arange(heard)
-        return jnp.repeat(self.hear(sound), 2, axis=0), index
+        return jnp.repeat(self.encode_audio(sound), 2, axis=0), index
 
     def _choose(self, logits: Any, request: PreparedRequest, step: int, streams: list[int]) -> list[int]:
         n = len(streams)
