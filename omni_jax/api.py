@@ -56,6 +56,13 @@ class Request:
     name: str = field(default="array", kw_only=True)
     """What error messages call an array."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, GenerationConfig | None):
+            found = type(self.config).__name__
+            raise ConfigError(
+                f"config: expected a GenerationConfig or a dict of options, found {found}", field="config"
+            )
+
     @classmethod
     def of(cls, source: Request | Mapping[str, Any] | str | Path) -> Request:
         """A request, a dict of its fields, or the path of a recording as a request.
@@ -76,7 +83,10 @@ class Request:
             raise ConfigError(
                 f"request: expected some of {', '.join(known)}, found {', '.join(unknown)}", field=unknown[0]
             )
-        return cls(**source)
+        values = dict(source)
+        if isinstance(values.get("config"), Mapping):
+            values["config"] = GenerationConfig.from_dict(values["config"])
+        return cls(**values)
 
     def resolve_task(self) -> Task:
         """The task, checked against the input. Needs no model, so that bad requests are refused before one is loaded.
