@@ -16,7 +16,7 @@ from flax import nnx
 
 import omni_jax
 from omni_jax.api import Omni, Request
-from omni_jax.checkpoint import release as checkpoint
+from omni_jax.checkpoint import tensors
 from omni_jax.codec.snac import DecodeFn, Snac, make_decoder
 from omni_jax.delay import fill_invalid_codes, undelay
 from omni_jax.errors import AudioError, CheckpointError, ConfigError, UntrainedWarning
@@ -525,7 +525,7 @@ def test_the_real_shape_answers() -> None:
 
 
 def test_untrained_by_its_own_name_blames_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "init_model", lambda *args, **kwargs: random_model(CONFIG))
+    monkeypatch.setattr(tensors, "init_model", lambda *args, **kwargs: random_model(CONFIG))
     with pytest.warns(UntrainedWarning) as warned:
         assert Omni.untrained("tiny").trained is False
     assert warned[0].filename == __file__
