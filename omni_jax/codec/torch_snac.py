@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,8 +18,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from omni_jax.codec.snac import FRAME_SLOTS, block_noise
-from omni_jax.config.model import CodecConfig
-from omni_jax.convert.snac import config_from_json, config_to_json, from_torch, read, to_torch
 
 Array = jax.Array
 
@@ -48,41 +44,14 @@ class TorchSnac:
     Its noise blocks are silent unless a key is given, so the same codes give the same audio.
     """
 
-    def __init__(self, source: Any):
-        """Take a codec.
+    def __init__(self, module: Any):
+        """Take a `snac.SNAC`, which stays as it is: its weights are copied."""
+        from omni_jax.convert.snac import config_of_module, from_torch, to_torch_module
 
-        Args:
-            source: a folder as snac publishes it (see `omni_jax.convert.snac.read`), or a `snac.SNAC`, which
-                stays as it is: its weights are copied.
-
-        Raises:
-            ImportError: torch or snac is not installed.
-            ConversionError: the folder lacks a file, or this is not a codec of the kind we have.
-        """
-        snac = import_snac()
-        if isinstance(source, snac.SNAC):
-            config = _config_of(source, snac)
-            state = {name: tensor.detach().cpu().numpy() for name, tensor in source.state_dict().items()}
-            params = from_torch(state, config)
-        else:
-            config, params = read(Path(source))
-        self._fill(config, params)
-
-    @classmethod
-    def from_params(cls, config: CodecConfig, params: Mapping[str, ArrayLike]) -> TorchSnac:
-        """The torch codec from our parameters, see `omni_jax.codec.snac.Snac.params`.
-
-        Raises:
-            ImportError: torch or snac is not installed.
-            ConversionError: lists every parameter that is missing, unknown or misshapen.
-        """
-        codec = cls.__new__(cls)
-        codec._fill(config, {name: np.asarray(value) for name, value in params.items()})
-        return codec
-
-    def _fill(self, config: CodecConfig, params: Mapping[str, np.ndarray]) -> None:
-        self.config = config
-        self._module, self._noise_blocks = _build(config, params, import_snac())
+        self.config = config_of_module(module)
+        state = {name: tensor.detach().cpu().numpy() for name, tensor in module.state_dict().items()}
+        own = to_torch_module(self.config, from_torch(state, self.config))
+        self._module, self._noise_blocks = _fold(own, import_snac())
         # A call's noise is handed over through the module, so calls take turns.
         self._lock = threading.Lock()
 
@@ -147,14 +116,10 @@ class TorchSnac:
             return self._module.decode(books)[0, 0].numpy()
 
 
-def _build(config: CodecConfig, params: Mapping[str, np.ndarray], snac: ModuleType) -> tuple[Any, list[Any]]:
-    """A torch codec with the weight norm folded, once instead of per call, and its noise in our hands."""
-    import torch
+def _fold(module: Any, snac: ModuleType) -> tuple[Any, list[Any]]:
+    """The codec with the weight norm folded, once instead of per call, and its noise in our hands."""
     from torch.nn.utils import parametrize
 
-    module = snac.SNAC(**config_to_json(config)).eval()
-    state = to_torch(params, config)
-    module.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in state.items()})
     noise_blocks = []
     for part in list(module.modules()):
         if parametrize.is_parametrized(part, "weight"):
@@ -170,23 +135,3 @@ def _build(config: CodecConfig, params: Mapping[str, np.ndarray], snac: ModuleTy
 def _add_given_noise(block: Any, x: Any) -> Any:
     """What a noise block does, with noise that is given instead of drawn, or none."""
     return x if block.given is None else x + block.given * block.linear(x)
-
-
-def _config_of(module: Any, snac: ModuleType) -> CodecConfig:
-    """A module does not keep all it was made with; the rest shows in its layers."""
-    return config_from_json(
-        {
-            "sampling_rate": module.sampling_rate,
-            "encoder_dim": module.encoder_dim,
-            "encoder_rates": module.encoder_rates,
-            "latent_dim": module.latent_dim,
-            "decoder_dim": module.decoder_dim,
-            "decoder_rates": module.decoder_rates,
-            "attn_window_size": module.attn_window_size,
-            "codebook_size": module.codebook_size,
-            "codebook_dim": module.codebook_dim,
-            "vq_strides": module.vq_strides,
-            "noise": any(isinstance(part, snac.layers.NoiseBlock) for part in module.modules()),
-            "depthwise": module.decoder.model[0].groups > 1,
-        }
-    )
