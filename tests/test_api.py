@@ -19,7 +19,7 @@ from flax import nnx
 
 import omni_jax
 from omni_jax.api import Omni, Request
-from omni_jax.checkpoint import release as checkpoint
+from omni_jax.checkpoint import tensors
 from omni_jax.codec.snac import DecodeFn, Snac, make_decoder
 from omni_jax.delay import delay, fill_invalid_codes, undelay
 from omni_jax.errors import AudioError, AudioTooLongError, CheckpointError, ConfigError, UntrainedWarning
@@ -525,7 +525,7 @@ def test_mini_omni_preset_answers() -> None:
 
 
 def test_untrained_warning_points_to_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "init_model", lambda *args, **kwargs: random_model(CONFIG))
+    monkeypatch.setattr(tensors, "init_model", lambda *args, **kwargs: random_model(CONFIG))
     with pytest.warns(UntrainedWarning) as warned:
         assert Omni.untrained("tiny").trained is False
     assert warned[0].filename == __file__
