@@ -33,6 +33,7 @@ import typer
 from tqdm import tqdm
 
 from nano import facts
+from omni_jax.audio import augment
 from omni_jax.audio import io as audio_io
 from omni_jax.data import synthesizers
 
@@ -53,13 +54,13 @@ PITCH = {"espeak": 2.0, "flite": 1.5, "hibari": 1.5}
 """Semitones up or down. The latter two are shifted, throat and all, and soon sound like nobody."""
 WIDER_PITCH = {"espeak": 4.0, "flite": 3.0, "hibari": 3.0, "pico": 4.0, "festival": 1.5}
 """Of later parts, said by voices that hardly sound like themselves: so do those that training never hears."""
-AUGMENTATION = synthesizers.Augmentation(
+AUGMENTATION = augment.Augmentation(
     stretch=(0.97, 1.03),
     room_chance=0.3,
-    reverberation=(0.1, 0.35),
-    directness=(6.0, 18.0),
+    rt60=(0.1, 0.35),
+    drr_db=(6.0, 18.0),
     noise_chance=0.6,
-    snr=(15.0, 40.0),
+    snr_db=(15.0, 40.0),
     band_chance=0.2,
     low_cut=(50.0, 250.0),
     high_cut=(3500.0, 7000.0),
@@ -178,7 +179,7 @@ class Recording:
     rate: int
     """Samples per second: 16,000 of questions, 24,000 of answers."""
     varied: dict[str, float]
-    """What `omni_jax.data.speech.augment` drew; empty for answers."""
+    """What `omni_jax.audio.augment.augment` drew; empty for answers."""
 
 
 def plan(sizes: Sizes, seed: int = 0) -> dict[str, list[Utterance]]:
@@ -299,10 +300,10 @@ def say(utterance: Utterance, seed: int, *, own: bool) -> tuple[np.ndarray, dict
     wanted = ANSWER_RATE if own else audio_io.SAMPLE_RATE
     before, after = ANSWER_SILENCE if own else np.random.default_rng([seed, 1]).uniform(*QUESTION_SILENCE, 2)
     decibels = ANSWER_LEVEL if own else None
-    samples = synthesizers.between_silences(samples, rate, wanted, before, after, decibels=decibels)
+    samples = augment.pad_silence(samples, rate, wanted, before, after, decibels=decibels)
     varied: dict[str, float] = {}
     if not own:
-        samples, varied = synthesizers.augment(samples, wanted, [seed, 0], AUGMENTATION)
+        samples, varied = augment.augment(samples, wanted, [seed, 0], AUGMENTATION)
     return audio_io.to_pcm16(samples), varied
 
 

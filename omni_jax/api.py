@@ -415,4 +415,4 @@ def _decoder(codec: Snac, name: str) -> DecodeFn:
     from omni_jax.codec.torch_snac import TorchSnac
     from omni_jax.convert.snac import to_torch_module
 
-    return TorchSnac(to_torch_module(codec.config, codec.params())).decode
+    return TorchSnac(to_torch_module(codec.config, codec.params()), codec.config).decode

@@ -325,7 +325,7 @@ def _name_wavs(rows: Sequence[Row]) -> list[Row]:
         places[row.id] = row.place
         name = safe_file_name(row.id)
         if name.casefold() in names:
-            name = safe_file_name(row.id, tell_apart=True)
+            name = safe_file_name(row.id, force_hash=True)
         names.add(name.casefold())
         result.append(dataclasses.replace(row, wav=f"{name}.wav"))
     return result

@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from numpy.typing import ArrayLike
 from safetensors import SafetensorError
 
+from omni_jax.codec.torch_snac import import_snac
 from omni_jax.config.load import build_config
 from omni_jax.config.model import CodecConfig
 from omni_jax.convert.table import CONFIG, WEIGHTS, import_torch, read_json, write_json
@@ -31,7 +33,7 @@ _FIELDS = {
     "decoder_rates": "decoder_rates",
     "codebook_size": "codebook_size",
     "codebook_dim": "codebook_dim",
-    "vq_strides": "strides",
+    "vq_strides": "vq_strides",
     "noise": "noise",
 }
 """Names of the same things in snac's config.json and in CodecConfig."""
@@ -136,6 +138,21 @@ def to_torch(params: Mapping[str, np.ndarray], config: CodecConfig) -> dict[str,
         else:
             state[entry.theirs] = array
     return state
+
+
+def to_torch_module(config: CodecConfig, params: Mapping[str, ArrayLike]) -> Any:
+    """A `snac.SNAC` with our parameters.
+
+    Raises:
+        MissingExtraError: torch or snac is not installed.
+        ConversionError: lists every parameter that is missing, unknown or misshapen.
+    """
+    module = import_snac().SNAC(**config_to_json(config)).eval()
+    import torch
+
+    state = to_torch({name: np.asarray(array) for name, array in params.items()}, config)
+    module.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in state.items()})
+    return module
 
 
 def config_from_json(values: Mapping[str, Any], source: str = "config.json") -> CodecConfig:
