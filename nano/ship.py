@@ -24,7 +24,7 @@ from omni_jax import Omni
 from omni_jax.audio import io as audio_io
 from omni_jax.config.model import SHIPPED_RELEASES
 from omni_jax.data.records import Exchange, Records, from_bytes
-from omni_jax.evaluation.report import draw_spectrogram
+from omni_jax.evaluation.plots import draw_spectrogram
 from omni_jax.inference.answer import Reply
 
 ROOT = Path(__file__).parents[1]
