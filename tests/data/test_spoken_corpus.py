@@ -22,7 +22,7 @@ from omni_jax.data.records import Exchange, Records, from_bytes
 from omni_jax.data.sources import RejectedRow, TextQA
 from omni_jax.data.spoken_corpus import SpokenCorpus
 from omni_jax.data.synthesizers import Command, OpenAISpeech, VoiceSpec
-from omni_jax.errors import MissingExtraError, OmniError, SynthesisError
+from omni_jax.errors import MissingExtraError, SynthesisError
 from tests.data.test_prepare import CODEC, SmallCodec
 from tests.data.test_sources import put
 

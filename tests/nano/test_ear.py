@@ -17,7 +17,9 @@ from omni_jax.checkpoint.safetensors_io import SafetensorsFile
 from omni_jax.config.model import AudioEncoderConfig, ModelConfig
 from omni_jax.errors import CheckpointError
 
-TINY = AudioEncoderConfig(num_mel_bins=16, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, max_position=40)
+TINY = AudioEncoderConfig(
+    num_mel_bins=16, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, max_position=40
+)
 
 
 @pytest.fixture
