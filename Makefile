@@ -21,7 +21,7 @@ help:
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   let ruff lay out the code'
 	@echo 'make bench    measure speed and memory'
-	@echo 'make nano     teach the small model, hours on two cores; goes on where it was interrupted'
+	@echo 'make nano     train the small model: hours on two cores; continues after an interruption'
 
 demo: $(VENV)/.base
 	$(BIN)/omni-jax demo --out demo
@@ -45,7 +45,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
 
 nano: synthesisers $(VENV)/.nano
-	$(BIN)/python -m nano
+	$(BIN)/python -m recipes.nano
 
 synthesisers:
 	@for program in espeak-ng flite festival gcc; do command -v $$program >/dev/null || \
@@ -67,5 +67,5 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $(VENV)/.base $@
 
 $(VENV)/.nano: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install -q $(CONSTRAINTS) -e '.[nano]'
+	$(PIP) install -q $(CONSTRAINTS) -e '.[nano,evaluation]'
 	@touch $@
