@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from omni_jax import Omni
 from omni_jax.audio import io as audio_io
 from omni_jax.data.records import Exchange
-from omni_jax.evaluation.report import draw_spectrogram
+from omni_jax.evaluation.plots import draw_spectrogram
 from omni_jax.inference.answer import Reply
 from recipes.nano.suites import exchanges
 from recipes.nano.training import METRICS, draw_curves
