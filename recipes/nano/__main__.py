@@ -33,8 +33,8 @@ WRITTEN = (
 EVALUATIONS = {
     "seen": ("seen",),
     "unseen": ("unseen",),
-    "seen_single": ("seen", "--no-batch-parallel"),
-    "unseen_single": ("unseen", "--no-batch-parallel"),
+    "seen_no_batch_parallel": ("seen", "--no-batch-parallel"),
+    "unseen_no_batch_parallel": ("unseen", "--no-batch-parallel"),
     "dictation": ("dictation",),
     "text": ("text",),
     "read": ("read",),

@@ -174,7 +174,7 @@ def spoken_sets(sizes: Sizes) -> dict[str, list[Row]]:
 
 def typed_questions(count: int) -> list[Item]:
     """Training questions, half of them in the further phrasings."""
-    # Sums and differences have so many short answers that each is said once or twice.
+    # Sums and differences have so many short answers that each occurs once or twice.
     answers = {name: len(kind.answers) for name, kind in KINDS.items() if name not in ("sum", "difference")}
     return [
         item

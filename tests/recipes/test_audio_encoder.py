@@ -93,14 +93,14 @@ def test_even_alignment():
 
 
 def test_init_local_attention_peaks_at_offsets():
-    """The attention of every head peaks at its offset, amid what is heard."""
+    """The attention of every head peaks at its offset, with noise added to the positions."""
     from omni_jax.model.whisper_encoder import sinusoids
 
     config = encoders.CONFIG
     params = encoders.Trainer(config, 10, 0).init().params
     block = params["audio_encoder"]["layers"][0]
-    heard = 0.3 * np.asarray(jax.random.normal(jax.random.key(1), (60, config.hidden_size)))
-    x = np.asarray(sinusoids(60, config.hidden_size)) + heard
+    noise = 0.3 * np.asarray(jax.random.normal(jax.random.key(1), (60, config.hidden_size)))
+    x = np.asarray(sinusoids(60, config.hidden_size)) + noise
     x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
     q, k = (np.einsum("td,nhd->nth", x, np.asarray(block[name]["weight"])) for name in "qk")
     scores = np.einsum("nth,nsh->nts", q, k) / np.sqrt(config.hidden_size // config.num_heads)

@@ -292,22 +292,22 @@ def test_free_sentences_have_many_forms_and_no_held_out_pattern():
 def test_answer_like_sentences_have_words_that_are_rare_in_answers():
     sentences = free_sentences(6000, 0, "answer")
     assert len(set(sentences)) == 6000
-    said = Counter(word for text in sentences for word in normalize(text).split())
+    counts = Counter(word for text in sentences for word in normalize(text).split())
     seldom = ("capital", "country", "opposite", "sound", "color")
     answers = Counter(word for item in sample("train", 6000, 0) for word in normalize(item.answer).split())
     for kind in seldom:
         for fact in KINDS[kind].facts:
             for word in normalize(fact.answer).split():
-                assert said[word] >= 5, word
-    assert said["brussels"] > 5 * answers["brussels"]
+                assert counts[word] >= 5, word
+    assert counts["brussels"] > 5 * answers["brussels"]
     assert any(re.fullmatch(r"The capital of [A-Z].* is [A-Z].*\.", text) for text in sentences)
 
 
 def test_named_sentences_have_the_name_in_many_places():
     sentences = free_sentences(2000, 0, "named")
-    places = Counter(normalize(text).split().index("nano") for text in sentences)
+    positions = Counter(normalize(text).split().index("nano") for text in sentences)
     assert len(set(sentences)) == 2000
-    assert min(places[place] for place in range(6)) > 50
+    assert min(positions[position] for position in range(6)) > 50
     assert "My name is Nano." not in sentences, "the answer is recorded anyway"
 
 

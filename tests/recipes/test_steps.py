@@ -106,7 +106,7 @@ def test_remove_deletes_the_folder_of_an_output(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in tmp_path.iterdir()] == ["texts"]
 
 
-@pytest.mark.parametrize(("from_scratch", "trial"), itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize(("from_scratch", "trial"), list(itertools.product([False, True], repeat=2)))
 def test_steps_begin_with_what_earlier_ones_make(from_scratch: bool, trial: bool) -> None:
     """Configurations, folders of records and commands agree with each other."""
     sizes = texts.Sizes.limited(8)
