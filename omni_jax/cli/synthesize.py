@@ -57,7 +57,7 @@ def synthesize(
         answer_voice,
         encoder.config.sample_rate,
         seed,
-        augment=not clean,
+        augment_questions=not clean,
         max_question_seconds=max_seconds,
     )
     beam = beam_options(runner, workers, runner_options)
