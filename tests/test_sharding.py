@@ -293,7 +293,7 @@ def test_engine_on_mesh_gives_the_same_tokens(sizes: tuple[int, int, int], stack
         np.testing.assert_array_equal(tokens, expected_tokens)
         assert finish == expected_finish
     # A chunk returns its state sharded as it got it, or the next one would be compiled again.
-    assert runner.programs.decode_chunk._cache_size() == len(set(runner.sizes))
+    assert runner.jitted.decode_chunk._cache_size() == len(set(runner.sizes))
 
     assert num_distinct_shards(runner.weights["embed"]["text"]) == sizes[1] * sizes[2]
     state, rows, heads = engine.state, sizes[0] * sizes[1], sizes[2]

@@ -96,7 +96,7 @@ def decode_program(
     """
     with jax.set_mesh(mesh):
         runner = _abstract_runner(config, mesh, int8=int8)
-        programs, max_len = runner.programs, config.trunk.max_position
+        programs, max_len = runner.jitted, config.trunk.max_position
         state = jax.eval_shape(lambda weights: programs.init_state(weights, batch, max_len), runner.weights)
         if batch_parallel:
             cache = jax.eval_shape(lambda weights: programs.init_companions(weights, batch, max_len), runner.weights)
@@ -132,10 +132,10 @@ def prefill_program(config: ModelConfig, mesh: Mesh, batch: int, *, int8: bool =
     with jax.set_mesh(mesh):
         runner = _abstract_runner(config, mesh, int8=int8)
         arguments = (runner.weights, tokens, speech, count)
-        cache = jax.eval_shape(partial(runner.programs.prefill, audio=True), *arguments)
+        cache = jax.eval_shape(partial(runner.jitted.prefill, audio=True), *arguments)
     read = {name: value for name, value in runner.weights.items() if name in ("trunk", "tts_adapter")}
     ideal = _bytes_per_chip(read) + _bytes_per_chip((tokens, speech)) + _bytes(cache) / mesh.devices.size
-    return Program(runner.programs.prefill, mesh, arguments, ideal, {"audio": True})
+    return Program(runner.jitted.prefill, mesh, arguments, ideal, {"audio": True})
 
 
 def codec_program(config: ModelConfig, mesh: Mesh, batch: int) -> Program:
