@@ -109,6 +109,8 @@ def batches(
         absl.flags.FLAGS.mark_as_parsed()
     layout = {
         "process": f"{process_index} of {process_count}",
+        "process_index": process_index,
+        "process_count": process_count,
         "workers": config.num_workers,
         "seed": seed,
         "bins": BINS,
