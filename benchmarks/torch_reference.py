@@ -1,4 +1,4 @@
-"""The alternative: the same shape in PyTorch, a transformers Qwen2 with its static cache and the eight heads."""
+"""The reference in PyTorch: a transformers Qwen2 of the same shape, with its static cache and the eight heads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omni_jax.vocab import Vocab
 class TorchOmni:
     """Trunk and one head of 181120 rows, random weights, float32, as the published PyTorch code runs them."""
 
-    def __init__(self, config: ModelConfig, slots: int):
+    def __init__(self, config: ModelConfig, max_len: int):
         trunk, vocab = config.trunk, Vocab(config.vocab)
         self.config = Qwen2Config(
             vocab_size=1,
@@ -27,7 +27,7 @@ class TorchOmni:
         torch.manual_seed(0)
         self.trunk = Qwen2Model(self.config).eval()
         self.table = torch.randn(vocab.rows, trunk.hidden_size) / trunk.hidden_size**0.5
-        self.slots = slots
+        self.max_len = max_len
         self.text_rows = vocab.text_rows
         self.audio_shape = (7, vocab.audio_rows)
         self.offsets = vocab.text_rows + torch.arange(7) * vocab.audio_rows
@@ -35,7 +35,7 @@ class TorchOmni:
     @torch.inference_mode()
     def start(self, rows: int, prompt: int) -> None:
         """Prefill `rows` prompts of `prompt` positions; all positions go through the head."""
-        self.cache = StaticCache(config=self.config, max_cache_len=self.slots)
+        self.cache = StaticCache(config=self.config, max_cache_len=self.max_len)
         self.position = 0
         self._forward(torch.randn(rows, prompt, self.config.hidden_size))
 

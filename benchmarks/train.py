@@ -1,17 +1,19 @@
-"""Training on this machine: the step against torch, the memory of the loss, and how long a run waits for its data.
+"""Training on this machine: the step against torch, the optimizer against optax, the memory of the loss, data waiting.
 
-The step is that of a slice of Mini-Omni: its width, its whole vocabulary, 6 of its 24 layers; rows of spoken answers,
-no ear; in float32, and with products in bfloat16. Ours is the step that runs train with (forward, backward, clip,
-AdamW, and in one of ten the norms it reports); the other is transformers' Qwen2 with its tied head of 181120 rows,
-eight cross entropies over slices of the logits, `clip_grad_norm_` and torch's fused AdamW, bfloat16 by autocast. All
-four begin with the same weights, are in memory together (15 GB) and take turns; their medians are compared; that they
-do the same is shown by their losses.
+The step is that of a part of Mini-Omni: its hidden size and vocabulary, 6 of its 24 layers; rows of spoken answers, no
+audio input; in float32, and with products in bfloat16. Ours is the step of training runs (forward, backward, clip,
+AdamW, norms). The other is transformers' Qwen2 with its tied head of 181120 rows, eight cross entropies over slices of
+the logits, `clip_grad_norm_` and torch's fused AdamW, bfloat16 by autocast. All four start from the same weights, are
+in memory together (15 GB) and take turns. Their medians are compared; their losses show that they compute the same.
 
-The loss alone, forward and backward, is run in chunks and with whole logits, each way in a process of its own, whose
-peak memory (VmHWM) beyond weights, hidden states and compiled program is what counts. At the size of a real step, for
-which this machine is too small, the compiler's own account of temporary memory stands in.
+The optimizer is compared in the same step: ours, and `optax.chain(clip_by_global_norm, adamw)`, by the memory that the
+compiler reports and by time.
 
-Waiting is what a run reports of itself: the fraction of its time that the loop spends in asking for the next batch.
+The loss alone, forward and backward, is run in chunks and with whole logits, each in a process of its own, whose peak
+memory (VmHWM) beyond weights, hidden states and compiled program is measured. At the size of a real step, for which
+this machine is too small, the compiler's report of temporary memory is printed instead.
+
+Waiting is what a run reports: the fraction of its time that the loop spends in asking for the next batch.
 """
 
 from __future__ import annotations
@@ -24,55 +26,70 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import torch
 import transformers
 from flax import nnx
 
 from benchmarks.decode import alternate
 from benchmarks.pipeline import exchange
-from omni_jax import config as configs
 from omni_jax import sharding
+from omni_jax.checkpoint.release import init_model, model_tensors
 from omni_jax.checkpoint.safetensors_io import LazyTensor
-from omni_jax.checkpoint.tensors import init_model, model_tensors
-from omni_jax.config import TASKS
+from omni_jax.config.load import build_config
 from omni_jax.config.model import PRESETS, AudioEncoderConfig, ModelConfig
-from omni_jax.config.run import LossConfig, RunConfig
+from omni_jax.config.run import LossConfig, OptimizerConfig, RunConfig
 from omni_jax.convert import qwen2
 from omni_jax.data.records import RecordWriter
-from omni_jax.sharding import default_layout
-from omni_jax.training import loop, loss
+from omni_jax.tasks import Task
+from omni_jax.training import step as training_step
+from omni_jax.training.loop import train
+from omni_jax.training.loss import batch_loss
+from omni_jax.training.metrics import METRICS
+from omni_jax.training.optimizer import adamw, decay_mask, learning_rate
 from omni_jax.training.stages import partition
-from omni_jax.training.step import Batch, TrainState, optimizer, train_step
+from omni_jax.training.step import Batch, TrainState, train_step
 from omni_jax.vocab import NUM_CODEBOOKS, TEXT_STREAM, Vocab
 
-LAYERS_OF_SLICE = 6
+NUM_LAYERS = 6
 ROWS, LENGTH, PROMPT = 2, 256, 64
-OPTIMIZER = {"steps": 1000, "peak": 1e-4, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0}
+OPTIMIZER = {
+    "steps": 1000,
+    "peak_lr": 1e-4,
+    "b1": 0.9,
+    "b2": 0.95,
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+}
 
 
 def main() -> None:
     step()
+    optimizer()
     memory()
     waiting()
 
 
 def step() -> None:
     """The train step against torch, in float32 and with products in bfloat16."""
-    config = slice_of_mini_omni()
+    config = shallow_mini_omni()
     arrays = rows_of_answers(config)
     runs: dict[str, Ours | Torch] = {"ours": Ours(config, arrays, "float32")}
     runs["torch"] = Torch(config, runs["ours"].weights(), arrays, "float32")
     runs["ours, bfloat16"] = Ours(config, arrays, "bfloat16")
     runs["torch, bfloat16"] = Torch(config, runs["ours"].weights(), arrays, "bfloat16")
-    count = sum(x.size for x in jax.tree.leaves(runs["ours"].state.learning))
+    count = sum(x.size for x in jax.tree.leaves(runs["ours"].state.trainable))
     print(f"train step, {ROWS} rows of {LENGTH} positions, {count / 1e6:.0f}M parameters; ", end="")
     print(f"torch threads {torch.get_num_threads()}")
     # The first step of each is the warm-up's.
@@ -85,13 +102,45 @@ def step() -> None:
         )
 
 
-def slice_of_mini_omni() -> ModelConfig:
+def optimizer() -> None:
+    """The same step with our AdamW and with optax's: memory by the compiler's report, and time."""
+    config = shallow_mini_omni()
+    arrays = rows_of_answers(config)
+    runs = {"ours": Ours(config, arrays, "float32"), "optax": Ours(config, arrays, "float32", optax_adamw)}
+    milliseconds = alternate(*(run.step for run in runs.values()))
+    peaks = []
+    for (name, run), taken in zip(runs.items(), milliseconds, strict=True):
+        size = run.program.memory_analysis()
+        peaks.append(size.argument_size_in_bytes + size.temp_size_in_bytes)
+        print(f"AdamW of {name:>5}: {taken / 1e3:.2f} s per step, {peaks[-1] / 1e9:.2f} GB of memory, ", end="")
+        print(f"last loss {run.losses[-1]:.5f}", flush=True)
+    print(f"optax takes {peaks[1] / peaks[0]:.2f}x the memory and {milliseconds[1] / milliseconds[0]:.2f}x the time")
+
+
+def optax_adamw(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """The reference: optax, with the same handling of gradients that are not finite."""
+    tx = optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            learning_rate(config), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask
+        ),
+    )
+
+    def update(gradient: Any, state: Any, params: Any, *, is_finite: jax.Array, **_: Any) -> tuple[Any, Any]:
+        updates, new = tx.update(gradient, state, params)
+        updates = jax.tree.map(lambda u: jnp.where(is_finite, u, -0.0), updates)
+        return updates, jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def shallow_mini_omni() -> ModelConfig:
     whole = PRESETS["mini_omni"]
-    # The step wants an ear; the batch gives it nothing to hear, and one of this size costs nothing.
-    ear = AudioEncoderConfig(hidden_size=32, num_layers=1, num_heads=1, intermediate_size=32, max_position=2)
-    trunk = dataclasses.replace(whole.trunk, num_layers=LAYERS_OF_SLICE)
+    # The step needs an audio encoder; the batch has no audio, and one of this size costs nothing.
+    encoder = AudioEncoderConfig(hidden_size=32, num_layers=1, num_heads=1, intermediate_size=32, max_position=2)
+    trunk = dataclasses.replace(whole.trunk, num_layers=NUM_LAYERS)
     return dataclasses.replace(
-        whole, audio_encoder=ear, adapter=dataclasses.replace(whole.adapter, intermediate_size=32), trunk=trunk
+        whole, audio_encoder=encoder, adapter=dataclasses.replace(whole.adapter, intermediate_size=32), trunk=trunk
     )
 
 
@@ -114,40 +163,52 @@ def rows_of_answers(config: ModelConfig) -> dict[str, np.ndarray]:
 class Ours:
     """The step as a run compiles it."""
 
-    def __init__(self, config: ModelConfig, arrays: dict[str, np.ndarray], dtype: str):
-        run = configs.build(
+    def __init__(
+        self,
+        config: ModelConfig,
+        arrays: dict[str, np.ndarray],
+        dtype: str,
+        optimizer: Callable[[OptimizerConfig], optax.GradientTransformationExtraArgs] = adamw,
+    ):
+        run = build_config(
             RunConfig,
             {
                 "out": "unused",
                 "start": "unused",
-                "learn": ["trunk", "text_embedding", "audio_embedding"],
-                "data": {"sources": [{"path": "unused"}], "tasks": {"T1A2": 1}, "batch": ROWS, "length": LENGTH},
+                "trainable": ["trunk", "text_embedding", "audio_embedding"],
+                "data": {
+                    "sources": [{"path": "unused"}],
+                    "tasks": {"T1A2": 1},
+                    "batch_size": ROWS,
+                    "max_length": LENGTH,
+                },
                 "optimizer": OPTIMIZER,
                 "remat": "none",
-                "loss": {"chunk": 128 * ROWS},
+                "loss": {"chunk_size": 128 * ROWS},
             },
             "benchmark",
         )
-        stacked, _ = default_layout()
-        model = init_model(config, stacked=stacked, dtype=jnp.dtype(dtype), seed=0)
-        model.lay_on(sharding.make_mesh())
+        stacked, _ = sharding.default_layout()
+        mesh = sharding.make_mesh()
+        model = init_model(config, stacked=stacked, dtype=jnp.dtype(dtype), seed=0, mesh=mesh)
         self.graph, params = nnx.split(model)
-        learning, self.frozen = partition(nnx.to_pure_dict(params), run.trainable)
-        self.state = TrainState(
-            jnp.int32(0), learning, jax.jit(optimizer(run.optimizer).init)(learning), jnp.int32(0), jnp.int32(0)
-        )
+        trainable, self.frozen = partition(nnx.to_pure_dict(params), run.trainable)
+        opt_state = jax.jit(optimizer(run.optimizer).init)(trainable)
+        self.state = TrainState(jnp.int32(0), trainable, opt_state, jnp.int32(0), jnp.int32(0))
         self.batch: Batch = {name: jnp.asarray(x) for name, x in arrays.items()}
-        self.run = jax.jit(partial(train_step, self.graph, run), donate_argnums=0)
+        program = jax.jit(partial(train_step, self.graph, run), donate_argnums=0)
+        with jax.set_mesh(mesh), mock.patch.object(training_step, "adamw", optimizer):
+            self.program = program.lower(self.state, self.frozen, self.batch).compile()
         self.losses: list[float] = []
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The weights it begins with, as a release names them."""
-        model = nnx.merge(self.graph, {**self.frozen, **self.state.learning})
+        """The initial weights, as a release names them."""
+        model = nnx.merge(self.graph, {**self.frozen, **self.state.trainable})
         return {name: tensor.read() for name, tensor in model_tensors(model).items()}
 
     def step(self) -> None:
         """One step on the same batch."""
-        self.state, metrics = self.run(self.state, self.frozen, self.batch)
+        self.state, metrics = self.program(self.state, self.frozen, self.batch)
         self.losses.append(float(metrics["loss"]))
         jax.block_until_ready(self.state)
 
@@ -157,7 +218,7 @@ class Torch:
 
     def __init__(self, config: ModelConfig, weights: dict[str, np.ndarray], arrays: dict[str, np.ndarray], dtype: str):
         vocab, D = Vocab(config.vocab), config.trunk.hidden_size
-        # One table, the audio layers' rows after the text's, as published.
+        # One table, the rows of the codebooks after those of the text, as published.
         named = {name: x for name, x in weights.items() if name.startswith(("trunk.", "norm."))}
         named["embed.text"] = np.concatenate([weights["embed.text"], weights["embed.audio"].reshape(-1, D)])
         with tempfile.TemporaryDirectory() as folder:
@@ -168,16 +229,16 @@ class Torch:
         decay = OPTIMIZER["weight_decay"]
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=OPTIMIZER["peak"],
+            lr=OPTIMIZER["peak_lr"],
             betas=(OPTIMIZER["b1"], OPTIMIZER["b2"]),
             eps=OPTIMIZER["eps"],
             fused=True,
         )
-        offsets = [*(vocab.text_rows + layer * vocab.audio_rows for layer in range(NUM_CODEBOOKS)), 0]
+        offsets = [*(vocab.text_rows + codebook * vocab.audio_rows for codebook in range(NUM_CODEBOOKS)), 0]
         sizes = [vocab.audio_rows] * NUM_CODEBOOKS + [vocab.text_rows]
         self.slices = [slice(at, at + size) for at, size in zip(offsets, sizes, strict=True)]
         self.ids = torch.from_numpy(arrays["tokens"].astype(np.int64)) + torch.tensor(offsets)[:, None]
-        # What does not count is -100, which cross_entropy leaves out.
+        # cross_entropy ignores -100.
         self.targets = torch.from_numpy(np.where(arrays["mask"], arrays["targets"], -100).astype(np.int64))
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
         self.losses: list[float] = []
@@ -193,7 +254,7 @@ class Torch:
                 for head, rows in enumerate(self.slices)
             )
         total.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER["clip"])
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER["max_grad_norm"])
         self.optimizer.step()
         self.losses.append(total.item())
 
@@ -218,7 +279,7 @@ def memory() -> None:
         peaks[chunk] = peak
         print(f"{chunk:>6} {seconds:>8.2f} {peak / 1e9:>8.2f}", flush=True)
     print(f"whole logits take {peaks[MEMORY_LENGTH] / peaks[128]:.1f}x the memory of chunks")
-    print(f"{REAL_ROWS} rows of {REAL_LENGTH} positions, temporary memory by the compiler's account: ", end="")
+    print(f"{REAL_ROWS} rows of {REAL_LENGTH} positions, temporary memory by the compiler's report: ", end="")
     chunked, whole = (compiled_loss(chunk, REAL_ROWS, REAL_LENGTH) for chunk in (128, REAL_LENGTH))
     sizes = [program.memory_analysis().temp_size_in_bytes for program in (chunked, whole)]
     print(
@@ -244,9 +305,9 @@ def compiled_loss(chunk: int, rows: int, length: int) -> jax.stages.Compiled:
     """The gradient of the loss in tables and hidden states."""
 
     def value(tables: Any, hidden: Any, targets: Any, mask: Any) -> Any:
-        heads: Any = SimpleNamespace(head_tables=lambda: tables, mesh=None)
+        heads: Any = SimpleNamespace(head_tables=lambda: tables)
         config = LossConfig(chunk_size=chunk * rows)
-        return loss.of_batch(heads, hidden, hidden, targets, mask, jnp.ones(TEXT_STREAM + 1), config)[0]
+        return batch_loss(heads, hidden, hidden, targets, mask, jnp.ones(TEXT_STREAM + 1), config)[0]
 
     return jax.jit(jax.value_and_grad(value, (0, 1))).lower(*loss_arguments(rows, length)).compile()
 
@@ -268,7 +329,7 @@ def measure_loss(chunk: int) -> None:
 
 
 def waiting() -> None:
-    """What a run says of its own waiting."""
+    """The waiting that a run reports."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         with RecordWriter(Path(folder) / "records") as writer:
@@ -276,36 +337,37 @@ def waiting() -> None:
                 made = exchange(rng)
                 codes = made.answer_codes % PRESETS["nano"].vocab.audio
                 writer.write(dataclasses.replace(made, answer_codes=codes))
-        run = configs.build(
+        run = build_config(
             RunConfig,
             {
                 "out": f"{folder}/run",
                 "start": "preset:nano",
-                "learn": ["adapter", "trunk", "text_embedding", "audio_embedding"],
+                "trainable": ["adapter", "trunk", "text_embedding", "audio_embedding"],
                 "data": {
                     "sources": [{"path": f"{folder}/records"}],
-                    "tasks": dict.fromkeys(TASKS, 1),
-                    "batch": 4,
-                    "length": 512,
-                    "clips": 6,
-                    "workers": 1,
+                    "tasks": dict.fromkeys(Task, 1),
+                    "batch_size": 4,
+                    "max_length": 512,
+                    "max_clips": 6,
+                    "num_workers": 1,
                 },
-                "optimizer": {"steps": 30, "peak": 1e-3},
-                "checkpoint": {"every": 1000},
+                "optimizer": {"steps": 30, "peak_lr": 1e-3},
+                "checkpoint": {"save_interval_steps": 1000},
                 "remat": "none",
-                "log_every": 10,
+                "log_interval_steps": 10,
             },
             "benchmark",
         )
         with contextlib.redirect_stderr(io.StringIO()):
-            loop.train(run)
-        lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+            train(run)
+        lines = [json.loads(line) for line in (Path(folder) / "run" / METRICS).read_text().splitlines()]
     # The first ten steps compile.
     later = [line for line in lines if line["step"] > 10]
     seconds, wait, padding = (
-        float(np.mean([line[name] for line in later])) for name in ("seconds_per_step", "waiting_for_data", "padding")
+        float(np.mean([line[name] for line in later]))
+        for name in ("seconds_per_step", "data_wait_fraction", "padding_fraction")
     )
-    print(f"a run of nano's shape, all tasks: {seconds:.2f} s a step, {wait:.1%} of it waiting for data, ", end="")
+    print(f"a run of nano's shape, all tasks: {seconds:.2f} s per step, {wait:.1%} of it waiting for data, ", end="")
     print(f"{padding:.1%} padding")
 
 

@@ -1,1 +1,1 @@
-"""Training: which parts learn, the loss, the step, the run."""
+"""Training: stages, loss, the sharded step, the run that resumes."""

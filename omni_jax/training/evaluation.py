@@ -1,8 +1,9 @@
-"""TODO: omni_jax/training/evaluation.py"""
+"""Evaluation on held-out exchanges during training: losses per task and head, and a few sample answers."""
 
 from __future__ import annotations
 
-import dataclasses
+import logging
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,70 +15,83 @@ from omni_jax.api import Omni, Request
 from omni_jax.audio.io import SAMPLE_RATE
 from omni_jax.codec.snac import make_decoder
 from omni_jax.data import pipeline
-from omni_jax.data.records import Records, from_bytes
+from omni_jax.data.records import Exchange, Records, from_bytes
 from omni_jax.errors import AudioError, ConfigError
 from omni_jax.tasks import Task
 from omni_jax.training.batches import shard_batch
-from omni_jax.training.metrics import HEADS, MetricsWriter
+from omni_jax.training.loss import HEADS, Sums
+from omni_jax.training.metrics import MetricsWriter
 from omni_jax.training.setup import TrainingSetup, row_share
 from omni_jax.training.stages import Params
 from omni_jax.training.step import Batch, forward
 
+logger = logging.getLogger(__name__)
+
+MAX_SAMPLE_STEPS = 256
+"""Decode steps of the longest sample answer: 21 s."""
+
 
 class HeldOutEvaluation:
-    """Losses of the held-out exchanges per task and head, and a few of them answered aloud."""
+    """Evaluates parameters on the held-out records of a run; does nothing if the run has none."""
 
     def __init__(self, setup: TrainingSetup):
         self.setup = setup
 
-        def sums(params: Params, batch: Batch) -> dict[str, jax.Array]:
-            # The sums don't depend on the weights of the heads in the loss, nor so on how many targets there are.
+        def sums(params: Params, batch: Batch) -> Sums:
+            # The sums depend neither on the weights of the heads in the loss nor on the number of targets.
             return forward(nnx.merge(setup.graph, params), batch, jnp.ones(len(HEADS)), setup.config)[1]
 
         self.sums = jax.jit(sums, out_shardings=sharding.replicated(setup.mesh))
 
-    def __call__(self, step: int, params: Params, report: MetricsWriter) -> None:
-        """Evaluate parameters; nothing happens when the run holds nothing out."""
-        config, start = self.setup.config, self.setup.start
+    def __call__(self, step: int, params: Params, writer: MetricsWriter) -> None:
+        """Evaluate all parameters of the model, and write the metrics and sample answers."""
+        config = self.setup.config
         if not config.data.held_out:
             return
         numbers: dict[str, float] = {}
-        share, shares = row_share(self.setup.mesh, jax.process_index())
         for task in config.data.tasks:
-            only = dataclasses.replace(config.data, tasks={task: 1.0})
-            batches = pipeline.held_out(only, start.config, start.tokenizer, process_index=share, process_count=shares)
-            total: dict[str, np.ndarray] = {}
-            for batch in batches:
-                found = jax.device_get(self.sums(params, shard_batch(batch, self.setup.mesh).arrays))
-                total = {name: total.get(name, 0.0) + value for name, value in found.items()}
+            total = self._total(task, params)
             for index, name in enumerate(HEADS):
                 if total and total["count"][index]:
                     numbers[f"held_out/{task}/loss/{name}"] = float(total["loss"][index] / total["count"][index])
                     numbers[f"held_out/{task}/accuracy/{name}"] = float(total["correct"][index] / total["count"][index])
-        report.scalars(step, numbers)
-        # Decoding is driven by one host: a pod evaluates its release afterwards.
+        writer.scalars(step, numbers)
+        # Decoding is driven by one process: on a pod, the release is evaluated after training.
         if jax.process_count() == 1 and config.num_samples:
-            self._answer(step, params, report)
+            self._write_samples(step, params, writer)
 
-    def _answer(self, step: int, params: Params, report: MetricsWriter) -> None:
+    def _total(self, task: str, params: Params) -> dict[str, np.ndarray]:
+        """The sums of one task over all held-out records; empty if none serves it."""
+        config, start, mesh = self.setup.config, self.setup.start, self.setup.mesh
+        share, num_shares = row_share(mesh, jax.process_index())
+        data = replace(config.data, tasks={task: 1.0})
+        batches = pipeline.held_out(data, start.config, start.tokenizer, process_index=share, process_count=num_shares)
+        total: dict[str, np.ndarray] = {}
+        for batch in batches:
+            arrays = shard_batch(batch, mesh).arrays
+            with jax.set_mesh(mesh):
+                sums = self.sums(params, arrays)
+            total = {name: total.get(name, 0.0) + value for name, value in jax.device_get(sums).items()}
+        return total
+
+    def _write_samples(self, step: int, params: Params, writer: MetricsWriter) -> None:
         start = self.setup.start
         omni = Omni(nnx.merge(self.setup.graph, params), make_decoder(start.codec()), start.tokenizer)
         records = Records(self.setup.config.data.held_out[0].path)
         for index in range(min(self.setup.config.num_samples, len(records))):
             exchange = from_bytes(records[index], codebook_size=start.config.vocab.audio)
-            if exchange.question_audio is not None:
-                ask = Request(audio=exchange.question_audio, sample_rate=SAMPLE_RATE)
-            elif exchange.question_text:
-                ask = Request(text=exchange.question_text)
-            else:
-                ask = Request(text=exchange.answer_text, task=Task.T1A1)
             try:
-                reply = omni.batch([ask], max_steps=MAX_SAMPLE_STEPS)[0]
+                reply = omni.generate(_request(exchange), max_steps=MAX_SAMPLE_STEPS)
             except (AudioError, ConfigError) as error:
-                report.say(f"sample {index} is left out: {error}")
+                logger.warning("sample %d is skipped: %s", index, error)
                 continue
-            report.sample(step, str(index), exchange.question_text, exchange.answer_text, reply)
+            writer.sample(step, str(index), exchange.question_text, exchange.answer_text, reply)
 
 
-MAX_SAMPLE_STEPS = 256
-"""Longest sample answer: 21 s."""
+def _request(exchange: Exchange) -> Request:
+    """The question of an exchange; without one, its answer to be read aloud."""
+    if exchange.question_audio is not None:
+        return Request(audio=exchange.question_audio, sample_rate=SAMPLE_RATE)
+    if exchange.question_text:
+        return Request(text=exchange.question_text)
+    return Request(text=exchange.answer_text, task=Task.T1A1)

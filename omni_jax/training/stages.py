@@ -1,4 +1,4 @@
-"""Which parts of the model learn. A stage is configuration; this is what its part names mean."""
+"""Which modules of the model a stage trains. A stage is configuration; this is what its module names mean."""
 
 from __future__ import annotations
 
@@ -25,35 +25,42 @@ _PREFIXES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("tts_adapter",), "tts_adapter"),
 )
 
+_TIED = {"text_head": "text_embedding", "audio_head": "audio_embedding"}
+"""The embedding that a tied head is."""
+
 
 def module_of(path: tuple[Any, ...]) -> str:
-    """The part a parameter belongs to, one of `config.PARTS`."""
-    for prefix, part in _PREFIXES:
+    """The module that a parameter belongs to, one of `omni_jax.config.run.MODULES`."""
+    for prefix, module in _PREFIXES:
         if path[: len(prefix)] == prefix:
-            return part
-    raise ValueError(f"parameter {'.'.join(map(str, path))} belongs to no part; expected one of {', '.join(MODULES)}")
+            return module
+    raise ValueError(f"parameter {'.'.join(map(str, path))} belongs to no module; expected one of {', '.join(MODULES)}")
 
 
-def partition(params: Params, learn: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters that learn, and those that stay as they are.
+def partition(params: Params, modules: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split parameters, or their shapes or shardings, into those of the trainable modules and the frozen rest.
+
+    Args:
+        params: all parameters of the model.
+        modules: names of the trainable modules.
 
     Raises:
-        ConfigError: a part that should learn is not in the model.
+        ConfigError: the model does not have one of the modules.
     """
     flat = traverse_util.flatten_dict(dict(params))
-    missing = set(learn) - {module_of(path) for path in flat}
+    missing = set(modules) - {module_of(path) for path in flat}
+    # A tied head is its embedding: naming both is no mistake, naming the head alone is.
+    missing = {module for module in missing if _TIED.get(module) not in modules}
     if missing:
-        # A tied head is its embedding: naming it beside the embedding is no mistake, naming it alone is.
-        ties = {"text_head": "text_embedding", "audio_head": "audio_embedding"}
-        missing = {part for part in missing if ties.get(part) not in learn}
-    if missing:
-        raise ConfigError(f"learn: the model has no part of its own for {', '.join(sorted(missing))}")
-    learning = {path: x for path, x in flat.items() if module_of(path) in learn}
-    frozen = {path: x for path, x in flat.items() if module_of(path) not in learn}
-    return traverse_util.unflatten_dict(learning), traverse_util.unflatten_dict(frozen)
+        raise ConfigError(
+            f"trainable: the model has no module of its own for {', '.join(sorted(missing))}", field="trainable"
+        )
+    trainable = {path: x for path, x in flat.items() if module_of(path) in modules}
+    frozen = {path: x for path, x in flat.items() if module_of(path) not in modules}
+    return traverse_util.unflatten_dict(trainable), traverse_util.unflatten_dict(frozen)
 
 
-def combine(learning: Params, frozen: Params) -> dict[str, Any]:
-    """The inverse of `divide`."""
-    flat = {**traverse_util.flatten_dict(dict(learning)), **traverse_util.flatten_dict(dict(frozen))}
+def combine(trainable: Params, frozen: Params) -> dict[str, Any]:
+    """The inverse of `partition`."""
+    flat = {**traverse_util.flatten_dict(dict(trainable)), **traverse_util.flatten_dict(dict(frozen))}
     return traverse_util.unflatten_dict(flat)

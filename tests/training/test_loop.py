@@ -16,15 +16,21 @@ import pytest
 import yaml
 from jax.experimental import topologies
 
-from omni_jax import config as configs
 from omni_jax import sharding
-from omni_jax.checkpoint.release import open_release
+from omni_jax.checkpoint.release import init_model, model_tensors, open_release
 from omni_jax.compile_report.topology import Topology
+from omni_jax.config.load import build_config
 from omni_jax.config.model import PRESETS
 from omni_jax.config.run import RunConfig
+from omni_jax.data.pipeline import REASONS
 from omni_jax.data.records import Exchange, RecordWriter
 from omni_jax.errors import CheckpointError, ConfigError
-from omni_jax.training import loop
+from omni_jax.training import checkpointing
+from omni_jax.training.checkpointing import DataPosition, open_data
+from omni_jax.training.describe import describe
+from omni_jax.training.loop import train
+from omni_jax.training.setup import TrainingSetup, make_run_mesh, row_share
+from omni_jax.training.stop_signal import SIGNALS, StopSignal
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,28 +57,28 @@ def run_values(out: Path, records: Path, steps: int = 6, **changes) -> dict:
     values = {
         "out": str(out),
         "start": "preset:tiny",
-        "learn": ["adapter", "trunk", "audio_embedding"],
+        "trainable": ["adapter", "trunk", "audio_embedding"],
         "data": {
             "sources": [{"path": str(records)}],
             "held_out": [{"path": str(records)}],
             "tasks": {"A1A2": 2, "A1T1": 1, "T1A1": 1},
-            "batch": 8,
-            "length": 128,
-            "clips": 4,
-            "workers": 0,
+            "batch_size": 8,
+            "max_length": 128,
+            "max_clips": 4,
+            "num_workers": 0,
         },
-        "optimizer": {"steps": steps, "peak": 3e-3, "warmup": 2},
-        "loss": {"chunk": 64},
+        "optimizer": {"steps": steps, "peak_lr": 3e-3, "warmup_steps": 2},
+        "loss": {"chunk_size": 64},
         "remat": "none",
-        "checkpoint": {"every": 2, "keep": 2},
-        "log_every": 1,
-        "samples": 1,
+        "checkpoint": {"save_interval_steps": 2, "max_to_keep": 2},
+        "log_interval_steps": 1,
+        "num_samples": 1,
     }
     return {**values, **changes}
 
 
 def run_config(out: Path, records: Path, **changes) -> RunConfig:
-    return configs.build(RunConfig, run_values(out, records, **changes), "test")
+    return build_config(RunConfig, run_values(out, records, **changes), "test")
 
 
 def losses(out: Path) -> dict[int, float]:
@@ -83,7 +89,7 @@ def losses(out: Path) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, records: Path) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    assert loop.train(run_config(out, records)) == out / "release"
+    assert train(run_config(out, records)) == out / "release"
     return out
 
 
@@ -106,7 +112,7 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError("no progress")
 
 
-def test_a_run_leaves_metrics_checkpoints_and_a_release(finished: Path):
+def test_train_writes_metrics_checkpoints_and_release(finished: Path):
     found = losses(finished)
     assert sorted(found) == [1, 2, 3, 4, 5, 6]
     assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir() if p.name.isdigit()) == [4, 6]
@@ -117,13 +123,29 @@ def test_a_run_leaves_metrics_checkpoints_and_a_release(finished: Path):
     assert "held_out/T1A1/loss/audio_6" in held_out
     assert "held_out/T1A1/loss/text" not in held_out
     assert list((finished / "tensorboard").glob("events*"))
+    # All metrics that docs/training.md lists, and no others.
+    heads = [*(f"audio_{codebook}" for codebook in range(7)), "text"]
+    names = {name for line in lines if "loss" in line for name in line} - {f"loss/{head}" for head in heads}
+    assert names - {f"accuracy/{head}" for head in heads} - {f"skipped_records/{reason}" for reason in REASONS} == {
+        "step",
+        "loss",
+        "grad_norm",
+        "update_norm",
+        "param_norm",
+        "learning_rate",
+        "skipped_steps",
+        "seconds_per_step",
+        "positions_per_second",
+        "audio_seconds_per_second",
+        "padding_fraction",
+        "data_wait_fraction",
+        "model_flops_per_second",
+    }
 
 
-def test_the_ear_and_the_text_rows_are_bit_identical_after_training(finished: Path):
-    from omni_jax.checkpoint.tensors import init_model, model_tensors
-
-    stacked, dtype = loop.default_layout()
-    mesh = loop.sharding.make_mesh(8)
+def test_train_leaves_frozen_audio_encoder_and_text_embedding_bit_identical(finished: Path):
+    stacked, dtype = sharding.default_layout()
+    mesh = sharding.make_mesh(8)
     before = model_tensors(init_model(PRESETS["tiny"], stacked=stacked, dtype=dtype, seed=0, mesh=mesh))
     after = open_release(finished / "release").model_tensors()
     changed = {name for name, tensor in after.items() if not np.array_equal(tensor.read(), before[name].read())}
@@ -131,23 +153,23 @@ def test_the_ear_and_the_text_rows_are_bit_identical_after_training(finished: Pa
     assert {name.split(".")[0] for name in changed} == {"adapter", "trunk", "norm", "embed"}
 
 
-def test_a_finished_run_is_not_run_again(finished: Path, records: Path):
+def test_train_does_not_repeat_a_finished_run(finished: Path, records: Path):
     before = (finished / "metrics.jsonl").read_text()
-    assert loop.train(run_config(finished, records)) == finished / "release"
+    assert train(run_config(finished, records)) == finished / "release"
     assert (finished / "metrics.jsonl").read_text() == before
 
 
-def test_the_next_stage_starts_from_a_run(finished: Path, records: Path, tmp_path: Path):
+def test_start_takes_the_run_folder_of_an_earlier_stage(finished: Path, records: Path, tmp_path: Path):
     config = run_config(tmp_path / "next", records, steps=1, start=str(finished), trainable=["trunk", "text_embedding"])
-    setup = loop.Setup.of(config)
+    setup = TrainingSetup.of(config)
     assert setup.start.release is not None
     assert setup.start.release.folder == finished / "release"
 
 
-def test_a_run_that_has_not_finished_is_no_start(tmp_path: Path, records: Path):
+def test_start_refuses_an_unfinished_run(tmp_path: Path, records: Path):
     (tmp_path / "half" / "checkpoints").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="not finished"):
-        loop.Setup.of(run_config(tmp_path / "next", records, start=str(tmp_path / "half")))
+        TrainingSetup.of(run_config(tmp_path / "next", records, start=str(tmp_path / "half")))
 
 
 @pytest.mark.parametrize(
@@ -156,17 +178,17 @@ def test_a_run_that_has_not_finished_is_no_start(tmp_path: Path, records: Path):
         ({"mesh": {"data": 3}}, "8 devices"),
         ({"mesh": {"fsdp": 3}}, "8 devices"),
         ({"start": "preset:nothing"}, "preset"),
-        ({"learn": ["tts_adapter"]}, "tts_adapter"),
+        ({"trainable": ["tts_adapter"]}, "tts_adapter"),
     ],
 )
-def test_a_run_that_cannot_be_says_which_field(tmp_path: Path, records: Path, changes: dict, message: str):
+def test_training_setup_names_the_field_that_does_not_fit(tmp_path: Path, records: Path, changes: dict, message: str):
     with pytest.raises(ConfigError, match=message):
-        loop.Setup.of(run_config(tmp_path / "x", records, **changes))
+        TrainingSetup.of(run_config(tmp_path / "x", records, **changes))
 
 
 def chips(topology: str, slices: int) -> list[jax.Device]:
-    """Those of several slices as the TPU compiler knows them."""
-    # This also tells the compiler's library that no chips are here.
+    """Devices of several slices as the TPU compiler knows them."""
+    # This also tells libtpu that there are no chips on this machine.
     one = Topology.parse(topology).devices()
     return one if slices == 1 else list(topologies.get_topology_desc(topology, "tpu", num_slices=slices).devices)
 
@@ -185,13 +207,13 @@ def chips(topology: str, slices: int) -> list[jax.Device]:
         ("v5e:4x4", 2, (4, 8, 1), 8),
     ],
 )
-def test_the_hosts_of_a_slice_read_every_row_once(topology: str, slices: int, sizes: tuple[int, int, int], shares: int):
+def test_row_share_gives_every_row_to_one_reader(topology: str, slices: int, sizes: tuple[int, int, int], shares: int):
     devices = chips(topology, slices)
     mesh = sharding.make_mesh(*sizes, devices)
     hosts = sorted({device.process_index for device in devices})
-    found = {host: loop.row_share(mesh, host) for host in hosts}
+    found = {host: row_share(mesh, host) for host in hosts}
     assert set(found.values()) == {(index, shares) for index in range(shares)}
-    # Those that read the same rows have chips that these lie on.
+    # Hosts that read the same rows are those whose chips hold them.
     grid = mesh.devices.reshape(sizes[0] * sizes[1], sizes[2])
     rows = {host: {r for r, row in enumerate(grid) for d in row if d.process_index == host} for host in hosts}
     for one in hosts:
@@ -200,75 +222,87 @@ def test_the_hosts_of_a_slice_read_every_row_once(topology: str, slices: int, si
             assert rows[one] == rows[other] or not rows[one] & rows[other]
 
 
-def test_slices_divide_the_batch(tmp_path: Path, records: Path):
+def test_make_run_mesh_splits_the_batch_over_slices(tmp_path: Path, records: Path):
     devices = chips("v5e:4x4", 2)
     mesh = sharding.make_mesh(4, 8, 1, devices)
     assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
     config = run_config(tmp_path / "out", records, mesh={"data": 1, "fsdp": 32})
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=32))
     with pytest.raises(ConfigError, match="mesh: expected data to be a multiple of the 2 slices, found 1"):
-        loop.mesh_of(config, devices)
+        make_run_mesh(config, devices)
 
 
-def test_processes_are_told_apart_by_all_or_nothing(tmp_path: Path, records: Path):
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(run_values(tmp_path / "out", records)))
-    command = [sys.executable, "train.py", str(file), "--processes", "2", "--process", "0"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode == 2
-    assert "expected all of --coordinator, --processes and --process, or none of them" in found.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_describe_counts_what_learns(tmp_path: Path, records: Path):
-    text = loop.describe(run_config(tmp_path / "x", records))
-    assert "learns" in text
-    assert "frozen" in text
-    assert str(len(jax.devices())) in text
+def test_describe_counts_trainable_and_frozen_parameters(tmp_path: Path, records: Path):
+    rows = {line.split()[0]: line.split() for line in describe(run_config(tmp_path / "x", records)).splitlines()}
+    model = PRESETS["tiny"]
+    # gate, up and down
+    adapter = model.adapter.intermediate_size * (2 * model.audio_encoder.hidden_size * model.adapter.stack + 48)
+    assert rows["adapter"][1:3] == [f"{adapter:,}", "trainable"]
+    # 300 + 12 rows of 48
+    assert rows["text_embedding"][1:3] == ["14,976", "frozen"]
+    # A trainable parameter takes four times its size, 8 devices without fsdp.
+    assert rows["adapter"][3] == f"{16 * adapter:,}"
+    assert rows["text_embedding"][3] == f"{4 * 14_976:,}"
+    assert "on 8 x cpu" in " ".join(rows["mesh:"])
     assert not (tmp_path / "x").exists()
 
 
-def test_other_readers_get_the_records_in_another_order(records: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    setup = loop.Setup.of(run_config(tmp_path / "out", records))
+def test_open_data_reshuffles_for_another_number_of_readers(
+    records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    setup = TrainingSetup.of(run_config(tmp_path / "out", records))
 
-    def tokens(step: int, noted: dict | None) -> tuple[np.ndarray, int]:
-        data, order = loop.open_data(setup, step, noted)
+    def tokens(step: int, position: DataPosition | None) -> tuple[np.ndarray, int]:
+        data, seed = open_data(setup, step, position)
         try:
-            return next(data)["tokens"], order
+            return next(data)["tokens"], seed
         finally:
             data.close()
 
-    first, order = tokens(0, None)
-    assert order == setup.config.seed
-    other, anew = tokens(5, {"points": [{}, {}], "order": order})
-    assert "2 readers before, 1 now: the records are shuffled anew" in capsys.readouterr().out
-    assert anew != order
+    first, seed = tokens(0, None)
+    assert seed == setup.config.seed
+    of_two = DataPosition(seed, [{}, {}])
+    other, new_seed = tokens(5, of_two)
+    assert "read by 2 before, by 1 now: reshuffling" in caplog.text
+    assert new_seed != seed
     assert not np.array_equal(first, other)
-    np.testing.assert_array_equal(other, tokens(5, {"points": [{}, {}], "order": order})[0])
-    # From then on this is the order, whenever the run goes on.
-    data, _ = loop.open_data(setup, 5, {"points": [{}, {}], "order": order})
+    np.testing.assert_array_equal(other, tokens(5, of_two)[0])
+    # The new order is kept when the run is resumed again.
+    data, _ = open_data(setup, 5, of_two)
     next(data)
-    point = data.get_state()
+    state = data.get_state()
     second = next(data)["tokens"]
     data.close()
-    found, same = tokens(6, {"points": [point], "order": anew})
-    assert same == anew
+    found, same = tokens(6, DataPosition(new_seed, [state]))
+    assert same == new_seed
     np.testing.assert_array_equal(found, second)
 
 
-def test_a_run_that_is_stopped_at_once_has_nothing_to_save(
+def test_open_data_logs_on_process_0_only(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    setup = TrainingSetup.of(run_config(tmp_path / "out", records))
+    monkeypatch.setattr(checkpointing, "row_share", lambda mesh, process: (0, 1))
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    data, _ = open_data(setup, 5, DataPosition(0, [{}, {}]))
+    data.close()
+    assert not caplog.records
+
+
+def test_train_stopped_at_once_saves_nothing(
     finished: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     out = tmp_path / "stopped"
     shutil.copytree(finished, out, ignore=shutil.ignore_patterns("release", "6", "tensorboard"))
-    monkeypatch.setattr(loop.Stop, "asked", lambda self, step: True)
-    for every in (2, 3):
-        config = run_config(out, records, checkpoint={"every": every, "keep": 2}, num_samples=0)
-        assert loop.train(config) is None
+    monkeypatch.setattr(StopSignal, "requested", lambda self, step: True)
+    for interval in (2, 3):
+        checkpoint = {"save_interval_steps": interval, "max_to_keep": 2}
+        config = run_config(out, records, checkpoint=checkpoint, num_samples=0)
+        assert train(config) is None
     assert max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit()) == 4
 
 
-def test_a_sample_that_cannot_be_answered_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_train_skips_a_sample_that_cannot_be_answered(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     rng = np.random.default_rng(0)
     codes = rng.integers(0, PRESETS["tiny"].vocab.audio, (4, 7))
     with RecordWriter(tmp_path / "records") as writer:
@@ -276,21 +310,21 @@ def test_a_sample_that_cannot_be_answered_is_left_out(tmp_path: Path, capsys: py
         writer.write(Exchange("q", too_long, "a", codes, "noise"))
         writer.write(Exchange("", None, "a", codes, "noise"))
         writer.write(Exchange("q", too_long[:8000], "a", codes, "noise"))
-    data = {**run_values(tmp_path, tmp_path)["data"], "tasks": {"T1A1": 1}, "batch": 8}
+    data = {**run_values(tmp_path, tmp_path)["data"], "tasks": {"T1A1": 1}}
     data |= {"sources": [{"path": str(tmp_path / "records")}], "held_out": [{"path": str(tmp_path / "records")}]}
     out = tmp_path / "out"
-    loop.train(run_config(out, tmp_path / "records", steps=1, data=data, num_samples=3))
-    assert "sample 0 is left out" in capsys.readouterr().out
+    train(run_config(out, tmp_path / "records", steps=1, data=data, num_samples=3))
+    assert "sample 0 is skipped" in caplog.text
     assert (out / "release").is_dir()
 
 
-def test_a_run_goes_on_on_another_mesh(finished: Path, records: Path, tmp_path: Path):
+def test_train_resumes_on_another_mesh(finished: Path, records: Path, tmp_path: Path):
     out = tmp_path / "moved"
     shutil.copytree(finished, out, ignore=shutil.ignore_patterns("release", "6", "tensorboard"))
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 4))
-    assert dict(loop.mesh_of(run_config(finished, records)).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-    loop.train(run_config(out, records, mesh={"data": 2, "fsdp": 2, "tensor": 2}, num_samples=0))
+    assert dict(make_run_mesh(run_config(finished, records)).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    train(run_config(out, records, mesh={"data": 2, "fsdp": 2, "tensor": 2}, num_samples=0))
     mine, theirs = losses(out), losses(finished)
     assert sorted(mine) == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose([mine[5], mine[6]], [theirs[5], theirs[6]], rtol=1e-5)
@@ -299,8 +333,20 @@ def test_a_run_goes_on_on_another_mesh(finished: Path, records: Path, tmp_path: 
         np.testing.assert_allclose(moved.read(), whole.read(), atol=1e-5)
 
 
+def test_train_profiles_a_resumed_run(finished: Path, records: Path, tmp_path: Path):
+    out = tmp_path / "resumed"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("release", "6", "tensorboard"))
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    train(run_config(out, records, num_samples=0, log_interval_steps=10), profile=str(tmp_path / "profile"))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
+    # The trace has ended: another one can start.
+    with jax.profiler.trace(str(tmp_path / "other")):
+        pass
+
+
 @pytest.mark.slow
-def test_killed_and_resumed_is_the_same_run_bit_for_bit(finished: Path, records: Path, tmp_path: Path):
+def test_killed_and_resumed_run_is_bit_identical(finished: Path, records: Path, tmp_path: Path):
     out = tmp_path / "killed"
     values = run_values(out, records, steps=6)
     first = spawn(values, tmp_path / "logs")
@@ -316,17 +362,15 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(finished: Path, records:
 
 
 @pytest.mark.slow
-def test_killed_during_a_save_loses_no_more_than_the_steps_since_the_last(
-    finished: Path, records: Path, tmp_path: Path
-):
+def test_run_killed_during_a_save_resumes_from_the_last_checkpoint(finished: Path, records: Path, tmp_path: Path):
     out = tmp_path / "killed"
-    values = run_values(out, records, steps=6, checkpoint={"every": 1, "keep": 2})
+    values = run_values(out, records, steps=6, checkpoint={"save_interval_steps": 1, "max_to_keep": 2})
     first = spawn(values, tmp_path / "logs")
     deadline = time.monotonic() + 240
     saved = out / "checkpoints" / "2"
 
     def half_saved() -> list[Path]:
-        # A save has another name until it is whole.
+        # A save has another name until it is complete.
         return list((out / "checkpoints").glob("*tmp*")) if saved.exists() else []
 
     while True:
@@ -347,18 +391,20 @@ def test_killed_during_a_save_loses_no_more_than_the_steps_since_the_last(
     assert second.wait(timeout=280) == 0, (tmp_path / "logs" / "1.log").read_text()
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
-    assert steps.count(1) == steps.count(2) == 1, "began before its last checkpoint"
+    assert steps.count(1) == steps.count(2) == 1, "resumed from before its last checkpoint"
     assert losses(out) == losses(finished)
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_cleanly(records: Path, tmp_path: Path):
+def test_sigterm_saves_a_checkpoint_and_exits_with_75(records: Path, tmp_path: Path):
     out = tmp_path / "stopped"
     environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=4")}
     environment["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
 
     def start(name: str, port: int, steps: int) -> tuple[list[subprocess.Popen], list[Path]]:
-        values = run_values(out, records, steps=steps, checkpoint={"every": 10_000, "keep": 2}, num_samples=0)
+        values = run_values(
+            out, records, steps=steps, checkpoint={"save_interval_steps": 10_000, "max_to_keep": 2}, num_samples=0
+        )
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(values))
         logs = [tmp_path / f"{name}{index}.log" for index in range(2)]
@@ -378,10 +424,10 @@ def test_sigterm_saves_and_exits_cleanly(records: Path, tmp_path: Path):
     saved = [int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit()]
     assert len(saved) == 1
     assert saved[0] >= 2
-    # Each finds where it stood.
+    # Each process finds its own position in the data.
     processes, logs = start("second", 12358, saved[0] + 2)
     for process, log in zip(processes, logs, strict=True):
         assert process.wait(timeout=180) == 0, log.read_text()
-        assert "shuffled anew" not in log.read_text()
+        assert "reshuffling" not in log.read_text()
     assert sorted(losses(out)) == list(range(1, saved[0] + 3))
     assert (out / "release").is_dir()

@@ -1,4 +1,4 @@
-"""The recipe from end to end: three stages learn eight spoken exchanges by heart, and say them again."""
+"""The recipe from end to end: three stages overfit eight spoken exchanges, and the model reproduces them."""
 
 import json
 import os
@@ -30,13 +30,13 @@ def codes(reply: Reply, omni: Omni) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_three_stages_learn_eight_exchanges_by_heart(tiny_parts: Path, tmp_path: Path):
+def test_three_stages_overfit_eight_exchanges(tiny_parts: Path, tmp_path: Path):
     start = tmp_path / "start"
     assert run("import", tiny_parts / "mini_omni", start, *parts(tiny_parts)).exit_code == 0
     codec = CodecSpec(str(start))
-    source = Manifest(EXCHANGES / "exchanges.jsonl", answer_sample_rate=codec.config.sample_rate)
+    source = Manifest(EXCHANGES / "exchanges.jsonl", rate=codec.config.sample_rate)
     assert prepare(source, tmp_path / "records", codec=codec)["exchanges"] == 8
-    # Programs that run hundreds of times are worth optimizing; one device is enough.
+    # Programs that run hundreds of times are worth optimizing; one device suffices.
     environment = {**os.environ, "XLA_FLAGS": ""}
     for stage, steps in STEPS.items():
         out = tmp_path / f"stage{stage}"
@@ -52,7 +52,7 @@ def test_three_stages_learn_eight_exchanges_by_heart(tiny_parts: Path, tmp_path:
         assert done.returncode == 0, done.stderr
         start = out
 
-    omni = Omni.load(start)
+    omni = Omni.from_pretrained(start)
     questions = [
         json.loads(line)["question_audio"] for line in (EXCHANGES / "exchanges.jsonl").read_text().splitlines()
     ]
@@ -66,7 +66,7 @@ def test_three_stages_learn_eight_exchanges_by_heart(tiny_parts: Path, tmp_path:
     plain = omni.batch([EXCHANGES / question for question in questions], batch_parallel=False)
     assert [reply.text for reply in plain] == [exchange.answer_text for exchange in exchanges]
 
-    # What was learned leaves and comes back.
+    # The trained weights survive export and import.
     assert run("export", start, tmp_path / "published").exit_code == 0
     assert run("import", tmp_path / "published", tmp_path / "again", *parts(tiny_parts)).exit_code == 0
     trained, again = (open_release(folder).model_tensors() for folder in (start, tmp_path / "again"))

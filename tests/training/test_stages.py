@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx, traverse_util
 
-from omni_jax.checkpoint.tensors import abstract_model
+from omni_jax.checkpoint.release import abstract_model
 from omni_jax.config.run import MODULES
 from omni_jax.errors import ConfigError
 from omni_jax.training.stages import combine, module_of, partition
@@ -14,7 +14,7 @@ def params(**changes):
     return nnx.to_pure_dict(nnx.state(model))
 
 
-def test_every_parameter_belongs_to_a_part_and_every_part_can_be_had():
+def test_module_of_names_a_module_for_every_parameter():
     untied = tiny_config(tts_adapter_layers=1).trunk.__class__(
         **{**tiny_config().trunk.__dict__, "tie_word_embeddings": False}
     )
@@ -22,24 +22,24 @@ def test_every_parameter_belongs_to_a_part_and_every_part_can_be_had():
     assert {module_of(path) for path in flat} == set(MODULES)
 
 
-def test_divide_takes_the_named_parts_and_unite_undoes_it():
+def test_partition_takes_the_named_modules_and_combine_inverts_it():
     whole = params()
-    learning, frozen = partition(whole, ["adapter", "audio_embedding"])
-    assert set(learning) == {"adapter", "embed"}
-    assert set(learning["embed"]) == {"audio"}
+    trainable, frozen = partition(whole, ["adapter", "audio_embedding"])
+    assert set(trainable) == {"adapter", "embed"}
+    assert set(trainable["embed"]) == {"audio"}
     assert set(frozen["embed"]) == {"text"}
     assert set(frozen) == {"audio_encoder", "embed", "norm", "trunk"}
-    united = combine(learning, frozen)
-    assert set(traverse_util.flatten_dict(united)) == set(traverse_util.flatten_dict(whole))
+    combined = combine(trainable, frozen)
+    assert set(traverse_util.flatten_dict(combined)) == set(traverse_util.flatten_dict(whole))
 
 
-def test_a_part_the_model_has_not_is_an_error_that_names_it():
+def test_partition_refuses_a_module_that_the_model_lacks():
     with pytest.raises(ConfigError, match="tts_adapter"):
         partition(params(), ["adapter", "tts_adapter"])
     with pytest.raises(ConfigError, match="text_head"):
         partition(params(), ["text_head"])
 
 
-def test_a_tied_head_may_be_named_beside_its_embedding():
-    learning, _ = partition(params(), ["text_embedding", "text_head"])
-    assert set(learning["embed"]) == {"text"}
+def test_partition_accepts_a_tied_head_together_with_its_embedding():
+    trainable, _ = partition(params(), ["text_embedding", "text_head"])
+    assert set(trainable["embed"]) == {"text"}

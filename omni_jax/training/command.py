@@ -1,0 +1,109 @@
+"""The command line of training: `omni-jax train`, and `python train.py` in a checkout.
+
+Whatever imports JAX is imported inside the function, so that `--help` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from omni_jax.config.load import load_config
+from omni_jax.config.run import RunConfig
+from omni_jax.errors import ConfigError, MissingExtraError, OmniError
+
+EXIT_REFUSED = 2
+"""Exit code of a run that cannot be done as configured."""
+EXIT_STOPPED = 75
+"""Exit code of a run that was stopped before its end, after saving a checkpoint: `EX_TEMPFAIL`, try again."""
+EXTRA_PACKAGES = ("PIL", "absl", "array_record", "grain", "msgpack", "optax", "orbax", "tensorboardX")
+"""Packages of the extra `train`."""
+
+
+def train_command(
+    config: Annotated[str, typer.Argument(help="YAML file of the run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="field=value, e.g. optimizer.peak_lr=1e-4.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Describe the run, and stop.")] = False,
+    profile: Annotated[
+        str | None, typer.Option(help="Folder for a profiler trace of a few steps.", show_default=False)
+    ] = None,
+    coordinator: Annotated[str | None, typer.Option(help="host:port of the first process.", show_default=False)] = None,
+    processes: Annotated[int | None, typer.Option(help="Number of processes.", show_default=False)] = None,
+    process: Annotated[int | None, typer.Option(help="Index of this process, from 0.", show_default=False)] = None,
+) -> None:
+    """Train a model, or resume an interrupted run with the same command.
+
+    On a TPU pod, start the same command on every host; the processes find each other. Elsewhere, several processes
+    need --coordinator, --processes and --process.
+
+    Exit codes: 0 finished, 2 the run cannot be done as configured, 75 stopped after saving a checkpoint.
+    """
+    try:
+        run = load_config(RunConfig, config, overrides or ())
+        _initialize_processes(coordinator, processes, process, on_pod=not dry_run)
+        finished = _describe(run) if dry_run else _train(run, profile)
+    except OmniError as error:
+        typer.echo(f"train: {error}", err=True)
+        raise typer.Exit(EXIT_REFUSED) from None
+    if not finished:
+        raise typer.Exit(EXIT_STOPPED)
+
+
+def _initialize_processes(coordinator: str | None, processes: int | None, process: int | None, *, on_pod: bool) -> None:
+    """Connect this process to the others, if there are others."""
+    given = [value is not None for value in (coordinator, processes, process)]
+    if any(given) and not all(given):
+        raise ConfigError("expected all of --coordinator, --processes and --process, or none of them")
+    import jax
+
+    from omni_jax import sharding
+
+    if all(given):
+        jax.distributed.initialize(coordinator, processes, process)
+    elif on_pod and sharding.on_pod():
+        jax.distributed.initialize()
+
+
+@contextmanager
+def _requires_extra() -> Iterator[None]:
+    """Turn the missing import of a package of the extra `train` into an error that has the pip command."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRA_PACKAGES:
+            raise
+        raise MissingExtraError(f"training needs the package {error.name}", "train") from None
+
+
+def _describe(run: RunConfig) -> bool:
+    with _requires_extra():
+        from omni_jax.training.describe import describe
+
+    typer.echo(describe(run))
+    return True
+
+
+def _train(run: RunConfig, profile: str | None) -> bool:
+    """Whether the run has finished."""
+    import jax
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    with _requires_extra():
+        from omni_jax.training.loop import train
+
+    logger = logging.getLogger("omni_jax")
+    logger.setLevel(logging.INFO)
+    if not logging.getLogger().handlers and not logger.handlers:
+        logger.addHandler(logging.StreamHandler(sys.stderr))
+    with logging_redirect_tqdm([logger]):
+        release = train(run, profile=profile)
+    if release is not None and jax.process_index() == 0:
+        typer.echo(f"trained: {release}")
+    return release is not None

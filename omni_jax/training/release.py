@@ -1,0 +1,31 @@
+"""The release that a run ends with."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from omni_jax.checkpoint import release as releases
+from omni_jax.checkpoint.safetensors_io import LazyTensor
+from omni_jax.training.setup import TrainingSetup
+from omni_jax.training.stages import Params
+
+
+def write_release(setup: TrainingSetup, params: Params, folder: Path) -> None:
+    """Write the trained model, with the codec and tokenizer of the initial model, as a release folder."""
+    start = setup.start
+    tensors = releases.model_tensors(nnx.merge(setup.graph, params))
+    if start.release is not None:
+        codec, files = start.release.codec_tensors(), start.release.tokenizer_files()
+        releases.save_release(folder, start.config, tensors, codec, files)
+        return
+    codec = {name: LazyTensor.of(np.asarray(value)) for name, value in start.codec().params().items()}
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer, settings = (Path(temporary) / name for name in releases.TOKENIZER_FILES)
+        start.tokenizer.save(str(tokenizer))
+        settings.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
+        releases.save_release(folder, start.config, tensors, codec, [tokenizer, settings])
