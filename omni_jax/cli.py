@@ -386,13 +386,13 @@ def prepare(
         source: sources.Source
         if corpus is Corpus.voice_assistant:
             size = encoder.config.codebook_size if encoder else 4096
-            source = sources.VoiceAssistant(path, persona, max_seconds or sources.LONGEST_QUESTION, size)
+            source = sources.VoiceAssistant(path, persona, max_seconds or sources.MAX_QUESTION_SECONDS, size)
         elif corpus is Corpus.text:
             source = sources.TextQA(path, license=license or "unknown")
         elif corpus is Corpus.manifest:
             source = sources.Manifest(path, rate, max_seconds or 60.0, license=license or "unknown")
         else:
-            listing, known = sources.SPEECH[corpus]
+            listing, known = sources.SPEECH_CORPORA[corpus]
             source = sources.ReadSpeech(path, str(corpus), known, listing, as_answer, rate, max_seconds or 30.0)
         _prepare_all(source, out, encoder, workers, _beam(runner, workers, runner_options))
 
@@ -436,9 +436,9 @@ def synthesize(
         who = VoiceSpec.parse(answer)
         for voices in (*asking, who):
             # What is not installed is missed now, not in every row.
-            unknown = set(voices.only) - set(voices.open().voices())
+            unknown = set(voices.voices) - set(voices.open().voices())
             if unknown:
-                raise ConfigError(f"{voices.engine}: expected voices that it has, found {', '.join(sorted(unknown))}")
+                raise ConfigError(f"{voices.synthesizer}: expected its voices, found {', '.join(sorted(unknown))}")
         source = sources.TextQA(text, license=license)
         voiced = SpokenCorpus(source, asking, who, encoder.config.sample_rate, seed, not clean, max_seconds)
         _prepare_all(voiced, out, encoder, workers, _beam(runner, workers, runner_options))

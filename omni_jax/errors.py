@@ -7,7 +7,7 @@ was expected and what was found; what a program needs to decide is in typed attr
 from __future__ import annotations
 
 import copy
-from typing import Self
+from typing import Any, Self
 
 
 class OmniError(Exception):
@@ -18,6 +18,16 @@ class OmniError(Exception):
         error = copy.copy(self)
         error.args = (f"{prefix}: {self}",)
         return error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are copied and pickled by calling the class with `args`, which is the message alone.
+        return _restore, (type(self), self.args), self.__dict__
+
+
+def _restore(error_type: type[OmniError], args: tuple[Any, ...]) -> OmniError:
+    error = error_type.__new__(error_type)
+    error.args = args
+    return error
 
 
 class ConfigError(OmniError, ValueError):
@@ -81,10 +91,15 @@ class ClosedError(OmniError, RuntimeError):
 
 
 class MissingExtraError(OmniError, ImportError):
-    """A package of an optional extra is not installed; the message has the command that installs it."""
+    """An optional package is not installed; the message has the command that installs it.
 
-    def __init__(self, purpose: str, extra: str):
-        super().__init__(f"{purpose}: pip install 'omni-jax[{extra}]'")
+    Attributes:
+        extra: the extra of omni-jax that has the package; None if it belongs to no extra.
+    """
+
+    def __init__(self, purpose: str, extra: str | None = None, *, package: str = ""):
+        requirement = package if extra is None else f"'omni-jax[{extra}]'"
+        super().__init__(f"{purpose}: pip install {requirement}")
         self.extra = extra
 
 

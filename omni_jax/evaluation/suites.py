@@ -14,7 +14,8 @@ from pathlib import Path
 import pydantic
 
 from omni_jax.config.load import build_config
-from omni_jax.data.sources import corpus_files, librispeech, parquet
+from omni_jax.data.readers import corpus_files, open_parquet
+from omni_jax.data.sources import librispeech
 from omni_jax.errors import ConfigError
 from omni_jax.tasks import Task
 
@@ -91,7 +92,7 @@ def voicebench(path: Path) -> Iterator[Case]:
     """
     for file in corpus_files(path, ".parquet"):
         number, group = 0, file.parent.name
-        for batch in parquet(file, ("prompt", "audio")).iter_batches(batch_size=16):
+        for batch in open_parquet(file, ("prompt", "audio")).iter_batches(batch_size=16):
             for row in batch.to_pylist():
                 sound = row["audio"].get("bytes") if isinstance(row["audio"], dict) else None
                 expected = row.get("reference") or ""

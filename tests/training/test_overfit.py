@@ -34,7 +34,7 @@ def test_three_stages_learn_eight_exchanges_by_heart(tiny_parts: Path, tmp_path:
     start = tmp_path / "start"
     assert run("import", tiny_parts / "mini_omni", start, *parts(tiny_parts)).exit_code == 0
     codec = CodecSpec(str(start))
-    source = Manifest(EXCHANGES / "exchanges.jsonl", rate=codec.config.sample_rate)
+    source = Manifest(EXCHANGES / "exchanges.jsonl", answer_sample_rate=codec.config.sample_rate)
     assert prepare(source, tmp_path / "records", codec=codec)["exchanges"] == 8
     # Programs that run hundreds of times are worth optimizing; one device is enough.
     environment = {**os.environ, "XLA_FLAGS": ""}
