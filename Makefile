@@ -1,27 +1,31 @@
-# make demo and make test do the whole set-up on a fresh machine: a virtual environment in .venv, the pinned
-# packages, omni_jax itself. Another Python: make demo PYTHON=python3.12
+# `make demo` and `make test` do the whole set-up on a fresh machine: a virtual environment, the packages, omni_jax.
+# Another Python has an environment of its own: make test PYTHON=python3.13
 
 PYTHON ?= python3
-VENV := .venv
+VENV := .venv$(if $(filter python3,$(PYTHON)),,-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
-# Processes that share the fast tests; the slow ones need the memory and the cores for themselves.
+# Processes that share the tests.
 WORKERS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CONSTRAINTS := -c constraints.txt
-# Debian packages: the synthesisers, and what one from PyPI is compiled with.
-SYNTHESISERS := espeak-ng flite festival festvox-kdlpc16k gcc
+# Python 3.11 gets the pinned versions; others the newest that pip resolves.
+CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" * (sys.version_info[:2] == (3, 11)))')
+# Debian packages for `make nano`: the synthesizers, and a compiler for one from PyPI.
+SYNTHESIZERS := espeak-ng flite festival festvox-kdlpc16k gcc
 
-.PHONY: help demo test lint format bench nano synthesisers
+.PHONY: help demo smoke test test-slow coverage lint format docs bench nano synthesizers
 # Two targets at once would install into the same environment.
 .NOTPARALLEL:
 
 help:
-	@echo 'make demo     ask three recorded questions; the spoken answers go to demo/'
-	@echo 'make test     all tests, the slow ones last'
-	@echo 'make lint     ruff and mypy'
-	@echo 'make format   let ruff lay out the code'
-	@echo 'make bench    measure speed and memory'
-	@echo 'make nano     train the small model: hours on two cores; continues after an interruption'
+	@echo 'make demo       answer three recorded questions; the spoken answers go to demo/'
+	@echo 'make test       the tests, about 8 minutes on two cores'
+	@echo 'make test-slow  the long tests: TPU compilations, large files, kill tests, fuzzing, browser'
+	@echo 'make coverage   line and branch coverage of make test'
+	@echo 'make lint       ruff, mypy and the import contract'
+	@echo 'make format     format the code with ruff'
+	@echo 'make docs       build the documentation into build/docs'
+	@echo 'make bench      measure speed and memory'
+	@echo 'make nano       train the shipped model again, hours on two cores; resumes where it was interrupted'
 
 demo: $(VENV)/.base
 	$(BIN)/omni-jax demo --out demo
@@ -30,34 +34,54 @@ demo: $(VENV)/.base
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile
-	@if grep -rqs --include='*.py' 'mark\.slow' tests; then $(BIN)/python -m pytest -m slow; fi
+
+# A quick check of a Python with the core packages alone, without PyTorch.
+smoke: $(VENV)/.base
+	$(PIP) install -q $(CONSTRAINTS) pytest
+	$(BIN)/omni-jax demo --out build/smoke
+	$(BIN)/python -m pytest -q tests/config tests/test_delay.py tests/test_prompts.py tests/inference/test_engine.py
+
+# What `make test` compiles without optimization, once more as users run it.
+NUMERIC := tests/model tests/codec tests/inference/test_engine.py tests/training/test_gradients.py
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+	OMNI_JAX_TEST_OPTIMIZED=1 $(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile $(NUMERIC)
+
+coverage: $(VENV)/.dev
+	rm -f .coverage .coverage.*
+	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile --cov --cov-report=term
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
+
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
 
-nano: synthesisers $(VENV)/.nano
+nano: synthesizers $(VENV)/.nano
 	$(BIN)/python -m recipes.nano
 
-synthesisers:
+synthesizers:
 	@for program in espeak-ng flite festival gcc; do command -v $$program >/dev/null || \
-		{ echo "make nano needs the program $$program: apt-get install $(SYNTHESISERS)"; exit 1; }; done
+		{ echo "make nano needs the program $$program: apt-get install $(SYNTHESIZERS)"; exit 1; }; done
 	@festival --heap 1000000 -b '(voice_ked_diphone)' >/dev/null 2>&1 || \
-		{ echo "make nano needs the voice ked_diphone: apt-get install $(SYNTHESISERS)"; exit 1; }
+		{ echo "make nano needs the voice ked_diphone: apt-get install $(SYNTHESIZERS)"; exit 1; }
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "omni_jax needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
-# What users have: no torch, no tools. What developers have is that and more, so it counts as both.
+# `.base` is what users have; `.dev` is that and more, so it counts as both.
 $(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -q $(CONSTRAINTS) -e .
 	@touch $@
@@ -67,5 +91,5 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $(VENV)/.base $@
 
 $(VENV)/.nano: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install -q $(CONSTRAINTS) -e '.[nano,evaluation]'
+	$(PIP) install -q $(CONSTRAINTS) -e '.[nano]'
 	@touch $@

@@ -25,6 +25,7 @@ from omni_jax.codec.snac import Snac, make_decoder
 from omni_jax.codec.stream import StreamDecoder
 from omni_jax.codec.torch_snac import TorchSnac
 from omni_jax.config.model import PRESETS
+from omni_jax.convert.snac import to_torch_module
 from omni_jax.delay import fill_invalid_codes, undelay
 from omni_jax.inference.decode import DecodeState, Requests, Routing
 from omni_jax.inference.engine import PROMPT_BUCKETS
@@ -114,7 +115,7 @@ class Published:
         config = PRESETS["mini_omni"]
         # Its cache is always that of the whole context.
         self.torch = TorchOmni(config, config.trunk.max_position)
-        self.codec = TorchSnac.from_params(config.codec, codec.params())
+        self.codec = TorchSnac(to_torch_module(config.codec, codec.params()), config.codec)
 
     def answer(self) -> tuple[float, float]:
         """Seconds to the first sound and to the last."""

@@ -1,7 +1,7 @@
-"""SNAC in JAX against the torch one, on this machine: `python -m benchmarks.codec`.
+"""SNAC in JAX against SNAC in torch: `python -m benchmarks.codec`.
 
-The shape is that of snac_24khz with random weights, equal in both. The two take turns in one process and the
-medians are compared, so that what else the machine does falls on both. torch runs with its default threads, in
+Both have the shape of snac_24khz and the same random weights. They take turns in one process and the medians are
+compared, so that other load on the machine affects both alike. torch runs with its default number of threads, in
 inference mode; `torch` is snac as published, `folded` the same with its weight norm folded beforehand.
 """
 
@@ -25,8 +25,8 @@ from omni_jax.convert.snac import config_to_json, from_torch
 
 CONFIG = CodecConfig()
 ROUNDS = 5
-ROWS = 8
-"""Of a batch, as `prepare` encodes it."""
+BATCH_SIZE = 8
+"""Recordings that `omni_jax.data.prepare` encodes at once."""
 
 
 def reference() -> Any:
@@ -35,27 +35,27 @@ def reference() -> Any:
 
 
 def folded(module: Any) -> Any:
-    for part in list(module.modules()):
-        if parametrize.is_parametrized(part, "weight"):
-            parametrize.remove_parametrizations(part, "weight")
+    for layer in list(module.modules()):
+        if parametrize.is_parametrized(layer, "weight"):
+            parametrize.remove_parametrizations(layer, "weight")
     return module
 
 
-def milliseconds(*contestants: Callable[[], Any]) -> list[float]:
+def milliseconds(*functions: Callable[[], Any]) -> list[float]:
     """Median time of each, taking turns; the first round, which compiles, is not counted."""
-    times: list[list[float]] = [[] for _ in contestants]
+    times: list[list[float]] = [[] for _ in functions]
     for turn in range(ROUNDS + 1):
-        for contestant, taken in zip(contestants, times, strict=True):
+        for function, elapsed in zip(functions, times, strict=True):
             start = time.perf_counter()
-            contestant()
+            function()
             if turn:
-                taken.append(1000 * (time.perf_counter() - start))
-    return [statistics.median(taken) for taken in times]
+                elapsed.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(elapsed) for elapsed in times]
 
 
 def main() -> None:
-    theirs, theirs_folded = reference(), folded(reference())
-    state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    published, published_folded = reference(), folded(reference())
+    state = {name: tensor.numpy() for name, tensor in published.state_dict().items()}
     codec = Snac.from_params(CONFIG, from_torch(state, CONFIG))
     decode, encode = make_decoder(codec), make_encoder(codec)
     random = np.random.default_rng(0)
@@ -63,16 +63,16 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}, torch threads {torch.get_num_threads()}, medians of {ROUNDS} in ms")
     print(f"{'':26}{'jax':>8}{'torch':>8}{'folded':>8}{'torch/jax':>11}{'folded/jax':>12}")
 
-    def row(name: str, ours: Callable[[], Any], their: Callable[[Any], Any]) -> list[float]:
+    def row(name: str, run_jax: Callable[[], Any], run_torch: Callable[[Any], Any]) -> list[float]:
         def run(module: Any) -> None:
             with torch.inference_mode():
-                their(module)
+                run_torch(module)
 
-        taken = milliseconds(ours, lambda: run(theirs), lambda: run(theirs_folded))
-        jax_ms, torch_ms, folded_ms = taken
+        times = milliseconds(run_jax, lambda: run(published), lambda: run(published_folded))
+        jax_ms, torch_ms, folded_ms = times
         ratios = f"{torch_ms / jax_ms:>10.2f}x{folded_ms / jax_ms:>11.2f}x"
         print(f"{name:26}{jax_ms:8.1f}{torch_ms:8.1f}{folded_ms:8.1f}{ratios}", flush=True)
-        return taken
+        return times
 
     five_seconds = round(5 * CONFIG.sample_rate / CONFIG.frame_size)
     for name, frames in (("decode 5 s", five_seconds), ("decode a 4-frame chunk", 4)):
@@ -87,23 +87,25 @@ def main() -> None:
     tensor = torch.from_numpy(audio[:, None])
     row("encode 5 s", lambda: np.asarray(encode(audio)), lambda module: module.encode(tensor))
 
-    many = np.tile(audio, (ROWS, 1))
+    many = np.tile(audio, (BATCH_SIZE, 1))
     many_tensor = torch.from_numpy(many[:, None])
-    taken = row(f"encode {ROWS} x 5 s", lambda: np.asarray(encode(many)), lambda module: module.encode(many_tensor))
+    times = row(
+        f"encode {BATCH_SIZE} x 5 s", lambda: np.asarray(encode(many)), lambda module: module.encode(many_tensor)
+    )
     speech = 1000 * many.size / CONFIG.sample_rate
-    print(f"{'  s of speech a second':26}" + "".join(f"{speech / each:8.1f}" for each in taken))
+    print(f"{'  s of speech per second':26}" + "".join(f"{speech / each:8.1f}" for each in times))
 
-    # What a listener waits for: each step decodes the new frames and the context that makes them exact.
+    # The latency of a stream: each step decodes the new frames and the context that makes them exact.
     codes = random.integers(0, CONFIG.codebook_size, (80, 7)).astype(np.int32)
     stream = StreamDecoder(decode, CONFIG)
     stream.warm_up()
-    times = []
-    for at in range(0, len(codes), 4):
+    steps = []
+    for first in range(0, len(codes), 4):
         start = time.perf_counter()
-        stream.push(codes[at : at + 4])
-        times.append(1000 * (time.perf_counter() - start))
-    sound = 4000 * CONFIG.frame_size / CONFIG.sample_rate
-    print(f"streaming, 4 frames a step: {statistics.median(times):.1f} ms for {sound:.0f} ms of sound")
+        stream.push(codes[first : first + 4])
+        steps.append(1000 * (time.perf_counter() - start))
+    audio_ms = 4000 * CONFIG.frame_size / CONFIG.sample_rate
+    print(f"streaming, 4 frames a step: {statistics.median(steps):.1f} ms for {audio_ms:.0f} ms of audio")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ from omni_jax.errors import (
 )
 
 if TYPE_CHECKING:
-    from omni_jax.api import Omni, Request
+    from omni_jax.api import Omni
     from omni_jax.inference.answer import Chunk, Reply
     from omni_jax.inference.async_engine import AsyncEngine, RequestHandle
     from omni_jax.inference.generation import GenerationConfig
+    from omni_jax.inference.request import Request
 
 __all__ = [
     "AsyncEngine",
@@ -50,7 +51,7 @@ _LAZY = {
     "GenerationConfig": "omni_jax.inference.generation",
     "Omni": "omni_jax.api",
     "Reply": "omni_jax.inference.answer",
-    "Request": "omni_jax.api",
+    "Request": "omni_jax.inference.request",
     "RequestHandle": "omni_jax.inference.async_engine",
 }
 """Loaded on first use, so that reading a config or converting weights does not wait for the whole model."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from flax import nnx
 from omni_jax import sharding
 from omni_jax.audio import io as audio_io
 from omni_jax.checkpoint import release as releases
+from omni_jax.checkpoint import tensors
 from omni_jax.codec.snac import DecodeFn, Snac, make_decoder
 from omni_jax.codec.stream import StreamDecoder
 from omni_jax.config.model import PRESETS, ModelConfig
@@ -24,6 +25,7 @@ from omni_jax.errors import AudioError, CheckpointError, ConfigError, UntrainedW
 from omni_jax.inference.answer import AnswerBuilder, Chunk, OutputDecoder, Reply
 from omni_jax.inference.engine import Engine, PreparedRequest, next_power_of_2
 from omni_jax.inference.generation import GenerationConfig
+from omni_jax.inference.request import Audio, Request
 from omni_jax.inference.runner import ModelRunner
 from omni_jax.model.omni import OmniModel
 from omni_jax.prompts import Prompt, speech_positions, speech_prompt, text_prompt
@@ -31,71 +33,7 @@ from omni_jax.tasks import Task
 from omni_jax.tokenizer import byte_tokenizer
 from omni_jax.vocab import Vocab
 
-Audio = str | Path | BinaryIO | np.ndarray | jax.Array
-"""A file in any common format, or samples: float within -1..1 or int16, [samples] or [samples, channels]."""
-
 CodecName = Literal["jax", "torch"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One thing to answer: exactly one of `audio` and `text`.
-
-    Without a task, the answer is text and speech (A1A2 or T1A2).
-    """
-
-    audio: Audio | None = None
-    text: str | None = None
-    task: Task | str | None = None
-    sample_rate: int | None = None
-    """Samples per second, when `audio` is an array; a file has its own."""
-    truncate: bool = False
-    """Use only the beginning of a recording that is too long for the audio encoder, instead of refusing it."""
-    config: GenerationConfig | None = None
-    """None: the defaults, or the config that the caller gives for all requests."""
-    name: str = field(default="array", kw_only=True)
-    """What error messages call an array."""
-
-    @classmethod
-    def of(cls, source: Request | Mapping[str, Any] | str | Path) -> Request:
-        """A request, a dict of its fields, or the path of a recording as a request.
-
-        Raises:
-            ConfigError: it is something else, or has unknown fields.
-        """
-        if isinstance(source, Request):
-            return source
-        if isinstance(source, (str, Path)):
-            return cls(audio=source)
-        if not isinstance(source, Mapping):
-            raise ConfigError(
-                f"request: expected a Request, a dict of its fields or a path, found {type(source).__name__}"
-            )
-        known = cls.__dataclass_fields__
-        if unknown := [str(name) for name in source if name not in known]:
-            raise ConfigError(
-                f"request: expected some of {', '.join(known)}, found {', '.join(unknown)}", field=unknown[0]
-            )
-        return cls(**source)
-
-    def resolve_task(self) -> Task:
-        """The task, checked against the input. Needs no model, so that bad requests are refused before one is loaded.
-
-        Raises:
-            ConfigError: there is no such task, it does not fit the input, or there is not exactly one input.
-        """
-        if (self.audio is None) == (self.text is None):
-            found = "neither" if self.text is None else "both"
-            raise ConfigError(f"request: expected either audio or text, found {found}")
-        default = Task.T1A2 if self.audio is None else Task.A1A2
-        try:
-            task = Task(self.task or default)
-        except ValueError:
-            raise ConfigError(f"task: expected one of {', '.join(Task)}, found {self.task!r}", field="task") from None
-        if task.takes_audio != (self.audio is not None):
-            expected, found = ("audio", "text") if task.takes_audio else ("text", "audio")
-            raise ConfigError(f"task {task}: expected {expected}, found {found}", field="task")
-        return task
 
 
 class Omni:
@@ -204,7 +142,7 @@ class Omni:
         config = PRESETS[preset]
         stacked, default = sharding.default_layout()
         dtype = default if dtype is None else dtype
-        model = releases.init_model(config, stacked=stacked, dtype=dtype, seed=seed, mesh=mesh)
+        model = tensors.init_model(config, stacked=stacked, dtype=dtype, seed=seed, mesh=mesh)
         decode = _decoder(Snac(config.codec, rngs=nnx.Rngs(seed)), codec)
         return cls(model, decode, byte_tokenizer(), trained=False, int8=int8)
 
@@ -225,7 +163,7 @@ class Omni:
         releases.save_release(
             folder,
             self.config,
-            releases.model_tensors(self.model),
+            tensors.model_tensors(self.model),
             self._release.codec_tensors(),
             self._release.tokenizer_files(),
             int8=int8,
@@ -478,4 +416,4 @@ def _decoder(codec: Snac, name: str) -> DecodeFn:
     from omni_jax.codec.torch_snac import TorchSnac
     from omni_jax.convert.snac import to_torch_module
 
-    return TorchSnac(to_torch_module(codec.config, codec.params())).decode
+    return TorchSnac(to_torch_module(codec.config, codec.params()), codec.config).decode

@@ -1,8 +1,8 @@
-"""The tasks as eight streams: what a prompt looks like, and what the model should say after it.
+"""The tasks as eight streams: the prompt of each, and the answer that follows it.
 
-This is the only definition. Inference takes `Prompt`s from here; training takes `Example`s, which are the same
-prompts followed by the answer, with targets and a loss mask. Streams 0..6 are the audio layers (ids local to a
-layer), stream 7 is text.
+This is the only definition. Inference takes `Prompt`s from here; training takes `Example`s, which are the same prompts
+followed by the answer, with targets and a loss mask. Streams 0..6 are audio, one per codebook (ids local to the
+codebook); stream 7 is text.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from omni_jax.vocab import NUM_CODEBOOKS, NUM_STREAMS, TEXT_STREAM, Vocab
 
 @dataclass(frozen=True)
 class Prompt:
-    """An input as the trunk sees it, up to the column that asks for the answer."""
+    """An input as the trunk takes it, up to the position that asks for the answer."""
 
     task: Task
     tokens: np.ndarray
     """int32 [8, P]."""
     speech_positions: int
-    """Positions 1..speech_positions whose audio embeddings the adapter's output replaces; 0 for text."""
+    """The adapter's output replaces the audio embeddings of positions 1..speech_positions; 0 for text."""
 
     def __len__(self) -> int:
         return self.tokens.shape[1]
@@ -33,30 +33,40 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its answer, as training wants them."""
+    """A prompt and its answer, as training takes them."""
 
     tokens: np.ndarray
     """int32 [8, T], the trunk's input: the prompt, then the answer without its last step."""
     targets: np.ndarray
-    """int32 [8, T], what to say at each position; padding where `mask` is False."""
+    """int32 [8, T], the tokens to predict at each position; padding where `mask` is False."""
     mask: np.ndarray
-    """bool [8, T], where the loss counts."""
+    """bool [8, T], the tokens that count in the loss."""
     speech_positions: int
+    """As in `Prompt`."""
 
 
-def speech_positions(samples: int, positions: int, stack: int = 1) -> int:
-    """How many trunk positions a recording takes: floor(duration_ms / 20) + 1 ear frames, `stack` to a position.
+def speech_positions(samples: int, max_position: int, stack: int = 1) -> int:
+    """Trunk positions that a recording takes.
+
+    The audio encoder makes floor(duration_ms / 20) + 1 frames of a recording, as in Mini-Omni; the adapter stacks
+    `stack` frames into one position.
 
     Args:
         samples: length at 16 kHz, unpadded.
-        positions: frames the ear gives; a full-length recording has no frame after its last.
-        stack: ear frames per trunk position.
+        max_position: frames that the audio encoder makes of a recording of full length, which has no extra frame at
+            its end.
+        stack: encoder frames per trunk position.
     """
-    return -(-min(samples // 320 + 1, positions) // stack)
+    frames = min(samples // 320 + 1, max_position)
+    return -(-frames // stack)
 
 
 def speech_prompt(task: Task, positions: int, vocab: Vocab) -> Prompt:
-    """The prompt of a task whose input is speech that takes `positions` positions."""
+    """The prompt of a task with speech as input, which takes `positions` positions.
+
+    Raises:
+        ValueError: the task takes text, or `positions` is not positive.
+    """
     if not task.takes_audio:
         raise ValueError(f"task {task} takes text, not speech")
     if positions < 1:
@@ -71,7 +81,11 @@ def speech_prompt(task: Task, positions: int, vocab: Vocab) -> Prompt:
 
 
 def text_prompt(task: Task, text: Sequence[int], vocab: Vocab) -> Prompt:
-    """The prompt of a task whose input is the token ids `text`."""
+    """The prompt of a task with text as input, the token ids `text`.
+
+    Raises:
+        ValueError: the task takes speech, or there are no ids.
+    """
     if task.takes_audio:
         raise ValueError(f"task {task} takes speech, not text")
     if not len(text):
@@ -84,22 +98,24 @@ def text_prompt(task: Task, text: Sequence[int], vocab: Vocab) -> Prompt:
 
 
 def answer(task: Task, text: Sequence[int], codes: np.ndarray | None, vocab: Vocab) -> tuple[np.ndarray, np.ndarray]:
-    """The eight streams of an answer, step by step, and where the loss counts.
+    """The eight streams of an answer, step by step, and their loss mask.
 
-    Text counts up to and with its end; the padding after it is set by the decoder, never predicted. Audio counts
-    at every step, the padding before a layer starts included: the published decoder leaves it to the model.
+    Text counts in the loss up to and including its end; the decoder sets the padding after it, which is never
+    predicted. Audio counts at every step, including the padding before a stream starts: the published decoder leaves
+    it to the model.
 
     Args:
-        task: says which streams speak.
+        task: decides which streams have content.
         text: token ids of the answer (A1T1: of the transcript); ignored by T1A1.
-        codes: int [F, 7] for tasks that speak, else None.
+        codes: int [F, 7] for tasks that output audio, else None.
         vocab: the token layout.
 
     Returns:
         tokens int32 [8, S] and mask bool [8, S].
 
     Raises:
-        ValueError: a task that speaks has no codes, one that does not has some, or the speech ends before the text.
+        ValueError: codes are missing for a task that outputs audio or given for one that does not, or the speech ends
+            before the text.
     """
     if task.outputs_audio != (codes is not None):
         raise ValueError(f"task {task}: expected {'codes' if task.outputs_audio else 'no codes'}, found the opposite")
@@ -123,14 +139,17 @@ def answer(task: Task, text: Sequence[int], codes: np.ndarray | None, vocab: Voc
 
 
 def example(prompt: Prompt, text: Sequence[int], codes: np.ndarray | None, vocab: Vocab) -> Example:
-    """A prompt with its answer: position P-1 predicts step 0, and every step is the next one's input."""
-    said, counts = answer(prompt.task, text, codes, vocab)
+    """A prompt with its answer; arguments and errors as of `answer`.
+
+    The prompt's last position predicts step 0, and each step is the input of the next.
+    """
+    answer_tokens, answer_mask = answer(prompt.task, text, codes, vocab)
     before = len(prompt) - 1
-    lead = np.full((NUM_STREAMS, before), vocab.pad_a, np.int32)
-    lead[TEXT_STREAM] = vocab.pad_t
+    padding = np.full((NUM_STREAMS, before), vocab.pad_a, np.int32)
+    padding[TEXT_STREAM] = vocab.pad_t
     return Example(
-        tokens=np.concatenate([prompt.tokens, said[:, :-1]], axis=1),
-        targets=np.concatenate([lead, said], axis=1),
-        mask=np.concatenate([np.zeros((NUM_STREAMS, before), bool), counts], axis=1),
+        tokens=np.concatenate([prompt.tokens, answer_tokens[:, :-1]], axis=1),
+        targets=np.concatenate([padding, answer_tokens], axis=1),
+        mask=np.concatenate([np.zeros((NUM_STREAMS, before), bool), answer_mask], axis=1),
         speech_positions=prompt.speech_positions,
     )

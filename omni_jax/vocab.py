@@ -1,8 +1,12 @@
-"""The token layout: text ids, audio ids, their specials, and the one table they share when published.
+"""The token layout: text ids, audio ids, and their special tokens.
 
-Text ids run 0..text-1, its specials after them. Each of the seven audio layers has codes 0..audio-1 and its own
-specials after them. Inside omni_jax an audio token is always local to its layer; only the published checkpoint
-format knows global ids.
+Text ids run 0..text-1, followed by the text specials. Each of the seven codebooks has codes 0..audio-1, followed by its
+own specials. Inside omni_jax an audio id is always local to its codebook. The published checkpoint has one table for
+all: the text rows, then the rows of each codebook; see `omni_jax.convert.mini_omni`. Its fifth audio special, `split`
+(audio + 4), is used by no task.
+
+SNAC itself has three codebooks, with one, two and four codes per frame. The model treats each of these seven places in
+a frame as a codebook with a stream of its own, and so does everything outside `omni_jax.codec`.
 """
 
 from __future__ import annotations
@@ -12,15 +16,16 @@ from dataclasses import dataclass
 from omni_jax.config.model import VocabConfig
 
 NUM_CODEBOOKS = 7
-"""Audio layers (C): codes per frame."""
+"""Codebooks (C), one per audio stream: codes per frame."""
 TEXT_STREAM = 7
-"""Row of the text stream among the eight streams; rows 0..6 are the audio layers."""
+"""Row of the text stream among the eight streams; rows 0..6 are the audio streams."""
 NUM_STREAMS = 8
+"""Seven audio streams and the text stream."""
 
 
 @dataclass(frozen=True)
 class Vocab:
-    """Every id of a model's vocabulary, derived from its sizes."""
+    """The ids of a model's special tokens, derived from the sizes of its vocabulary."""
 
     config: VocabConfig
 
@@ -31,12 +36,12 @@ class Vocab:
 
     @property
     def audio_rows(self) -> int:
-        """Rows of one audio layer's table: codes and specials."""
+        """Rows of one codebook's table: codes and specials."""
         return self.config.audio + self.config.audio_specials
 
     @property
     def rows(self) -> int:
-        """Rows of the published table: the text rows, then each audio layer's."""
+        """Rows of the published table: the text rows, then those of each codebook."""
         return self.text_rows + NUM_CODEBOOKS * self.audio_rows
 
     @property
@@ -71,33 +76,20 @@ class Vocab:
 
     @property
     def eoa(self) -> int:
-        """End of audio, local to a layer."""
+        """End of audio, local to a codebook."""
         return self.config.audio
 
     @property
     def pad_a(self) -> int:
-        """Audio padding, local to a layer."""
+        """Audio padding, local to a codebook."""
         return self.config.audio + 1
 
     @property
     def input_a(self) -> int:
-        """Begins an input, audio streams; local to a layer."""
+        """Begins an input, audio streams; local to a codebook."""
         return self.config.audio + 2
 
     @property
     def answer_a(self) -> int:
-        """Asks for an answer in audio; local to a layer."""
+        """Asks for an answer in audio; local to a codebook."""
         return self.config.audio + 3
-
-    @property
-    def split(self) -> int:
-        """Published but unused; local to a layer."""
-        return self.config.audio + 4
-
-    def global_id(self, token: int, layer: int) -> int:
-        """Row of audio token `token` of layer `layer` in the published table."""
-        if not (0 <= layer < NUM_CODEBOOKS and 0 <= token < self.audio_rows):
-            raise ValueError(
-                f"audio token {token} of layer {layer}: expected layer 0..{NUM_CODEBOOKS - 1}, token 0..{self.audio_rows - 1}"
-            )
-        return self.text_rows + layer * self.audio_rows + token

@@ -3,15 +3,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports jax. Eight devices, so that sharded code can be tested on any machine; no network.
-# Tests compile hundreds of programs and run each a few times: optimizing them would take twice as long as all the rest.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+if not os.environ.get("OMNI_JAX_TEST_OPTIMIZED"):
+    # Tests compile hundreds of programs and run each a few times: optimizing them would take twice as long as all the
+    # rest. `make test-slow` runs the numeric tests at XLA's default level too.
+    flags += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiled programs are not kept on disk: read back, one for several CPU devices has forgotten the order of its
-# collectives and can wait for itself for ever (jax 0.10.2).
+# collectives and can deadlock (jax 0.10.2).
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -23,7 +23,7 @@ from tests import models
 
 @pytest.fixture(scope="module")
 def quickly_compiled() -> Iterator[None]:
-    """Everything that a module compiles, by `builders.quick_compile`."""
+    """Compiles everything of a test module with `models.quick_compile`."""
     with models.quick_compile():
         yield
 

@@ -58,22 +58,22 @@ def perturb(module, scale: float = 0.1) -> None:
                 parameter.add_(scale * torch.randn_like(parameter))
 
 
-def whisper_folder(folder: Path, ear: AudioEncoderConfig) -> None:
+def whisper_folder(folder: Path, encoder: AudioEncoderConfig) -> None:
     import torch
     from transformers import WhisperConfig, WhisperModel
 
     torch.manual_seed(1)
     config = WhisperConfig(
         vocab_size=40,
-        num_mel_bins=ear.num_mel_bins,
-        d_model=ear.hidden_size,
-        encoder_layers=ear.layers,
-        encoder_attention_heads=ear.num_heads,
-        encoder_ffn_dim=ear.intermediate_size,
+        num_mel_bins=encoder.num_mel_bins,
+        d_model=encoder.hidden_size,
+        encoder_layers=encoder.num_layers,
+        encoder_attention_heads=encoder.num_heads,
+        encoder_ffn_dim=encoder.intermediate_size,
         decoder_layers=1,
-        decoder_attention_heads=ear.num_heads,
+        decoder_attention_heads=encoder.num_heads,
         decoder_ffn_dim=16,
-        max_source_positions=ear.max_position,
+        max_source_positions=encoder.max_position,
         max_target_positions=8,
         pad_token_id=0,
         bos_token_id=1,
@@ -156,7 +156,7 @@ def language_model_folder(folder: Path, family: str, *, tied: bool, **changes):
 
 def weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Random float32 weights by our names, all norms and biases moved. Quicker than the model's own, which compile."""
-    from omni_jax.checkpoint.release import parameter_shapes
+    from omni_jax.checkpoint.tensors import parameter_shapes
 
     generator = np.random.default_rng(seed)
 
@@ -184,6 +184,6 @@ def release_folder(folder: Path, config: ModelConfig, seed: int = 0) -> None:
     save_release(folder, config, model, codec, tokenizer_files(folder.parent / f"{folder.name}-tokenizer"))
 
 
-def sound(ear: AudioEncoderConfig, rows: int) -> np.ndarray:
-    """Noise of the ear's length, float32 [rows, samples] at 16 kHz."""
-    return np.random.default_rng(5).uniform(-1, 1, (rows, ear.max_samples)).astype(np.float32)
+def sound(encoder: AudioEncoderConfig, rows: int) -> np.ndarray:
+    """Noise of the audio encoder's length, float32 [rows, samples] at 16 kHz."""
+    return np.random.default_rng(5).uniform(-1, 1, (rows, encoder.max_samples)).astype(np.float32)

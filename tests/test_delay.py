@@ -1,4 +1,4 @@
-"""The delay pattern against arrays written out by hand."""
+"""The delay pattern against literal arrays."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ TWO_FRAMES_DELAYED = np.array(
 )
 
 
-def test_delay_by_hand() -> None:
+def test_delay_literal() -> None:
     out = delay(TWO_FRAMES, V)
     assert out.dtype == np.int32
     np.testing.assert_array_equal(out, TWO_FRAMES_DELAYED)
 
 
-def test_undelay_by_hand() -> None:
+def test_undelay_literal() -> None:
     out = undelay(TWO_FRAMES_DELAYED, V)
     assert out.dtype == np.int32
     np.testing.assert_array_equal(out, TWO_FRAMES)
 
 
-def test_no_frames() -> None:
+def test_delay_of_no_frames() -> None:
     out = delay(np.zeros((0, 7), np.int32), V)
     expected = np.full((7, 8), P)
-    for layer in range(7):
-        expected[layer, layer + 1] = E
+    for codebook in range(7):
+        expected[codebook, codebook + 1] = E
     np.testing.assert_array_equal(out, expected)
     assert undelay(out, V).shape == (0, 7)
 
 
 @pytest.mark.parametrize("frames", [0, 1, 2, 7, 8, 30])
-def test_there_and_back(frames: int) -> None:
+def test_delay_undelay_round_trip(frames: int) -> None:
     codes = np.random.default_rng(frames).integers(0, 80, (frames, 7))
     out = delay(codes, V)
     assert out.shape == (7, frames + 8)
     np.testing.assert_array_equal(undelay(out, V), codes)
 
 
-def test_every_prefix_gives_the_frames_that_are_complete() -> None:
-    """Frame f is complete with layer 6's code, at step f + 7."""
+def test_undelay_of_prefix_gives_complete_frames() -> None:
+    """Frame f is complete with the code of codebook 6, at step f + 7."""
     codes = np.random.default_rng(0).integers(0, 80, (5, 7))
     out = delay(codes, V)
     for steps in range(out.shape[1] + 1):
@@ -64,12 +64,12 @@ def test_every_prefix_gives_the_frames_that_are_complete() -> None:
         np.testing.assert_array_equal(undelay(out[:, :steps], V), codes[:complete].reshape(-1, 7))
 
 
-def test_what_follows_the_end_is_no_frame() -> None:
+def test_undelay_ignores_steps_after_end() -> None:
     longer = np.concatenate([TWO_FRAMES_DELAYED, np.full((7, 3), 5)], axis=1)
     np.testing.assert_array_equal(undelay(longer, V), TWO_FRAMES)
 
 
-def test_only_the_last_layer_ends_the_speech() -> None:
+def test_undelay_ends_with_last_codebook() -> None:
     uneven = TWO_FRAMES_DELAYED.copy()
     uneven[0, 2] = E
     uneven[3, 4] = E
@@ -77,14 +77,14 @@ def test_only_the_last_layer_ends_the_speech() -> None:
     np.testing.assert_array_equal(frames, [[10, 20, 30, E, 50, 60, 70], [E, 21, 31, 41, 51, 61, 71]])
 
 
-def test_an_end_before_its_turn_is_dropped_with_the_padding() -> None:
-    """With the delay not enforced a layer may say anything before it is due; it is never heard."""
+def test_undelay_drops_early_end_of_audio() -> None:
+    """With the delay not enforced a stream may have any token before its first step; none of them is decoded."""
     tokens = TWO_FRAMES_DELAYED.copy()
     tokens[6, 3] = E
     np.testing.assert_array_equal(undelay(tokens, V), TWO_FRAMES)
 
 
-def test_playable_holds_the_code_before() -> None:
+def test_fill_invalid_codes_repeats_code_before() -> None:
     frames = np.array(
         [
             [E, 20, 30, 40, 50, 60, 70],
@@ -106,11 +106,11 @@ def test_playable_holds_the_code_before() -> None:
     )
 
 
-def test_playable_of_nothing() -> None:
+def test_fill_invalid_codes_of_no_frames() -> None:
     assert fill_invalid_codes(np.zeros((0, 7), np.int32), V).shape == (0, 7)
 
 
-def test_playable_depends_on_earlier_frames_only() -> None:
+def test_fill_invalid_codes_depends_on_earlier_frames_only() -> None:
     frames = np.random.default_rng(1).integers(60, 85, (20, 7))
     whole = fill_invalid_codes(frames, V)
     for n in range(20):

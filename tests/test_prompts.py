@@ -1,4 +1,4 @@
-"""Every task's prompt and training example against arrays written out by hand."""
+"""The prompt and the training example of every task against literal arrays."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ V = Vocab(VocabConfig(text=100, text_specials=6, audio=10, audio_specials=5))
 # Audio specials: end 10, padding 11, input 12, answer 13.
 
 
-def rows(audio: list[int], text: list[int]) -> np.ndarray:
+def streams(audio: list[int], text: list[int]) -> np.ndarray:
     return np.array([audio] * 7 + [text])
 
 
 SPEECH = {
-    Task.A1A2: rows([12, 11, 11, 10, 13], [102, 101, 101, 100, 103]),
-    Task.A1T2: rows([12, 11, 11, 10, 11], [102, 101, 101, 100, 103]),
-    Task.A1T1: rows([12, 11, 11, 10, 11], [102, 101, 101, 100, 104]),
+    Task.A1A2: streams([12, 11, 11, 10, 13], [102, 101, 101, 100, 103]),
+    Task.A1T2: streams([12, 11, 11, 10, 11], [102, 101, 101, 100, 103]),
+    Task.A1T1: streams([12, 11, 11, 10, 11], [102, 101, 101, 100, 104]),
 }
 TEXT = {
-    Task.T1A2: rows([11, 11, 11, 11, 13], [102, 5, 6, 100, 103]),
-    Task.T1T2: rows([11, 11, 11, 11, 11], [102, 5, 6, 100, 103]),
-    Task.T1A1: rows([11, 11, 11, 11, 13], [102, 5, 6, 100, 105]),
+    Task.T1A2: streams([11, 11, 11, 11, 13], [102, 5, 6, 100, 103]),
+    Task.T1T2: streams([11, 11, 11, 11, 11], [102, 5, 6, 100, 103]),
+    Task.T1A1: streams([11, 11, 11, 11, 13], [102, 5, 6, 100, 105]),
 }
 
 
-def test_the_tasks() -> None:
+def test_task_properties() -> None:
     assert [task.value for task in Task] == ["A1A2", "A1T2", "A1T1", "T1A2", "T1T2", "T1A1"]
     assert [task.takes_audio for task in Task] == [True, True, True, False, False, False]
     assert [task.outputs_text for task in Task] == [True, True, True, True, True, False]
@@ -53,12 +53,12 @@ def test_text_prompts(task: Task) -> None:
 
 
 @pytest.mark.parametrize("task", Task)
-def test_a_task_takes_its_own_input_only(task: Task) -> None:
+def test_prompt_of_wrong_input_is_error(task: Task) -> None:
     with pytest.raises(ValueError, match=str(task)):
         text_prompt(task, [1], V) if task.takes_audio else speech_prompt(task, 1, V)
 
 
-def test_an_empty_input_is_an_error() -> None:
+def test_prompt_of_empty_input_is_error() -> None:
     with pytest.raises(ValueError, match="found none"):
         text_prompt(Task.T1T2, [], V)
     with pytest.raises(ValueError, match="at least 1"):
@@ -75,7 +75,7 @@ def test_speech_positions() -> None:
 
 
 CODES = np.array([[1, 2, 3, 4, 5, 6, 7]])
-SPOKEN = [
+AUDIO = [
     [11, 1, 10, 11, 11, 11, 11, 11, 11],
     [11, 11, 2, 10, 11, 11, 11, 11, 11],
     [11, 11, 11, 3, 10, 11, 11, 11, 11],
@@ -84,18 +84,18 @@ SPOKEN = [
     [11, 11, 11, 11, 11, 11, 6, 10, 11],
     [11, 11, 11, 11, 11, 11, 11, 7, 10],
 ]
-WRITTEN = [8, 9, 100, 101, 101, 101, 101, 101, 101]
+TEXT_OUT = [8, 9, 100, 101, 101, 101, 101, 101, 101]
 
 
 @pytest.mark.parametrize("task", [Task.A1A2, Task.T1A2])
-def test_example_of_text_and_speech(task: Task) -> None:
+def test_example_with_text_and_audio(task: Task) -> None:
     prompt = speech_prompt(task, 2, V) if task.takes_audio else text_prompt(task, [5, 6], V)
     out = example(prompt, [8, 9], CODES, V)
-    said = np.array([*SPOKEN, WRITTEN])
-    before = (SPEECH | TEXT)[task]
-    np.testing.assert_array_equal(out.tokens, np.concatenate([before, said[:, :-1]], axis=1))
+    answered = np.array([*AUDIO, TEXT_OUT])
+    prompt_tokens = (SPEECH | TEXT)[task]
+    np.testing.assert_array_equal(out.tokens, np.concatenate([prompt_tokens, answered[:, :-1]], axis=1))
     np.testing.assert_array_equal(
-        out.targets, np.concatenate([rows([11, 11, 11, 11], [101, 101, 101, 101]), said], axis=1)
+        out.targets, np.concatenate([streams([11, 11, 11, 11], [101, 101, 101, 101]), answered], axis=1)
     )
     no, yes = [False] * 4, [True] * 9
     expected = [no + yes] * 7 + [[*no, True, True, True, False, False, False, False, False, False]]
@@ -106,48 +106,48 @@ def test_example_of_text_and_speech(task: Task) -> None:
 
 
 @pytest.mark.parametrize("task", [Task.A1T2, Task.A1T1, Task.T1T2])
-def test_example_of_text_alone(task: Task) -> None:
+def test_example_with_text_only(task: Task) -> None:
     prompt = speech_prompt(task, 2, V) if task.takes_audio else text_prompt(task, [5, 6], V)
     out = example(prompt, [8, 9], None, V)
-    before = (SPEECH | TEXT)[task]
-    np.testing.assert_array_equal(out.tokens, np.concatenate([before, rows([11, 11], [8, 9])], axis=1))
-    np.testing.assert_array_equal(out.targets, rows([11] * 7, [101, 101, 101, 101, 8, 9, 100]))
+    prompt_tokens = (SPEECH | TEXT)[task]
+    np.testing.assert_array_equal(out.tokens, np.concatenate([prompt_tokens, streams([11, 11], [8, 9])], axis=1))
+    np.testing.assert_array_equal(out.targets, streams([11] * 7, [101, 101, 101, 101, 8, 9, 100]))
     expected = [[False] * 7] * 7 + [[False, False, False, False, True, True, True]]
     np.testing.assert_array_equal(out.mask, expected)
 
 
-def test_example_of_reading_aloud() -> None:
-    """Speech alone counts; the text stream is padding throughout."""
+def test_example_with_audio_only() -> None:
+    """Only audio counts in the loss; the text stream is padding throughout."""
     out = example(text_prompt(Task.T1A1, [5, 6], V), [5, 6], CODES, V)
-    np.testing.assert_array_equal(out.tokens[:7, 5:], np.array(SPOKEN)[:, :-1])
+    np.testing.assert_array_equal(out.tokens[:7, 5:], np.array(AUDIO)[:, :-1])
     np.testing.assert_array_equal(out.tokens[:, :5], TEXT[Task.T1A1])
     np.testing.assert_array_equal(out.tokens[7, 5:], [101] * 8)
-    np.testing.assert_array_equal(out.targets[:7], np.concatenate([np.full((7, 4), 11), SPOKEN], axis=1))
+    np.testing.assert_array_equal(out.targets[:7], np.concatenate([np.full((7, 4), 11), AUDIO], axis=1))
     np.testing.assert_array_equal(out.targets[7], [101] * 13)
     np.testing.assert_array_equal(out.mask, [[False] * 4 + [True] * 9] * 7 + [[False] * 13])
 
 
-def test_an_example_of_no_words() -> None:
+def test_example_with_empty_text() -> None:
     out = example(text_prompt(Task.T1T2, [5], V), [], None, V)
-    np.testing.assert_array_equal(out.tokens, rows([11] * 4, [102, 5, 100, 103]))
+    np.testing.assert_array_equal(out.tokens, streams([11] * 4, [102, 5, 100, 103]))
     np.testing.assert_array_equal(out.targets[7], [101, 101, 101, 100])
     np.testing.assert_array_equal(out.mask[7], [False, False, False, True])
 
 
-def test_an_example_without_frames() -> None:
+def test_answer_without_frames() -> None:
     tokens, mask = answer(Task.T1A1, [], np.zeros((0, 7), np.int32), V)
     assert tokens.shape == mask.shape == (8, 8)
     assert [tokens[k, k + 1] for k in range(7)] == [10] * 7
 
 
-def test_codes_exactly_when_the_task_speaks() -> None:
+def test_answer_takes_codes_only_if_task_outputs_audio() -> None:
     with pytest.raises(ValueError, match="expected codes"):
         answer(Task.A1A2, [1], None, V)
     with pytest.raises(ValueError, match="expected no codes"):
         answer(Task.A1T2, [1], CODES, V)
 
 
-def test_text_may_fill_the_speech_but_not_outlast_it() -> None:
+def test_answer_text_longer_than_speech_is_error() -> None:
     tokens, mask = answer(Task.A1A2, [1] * 8, CODES, V)
     np.testing.assert_array_equal(tokens[7], [1] * 8 + [100])
     assert mask[7].all()

@@ -1,1 +1,1 @@
-"""Sound on the host and its log-mel features: read, check, resample, write, and what the ear is fed."""
+"""Audio: reading and writing in any format, augmentation, and log-mel features."""

@@ -1,13 +1,14 @@
-"""Recordings in and out: read, check, resample, cut, write. Host side, numpy only.
+"""Recordings in and out: read, check, resample, truncate, encode, write. On the host, in numpy.
 
-Inside the package a recording is float32, mono, [samples], nominally within -1..1. Whatever cannot become
-that is an `AudioError` before any compute starts; nothing is cut, dropped or replaced in silence.
+Inside the package a recording is float32, mono, [samples], nominally within -1..1. Anything that cannot be converted to
+that raises an `AudioError` before compute starts; nothing is truncated, dropped or replaced without a word.
 """
 
 from __future__ import annotations
 
 import io
 import secrets
+import struct
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,30 +20,30 @@ import soxr
 from omni_jax.errors import AudioError, AudioTooLongError
 
 SAMPLE_RATE = 16_000
-"""Samples per second of what the ear hears."""
-
-
+"""Samples per second that the audio encoder takes."""
 MIN_SECONDS = 0.02
-"""Shortest recording: one feature frame of the ear, 20 ms (320 samples at 16 kHz)."""
-
-
+"""Shortest recording: one frame of the audio encoder, 20 ms (320 samples at 16 kHz)."""
 MIN_RATE = 1000
-"""Fewest samples per second. Below it no speech survives: such a number is a damaged header, and would make of a
-small file an enormous recording."""
-
-
+"""Fewest samples per second. No speech survives at a lower rate: the number is a damaged header, and resampling would
+turn a small file into a huge recording."""
 SILENCE_PEAK = 1e-4
-"""A recording whose peak lies below this (-80 dB of full scale, three steps of 16-bit audio) holds no sound:
-dither and converter noise stay under it, the faintest speech of a working microphone is far above."""
-
-
+"""A recording with a lower peak (-80 dB of full scale, three steps of 16-bit audio) is silent: dither and converter
+noise are below it, the faintest speech of a working microphone is far above."""
 MAX_PEAK = 32.0
-"""A float recording beyond this (+30 dB of full scale) is not scaled to -1..1; it is most likely integer
-samples cast to float. Ordinary overshoot from mixing, lossy codecs or resampling stays well below."""
-
-
+"""A float recording with a higher peak (+30 dB of full scale) is not scaled to -1..1: it is most likely integer samples
+cast to float. Ordinary overshoot from mixing, lossy codecs or resampling is well below."""
 MAX_CHANNELS = 32
-"""Of a recording whose size is limited."""
+"""Most channels of a recording whose size is limited."""
+
+MEDIA_TYPES = {
+    "wav": "audio/wav",
+    "pcm": "audio/pcm",
+    "pcm16": "audio/pcm",
+    "flac": "audio/flac",
+    "mp3": "audio/mpeg",
+    "opus": "audio/ogg",
+}
+"""Formats that `encode` writes, and their media types."""
 
 
 def read_audio(
@@ -57,99 +58,65 @@ def read_audio(
         path_or_file: a path, or a binary file object, read from its current position to its end.
         sample_rate: samples per second of the result.
         max_seconds: refuse a longer recording, and one of more than `MAX_CHANNELS`, before it fills the memory: a
-            small file can hold hours of silence. None: take any.
+            small file can contain hours of silence. None: no limit.
 
     Returns:
         f32 [samples].
 
     Raises:
-        AudioError: there is no such file, it is a directory, it cannot be read, it is empty, it is not audio
-            or is damaged, it is longer than may be, or its samples fail the checks of `as_mono`.
+        AudioTooLongError: it is longer than `max_seconds`.
+        AudioError: the file does not exist, is a directory, cannot be read, is empty, is not audio or is damaged, or
+            its samples fail the checks of `to_mono`.
     """
     name = source_name(path_or_file)
-    if isinstance(path_or_file, (str, Path)):
-        try:
-            data = Path(path_or_file).read_bytes()
-        except FileNotFoundError:
-            raise AudioError(f"{name}: expected a recording, there is no such file") from None
-        except IsADirectoryError:
-            raise AudioError(f"{name}: expected a recording, found a directory") from None
-        except OSError as error:
-            raise AudioError(f"{name}: expected a readable file, found {error.strerror}") from None
-    else:
-        data = path_or_file.read()
-    if not data:
-        raise AudioError(f"{name}: expected a recording, found an empty file (0 bytes)")
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            rate, promised = file.samplerate, 0 if _length_is_guessed(data, file.format) else file.frames
-            limit = -1
-            if max_seconds is not None:
-                if file.channels > MAX_CHANNELS:
-                    raise AudioError(f"{name}: expected at most {MAX_CHANNELS} channels, found {file.channels}")
-                limit = int(max_seconds * rate) + 1
-            samples = file.read(frames=limit, dtype="float32", always_2d=True)
-            if 0 < limit <= max(len(samples), promised):
-                found = f"{promised / rate:.2f} s" if promised else "more"
-                raise AudioTooLongError(
-                    f"{name}: expected a recording of at most {max_seconds:.2f} s, found {found}",
-                    max_seconds=max_seconds,
-                )
-    except soundfile.LibsndfileError as error:
-        raise AudioError(
-            f"{name}: expected audio (wav, flac, ogg, mp3, ...), "
-            f"found {len(data)} bytes that libsndfile cannot decode: {error.error_string}"
-        ) from None
-    if len(samples) < promised or _ends_early(data) or not _is_intact_ogg(data):
-        raise AudioError(
-            f"{name}: expected all the sound its header promises, found a file that is damaged or ends early"
-        )
-    return _checked(samples, rate, sample_rate, name)
+    data = _read_bytes(path_or_file, name)
+    samples, rate = _decode(data, name, max_seconds)
+    return _convert(samples, rate, sample_rate, name)
 
 
 def source_name(path_or_file: str | Path | BinaryIO) -> str:
-    """What messages call a recording: its path, or `recording` for a file object that has no name."""
+    """The name of a recording in messages: its path, or `recording` for a file object that has no name."""
     if isinstance(path_or_file, (str, Path)):
         return str(path_or_file)
     return str(getattr(path_or_file, "name", None) or "recording")
 
 
 def to_mono(array: Any, rate: int, sample_rate: int = SAMPLE_RATE, *, name: str = "array") -> np.ndarray:
-    """Check samples passed from Python and bring them to mono at the wanted rate.
+    """Check an array of samples and convert it to mono at the wanted rate.
 
     Args:
         array: [samples] or [samples, channels]; floating point nominally within -1..1, or int16.
         rate: samples per second of the array.
         sample_rate: samples per second of the result.
-        name: what messages call it.
+        name: of the array, in messages.
 
     Returns:
-        f32 [samples]; the channels' average, resampled by soxr (HQ) when the rates differ.
+        f32 [samples]; the average of the channels, resampled by soxr (HQ) when the rates differ.
 
     Raises:
         AudioError: another dtype or shape, more channels than samples, a rate below `MIN_RATE`, no samples, NaN or
-            infinity, a peak beyond `MAX_PEAK`, less than `MIN_SECONDS`, or a peak below `SILENCE_PEAK`.
+            infinity, a peak above `MAX_PEAK`, less than `MIN_SECONDS`, or a peak below `SILENCE_PEAK`.
     """
-    return _checked(np.asarray(array), rate, sample_rate, name)
+    return _convert(np.asarray(array), rate, sample_rate, name)
 
 
 def check_duration(
     audio: np.ndarray, max_samples: int, *, truncate: bool, name: str = "array", sample_rate: int = SAMPLE_RATE
 ) -> np.ndarray:
-    """Hold a recording to a length limit.
+    """Check that a recording is not longer than a limit, or truncate it.
 
     Args:
         audio: f32 [samples].
         max_samples: the limit.
         truncate: whether to keep only the first `max_samples` of a longer recording.
-        name: what the message calls it, as `name_of`.
+        name: of the recording, in the message; see `source_name`.
         sample_rate: samples per second, for the message.
 
     Returns:
         f32 [samples] of at most `max_samples`.
 
     Raises:
-        AudioError: the recording is longer and `truncate` is False; names both durations.
+        AudioTooLongError: the recording is longer and `truncate` is False; gives both durations.
     """
     if len(audio) <= max_samples:
         return audio
@@ -164,14 +131,14 @@ def check_duration(
 
 
 def from_pcm16(samples: np.ndarray) -> np.ndarray:
-    """16-bit samples as f32 within -1..1, of the same shape; `to_pcm16` gives them back unchanged."""
+    """16-bit samples as f32 within -1..1, of the same shape; `to_pcm16` inverts it exactly."""
     return samples.astype(np.float32) / 32768.0
 
 
 def to_pcm16(audio: np.ndarray) -> np.ndarray:
-    """Samples as 16-bit integers, rounded; what lies outside -1..1 is clipped, not wrapped around.
+    """Samples as 16-bit integers, rounded; values outside -1..1 are clipped, not wrapped around.
 
-    The scale is 2^15 both ways, so that 16-bit audio read by `read` or `as_mono` comes back unchanged.
+    The scale is 2^15 both ways, so that 16-bit audio read by `read_audio` or `to_mono` is written unchanged.
 
     Args:
         audio: f32 of any shape, nominally within -1..1.
@@ -180,12 +147,43 @@ def to_pcm16(audio: np.ndarray) -> np.ndarray:
         int16 of the same shape.
 
     Raises:
-        AudioError: the samples hold NaN or infinity.
+        AudioError: the samples contain NaN or infinity.
     """
     audio = np.asarray(audio, np.float32)
     if not np.isfinite(audio).all():
         raise AudioError("expected finite samples to write, found NaN or infinity")
     return np.clip(np.rint(audio * 32768.0), -32768, 32767).astype(np.int16)
+
+
+def pcm_bytes(audio: np.ndarray) -> bytes:
+    """Samples f32 [samples] as 16-bit little-endian bytes, without a header; see `to_pcm16`."""
+    return to_pcm16(audio).astype("<i2").tobytes()
+
+
+def encode(audio: np.ndarray, rate: int, format: str) -> bytes:
+    """A whole recording in one of several formats.
+
+    Args:
+        audio: f32 [samples]; clipped to -1..1.
+        rate: samples per second.
+        format: one of `MEDIA_TYPES`; `pcm` and `pcm16` are both `pcm_bytes`.
+    """
+    if format in ("pcm", "pcm16"):
+        return pcm_bytes(audio)
+    if format == "wav":
+        return encode_wav(audio, rate)
+    container, subtype = {"flac": ("FLAC", "PCM_16"), "mp3": ("MP3", None), "opus": ("OGG", "OPUS")}[format]
+    buffer = io.BytesIO()
+    soundfile.write(buffer, audio, rate, format=container, subtype=subtype)
+    return buffer.getvalue()
+
+
+def streaming_wav_header(rate: int) -> bytes:
+    """The header of a mono 16-bit wav file of unknown length; both of its sizes are 2^32 - 1. `pcm_bytes` follow it."""
+    unknown = 0xFFFFFFFF
+    return struct.pack(
+        "<4sI4s4sIHHIIHH4sI", b"RIFF", unknown, b"WAVE", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16, b"data", unknown
+    )
 
 
 def encode_wav(audio: np.ndarray, sample_rate: int) -> bytes:
@@ -208,11 +206,11 @@ def encode_wav(audio: np.ndarray, sample_rate: int) -> bytes:
 def write_wav(path: str | Path, audio: np.ndarray, sample_rate: int) -> None:
     """Write a PCM_16 wav file, whole or not at all.
 
-    The bytes go to a temporary file beside `path` that is renamed at the end, so that nobody ever finds half
-    a recording under the final name.
+    The bytes are written to a temporary file in the same folder, which is renamed at the end, so that the final name
+    never has half a recording.
 
     Args:
-        path: where to; an existing file is replaced.
+        path: of the file; an existing file is replaced.
         audio: f32 [samples]; clipped to -1..1.
         sample_rate: samples per second.
 
@@ -226,13 +224,62 @@ def write_wav(path: str | Path, audio: np.ndarray, sample_rate: int) -> None:
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
-        raise AudioError(f"{path}: expected a place to write to, found {error.strerror}") from None
+        raise AudioError(f"{path}: expected a writable path, found {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _read_bytes(path_or_file: str | Path | BinaryIO, name: str) -> bytes:
+    if isinstance(path_or_file, (str, Path)):
+        try:
+            data = Path(path_or_file).read_bytes()
+        except FileNotFoundError:
+            raise AudioError(f"{name}: expected a recording, there is no such file") from None
+        except IsADirectoryError:
+            raise AudioError(f"{name}: expected a recording, found a directory") from None
+        except OSError as error:
+            raise AudioError(f"{name}: expected a readable file, found {error.strerror}") from None
+    else:
+        data = path_or_file.read()
+    if not data:
+        raise AudioError(f"{name}: expected a recording, found an empty file (0 bytes)")
+    return data
+
+
+def _decode(data: bytes, name: str, max_seconds: float | None) -> tuple[np.ndarray, int]:
+    """A file's samples f32 [samples, channels] and their rate, or an `AudioError`."""
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            rate = file.samplerate
+            # Samples according to the header; 0 if it does not say.
+            promised = 0 if _length_is_guessed(data, file.format) else file.frames
+            if max_seconds is None:
+                samples = file.read(dtype="float32", always_2d=True)
+            else:
+                if file.channels > MAX_CHANNELS:
+                    raise AudioError(f"{name}: expected at most {MAX_CHANNELS} channels, found {file.channels}")
+                limit = int(max_seconds * rate) + 1
+                samples = file.read(frames=limit, dtype="float32", always_2d=True)
+                if max(len(samples), promised) >= limit:
+                    found = f"{promised / rate:.2f} s" if promised else "more"
+                    raise AudioTooLongError(
+                        f"{name}: expected a recording of at most {max_seconds:.2f} s, found {found}",
+                        max_seconds=max_seconds,
+                    )
+    except soundfile.LibsndfileError as error:
+        raise AudioError(
+            f"{name}: expected audio (wav, flac, ogg, mp3, ...), "
+            f"found {len(data)} bytes that libsndfile cannot decode: {error.error_string}"
+        ) from None
+    if len(samples) < promised or _ends_early(data) or not _is_intact_ogg(data):
+        raise AudioError(
+            f"{name}: expected all the sound its header promises, found a file that is damaged or ends early"
+        )
+    return samples, rate
+
+
 def _ends_early(data: bytes) -> bool:
-    """Whether a wav file is shorter than its header says, which libsndfile repairs in silence."""
+    """Whether a wav file is shorter than its header says, which libsndfile silently accepts."""
     if data[:4] != b"RIFF":
         return False
     chunk = 12
@@ -242,21 +289,21 @@ def _ends_early(data: bytes) -> bool:
         size = int.from_bytes(data[chunk + 4 : chunk + 8], "little")
         chunk += 8 + size + size % 2
     size = int.from_bytes(data[chunk + 4 : chunk + 8], "little")
-    # Who writes to a pipe can't know the size and puts a number near 2^31 or 2^32.
+    # A program that writes to a pipe does not know the size and puts in a number near 2^31 or 2^32.
     return size < 0x7FFF0000 and chunk + 8 + size > len(data)
 
 
 def _length_is_guessed(data: bytes, format: str) -> bool:
-    """Whether a file's length is an estimate from its size, which goes wrong where bitrates vary.
+    """Whether libsndfile estimates a file's length from its size, which is wrong where the bitrate varies.
 
-    So it is with MP3, unless its first frame holds a Xing table (called Info where the bitrate is constant).
+    It does for MP3, unless the first frame has a Xing table (called Info where the bitrate is constant).
     """
     if format != "MP3":
         return False
     start = 0
     if data[:3] == b"ID3":
-        # A tag of names and pictures comes first; its size has seven bits a byte.
-        start = 10 + sum((byte & 127) << 7 * place for place, byte in enumerate(reversed(data[6:10])))
+        # A tag of names and pictures comes first; its size is stored with seven bits per byte.
+        start = 10 + sum((byte & 127) << 7 * index for index, byte in enumerate(reversed(data[6:10])))
     first = data[start : start + 256]
     return b"Xing" not in first and b"Info" not in first
 
@@ -265,7 +312,7 @@ _MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def _is_intact_ogg(data: bytes) -> bool:
-    """Whether every page of an Ogg file is there and as it was written; libsndfile leaves out those that are not.
+    """Whether every page of an Ogg file is complete and has the right checksum; libsndfile skips those that do not.
 
     True for other files. The layout and the checksum of a page: RFC 3533, section 6.
     """
@@ -276,7 +323,7 @@ def _is_intact_ogg(data: bytes) -> bool:
         if data[page : page + 4] != b"OggS" or page + size > len(data):
             return False
         whole = data[page : page + 22] + bytes(4) + data[page + 26 : page + size]
-        # Ogg's CRC takes the bits of each byte in the other order than zlib's, and starts and ends without inversion.
+        # Ogg's CRC takes the bits of each byte in the opposite order of zlib's, and inverts neither start nor end.
         crc = zlib.crc32(whole.translate(_MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
         if int(f"{crc:032b}"[::-1], 2) != int.from_bytes(data[page + 22 : page + 26], "little"):
             return False
@@ -284,8 +331,8 @@ def _is_intact_ogg(data: bytes) -> bool:
     return True
 
 
-def _checked(samples: np.ndarray, rate: int, sample_rate: int, name: str) -> np.ndarray:
-    """[samples] or [samples, channels] as f32 mono [samples] at `sample_rate`, or an `AudioError`."""
+def _convert(samples: np.ndarray, rate: int, sample_rate: int, name: str) -> np.ndarray:
+    """Check [samples] or [samples, channels] and convert them to f32 mono [samples] at `sample_rate`."""
     if samples.ndim not in (1, 2):
         raise AudioError(f"{name}: expected [samples] or [samples, channels], found shape {samples.shape}")
     if samples.dtype == np.int16:
@@ -306,8 +353,8 @@ def _checked(samples: np.ndarray, rate: int, sample_rate: int, name: str) -> np.
     mono = samples.astype(np.float32)
     if mono.ndim == 2:
         mono = mono.mean(axis=1)
-    # Too short is judged before resampling (a handful of samples may resample to none), silence after it: a
-    # recording may hold nothing that survives in the wanted band.
+    # Duration is checked before resampling, which may leave none of a few samples; silence after it, which may remove
+    # all that there was.
     if len(mono) < MIN_SECONDS * rate:
         raise AudioError(
             f"{name}: expected at least {MIN_SECONDS * 1000:.0f} ms of sound, "

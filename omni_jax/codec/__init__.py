@@ -1,1 +1,1 @@
-"""The codec between speech and codes, seven a frame: SNAC in JAX, or the torch one behind a callback."""
+"""The codec: speech to seven codes per frame and back. SNAC in JAX, or the torch one behind a host callback."""

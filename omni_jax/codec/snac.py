@@ -1,21 +1,21 @@
-"""SNAC, the neural codec: speech at 24 kHz to seven codes a frame of 85 ms and back, whole or streaming.
+"""SNAC, the neural codec: speech at 24 kHz to seven codes per frame of 85 ms, and back.
 
-An encoder of strided convolutions makes one latent per hop of 512 samples; three codebooks quantize the
-latents one after the other, each what the ones before left over, at a quarter, half and full rate; the
-decoder mirrors the encoder with transposed convolutions (Siuzdak et al. 2024, arXiv 2410.14411). The sizes
-named here are those of snac_24khz; `omni_jax.config.CodecConfig` holds them.
+The encoder of strided convolutions makes one latent per hop of 512 samples. Three quantizers round the latents one
+after the other, each what the ones before left over, at a quarter, half and full rate. The decoder mirrors the encoder
+with transposed convolutions (Siuzdak et al. 2024, arXiv 2410.14411). The sizes named here are those of snac_24khz;
+`omni_jax.config.model.CodecConfig` holds them.
 
-Everything is channels-last and written for XLA: a convolution over time is a sum of shifted products or one
-matrix product, which the compiler fuses and runs on all cores. (XLA's own depthwise convolution is seventy
-times slower on CPU.)
+Everything is channels-last and written for XLA: a convolution over time is a sum of shifted products or one matrix
+product, which the compiler fuses and runs on all cores. (XLA's own depthwise convolution is seventy times slower on
+CPU.)
 
-Letters: B batch, T positions (at the rate of the layer at hand), D channels, F frames.
+Letters: B batch, T positions (at the rate of the layer), D channels, F frames.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -24,42 +24,47 @@ import numpy as np
 from flax import nnx, traverse_util
 from numpy.typing import ArrayLike
 
-from omni_jax.codec.ops import TAPS, _add_bias, _matmul, _shifted_sum, _silence_from, _snake, _unit
+from omni_jax.codec.ops import (
+    KERNEL_SIZE,
+    Array,
+    add_bias,
+    mask_after,
+    matmul,
+    normalize,
+    shifted_sum,
+    snake,
+)
 from omni_jax.config.model import CodecConfig
 from omni_jax.shapes import shape_mismatches
 
-Array = jax.Array
-
-
 FRAME_SLOTS = ((0,), (1, 4), (2, 3, 5, 6))
-"""Which of a frame's seven slots belong to each codebook, in the order of time."""
-
-
+"""Which of a frame's seven slots each quantizer's codes take, in the order of time."""
 FRAME_SLOT_ORDER = np.argsort(np.concatenate(FRAME_SLOTS))
-"""Where each slot is found when the codebooks' slots are laid side by side."""
-
-
+"""For each slot, its index in the concatenated codes of the quantizers."""
 DILATIONS = (1, 3, 9)
-"""Of the residual units in each block."""
+"""Dilations of the residual units in each block."""
 
 
 class Quantized(NamedTuple):
-    """What quantizing latents gives, with the losses that train the codebooks."""
+    """Quantized latents, with the losses that train the codebooks."""
 
     latents: Array
-    """f32 [B, T, D]: the decoder's input. Its gradient reaches the encoder as if nothing had been rounded."""
+    """f32 [B, T, D]: the decoder's input. Its gradient is passed straight through to the encoder."""
     codes: Array
-    """int32 [B, F, 7] in slot order."""
+    """int32 [B, F, 7] in the order of frame slots."""
     commitment_loss: Array
     """f32 []: pulls the encoder's projections towards their codewords."""
     codebook_loss: Array
-    """f32 []: pulls the codewords towards what they stand for."""
+    """f32 []: pulls the codewords towards the projections they replace."""
 
 
 class Snac(nnx.Module):
     """The codec.
 
     To train it: `z = codec.encoder(audio[..., None])`, `q = codec.quantize(z)`, `codec.decoder(q.latents)`.
+
+    Decoding adds no noise, so equal codes give equal audio. The published decoder adds random noise in its noise
+    blocks; their weights are parameters here too (`CodecConfig.noise`), for export, but are never applied.
 
     Attributes:
         encoder: f32 [B, T, 1] audio -> f32 [B, T/512, D] latents.
@@ -69,14 +74,14 @@ class Snac(nnx.Module):
 
     def __init__(self, config: CodecConfig, *, rngs: nnx.Rngs):
         self.config = config
-        D = latent_width(config)
+        D = latent_size(config)
         self.encoder = Encoder(config, rngs=rngs)
         self.quantizers = nnx.List([Quantizer(config, D, stride, rngs=rngs) for stride in config.vq_strides])
         self.decoder = Decoder(config, rngs=rngs)
 
     @classmethod
     def from_params(cls, config: CodecConfig, params: Mapping[str, Array | np.ndarray]) -> Snac:
-        """A codec with given parameters, as `params()` names them.
+        """A codec with the given parameters, named as by `params()`.
 
         Raises:
             ValueError: lists every parameter that is missing, unknown or misshapen.
@@ -91,19 +96,18 @@ class Snac(nnx.Module):
 
     def params(self) -> dict[str, Array]:
         """The parameters by dotted name, list indices as digits: `decoder.blocks.0.up.weight`."""
-        return {_dotted(path): value for path, value in traverse_util.flatten_dict(_plain(self)).items()}
+        return {_dotted(path): value for path, value in traverse_util.flatten_dict(_pure_dict(self)).items()}
 
     def encode(self, audio: ArrayLike, *, lengths: ArrayLike | None = None) -> Array:
         """Audio to codes.
 
         Args:
             audio: f32 [B, samples] at the codec's rate, in [-1, 1]. Zeros are appended up to whole frames.
-            lengths: int32 [B], samples of each row that are real. A row's codes are then exactly those of the
-                row on its own. Without it a short row is taken to go on in silence, which may change its last
-                codes.
+            lengths: int32 [B], samples of each row that are real. A row's codes are then exactly those of the row
+                alone. None: the zeros that pad a row are encoded as silence, which may change its last codes.
 
         Returns:
-            int32 [B, F, 7], F = ceil(samples / 2048), in slot order; 0 beyond a row's length.
+            int32 [B, F, 7], F = ceil(samples / 2048), in the order of frame slots; 0 beyond a row's length.
         """
         frame = self.config.frame_size
         audio = jnp.asarray(audio)
@@ -112,59 +116,44 @@ class Snac(nnx.Module):
             return self.quantize(self.encoder(audio)).codes
         lengths = jnp.asarray(lengths, jnp.int32)
         frames = -(-lengths // frame)
-        codes = self.quantize(self.encoder(_silence_from(audio, lengths), frames * frame)).codes
-        return _silence_from(codes, frames)
+        codes = self.quantize(self.encoder(mask_after(audio, lengths), frames * frame)).codes
+        return mask_after(codes, frames)
 
     def quantize(self, latents: Array) -> Quantized:
-        """f32 [B, T, D] latents, T a multiple of 4, to codewords; each codebook takes what is left over."""
+        """Round latents f32 [B, T, D], T a multiple of 4; each quantizer takes the residual of those before."""
         B, T, _ = latents.shape
         total, residual = jnp.zeros_like(latents), latents
-        slots, commitment, codebook = [], jnp.zeros(()), jnp.zeros(())
+        slot_codes, commitment, codebook = [], jnp.zeros(()), jnp.zeros(())
         for quantizer in self.quantizers:
-            part, codes, projected, codeword = quantizer(residual)
-            total, residual = total + part, residual - part
-            slots.append(codes.reshape(B, T // self.config.vq_strides[0], -1))
+            rounded, codes, projected, codeword = quantizer(residual)
+            total, residual = total + rounded, residual - rounded
+            slot_codes.append(codes.reshape(B, T // self.config.vq_strides[0], -1))
             commitment += jnp.mean((projected - jax.lax.stop_gradient(codeword)) ** 2)
             codebook += jnp.mean((codeword - jax.lax.stop_gradient(projected)) ** 2)
-        return Quantized(total, jnp.concatenate(slots, -1)[..., FRAME_SLOT_ORDER], commitment, codebook)
+        return Quantized(total, jnp.concatenate(slot_codes, -1)[..., FRAME_SLOT_ORDER], commitment, codebook)
 
-    def decode(
-        self,
-        codes: ArrayLike,
-        *,
-        lengths: ArrayLike | None = None,
-        noise_key: Array | None = None,
-        first_frame: ArrayLike = 0,
-    ) -> Array:
+    def decode(self, codes: ArrayLike, *, lengths: ArrayLike | None = None) -> Array:
         """Codes to audio.
 
         Args:
-            codes: int32 [B, F, 7] in slot order, each below codebook_size.
-            lengths: int32 [B], frames of each row that are real; what follows them is ignored. A row's audio
-                is then that of the row on its own.
-            noise_key: draws the noise of the decoder's noise blocks, which are silent without it. One key, or
-                one per row [B].
-            first_frame: int32 [] or [B], the frame of the whole recording at which `codes` start. The noise
-                belongs to that absolute frame, so that pieces get the noise of the whole.
+            codes: int32 [B, F, 7] in the order of frame slots, each below codebook_size.
+            lengths: int32 [B], frames of each row that are real; what follows them is ignored. A row's audio is then
+                that of the row alone.
 
         Returns:
             f32 [B, F*2048] in [-1, 1]; 0 beyond a row's length.
-
-        Raises:
-            ValueError: `noise_key` for a codec without noise blocks.
         """
         codes = jnp.asarray(codes)
         B, F, _ = codes.shape
-        ends = None if lengths is None else jnp.asarray(lengths, jnp.int32) * self.config.vq_strides[0]
+        positions = None if lengths is None else jnp.asarray(lengths, jnp.int32) * self.config.vq_strides[0]
         latents = jnp.asarray(0.0)
         for quantizer, slots in zip(self.quantizers, FRAME_SLOTS, strict=True):
             latents = latents + quantizer.lookup(codes[..., slots].reshape(B, F * len(slots)))
-        noise = None if noise_key is None else block_noise(self.config, noise_key, first_frame, B, F)
-        return self.decoder(latents, ends, noise)
+        return self.decoder(latents, positions)
 
 
 class Encoder(nnx.Module):
-    """Audio to latents: a block per rate, each twice as wide as the one before."""
+    """Audio to latents: a block per rate, each with twice the channels of the one before."""
 
     def __init__(self, config: CodecConfig, *, rngs: nnx.Rngs):
         D = config.encoder_dim
@@ -177,17 +166,25 @@ class Encoder(nnx.Module):
         self.blocks = nnx.List(blocks)
         self.conv_out = Depthwise(D, 1, rngs=rngs)
 
-    def __call__(self, audio: Array, ends: Array | None = None) -> Array:
-        """f32 [B, T, 1], T whole hops -> [B, T/512, D]; `ends` int32 [B], whole hops too, where rows end."""
-        x = self.conv_in(audio, ends)
+    def __call__(self, audio: Array, lengths: Array | None = None) -> Array:
+        """Audio to latents.
+
+        Args:
+            audio: f32 [B, T, 1], T whole hops.
+            lengths: int32 [B], samples of each row that are real, whole hops too.
+
+        Returns:
+            f32 [B, T/512, D].
+        """
+        x = self.conv_in(audio, lengths)
         for block in self.blocks:
-            x = block(x, ends)
-            ends = None if ends is None else ends // block.rate
-        return self.conv_out(x, ends)
+            x = block(x, lengths)
+            lengths = None if lengths is None else lengths // block.rate
+        return self.conv_out(x, lengths)
 
 
 class EncoderBlock(nnx.Module):
-    """Three residual units, then `rate` positions become one of twice the width."""
+    """Three residual units, then `rate` positions become one of twice the channels."""
 
     def __init__(self, inputs: int, outputs: int, rate: int, *, rngs: nnx.Rngs):
         self.rate = rate
@@ -195,19 +192,19 @@ class EncoderBlock(nnx.Module):
         self.snake = Snake(inputs)
         self.down = Downsample(inputs, outputs, rate, rngs=rngs)
 
-    def __call__(self, x: Array, ends: Array | None) -> Array:
+    def __call__(self, x: Array, lengths: Array | None) -> Array:
         """[B, T, D] -> [B, T/rate, 2D]."""
         for unit in self.units:
-            x = unit(x, ends)
-        return self.down(self.snake(x), ends)
+            x = unit(x, lengths)
+        return self.down(self.snake(x), lengths)
 
 
 class Decoder(nnx.Module):
-    """Latents to audio: a block per rate, each half as wide as the one before."""
+    """Latents to audio: a block per rate, each with half the channels of the one before."""
 
     def __init__(self, config: CodecConfig, *, rngs: nnx.Rngs):
         D = config.decoder_dim
-        latents = latent_width(config)
+        latents = latent_size(config)
         self.conv_in = Depthwise(latents, 1, rngs=rngs)
         self.project = Pointwise(latents, D, rngs=rngs)
         blocks = []
@@ -218,44 +215,39 @@ class Decoder(nnx.Module):
         self.snake = Snake(D)
         self.conv_out = Mixdown(D, rngs=rngs)
 
-    def __call__(self, latents: Array, ends: Array | None = None, noise: Sequence[Array] | None = None) -> Array:
+    def __call__(self, latents: Array, lengths: Array | None = None) -> Array:
         """Latents to audio.
 
         Args:
             latents: f32 [B, T, D].
-            ends: int32 [B], positions of each row that are real.
-            noise: per block f32 [B, positions after the block].
+            lengths: int32 [B], positions of each row that are real.
 
         Returns:
             f32 [B, T*512].
         """
-        x = self.project(self.conv_in(latents, ends))
-        for index, block in enumerate(self.blocks):
-            x = block(x, ends, None if noise is None else noise[index])
-            ends = None if ends is None else ends * block.rate
-        return _silence_from(jnp.tanh(self.conv_out(self.snake(x), ends)), ends)
+        x = self.project(self.conv_in(latents, lengths))
+        for block in self.blocks:
+            x = block(x, lengths)
+            lengths = None if lengths is None else lengths * block.rate
+        return mask_after(jnp.tanh(self.conv_out(self.snake(x), lengths)), lengths)
 
 
 class DecoderBlock(nnx.Module):
-    """One position becomes `rate` of half the width, then noise, then three residual units."""
+    """One position becomes `rate` of half the channels, then three residual units."""
 
     def __init__(self, inputs: int, outputs: int, rate: int, noise: bool, *, rngs: nnx.Rngs):
         self.rate = rate
         self.snake = Snake(inputs)
         self.up = Upsample(inputs, outputs, rate, rngs=rngs)
-        self.noise = Noise(outputs, rngs=rngs) if noise else None
+        self.noise = NoiseBlock(outputs, rngs=rngs) if noise else None
         self.units = nnx.List([ResidualUnit(outputs, dilation, rngs=rngs) for dilation in DILATIONS])
 
-    def __call__(self, x: Array, ends: Array | None, noise: Array | None) -> Array:
+    def __call__(self, x: Array, lengths: Array | None) -> Array:
         """[B, T, D] -> [B, T*rate, D/2]."""
-        x = self.up(self.snake(x), ends)
-        if noise is not None:
-            if self.noise is None:
-                raise ValueError("noise_key: this codec has no noise blocks (config: noise is false)")
-            x = self.noise(x, noise)
-        ends = None if ends is None else ends * self.rate
+        x = self.up(self.snake(x), lengths)
+        lengths = None if lengths is None else lengths * self.rate
         for unit in self.units:
-            x = unit(x, ends)
+            x = unit(x, lengths)
         return x
 
 
@@ -268,14 +260,14 @@ class ResidualUnit(nnx.Module):
         self.snake_out = Snake(D)
         self.pointwise = Pointwise(D, D, rngs=rngs)
 
-    def __call__(self, x: Array, ends: Array | None) -> Array:
+    def __call__(self, x: Array, lengths: Array | None) -> Array:
         """[B, T, D] -> [B, T, D]."""
-        y = self.depthwise(self.snake_in(x), ends)
+        y = self.depthwise(self.snake_in(x), lengths)
         return x + self.pointwise(self.snake_out(y))
 
 
 class Quantizer(nnx.Module):
-    """One codebook: averages latents over `stride`, projects them to few dimensions, rounds by angle."""
+    """Averages latents over `stride`, projects them to few dimensions and rounds to the codeword nearest by angle."""
 
     def __init__(self, config: CodecConfig, D: int, stride: int, *, rngs: nnx.Rngs):
         self.stride = stride
@@ -292,20 +284,20 @@ class Quantizer(nnx.Module):
             latents: f32 [B, T, D].
 
         Returns:
-            f32 [B, T, D] rounded latents, with a straight-through gradient; int32 [B, T/stride] codes; and
-            for the losses, f32 [B, T/stride, codebook_dim], what was rounded and the codewords it became.
+            f32 [B, T, D] rounded latents, with a straight-through gradient; int32 [B, T/stride] codes; and for the
+            losses, f32 [B, T/stride, codebook_dim], the projections and the codewords they were rounded to.
         """
         B, T, D = latents.shape
         projected = self.project_in(latents.reshape(B, T // self.stride, self.stride, D).mean(2))
-        # Nearest by angle; as unit vectors have one length, that is the largest product.
-        similarity = _matmul(_unit(projected), _unit(self.codebook[...]).T)
+        # Between unit vectors the smallest angle is the largest product.
+        similarity = matmul(normalize(projected), normalize(self.codebook[...]).T)
         codes = jnp.argmax(similarity, -1).astype(jnp.int32)
         codeword = self.codebook[...][codes]
-        straight = projected + jax.lax.stop_gradient(codeword - projected)
-        return self._expand(straight), codes, projected, codeword
+        straight_through = projected + jax.lax.stop_gradient(codeword - projected)
+        return self._expand(straight_through), codes, projected, codeword
 
     def lookup(self, codes: Array) -> Array:
-        """int32 [B, n] -> f32 [B, n*stride, D]."""
+        """Codes int32 [B, n] to latents f32 [B, n*stride, D]."""
         return self._expand(self.codebook[...][codes])
 
     def _expand(self, codewords: Array) -> Array:
@@ -320,11 +312,11 @@ class Snake(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[..., D] -> [..., D]."""
-        return _snake(x, self.alpha[...])
+        return snake(x, self.alpha[...])
 
 
 class Depthwise(nnx.Module):
-    """A 7-tap convolution of each channel on its own; the output is as long as the input.
+    """A 7-tap convolution of each channel by itself; the output is as long as the input.
 
     Attributes:
         weight: f32 [7, D].
@@ -333,15 +325,15 @@ class Depthwise(nnx.Module):
 
     def __init__(self, D: int, dilation: int, *, rngs: nnx.Rngs):
         self.dilation = dilation
-        self.weight = _uniform(rngs, (TAPS, D), TAPS)
+        self.weight = _uniform(rngs, (KERNEL_SIZE, D), KERNEL_SIZE)
         self.bias = nnx.Param(jnp.zeros((D,), jnp.float32))
 
-    def __call__(self, x: Array, ends: Array | None) -> Array:
+    def __call__(self, x: Array, lengths: Array | None) -> Array:
         """[B, T, D] -> [B, T, D]."""
         weight = self.weight[...]
-        # One channel in, as in the encoder's first layer, is heard by all.
-        x = jnp.broadcast_to(_silence_from(x, ends), (*x.shape[:2], weight.shape[1]))
-        return _add_bias(_shifted_sum(x, weight, self.dilation), self.bias[...])
+        # A single input channel, as in the encoder's first layer, feeds every output channel.
+        x = jnp.broadcast_to(mask_after(x, lengths), (*x.shape[:2], weight.shape[1]))
+        return add_bias(shifted_sum(x, weight, self.dilation), self.bias[...])
 
 
 class Mixdown(nnx.Module):
@@ -353,16 +345,16 @@ class Mixdown(nnx.Module):
     """
 
     def __init__(self, D: int, *, rngs: nnx.Rngs):
-        self.weight = _uniform(rngs, (D, TAPS), TAPS * D)
+        self.weight = _uniform(rngs, (D, KERNEL_SIZE), KERNEL_SIZE * D)
         self.bias = nnx.Param(jnp.zeros((1,), jnp.float32))
 
-    def __call__(self, x: Array, ends: Array | None) -> Array:
+    def __call__(self, x: Array, lengths: Array | None) -> Array:
         """[B, T, D] -> [B, T]."""
-        T, reach = x.shape[1], TAPS // 2
-        # All channels first, then the shifts: the shifts move 7 numbers a position instead of 7 D.
-        taps = jnp.pad(_matmul(_silence_from(x, ends), self.weight[...]), ((0, 0), (reach, reach), (0, 0)))
+        T, reach = x.shape[1], KERNEL_SIZE // 2
+        # First the sum over channels, then the shifts: these move 7 numbers per position instead of 7 D.
+        taps = jnp.pad(matmul(mask_after(x, lengths), self.weight[...]), ((0, 0), (reach, reach), (0, 0)))
         total = taps[:, :T, 0]
-        for tap in range(1, TAPS):
+        for tap in range(1, KERNEL_SIZE):
             total = total + taps[:, tap : tap + T, tap]
         return total + self.bias[...]
 
@@ -381,7 +373,7 @@ class Pointwise(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[..., D_in] -> [..., D_out]."""
-        return _add_bias(_matmul(x, self.weight[...]), self.bias[...])
+        return add_bias(matmul(x, self.weight[...]), self.bias[...])
 
 
 class Downsample(nnx.Module):
@@ -397,15 +389,15 @@ class Downsample(nnx.Module):
         self.weight = _uniform(rngs, (2 * rate, inputs, outputs), 2 * rate * inputs)
         self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
 
-    def __call__(self, x: Array, ends: Array | None) -> Array:
+    def __call__(self, x: Array, lengths: Array | None) -> Array:
         """[B, T, D_in] -> [B, T/s, D_out]."""
         B, T, D = x.shape
         s, before = self.rate, math.ceil(self.rate / 2)
-        x = jnp.pad(_silence_from(x, ends), ((0, 0), (before, s - before), (0, 0)))
+        x = jnp.pad(mask_after(x, lengths), ((0, 0), (before, s - before), (0, 0)))
         # Each output sees two neighboring groups of s positions: a matrix for the first, one for the second.
         groups = x.reshape(B, T // s + 1, s * D)
         first, second = self.weight[...].reshape(2, s * D, -1)
-        return _matmul(groups[:, :-1], first) + _matmul(groups[:, 1:], second) + self.bias[...]
+        return matmul(groups[:, :-1], first) + matmul(groups[:, 1:], second) + self.bias[...]
 
 
 class Upsample(nnx.Module):
@@ -421,19 +413,21 @@ class Upsample(nnx.Module):
         self.weight = _uniform(rngs, (inputs, 2 * rate, outputs), 2 * inputs)
         self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
 
-    def __call__(self, x: Array, ends: Array | None) -> Array:
+    def __call__(self, x: Array, lengths: Array | None) -> Array:
         """[B, T, D_in] -> [B, T*s, D_out]."""
         B, T, D = x.shape
         s, crop = self.rate, math.ceil(self.rate / 2)
         # Every position makes two groups of s outputs; the second one overlaps the next position's first.
-        groups = _matmul(_silence_from(x, ends), self.weight[...].reshape(D, -1))
+        groups = matmul(mask_after(x, lengths), self.weight[...].reshape(D, -1))
         first, second = jnp.split(groups, 2, axis=-1)
         total = jnp.pad(first, ((0, 0), (0, 1), (0, 0))) + jnp.pad(second, ((0, 0), (1, 0), (0, 0)))
         return total.reshape(B, (T + 1) * s, -1)[:, crop : crop + T * s] + self.bias[...]
 
 
-class Noise(nnx.Module):
-    """x + n * (x W): noise n, one number a position, as loud in each channel as x says.
+class NoiseBlock(nnx.Module):
+    """The weight of a noise block, kept for export; there is nothing to call.
+
+    The published decoder computes x + n * (x W), with n drawn from a normal distribution for every position.
 
     Attributes:
         weight: f32 [D, D].
@@ -442,81 +436,40 @@ class Noise(nnx.Module):
     def __init__(self, D: int, *, rngs: nnx.Rngs):
         self.weight = _uniform(rngs, (D, D), D)
 
-    def __call__(self, x: Array, noise: Array) -> Array:
-        """[B, T, D] and noise f32 [B, T] -> [B, T, D]."""
-        return x + noise[..., None] * _matmul(x, self.weight[...])
 
-
-def latent_width(config: CodecConfig) -> int:
-    """Channels of a latent: the encoder doubles its width with every rate."""
+def latent_size(config: CodecConfig) -> int:
+    """Channels of a latent: the encoder doubles its channels with every rate."""
     return config.encoder_dim * 2 ** len(config.encoder_rates)
 
 
-def block_noise(config: CodecConfig, key: Array, first_frame: ArrayLike, B: int, F: int) -> list[Array]:
-    """Standard normal noise for each decoder block, a function of key and absolute frame only.
-
-    Args:
-        config: the codec's.
-        key: one key, or one per row [B].
-        first_frame: int32 [] or [B], the absolute frame of the first of the F frames.
-        B: rows.
-        F: frames.
-
-    Returns:
-        Per block f32 [B, F * positions per frame].
-    """
-    # Positions per frame after each block. A frame's noise is drawn at once, which compiles faster than per block.
-    sizes = config.vq_strides[0] * np.cumprod(config.decoder_rates)
-    frames = jnp.broadcast_to(jnp.asarray(first_frame, jnp.int32), (B,))[:, None] + jnp.arange(F)
-
-    def draw(key: Array, frame: Array) -> Array:
-        return jax.random.normal(jax.random.fold_in(key, frame), (int(sizes.sum()),))
-
-    drawn = jax.vmap(jax.vmap(draw, (None, 0)))(jnp.broadcast_to(key, (B,)), frames)
-    return [part.reshape(B, -1) for part in jnp.split(drawn, np.cumsum(sizes)[:-1], axis=-1)]
-
-
 class DecodeFn(Protocol):
-    """What `make_decoder` returns and `TorchSnac.decode` is: `Snac.decode` without the module."""
+    """A decoder as `make_decoder` returns it; `TorchSnac.decode` is one too."""
 
-    def __call__(
-        self,
-        codes: ArrayLike,
-        *,
-        lengths: ArrayLike | None = None,
-        noise_key: Array | None = None,
-        first_frame: ArrayLike = 0,
-    ) -> Array:
+    def __call__(self, codes: ArrayLike, *, lengths: ArrayLike | None = None) -> Array:
         """int32 [B, F, 7] -> f32 [B, F*2048], as `Snac.decode`."""
 
 
 def make_decoder(codec: Snac) -> DecodeFn:
-    """The compiled `codec.decode`, with the parameters as they are now; one compilation per shape."""
+    """The compiled `codec.decode`, with a snapshot of the parameters; one compilation per shape."""
     graph, _ = nnx.split(codec)
     # A plain dict of arrays is dispatched several times faster than a module.
-    params = _plain(codec)
+    params = _pure_dict(codec)
 
     @jax.jit
-    def run(params: Any, codes: Array, lengths: Array | None, noise_key: Array | None, first_frame: Array) -> Array:
+    def run(params: Any, codes: Array, lengths: Array | None) -> Array:
         module: Snac = nnx.merge(graph, params)
-        return module.decode(codes, lengths=lengths, noise_key=noise_key, first_frame=first_frame)
+        return module.decode(codes, lengths=lengths)
 
-    def decode(
-        codes: ArrayLike,
-        *,
-        lengths: ArrayLike | None = None,
-        noise_key: Array | None = None,
-        first_frame: ArrayLike = 0,
-    ) -> Array:
-        return run(params, codes, lengths, noise_key, first_frame)
+    def decode(codes: ArrayLike, *, lengths: ArrayLike | None = None) -> Array:
+        return run(params, codes, lengths)
 
     return decode
 
 
 def make_encoder(codec: Snac) -> Callable[..., Array]:
-    """The compiled `codec.encode(audio, lengths=None)`, with the parameters as they are now."""
+    """The compiled `codec.encode(audio, lengths=None)`, with a snapshot of the parameters."""
     graph, _ = nnx.split(codec)
-    params = _plain(codec)
+    params = _pure_dict(codec)
 
     @jax.jit
     def run(params: Any, audio: Array, lengths: Array | None) -> Array:
@@ -530,16 +483,16 @@ def make_encoder(codec: Snac) -> Callable[..., Array]:
 
 
 def _dotted(path: tuple[Any, ...]) -> str:
-    return ".".join(str(part) for part in path)
+    return ".".join(map(str, path))
 
 
-def _plain(module: nnx.Module) -> Any:
+def _pure_dict(module: nnx.Module) -> Any:
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
 def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
-    """Uniform within 1/sqrt(fan_in) either side of zero."""
+    """Uniform in +-1/sqrt(fan_in)."""
     size = math.prod(shape)
-    # Every size that is drawn is compiled, which takes most of the time: rounded up, there are few of them.
+    # Each size that is drawn is compiled, which takes most of the time: rounded up, there are few of them.
     drawn = jax.random.uniform(rngs.params(), (1 << (size - 1).bit_length(),), jnp.float32, -1, 1)
     return nnx.Param(drawn[:size].reshape(shape) / math.sqrt(fan_in))

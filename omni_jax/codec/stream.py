@@ -1,36 +1,38 @@
-"""TODO: omni_jax/codec/stream.py"""
+"""Streaming decoding: audio that is final as soon as no later frame can change it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from omni_jax.codec.ops import TAPS
-from omni_jax.codec.snac import DILATIONS, Array, DecodeFn
+from omni_jax.codec.ops import KERNEL_SIZE
+from omni_jax.codec.snac import DILATIONS, DecodeFn
 from omni_jax.config.model import CodecConfig
+from omni_jax.vocab import NUM_CODEBOOKS
+
+NEW_FRAMES = (1, 4, 16)
+"""Numbers of new frames that a window is compiled for. A larger push is decoded in pieces of the largest; any other is
+padded to the next."""
 
 
 class ReceptiveField(NamedTuple):
-    """How far a code is heard: frame f touches samples [f*frame - right, (f+1)*frame + left), no others."""
+    """Samples that depend on a frame: frame f changes [f*frame - right, (f+1)*frame + left), and no others."""
 
-    left_frames: int
-    """Frames before a frame that some of its samples depend on."""
-    right_frames: int
-    """Frames after a frame that some of its samples depend on."""
     left_samples: int
+    """How far back a sample depends on frames that have ended."""
     right_samples: int
-    """Samples at the end of what has been decoded so far that the next frame still changes."""
+    """How far ahead a sample depends on frames that have not begun: samples at the end of the audio decoded so far
+    that the next frame still changes."""
 
 
 def receptive_field(config: CodecConfig) -> ReceptiveField:
-    """How far the decoder carries one frame's codes, followed through its layers. Exact, not a bound."""
-    # Positions [start, end) that one frame touches, at the rate of the layer at hand.
+    """The decoder's receptive field, computed layer by layer. Exact, not a bound."""
+    # Positions [start, end) that one frame changes, at the rate of the current layer.
     start, end = 0, config.vq_strides[0]
-    reach = TAPS // 2
+    reach = KERNEL_SIZE // 2
     start, end = start - reach, end + reach
     for rate in config.decoder_rates:
         # Position t of a transposed convolution makes outputs [t*s, (t+2)*s), moved by the crop.
@@ -38,55 +40,42 @@ def receptive_field(config: CodecConfig) -> ReceptiveField:
         start, end = start * rate - crop, (end + 1) * rate - crop
         for dilation in DILATIONS:
             start, end = start - reach * dilation, end + reach * dilation
-    left, right = end + reach - config.frame_size, reach - start
-    return ReceptiveField(math.ceil(left / config.frame_size), math.ceil(right / config.frame_size), left, right)
+    return ReceptiveField(left_samples=end + reach - config.frame_size, right_samples=reach - start)
 
 
 class StreamDecoder:
-    """Decodes codes as they come; what it returns, joined, is the decode of the whole.
+    """Decodes the codes of one stream as they arrive; its output, joined, is the decode of the whole.
 
-    A sample is returned as soon as no later frame can change it, which is `receptive_field().right_samples`
-    behind the codes received; only the frames that samples still to come depend on are kept. Each step
-    decodes a window of frames, padded to one of a few lengths so that few programs are compiled. One object
-    serves one stream; the compiled programs belong to `decode_fn` and are shared.
+    A sample is returned as soon as no later frame can change it: `receptive_field().right_samples` behind the codes
+    received. Only the frames that later samples depend on are kept. Each step decodes a window of frames, padded to one
+    of a few lengths so that few programs are compiled. The compiled programs belong to `decode_fn` and are shared by
+    all streams that use it.
     """
 
-    def __init__(
-        self,
-        decode_fn: DecodeFn,
-        config: CodecConfig,
-        *,
-        noise_key: Array | None = None,
-        chunks: Sequence[int] = (1, 4, 16),
-    ):
+    def __init__(self, decode_fn: DecodeFn, config: CodecConfig):
         """Start a stream.
 
         Args:
             decode_fn: from `make_decoder`, or `TorchSnac.decode`.
             config: the codec's.
-            noise_key: one key, see `Snac.decode`.
-            chunks: numbers of new frames to have a window for. Larger pushes are decoded in pieces of the
-                largest, others are padded to the next.
         """
         self._decode = decode_fn
         self._config = config
-        self._noise_key = noise_key
         self._field = receptive_field(config)
-        self._piece = max(chunks)
         context = math.ceil((self._field.left_samples + self._field.right_samples) / config.frame_size)
-        # The first sound needs less than a full context: two windows for it, so that it isn't late.
-        soonest = self._field.right_samples // config.frame_size + 1
-        self._windows = sorted({soonest, soonest + 1, *(context + chunk for chunk in chunks)})
-        self._kept = np.zeros((0, 7), np.int32)
-        self._received = 0
-        self._emitted = 0
+        # The first audio needs less than a full context: two windows of its own keep its latency low.
+        first_window = self._field.right_samples // config.frame_size + 1
+        self._windows = sorted({first_window, first_window + 1, *(context + new for new in NEW_FRAMES)})
+        self._kept = np.zeros((0, NUM_CODEBOOKS), np.int32)
+        self._num_received = 0
+        self._num_emitted = 0
         self._ended = False
 
     def push(self, codes: ArrayLike, last: bool = False) -> np.ndarray:
-        """Take the next frames, give the samples that are now final.
+        """Take the next frames and return the samples that are now final.
 
         Args:
-            codes: int [n, 7] in slot order, n may be 0.
+            codes: int [n, 7] in the order of frame slots, n may be 0.
             last: no frame follows; everything left is returned.
 
         Returns:
@@ -97,44 +86,39 @@ class StreamDecoder:
             RuntimeError: the stream has ended.
         """
         new = np.asarray(codes)
-        if new.ndim != 2 or new.shape[1] != 7:
-            raise ValueError(f"codes: expected shape [frames, 7], found {list(new.shape)}")
+        if new.ndim != 2 or new.shape[1] != NUM_CODEBOOKS:
+            raise ValueError(f"codes: expected shape [frames, {NUM_CODEBOOKS}], found {list(new.shape)}")
         if new.size and (new.min() < 0 or new.max() >= self._config.codebook_size):
             raise ValueError(f"codes: expected 0 to {self._config.codebook_size - 1}, found {new.min()} to {new.max()}")
         if self._ended:
             raise RuntimeError("the stream has ended: a push with last=True came before")
         self._ended = last
-        pieces = [new[at : at + self._piece] for at in range(0, len(new), self._piece)] or [new]
+        size = max(NEW_FRAMES)
+        pieces = [new[start : start + size] for start in range(0, len(new), size)] or [new]
         audio = [self._step(piece, last and index == len(pieces) - 1) for index, piece in enumerate(pieces)]
         return np.concatenate(audio)
 
     def warm_up(self) -> None:
-        """Compile every window a stream can need; once for all that share `decode_fn` and `chunks`."""
+        """Compile every window that a stream can need; once for all streams that share `decode_fn`."""
         for window in self._windows:
-            self._run(np.zeros((window, 7), np.int32), 0)
+            self._run(np.zeros((window, NUM_CODEBOOKS), np.int32))
 
     def _step(self, new: np.ndarray, last: bool) -> np.ndarray:
         frame = self._config.frame_size
         self._kept = np.concatenate([self._kept, new.astype(np.int32)])
-        self._received += len(new)
-        settled = self._received * frame - (0 if last else self._field.right_samples)
-        if settled <= self._emitted:
+        self._num_received += len(new)
+        num_final = self._num_received * frame - (0 if last else self._field.right_samples)
+        if num_final <= self._num_emitted:
             return np.zeros(0, np.float32)
-        first = self._received - len(self._kept)
-        audio = self._run(self._kept, first)[self._emitted - first * frame : settled - first * frame]
-        self._emitted = settled
+        first = self._num_received - len(self._kept)
+        audio = self._run(self._kept)[self._num_emitted - first * frame : num_final - first * frame]
+        self._num_emitted = num_final
         # The next sample depends on no frame before this one.
-        needed = max(0, (settled - self._field.left_samples) // frame)
+        needed = max(0, (num_final - self._field.left_samples) // frame)
         self._kept = self._kept[max(0, needed - first) :]
         return audio
 
-    def _run(self, codes: np.ndarray, first: int) -> np.ndarray:
+    def _run(self, codes: np.ndarray) -> np.ndarray:
         window = next(window for window in self._windows if window >= len(codes))
         padded = np.pad(codes, ((0, window - len(codes)), (0, 0)))
-        audio = self._decode(
-            padded[None],
-            lengths=np.array([len(codes)], np.int32),
-            noise_key=self._noise_key,
-            first_frame=np.array([first], np.int32),
-        )
-        return np.asarray(audio)[0]
+        return np.asarray(self._decode(padded[None], lengths=np.array([len(codes)], np.int32)))[0]

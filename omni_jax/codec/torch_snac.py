@@ -1,16 +1,12 @@
-"""The torch SNAC behind a host callback: the published decoder itself, inside jitted JAX programs.
+"""The published torch SNAC behind a host callback, inside jitted JAX programs.
 
-Chosen by name where the reference's own arithmetic is wanted; `omni_jax.codec.snac` is faster. torch is
-imported when the codec is made, not before.
+It is there for the reference's own arithmetic; `omni_jax.codec.snac` is faster. torch is imported when the codec is
+made, not before.
 """
 
 from __future__ import annotations
 
-import functools
-import threading
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from omni_jax.codec.snac import FRAME_SLOTS, block_noise
+from omni_jax.codec.snac import FRAME_SLOTS
 from omni_jax.config.model import CodecConfig
-from omni_jax.convert.snac import config_from_json, config_to_json, from_torch, read, to_torch
+from omni_jax.errors import MissingExtraError
 
 Array = jax.Array
 
@@ -30,163 +26,87 @@ def import_snac() -> ModuleType:
     """The `snac` package.
 
     Raises:
-        ImportError: it or torch is not installed; says how to install both.
+        MissingExtraError: snac or torch is not installed.
     """
     try:
         with warnings.catch_warnings():
-            # snac compiles its Snake with torch.jit.script, which newer torch calls deprecated.
+            # snac compiles its Snake with torch.jit.script, which newer versions of torch deprecate.
             warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
             import snac
     except ImportError as error:
-        raise ImportError(f"the torch codec needs PyTorch and snac: pip install omni-jax[torch] ({error})") from None
+        raise MissingExtraError(f"the torch codec needs PyTorch and snac ({error})", "torch") from None
     return snac
 
 
 class TorchSnac:
     """Decodes with torch; `decode` is a `DecodeFn`, under `jax.jit` and `jax.vmap` too.
 
-    Its noise blocks are silent unless a key is given, so the same codes give the same audio.
+    The noise blocks are silenced: decoding adds no noise, so equal codes give equal audio.
+
+    Attributes:
+        config: the codec's.
     """
 
-    def __init__(self, source: Any):
-        """Take a codec.
+    def __init__(self, module: Any, config: CodecConfig):
+        """Take over a torch codec.
 
         Args:
-            source: a folder as snac publishes it (see `omni_jax.convert.snac.read`), or a `snac.SNAC`, which
-                stays as it is: its weights are copied.
+            module: a `snac.SNAC`, which is changed in place: its weight norm is folded into the weights, and its noise
+                blocks do nothing. Pass one that nothing else uses. A `copy.deepcopy` of a module in use does not do:
+                removing its weight norm breaks the original, as parametrized copies share a class.
+            config: the module's.
 
         Raises:
-            ImportError: torch or snac is not installed.
-            ConversionError: the folder lacks a file, or this is not a codec of the kind we have.
+            MissingExtraError: torch or snac is not installed.
         """
-        snac = import_snac()
-        if isinstance(source, snac.SNAC):
-            config = _config_of(source, snac)
-            state = {name: tensor.detach().cpu().numpy() for name, tensor in source.state_dict().items()}
-            params = from_torch(state, config)
-        else:
-            config, params = read(Path(source))
-        self._fill(config, params)
-
-    @classmethod
-    def from_params(cls, config: CodecConfig, params: Mapping[str, ArrayLike]) -> TorchSnac:
-        """The torch codec from our parameters, see `omni_jax.codec.snac.Snac.params`.
-
-        Raises:
-            ImportError: torch or snac is not installed.
-            ConversionError: lists every parameter that is missing, unknown or misshapen.
-        """
-        codec = cls.__new__(cls)
-        codec._fill(config, {name: np.asarray(value) for name, value in params.items()})
-        return codec
-
-    def _fill(self, config: CodecConfig, params: Mapping[str, np.ndarray]) -> None:
         self.config = config
-        self._module, self._noise_blocks = _build(config, params, import_snac())
-        # A call's noise is handed over through the module, so calls take turns.
-        self._lock = threading.Lock()
+        self._module = _prepare(module, import_snac())
 
-    def decode(
-        self,
-        codes: ArrayLike,
-        *,
-        lengths: ArrayLike | None = None,
-        noise_key: Array | None = None,
-        first_frame: ArrayLike = 0,
-    ) -> Array:
-        """Codes to audio, as `omni_jax.codec.snac.Snac.decode`; row after row, each on its own.
+    def decode(self, codes: ArrayLike, *, lengths: ArrayLike | None = None) -> Array:
+        """Codes to audio, as `omni_jax.codec.snac.Snac.decode`; each row is decoded by itself.
 
         Args:
-            codes: int32 [B, F, 7] in slot order.
+            codes: int32 [B, F, 7] in the order of frame slots.
             lengths: int32 [B], frames of each row that are real.
-            noise_key: one key or one per row [B]; the noise is that of the JAX codec.
-            first_frame: int32 [] or [B], the absolute frame at which `codes` start, for the noise.
 
         Returns:
             f32 [B, F*2048]; 0 beyond a row's length.
-
-        Raises:
-            ValueError: `noise_key` for a codec without noise blocks.
         """
         codes = jnp.asarray(codes)
         B, F, _ = codes.shape
-        lengths = jnp.full((B,), F) if lengths is None else lengths
-        noise = []
-        if noise_key is not None:
-            if not self.config.noise:
-                raise ValueError("noise_key: this codec has no noise blocks (config: noise is false)")
-            noise = block_noise(self.config, noise_key, first_frame, B, F)
+        lengths = jnp.full((B,), F) if lengths is None else jnp.asarray(lengths)
         result = jax.ShapeDtypeStruct((B, F * self.config.frame_size), jnp.float32)
-        return jax.pure_callback(
-            self._decode_rows, result, codes, jnp.asarray(lengths), *noise, vmap_method="broadcast_all"
-        )
+        return jax.pure_callback(self._decode_rows, result, codes, lengths, vmap_method="broadcast_all")
 
-    def _decode_rows(self, *operands: Any) -> np.ndarray:
-        # Runs on a thread of the JAX runtime, which waits for it: if this called JAX, both could wait
-        # forever.
-        codes, lengths, *noise = (np.asarray(operand) for operand in operands)
+    def _decode_rows(self, codes: Any, lengths: Any) -> np.ndarray:
+        # Runs on a thread of the JAX runtime, which waits for it: a call of JAX from here could deadlock.
+        codes, lengths = np.asarray(codes), np.asarray(lengths)
         *rows, F, _ = codes.shape
         audio = np.zeros((*rows, F * self.config.frame_size), np.float32)
         for row in np.ndindex(*rows):
-            real = int(np.clip(lengths[row], 0, F))
-            if real:
-                heard = self._decode_row(codes[row][:real], [block[row] for block in noise])
-                audio[row][: len(heard)] = heard
+            length = int(np.clip(lengths[row], 0, F))
+            if length:
+                audio[row][: length * self.config.frame_size] = self._decode_row(codes[row][:length])
         return audio
 
-    def _decode_row(self, codes: np.ndarray, noise: list[np.ndarray]) -> np.ndarray:
+    def _decode_row(self, codes: np.ndarray) -> np.ndarray:
+        """Decode int [F, 7] to f32 [F*2048]."""
         import torch
 
-        F = len(codes)
         books = [torch.from_numpy(codes[:, slots].reshape(1, -1).astype(np.int64)) for slots in FRAME_SLOTS]
-        positions = F * self.config.vq_strides[0]
-        with self._lock, torch.inference_mode():
-            for index, block in enumerate(self._noise_blocks):
-                positions *= self.config.decoder_rates[index]
-                block.given = torch.from_numpy(noise[index][:positions].copy()) if noise else None
+        with torch.inference_mode():
             return self._module.decode(books)[0, 0].numpy()
 
 
-def _build(config: CodecConfig, params: Mapping[str, np.ndarray], snac: ModuleType) -> tuple[Any, list[Any]]:
-    """A torch codec with the weight norm folded, once instead of per call, and its noise in our hands."""
-    import torch
+def _prepare(module: Any, snac: ModuleType) -> Any:
+    """The module, with its weight norm folded once instead of in every call, and its noise blocks silenced."""
     from torch.nn.utils import parametrize
 
-    module = snac.SNAC(**config_to_json(config)).eval()
-    state = to_torch(params, config)
-    module.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in state.items()})
-    noise_blocks = []
-    for part in list(module.modules()):
-        if parametrize.is_parametrized(part, "weight"):
-            # Not on a copy of a module: copies share the class that this takes `weight` from.
-            parametrize.remove_parametrizations(part, "weight")
-        if isinstance(part, snac.layers.NoiseBlock):
-            part.given = None
-            part.forward = functools.partial(_add_given_noise, part)
-            noise_blocks.append(part)
-    return module, noise_blocks
-
-
-def _add_given_noise(block: Any, x: Any) -> Any:
-    """What a noise block does, with noise that is given instead of drawn, or none."""
-    return x if block.given is None else x + block.given * block.linear(x)
-
-
-def _config_of(module: Any, snac: ModuleType) -> CodecConfig:
-    """A module does not keep all it was made with; the rest shows in its layers."""
-    return config_from_json(
-        {
-            "sampling_rate": module.sampling_rate,
-            "encoder_dim": module.encoder_dim,
-            "encoder_rates": module.encoder_rates,
-            "latent_dim": module.latent_dim,
-            "decoder_dim": module.decoder_dim,
-            "decoder_rates": module.decoder_rates,
-            "attn_window_size": module.attn_window_size,
-            "codebook_size": module.codebook_size,
-            "codebook_dim": module.codebook_dim,
-            "vq_strides": module.vq_strides,
-            "noise": any(isinstance(part, snac.layers.NoiseBlock) for part in module.modules()),
-            "depthwise": module.decoder.model[0].groups > 1,
-        }
-    )
+    module.eval()
+    for layer in list(module.modules()):
+        if parametrize.is_parametrized(layer, "weight"):
+            parametrize.remove_parametrizations(layer, "weight")
+        if isinstance(layer, snac.layers.NoiseBlock):
+            layer.forward = lambda x: x
+    return module

@@ -1,4 +1,4 @@
-"""Who listens to spoken answers: an independent recognizer, so that a voice that nobody understands does not pass."""
+"""The ASR judge: an independent speech recognizer that transcribes spoken answers, to measure intelligibility."""
 
 from __future__ import annotations
 
@@ -7,34 +7,43 @@ import subprocess
 from pathlib import Path
 from typing import Any, Protocol
 
-from omni_jax.errors import ConfigError
+from omni_jax.errors import ConfigError, MissingExtraError
 
 
 class AsrJudge(Protocol):
-    """A recognizer."""
+    """A speech recognizer."""
 
     name: str
 
-    def hear(self, path: Path) -> str:
-        """What is said in a wav file."""
+    def transcribe(self, path: Path) -> str:
+        """The words spoken in a wav file."""
 
 
 class FasterWhisperJudge:
-    """Whisper by CTranslate2 (pip install faster-whisper): a model's name, or the folder of a converted one."""
+    """Whisper by CTranslate2, greedy, in English. Needs `pip install faster-whisper`."""
 
     def __init__(self, model: str):
+        """Load a model.
+
+        Args:
+            model: its name, such as `base.en`, or the folder of a converted one.
+
+        Raises:
+            MissingExtraError: the package is not installed.
+            ConfigError: there is no such model.
+        """
         try:
             from faster_whisper import WhisperModel
         except ImportError:
-            raise ConfigError("listener faster-whisper: pip install faster-whisper") from None
+            raise MissingExtraError("ASR judge faster-whisper", package="faster-whisper") from None
         self.name = f"faster-whisper {Path(model).name}"
         try:
             self._model: Any = WhisperModel(model, device="auto", compute_type="int8")
         except Exception as error:
-            raise ConfigError(f"listener faster-whisper={model}: expected a model, found {error}") from None
+            raise ConfigError(f"ASR judge faster-whisper={model}: expected a model, found {error}") from None
 
-    def hear(self, path: Path) -> str:
-        """See `Listener.hear`; greedy, in English."""
+    def transcribe(self, path: Path) -> str:
+        """See `AsrJudge.transcribe`."""
         segments, _ = self._model.transcribe(
             str(path), language="en", beam_size=1, temperature=0.0, condition_on_previous_text=False
         )
@@ -42,24 +51,36 @@ class FasterWhisperJudge:
 
 
 class CommandJudge:
-    """Any program that prints what it hears: `command=whisper-cli -np {audio}`."""
+    """A program that prints the transcript: `command=whisper-cli -np {audio}`."""
 
     def __init__(self, template: str):
+        """Take a command line.
+
+        Args:
+            template: as for a shell; `{audio}` stands for the path of the wav file.
+
+        Raises:
+            ConfigError: there is no `{audio}` in it.
+        """
         self._words = shlex.split(template)
         if not any("{audio}" in word for word in self._words):
-            raise ConfigError(f"listener command: expected {{audio}} in it, found {template!r}")
+            raise ConfigError(f"ASR judge command: expected {{audio}} in it, found {template!r}")
         self.name = Path(self._words[0]).name
 
-    def hear(self, path: Path) -> str:
-        """See `Listener.hear`."""
+    def transcribe(self, path: Path) -> str:
+        """See `AsrJudge.transcribe`.
+
+        Raises:
+            ConfigError: the program does not run, or fails.
+        """
         words = [word.replace("{audio}", str(path)) for word in self._words]
         try:
             done = subprocess.run(words, capture_output=True, text=True, check=False)
         except OSError as error:
-            raise ConfigError(f"listener command: expected to run {words[0]}, found {error.strerror}") from None
+            raise ConfigError(f"ASR judge command: expected to run {words[0]}, found {error.strerror}") from None
         if done.returncode:
             raise ConfigError(
-                f"listener command: expected success, found exit code {done.returncode}: {done.stderr[-300:]}"
+                f"ASR judge command: expected success, found exit code {done.returncode}: {done.stderr[-300:]}"
             )
         return done.stdout.strip()
 
@@ -68,7 +89,8 @@ def parse_judge(text: str) -> AsrJudge | None:
     """Read `none`, `faster-whisper=MODEL` or `command=PROGRAM {audio}`.
 
     Raises:
-        ConfigError: it is none of these, or what it needs is not there.
+        ConfigError: it is none of these, or there is no such model.
+        MissingExtraError: the package faster-whisper is not installed.
     """
     name, _, detail = text.partition("=")
     if text == "none":
@@ -77,4 +99,4 @@ def parse_judge(text: str) -> AsrJudge | None:
         return FasterWhisperJudge(detail)
     if name == "command" and detail:
         return CommandJudge(detail)
-    raise ConfigError(f"listener: expected none, faster-whisper=MODEL or command=PROGRAM {{audio}}, found {text!r}")
+    raise ConfigError(f"ASR judge: expected none, faster-whisper=MODEL or command=PROGRAM {{audio}}, found {text!r}")

@@ -1,7 +1,7 @@
-"""How right, how intelligible, how fast; each with an interval that says how sure.
+"""Metrics of texts, with bootstrap confidence intervals.
 
-Texts are compared as Whisper's authors compare them (Radford et al. 2022, arXiv 2212.04356, appendix C): lower case,
-numbers as digits, no punctuation, British and American spelling alike.
+Texts are normalized as Whisper's authors do (Radford et al. 2022, arXiv 2212.04356, appendix C): lower case, numbers as
+digits, no punctuation, American spelling.
 """
 
 from __future__ import annotations
@@ -15,93 +15,97 @@ from functools import cache
 
 import numpy as np
 
-from omni_jax.errors import ConfigError
+from omni_jax.errors import MissingExtraError
 
-RESAMPLES = 1000
+NUM_RESAMPLES = 1000
 CONFIDENCE = 0.95
 
 
-def _missing(name: str) -> ConfigError:
-    return ConfigError(f"evaluation takes {name}: pip install 'omni-jax[evaluation]'")
-
-
 @cache
-def _normaliser() -> Callable[[str], str]:
+def _normalizer() -> Callable[[str], str]:
     try:
         from whisper_normalizer.english import EnglishTextNormalizer
     except ImportError:
-        raise _missing("whisper-normalizer") from None
+        raise MissingExtraError("evaluation needs whisper-normalizer", "evaluation") from None
     return EnglishTextNormalizer()
 
 
 def normalize(text: str) -> str:
-    """A text as it is compared."""
-    return " ".join(_normaliser()(text).split())
+    """A text as it is compared.
+
+    Raises:
+        MissingExtraError: whisper-normalizer is not installed.
+    """
+    return " ".join(_normalizer()(text).split())
 
 
 @dataclass(frozen=True)
-class Errors:
-    """Edits between what should be said and what was, and of how many."""
+class ErrorCount:
+    """Edits between a reference and a hypothesis, and the length of the reference; in words or characters."""
 
     edits: int
     length: int
 
-    def __add__(self, other: Errors) -> Errors:
-        return Errors(self.edits + other.edits, self.length + other.length)
+    def __add__(self, other: ErrorCount) -> ErrorCount:
+        return ErrorCount(self.edits + other.edits, self.length + other.length)
 
     @property
     def rate(self) -> float:
-        """May be more than 1."""
+        """Edits over length; may be more than 1."""
         return self.edits / self.length if self.length else float(bool(self.edits))
 
 
-def word_errors(expected: str, found: str) -> Errors:
-    """Words substituted, deleted and inserted, both texts normalized."""
-    return _errors(normalize(expected), normalize(found), words=True)
+def word_errors(expected: str, found: str) -> ErrorCount:
+    """Words substituted, deleted and inserted, both texts normalized.
+
+    Raises:
+        MissingExtraError: jiwer or whisper-normalizer is not installed.
+    """
+    return _count_errors(normalize(expected), normalize(found), words=True)
 
 
-def char_errors(expected: str, found: str) -> Errors:
-    """The same in letters."""
-    return _errors(normalize(expected), normalize(found), words=False)
+def char_errors(expected: str, found: str) -> ErrorCount:
+    """As `word_errors`, in characters."""
+    return _count_errors(normalize(expected), normalize(found), words=False)
 
 
-def _errors(expected: str, found: str, *, words: bool) -> Errors:
+def _count_errors(expected: str, found: str, *, words: bool) -> ErrorCount:
     try:
         import jiwer
     except ImportError:
-        raise _missing("jiwer") from None
+        raise MissingExtraError("evaluation needs jiwer", "evaluation") from None
     if not expected:
         count = len(found.split()) if words else len(found)
-        return Errors(count, 0)
+        return ErrorCount(count, 0)
     process = jiwer.process_words if words else jiwer.process_characters
     out = process(expected, found)
     edits = out.substitutions + out.deletions + out.insertions
-    return Errors(edits, out.hits + out.substitutions + out.deletions)
+    return ErrorCount(edits, out.hits + out.substitutions + out.deletions)
 
 
-def best(expected: Sequence[str], found: str, measure: Callable[[str, str], Errors]) -> Errors:
-    """Against whichever of several right answers is nearest."""
-    return min((measure(text, found) for text in expected), key=lambda errors: errors.rate)
+def fewest_errors(expected: Sequence[str], found: str, count_errors: Callable[[str, str], ErrorCount]) -> ErrorCount:
+    """Errors against the nearest of several right answers."""
+    return min((count_errors(text, found) for text in expected), key=lambda errors: errors.rate)
 
 
-def exact(expected: Sequence[str], found: str) -> float:
-    """1 if it is one of the right answers, normalized."""
+def exact_match(expected: Sequence[str], found: str) -> float:
+    """1 if the answer is one of the right answers, normalized."""
     return float(normalize(found) in {normalize(text) for text in expected})
 
 
-def contains(expected: Sequence[str], found: str) -> float:
-    """1 if one of the right answers stands in it, as whole words: how spoken answers in sentences are judged."""
-    said = f" {normalize(found)} "
-    return float(any(f" {normalize(text)} " in said for text in expected if normalize(text)))
+def contains_match(expected: Sequence[str], found: str) -> float:
+    """1 if the answer contains one of the right answers as whole words, normalized."""
+    padded = f" {normalize(found)} "
+    return float(any(f" {normalize(text)} " in padded for text in expected if normalize(text)))
 
 
 def f1(expected: Sequence[str], found: str) -> float:
-    """Words in common with the nearest right answer, as SQuAD counts them (arXiv 1606.05250)."""
-    return max((_f1(_squad(text), _squad(found)) for text in expected), default=0.0)
+    """F1 of the words against the nearest right answer, as SQuAD computes it (arXiv 1606.05250)."""
+    return max((_f1(_squad_words(text), _squad_words(found)) for text in expected), default=0.0)
 
 
-def _squad(text: str) -> list[str]:
-    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+def _squad_words(text: str) -> list[str]:
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
@@ -114,13 +118,13 @@ def _f1(expected: list[str], found: list[str]) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, and where it would lie in 95 of 100 samples of such cases."""
+    """A value with its bootstrap confidence interval."""
 
     value: float
     low: float
     high: float
     count: int
-    """Cases."""
+    """Number of cases."""
 
 
 def mean(values: Sequence[float], seed: int = 0) -> Estimate:
@@ -128,8 +132,8 @@ def mean(values: Sequence[float], seed: int = 0) -> Estimate:
     return _bootstrap(np.asarray(values, float), np.ones(len(values)), seed)
 
 
-def rate(errors: Sequence[Errors], seed: int = 0) -> Estimate:
-    """Edits over length, of all cases together; cases are drawn whole."""
+def error_rate(errors: Sequence[ErrorCount], seed: int = 0) -> Estimate:
+    """Edits of all cases over their length; resampled by case."""
     edits = np.array([one.edits for one in errors], float)
     return _bootstrap(edits, np.array([one.length for one in errors], float), seed)
 
@@ -137,8 +141,7 @@ def rate(errors: Sequence[Errors], seed: int = 0) -> Estimate:
 def _bootstrap(numerators: np.ndarray, denominators: np.ndarray, seed: int) -> Estimate:
     count = len(numerators)
     value = numerators.sum() / max(denominators.sum(), 1e-9)
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, count, (RESAMPLES, count))
+    drawn = np.random.default_rng(seed).integers(0, count, (NUM_RESAMPLES, count))
     values = numerators[drawn].sum(1) / np.maximum(denominators[drawn].sum(1), 1e-9)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(values, [tail, 1 - tail])

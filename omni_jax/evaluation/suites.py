@@ -1,11 +1,12 @@
-"""What is asked and what should be answered: our own manifests, and benchmarks as they lie on disk when downloaded.
+"""Suites: lists of questions with their right answers, from manifests and from benchmarks as they are downloaded.
 
-A suite is a list of cases. Nothing is fetched; a case whose recording is missing stays, and counts as failed.
+Nothing is downloaded. A case whose recording is missing stays in the suite, and counts as failed.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from omni_jax.config.load import build_config
 from omni_jax.data.readers import corpus_files, open_parquet
 from omni_jax.data.sources import librispeech
 from omni_jax.errors import ConfigError
+from omni_jax.inference.request import Request
 from omni_jax.tasks import Task
 
 
 @dataclass(frozen=True)
 class Case:
-    """One question."""
+    """One question of a suite."""
 
     id: str
     """Unique in its suite."""
@@ -30,13 +32,18 @@ class Case:
     audio: Path | bytes | None = None
     """A recording's file, or its content."""
     text: str = ""
-    """What is asked in writing, where there is no recording."""
+    """The question, where there is no recording."""
     expected: tuple[str, ...] = ()
-    """Any of these is right; none: the answer has no right or wrong, only its sound is judged."""
+    """The right answers, any of which counts; empty: only the audio of the answer is measured."""
     question: str = ""
-    """What the recording says, for the report."""
+    """Transcript of the recording, for the report."""
     group: str = ""
-    """Cases of a group are counted together, too."""
+    """Metrics are also given for each group."""
+
+    def request(self) -> Request:
+        """As a request."""
+        audio = io.BytesIO(self.audio) if isinstance(self.audio, bytes) else self.audio
+        return Request(audio, self.text or None, self.task)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
@@ -53,7 +60,7 @@ class _Row:
 
 
 def manifest(path: Path) -> Iterator[Case]:
-    """JSON lines: `id`, `audio` (seen from the manifest) or `text`, `task`, `expected` (a text or several), `group`."""
+    """JSON lines: `id`, `audio` (relative to the manifest) or `text`, `task`, `expected` (one or several), `group`."""
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -64,29 +71,24 @@ def manifest(path: Path) -> Iterator[Case]:
             except ValueError as error:
                 raise ConfigError(f"{place}: expected a JSON object, found {error}") from None
             row = build_config(_Row, values, place)
-            if bool(row.audio) == bool(row.text):
-                raise ConfigError(f"{place}: expected either audio or text, found {'both' if row.text else 'neither'}")
-            default = Task.T1A2 if row.text else Task.A1A2
-            try:
-                task = Task(row.task or default)
-            except ValueError:
-                raise ConfigError(f"{place}: task: expected one of {', '.join(Task)}, found {row.task!r}") from None
-            if task.takes_audio != bool(row.audio):
-                raise ConfigError(f"{place}: task {task}: expected {'audio' if task.takes_audio else 'text'}")
-            expected = (row.expected,) if isinstance(row.expected, str) else tuple(row.expected)
             audio = path.parent / row.audio if row.audio else None
+            try:
+                task = Request(audio, row.text or None, row.task or None).resolve_task()
+            except ConfigError as error:
+                raise error.prefixed(place) from None
+            expected = (row.expected,) if isinstance(row.expected, str) else tuple(row.expected)
             yield Case(row.id, task, audio, row.text, tuple(filter(None, expected)), row.question, row.group)
 
 
 def libri(path: Path) -> Iterator[Case]:
-    """LibriSpeech's `test-clean` and the like: to be written down."""
+    """LibriSpeech's `test-clean` and the like, as A1T1."""
     for listing in sorted(path.rglob("*.trans.txt")):
         for audio, text, _ in librispeech(listing.parent):
             yield Case(audio.stem, Task.A1T1, audio, expected=(text,), question=text, group=path.name)
 
 
 def voicebench(path: Path) -> Iterator[Case]:
-    """VoiceBench: a folder of parquet files with `prompt`, `audio` and, where there is a right answer, `reference`.
+    """VoiceBench: a folder of parquet files with `prompt`, `audio` and, if there is a right answer, `reference`.
 
     Columns: https://huggingface.co/datasets/hlt-lab/voicebench
     """
@@ -94,17 +96,15 @@ def voicebench(path: Path) -> Iterator[Case]:
         number, group = 0, file.parent.name
         for batch in open_parquet(file, ("prompt", "audio")).iter_batches(batch_size=16):
             for row in batch.to_pylist():
-                sound = row["audio"].get("bytes") if isinstance(row["audio"], dict) else None
-                expected = row.get("reference") or ""
-                yield Case(
-                    f"{group}-{file.stem}-{number}", Task.A1A2, sound or b"", "", tuple(filter(None, (expected,))),
-                    row["prompt"], group,
-                )  # fmt: skip
+                audio = row["audio"].get("bytes") if isinstance(row["audio"], dict) else None
+                expected = (row["reference"],) if row.get("reference") else ()
+                id = f"{group}-{file.stem}-{number}"
+                yield Case(id, Task.A1A2, audio or b"", "", expected, row["prompt"], group)
                 number += 1
 
 
 def uro_bench(path: Path) -> Iterator[Case]:
-    """URO-Bench: a folder with `test.jsonl`, or several of them: `source_wav`, `source_text`, perhaps `target_text`."""
+    """URO-Bench: a folder with `test.jsonl`, or several of them: `source_wav`, `source_text`, `target_text`."""
     listings = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
     for listing in listings:
         group = listing.parent.name

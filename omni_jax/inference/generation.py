@@ -44,7 +44,7 @@ class GenerationConfig:
         if self.max_steps is not None:
             check("max_steps", Integral, lambda steps: steps >= 1, "a whole number, at least 1")
         check("temperature", Real, lambda t: t >= 0 and math.isfinite(t), "a number, 0 or more")
-        check("top_k", Integral, lambda k: k >= 0, "a whole number, 0 (all) or more")
+        check("top_k", Integral, lambda k: 0 <= k < 2**31, "a whole number, 0 (all) to 2^31-1")
         check("top_p", Real, lambda p: 0 < p <= 1, "a number above 0 and at most 1")
         check("seed", Integral, lambda seed: 0 <= seed < 2**32, "a whole number, 0..2^32-1")
         for name in ("enforce_delay", "batch_parallel"):

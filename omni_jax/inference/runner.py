@@ -25,7 +25,7 @@ DECODE_MODULES = ("trunk", "tts_adapter", "embed", "head")
 """Modules that a decode step reads."""
 
 
-class Programs(NamedTuple):
+class JittedFunctions(NamedTuple):
     """Jitted functions, to be called within the mesh; the first five take the weights first."""
 
     encode_audio: Any
@@ -48,7 +48,7 @@ class ModelRunner:
     Attributes:
         config: the model's shape.
         weights: nested dict of arrays, or of their shapes and shardings for programs that are compiled only.
-        programs: the jitted functions.
+        jitted: the jitted functions, for ahead-of-time compilation.
     """
 
     def __init__(self, model: OmniModel, *, int8: bool = False):
@@ -82,7 +82,7 @@ class ModelRunner:
             state, tokens, status = decode.decode_chunk(model, *args)
             return (state if mesh.size == 1 else constrain_state(state)), tokens, status
 
-        self.programs = Programs(
+        self.jitted = JittedFunctions(
             encode_audio=bind(OmniModel.encode_audio),
             prefill=bind(sharded(decode.prefill), static_argnames="audio"),
             decode_chunk=bind(decode_chunk, donate_argnums=1),
@@ -102,44 +102,44 @@ class ModelRunner:
     def encode_audio(self, audio: Array) -> Array:
         """See `OmniModel.encode_audio`."""
         with jax.set_mesh(self._mesh):
-            return self.programs.encode_audio(self.weights, audio)
+            return self.jitted.encode_audio(self.weights, audio)
 
     def prefill(
         self, tokens: Array, speech: Array | None, speech_positions: Array | None, *, audio: bool
     ) -> dict[str, Cache]:
         """See `omni_jax.inference.decode.prefill`."""
         with jax.set_mesh(self._mesh):
-            return self.programs.prefill(self.weights, tokens, speech, speech_positions, audio=audio)
+            return self.jitted.prefill(self.weights, tokens, speech, speech_positions, audio=audio)
 
     def decode_chunk(self, state: DecodeState, routing: Routing, steps: Array) -> tuple[DecodeState, Array, Array]:
         """See `omni_jax.inference.decode.decode_chunk`; `state` is donated."""
         with jax.set_mesh(self._mesh):
-            return self.programs.decode_chunk(self.weights, state, routing, steps)
+            return self.jitted.decode_chunk(self.weights, state, routing, steps)
 
     def init_state(self, max_batch_size: int, max_len: int) -> DecodeState:
         """See `omni_jax.inference.decode.init_state`."""
         with jax.set_mesh(self._mesh):
-            return self.programs.init_state(self.weights, max_batch_size, max_len)
+            return self.jitted.init_state(self.weights, max_batch_size, max_len)
 
     def init_companions(self, rows: int, max_len: int) -> Cache:
         """An empty cache for companion rows."""
         with jax.set_mesh(self._mesh):
-            return self.programs.init_companions(self.weights, rows, max_len)
+            return self.jitted.init_companions(self.weights, rows, max_len)
 
     def insert(self, state: DecodeState, *args: Any) -> DecodeState:
         """See `omni_jax.inference.decode.insert`; `state` is donated."""
         with jax.set_mesh(self._mesh):
-            return self.programs.insert(state, *args)
+            return self.jitted.insert(state, *args)
 
     def stop(self, state: DecodeState, batch_slot: Array) -> DecodeState:
         """See `omni_jax.inference.decode.stop`; `state` is donated."""
         with jax.set_mesh(self._mesh):
-            return self.programs.stop(state, batch_slot)
+            return self.jitted.stop(state, batch_slot)
 
     def keep_companions(self, cache: Cache, rows: Array) -> Cache:
         """The companion cache of `rows` alone."""
         with jax.set_mesh(self._mesh):
-            return self.programs.keep_companions(cache, rows)
+            return self.jitted.keep_companions(cache, rows)
 
 
 def constrain_state(tree: Any) -> Any:

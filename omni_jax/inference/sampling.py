@@ -33,7 +33,7 @@ def sample(logits: Array, sampling: Sampling, step: Array, stream: Array) -> Arr
     """One token per row.
 
     The noise of a row depends on its seed, its step and the stream alone, so a request draws the same tokens
-    whatever runs beside it. Noise and sorting are skipped when every row is greedy.
+    whatever else is in the batch. Noise and sorting are skipped when every row is greedy.
 
     Args:
         logits: float32 [B, V].

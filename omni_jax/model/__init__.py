@@ -1,1 +1,1 @@
-"""The model: ear, adapter, trunk, heads."""
+"""The model: audio encoder, adapter, trunk, heads."""

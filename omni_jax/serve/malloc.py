@@ -1,8 +1,8 @@
-"""Keeps the memory of a process that runs for weeks where it was after the first minute.
+"""Limits on how much freed memory the C allocator keeps, for a process that runs for weeks.
 
-Buffers of every size come and go in a batch that people join and leave. The allocator of the GNU C library keeps what
-is given back, in a heap for each of a dozen threads, for blocks that then don't fit: that looks like a leak for an
-hour.
+A server allocates and frees buffers of many sizes from many threads. The GNU C library keeps freed blocks in one heap
+(arena) per thread, where later requests of another size cannot use them, so resident memory grows for about an hour as
+if there were a leak.
 """
 
 from __future__ import annotations
@@ -10,21 +10,24 @@ from __future__ import annotations
 import ctypes
 import platform
 
-# Of malloc.h.
+# Parameters of `mallopt`, from malloc.h.
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
-THRESHOLD = 256 << 10
-"""Bytes from which a block is the system's, not the heap's, and goes back to it at once. Left alone the library raises
-this with every large block, up to 32 MiB."""
-HEAPS = 2
+
+MMAP_THRESHOLD = 256 << 10
+"""Blocks of this many bytes or more are mapped and unmapped one by one. By default the library raises its threshold
+with every large block that is freed, up to 32 MiB."""
+
+MAX_ARENAS = 2
+"""Heaps that threads share."""
 
 
-def keep_flat() -> bool:
-    """Tell the allocator, if it is the GNU C library's, to give memory back; to be called before threads start.
+def limit_heap_growth() -> bool:
+    """Make the GNU C library return freed memory to the system. Call it before threads start.
 
     Returns:
-        Whether it does.
+        Whether it is in effect; False with another C library.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_M_ARENA_MAX, HEAPS) and mallopt(_M_MMAP_THRESHOLD, THRESHOLD))
+    return bool(mallopt(_M_ARENA_MAX, MAX_ARENAS) and mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD))

@@ -1,8 +1,8 @@
-"""`/chat` as Mini-Omni's own server has it, so that its clients work.
+"""`/chat`, compatible with the server of the published Mini-Omni.
 
-A JSON object goes in: `audio`, a recording in base64, `stream_stride`, how many frames to gather before sound is sent
-(default 4; however many, the sound is the same), and `max_tokens` (default 2048). Sound comes out as it is made: a
-wav file, or with `"format": "pcm"` the bare 16-bit samples that the original sends under the name of wav.
+The body is a JSON object: `audio`, a recording in base64; `stream_stride`, how many codec frames are collected before
+audio is sent (default 4; the audio does not depend on it); `max_tokens` (default 2048). The response streams audio as
+it is decoded: a wav file, or with `"format": "pcm"` bare 16-bit samples, which the original server sends as audio/wav.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from omni_jax.serve import sound
-from omni_jax.serve.replies import Streamed, service_of
-from omni_jax.serve.sessions import from_base64
+from omni_jax.audio.io import MEDIA_TYPES
+from omni_jax.inference.generation import GenerationConfig
+from omni_jax.serve.errors import client_fields
+from omni_jax.serve.sessions import decode_base64
+from omni_jax.serve.streaming import StreamedAnswer, service_of, stream_audio
 from omni_jax.tasks import Task
 
 router = APIRouter()
@@ -27,18 +29,19 @@ class ChatBody(BaseModel):
 
     audio: str
     stream_stride: Annotated[int, Field(ge=1, le=10_000)] = 4
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] = 2048
+    max_tokens: int = 2048
     format: Literal["wav", "pcm"] = "wav"
 
 
 @router.post("/chat", response_model=None)
 async def chat(request: Request, body: ChatBody) -> Response:
-    """Answer a recording in speech."""
+    """Answer a recording in speech (A1A2)."""
     service = service_of(request)
-    recording = from_base64(body.audio, "audio")
-    prepared = await service.prepare(sound=recording, task=Task.A1A2, options={"max_steps": body.max_tokens})
-    conversation = service.ask(prepared, "/chat")
-    codec = service.omni.config.codec
-    stride = body.stream_stride * codec.frame_size * 2
-    content = sound.streamed(conversation, codec.sample_rate, body.format, stride)
-    return Streamed(conversation, content, media_type=sound.MEDIA_TYPES[body.format])
+    with client_fields(max_steps="max_tokens"):
+        config = GenerationConfig(max_steps=body.max_tokens)
+    recording = decode_base64(body.audio, "audio")
+    prepared = await service.prepare(audio=recording, task=Task.A1A2, config=config)
+    answer = service.submit(prepared, "/chat")
+    min_bytes = body.stream_stride * service.omni.config.codec.frame_size * 2
+    content = stream_audio(answer, service.omni.sample_rate, body.format, min_bytes)
+    return StreamedAnswer(answer, content, media_type=MEDIA_TYPES[body.format])

@@ -1,147 +1,54 @@
-"""OpenAI's endpoints, as far as a model that hears and talks can serve them; their own clients work unchanged.
+"""OpenAI's endpoints for chat, transcription and speech; OpenAI's client libraries work unchanged.
 
-One question is answered at a time: of a chat the last message of the user is heard, earlier ones and those of the
-system are not, and the header `x-omni-jax-unheard` says how many. There is one voice, whatever is asked for. Without
-a temperature decoding is greedy. What would change an answer in a way the model can't follow is refused, and so is
-a field of the wrong type; other fields that it does not know are let pass.
+Of a chat the last message of the user is answered. Earlier messages and those of the system are ignored; the header
+`x-omni-jax-ignored-messages` has their number. There is one voice, whatever voice is asked for. A field that would
+change the answer in a way this model cannot is refused, and so is a field of the wrong type.
 """
 
 from __future__ import annotations
 
 import base64
-import json
-import secrets
-import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, File, Form, Request, Response, UploadFile
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from omni_jax.audio.io import SAMPLE_RATE
-from omni_jax.inference.answer import Reply
-from omni_jax.serve import sound
-from omni_jax.serve.limits import error_body
-from omni_jax.serve.replies import Streamed, service_of, whole
-from omni_jax.serve.sessions import Conversation, Refusal, from_base64
+from omni_jax.audio.io import MEDIA_TYPES, SAMPLE_RATE, encode, pcm_bytes, streaming_wav_header
+from omni_jax.errors import ConfigError
+from omni_jax.serve.errors import RequestRefusedError, client_fields, error_body
+from omni_jax.serve.openai_schema import (
+    UNSUPPORTED,
+    AudioPart,
+    ChatRequest,
+    Message,
+    SpeechRequest,
+    Temperature,
+    TextPart,
+    audio_head,
+    finish_reason,
+    generation_config,
+    response_head,
+    server_sent_event,
+    usage,
+)
+from omni_jax.serve.sessions import AnswerStream, decode_base64
+from omni_jax.serve.streaming import STREAMABLE_FORMATS, StreamedAnswer, service_of, stream_audio, whole_answer
 from omni_jax.tasks import Task
 
 router = APIRouter(prefix="/v1")
 
-AUDIO_LIFE = 3600
-"""Seconds until an answer's sound would expire, as the clients' types want it; nothing is kept here at all."""
-
-Format = Literal["wav", "mp3", "flac", "opus", "pcm", "pcm16"]
-Unit = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Count = Annotated[int, Field(ge=1, lt=2**31)]
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
-
-class TextPart(_Body):
-    """Part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class InputAudio(_Body):
-    """A recording; its content says which format it really is."""
-
-    data: str
-    format: str = "wav"
-
-
-class AudioPart(_Body):
-    """Part of a message."""
-
-    type: Literal["input_audio"]
-    input_audio: InputAudio
-
-
-class Message(_Body):
-    """A turn of the conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Annotated[TextPart | AudioPart, Field(discriminator="type")]] | list[dict[str, Any]] | None = (
-        None
-    )
-
-
-class AudioOut(_Body):
-    """How the answer is to sound."""
-
-    format: Format = "wav"
-    voice: str | dict[str, Any] | None = None
-
-
-class StreamOptions(_Body):
-    """Of a stream."""
-
-    include_usage: bool = False
-
-
-class ChatRequest(_Body):
-    """Body of `/v1/chat/completions`."""
-
-    model: str
-    messages: list[Message] = Field(min_length=1)
-    modalities: list[Literal["text", "audio"]] | None = None
-    audio: AudioOut | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    temperature: Temperature | None = None
-    top_p: Unit | None = None
-    seed: Seed | None = None
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
-
-
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "stop": ([], ""),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "response_format": ({"type": "text"},),
-}
-"""Fields that the model can't follow, and the values at which it need not."""
-
-
-class SpeechRequest(_Body):
-    """Body of `/v1/audio/speech`."""
-
-    model: str
-    input: str
-    voice: str | dict[str, Any] | None = None
-    response_format: Format = "mp3"
-    speed: float | None = Field(default=1.0, allow_inf_nan=False)
-    stream_format: Literal["audio"] | None = None
-    temperature: Temperature | None = None
-    seed: Seed | None = None
-
 
 @router.get("/models")
 async def models(request: Request) -> Any:
-    """What can be asked: one model."""
+    """List the models: there is one."""
     return {"object": "list", "data": [_model(service_of(request).name)]}
 
 
 @router.get("/models/{name:path}")
 async def model(request: Request, name: str) -> Any:
     """One of `models`."""
-    _known(name, request)
+    _check_model(name, request)
     return _model(name)
 
 
@@ -149,125 +56,167 @@ def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "omni_jax"}
 
 
-def _known(name: str, request: Request) -> None:
-    known = service_of(request).name
-    if name != known:
-        raise Refusal(404, f"model: expected {known!r}, found {name!r}", field="model", code="model_not_found")
-
-
-def _options(body: Any) -> dict[str, Any]:
-    """The sampling options that were given."""
-    limits = {"max_steps": getattr(body, "max_completion_tokens", None) or getattr(body, "max_tokens", None)}
-    given = limits | {name: getattr(body, name, None) for name in ("temperature", "top_p", "seed")}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _question(messages: list[Message]) -> tuple[bytes | None, str | None, int]:
-    """The recording or the text of the last user message, and how many messages go unheard."""
-    if messages[-1].role != "user":
-        raise Refusal(400, "messages: expected the last one to be the user's", field="messages")
-    content = messages[-1].content
-    if isinstance(content, str) and content:
-        return None, content, len(messages) - 1
-    parts = content if isinstance(content, list) else []
-    for part in parts:
-        if isinstance(part, dict):
-            kind = part.get("type")
-            raise Refusal(
-                400, f"messages: expected parts of type text or input_audio, found {kind!r}", field="messages"
-            )
-    recordings = [part.input_audio.data for part in parts if isinstance(part, AudioPart)]
-    text = " ".join(part.text for part in parts if isinstance(part, TextPart) and part.text)
-    if len(recordings) + bool(text) != 1:
-        raise Refusal(
-            400,
-            "messages: expected the last one to hold either text or one recording, "
-            f"found {'text and ' if text else ''}{len(recordings)} recordings",
-            field="messages",
-        )
-    return (from_base64(recordings[0], "input_audio.data") if recordings else None), text or None, len(messages) - 1
+def _check_model(name: str, request: Request) -> None:
+    expected = service_of(request).name
+    if name != expected:
+        message = f"model: expected {expected!r}, found {name!r}"
+        raise RequestRefusedError(404, message, field="model", code="model_not_found")
 
 
 @router.post("/chat/completions", response_model=None)
 async def chat(request: Request, body: ChatRequest) -> Response:
     """Answer the last message, in text or in text and speech."""
-    _known(body.model, request)
-    for name, neutral in NEUTRAL.items():
-        value = (body.model_extra or {}).get(name)
-        if value is not None and value not in neutral:
-            raise Refusal(400, f"{name}: this model can't follow it; leave it out", field=name, code="unsupported")
-    recording, text, unheard = _question(body.messages)
+    _check_model(body.model, request)
+    _check_supported(body)
     outputs_audio = "audio" in (body.modalities or ["text"])
-    if outputs_audio and body.audio is None:
-        raise Refusal(400, "audio: expected the format and voice of the answer, found none", field="audio")
-    format = body.audio.format if body.audio is not None else "wav"
-    if body.stream and outputs_audio and format not in sound.STREAMED:
-        raise Refusal(400, f"audio.format: expected wav or pcm16 in a stream, found {format}", field="audio.format")
-    task = (
-        (Task.T1A2 if outputs_audio else Task.T1T2) if recording is None else Task.A1A2 if outputs_audio else Task.A1T2
+    format = _audio_format(body, outputs_audio=outputs_audio)
+    config = generation_config(
+        temperature=body.temperature,
+        top_p=body.top_p,
+        seed=body.seed,
+        max_tokens=body.max_tokens,
+        max_completion_tokens=body.max_completion_tokens,
     )
+    recording, text = _last_message(body.messages)
+    if recording is None:
+        task = Task.T1A2 if outputs_audio else Task.T1T2
+    else:
+        task = Task.A1A2 if outputs_audio else Task.A1T2
     service = service_of(request)
-    prepared = await service.prepare(sound=recording, text=text, task=task, options=_options(body))
-    conversation = service.ask(prepared, "/v1/chat/completions")
-    headers = {"x-omni-jax-unheard": str(unheard)} if unheard else {}
-    prompt = len(prepared.prompt)
+    with client_fields(text="messages"):
+        prepared = await service.prepare(audio=recording, text=text, task=task, config=config)
+    answer = service.submit(prepared, "/v1/chat/completions")
+    ignored = len(body.messages) - 1
+    headers = {"x-omni-jax-ignored-messages": str(ignored)} if ignored else {}
+    prompt_length = len(prepared.prompt)
     if body.stream:
-        usage = bool(body.stream_options and body.stream_options.include_usage)
-        events = _chat_events(conversation, body.model, outputs_audio, format, service.omni.config.codec.sample_rate)
-        lines = _server_sent(events, conversation, (prompt, body.model) if usage else None)
-        return Streamed(conversation, lines, media_type="text/event-stream", headers=headers)
-    reply = await whole(request, conversation)
+        if outputs_audio:
+            events = _chat_audio_events(answer, body.model, format, service.omni.sample_rate)
+        else:
+            events = _chat_text_events(answer, body.model)
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        lines = _chat_event_lines(events, answer, body.model, prompt_length if with_usage else None)
+        return StreamedAnswer(answer, lines, media_type="text/event-stream", headers=headers)
+    reply = await whole_answer(request, answer)
     message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
     if reply.audio is not None:
-        data = base64.b64encode(sound.encode(reply.audio, reply.sample_rate, format)).decode()
-        message |= {"content": None, "audio": {**_audio_id(), "data": data, "transcript": reply.text}}
-    choice = {"index": 0, "finish_reason": _finish(reply), "message": message, "logprobs": None}
-    content = {**_head("chat.completion", body.model), "choices": [choice], "usage": _usage(prompt, reply)}
+        data = base64.b64encode(encode(reply.audio, reply.sample_rate, format)).decode()
+        message |= {"content": None, "audio": {**audio_head(), "data": data, "transcript": reply.text}}
+    choice = {"index": 0, "finish_reason": finish_reason(reply), "message": message, "logprobs": None}
+    content = {
+        **response_head("chat.completion", body.model),
+        "choices": [choice],
+        "usage": usage(prompt_length, reply),
+    }
     return JSONResponse(content, headers=headers)
 
 
-async def _chat_events(
-    conversation: Conversation, name: str, outputs_audio: bool, format: str, rate: int
-) -> AsyncIterator[dict[str, Any]]:
-    head, ident = _head("chat.completion.chunk", name), _audio_id()
+def _check_supported(body: ChatRequest) -> None:
+    for name, neutral in UNSUPPORTED.items():
+        value = (body.model_extra or {}).get(name)
+        if value is not None and value not in neutral:
+            message = f"{name}: not supported by this model; leave it out"
+            raise RequestRefusedError(400, message, field=name, code="unsupported")
 
-    def event(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-        return {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]}
 
-    def audio(**delta: Any) -> dict[str, Any]:
-        return event({"audio": {"id": ident["id"], **delta}})
-
-    first: dict[str, Any] = {"audio": {"id": ident["id"], "transcript": ""}} if outputs_audio else {"content": ""}
-    yield event({"role": "assistant", **first})
-    header = sound.endless_header(rate) if format == "wav" else b""
-    async for part in conversation:
-        if part.text:
-            yield audio(transcript=part.text) if outputs_audio else event({"content": part.text})
-        if len(part.audio):
-            yield audio(data=base64.b64encode(header + sound.pcm(part.audio)).decode())
-            header = b""
-    if conversation.whole is not None:
+def _audio_format(body: ChatRequest, *, outputs_audio: bool) -> str:
+    if body.audio is None:
         if outputs_audio:
-            yield audio(expires_at=ident["expires_at"])
-        yield event({}, _finish(conversation.whole))
+            raise ConfigError("audio: expected the format and voice of the answer, found none", field="audio")
+        return "wav"
+    format = body.audio.format
+    if body.stream and outputs_audio and format not in STREAMABLE_FORMATS:
+        message = f"audio.format: expected wav or pcm16 in a stream, found {format}"
+        raise ConfigError(message, field="audio.format")
+    return format
 
 
-async def _server_sent(
-    events: AsyncIterator[dict[str, Any]], conversation: Conversation, usage: tuple[int, str] | None
+def _last_message(messages: list[Message]) -> tuple[bytes | None, str | None]:
+    """The recording or the text of the last message, which must be the user's."""
+    if messages[-1].role != "user":
+        raise ConfigError("messages: expected the last one to be the user's", field="messages")
+    content = messages[-1].content
+    if isinstance(content, str) and content:
+        return None, content
+    parts = content if isinstance(content, list) else []
+    for part in parts:
+        if isinstance(part, dict):
+            kind = part.get("type")
+            raise ConfigError(f"messages: expected parts of type text or input_audio, found {kind!r}", field="messages")
+    recordings = [part.input_audio.data for part in parts if isinstance(part, AudioPart)]
+    text = " ".join(part.text for part in parts if isinstance(part, TextPart) and part.text)
+    if len(recordings) + bool(text) != 1:
+        raise ConfigError(
+            "messages: expected the last one to hold either text or one recording, "
+            f"found {'text and ' if text else ''}{len(recordings)} recordings",
+            field="messages",
+        )
+    return (decode_base64(recordings[0], "input_audio.data") if recordings else None), text or None
+
+
+async def _chat_text_events(answer: AnswerStream, model: str) -> AsyncIterator[dict[str, Any]]:
+    """The events of a text answer."""
+    head = response_head("chat.completion.chunk", model)
+    yield _chat_event(head, {"role": "assistant", "content": ""})
+    async for chunk in answer:
+        if chunk.text:
+            yield _chat_event(head, {"content": chunk.text})
+    if answer.reply is not None:
+        yield _chat_event(head, {}, finish_reason(answer.reply))
+
+
+async def _chat_audio_events(answer: AnswerStream, model: str, format: str, rate: int) -> AsyncIterator[dict[str, Any]]:
+    """The events of an answer in text and audio."""
+    head, audio = response_head("chat.completion.chunk", model), audio_head()
+
+    def event(**delta: Any) -> dict[str, Any]:
+        return _chat_event(head, {"audio": {"id": audio["id"], **delta}})
+
+    yield _chat_event(head, {"role": "assistant", "audio": {"id": audio["id"], "transcript": ""}})
+    wav_header = streaming_wav_header(rate) if format == "wav" else b""
+    async for chunk in answer:
+        if chunk.text:
+            yield event(transcript=chunk.text)
+        if len(chunk.audio):
+            yield event(data=base64.b64encode(wav_header + pcm_bytes(chunk.audio)).decode())
+            wav_header = b""
+    if answer.reply is not None:
+        yield event(expires_at=audio["expires_at"])
+        yield _chat_event(head, {}, finish_reason(answer.reply))
+
+
+def _chat_event(head: dict[str, Any], delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    return {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]}
+
+
+async def _chat_event_lines(
+    events: AsyncIterator[dict[str, Any]], answer: AnswerStream, model: str, prompt_length: int | None
 ) -> AsyncIterator[str]:
-    """Events as lines; an answer that failed ends with an error, one that was whole with [DONE]."""
+    """Events as lines. A complete answer ends with [DONE], any other with an error.
+
+    Args:
+        events: of the answer.
+        answer: being sent.
+        model: its name.
+        prompt_length: in positions, if the usage is to be sent; else None.
+    """
     async for event in events:
-        if usage is not None:
+        if prompt_length is not None:
             event["usage"] = None
-        yield _line(event)
-    if conversation.whole is None:
-        yield _line(_broken_off(conversation))
+        yield server_sent_event(event)
+    if answer.reply is None:
+        yield _failure_line(answer)
         return
-    if usage is not None:
-        prompt, name = usage
-        last = {**_head("chat.completion.chunk", name), "choices": [], "usage": _usage(prompt, conversation.whole)}
-        yield _line(last)
+    if prompt_length is not None:
+        head = response_head("chat.completion.chunk", model)
+        yield server_sent_event({**head, "choices": [], "usage": usage(prompt_length, answer.reply)})
     yield "data: [DONE]\n\n"
+
+
+def _failure_line(answer: AnswerStream) -> str:
+    """The error that ends an incomplete stream, whose status has been sent already."""
+    error = answer.failure()
+    return server_sent_event(error_body(str(error), status=error.status, code=error.code))
 
 
 @router.post("/audio/transcriptions", response_model=None)
@@ -280,15 +229,15 @@ async def transcriptions(
     temperature: Annotated[Temperature | None, Form()] = None,
     stream: Annotated[bool, Form()] = False,
 ) -> Response:
-    """Write down what a recording says (A1T1). What language it is in the model makes out itself."""
-    _known(model, request)
+    """Transcribe a recording (A1T1). The model recognizes the language itself."""
+    _check_model(model, request)
     service = service_of(request)
-    options = {} if temperature is None else {"temperature": temperature}
-    prepared = await service.prepare(sound=await file.read() or b"\0", task=Task.A1T1, options=options)
-    conversation = service.ask(prepared, "/v1/audio/transcriptions")
+    config = generation_config(temperature=temperature)
+    prepared = await service.prepare(audio=await file.read(), task=Task.A1T1, config=config)
+    answer = service.submit(prepared, "/v1/audio/transcriptions")
     if stream:
-        return Streamed(conversation, _transcript_events(conversation), media_type="text/event-stream")
-    reply = await whole(request, conversation)
+        return StreamedAnswer(answer, _transcript_lines(answer), media_type="text/event-stream")
+    reply = await whole_answer(request, answer)
     if response_format == "text":
         return PlainTextResponse(reply.text + "\n")
     content: dict[str, Any] = {"text": reply.text}
@@ -298,58 +247,30 @@ async def transcriptions(
     return JSONResponse(content)
 
 
-async def _transcript_events(conversation: Conversation) -> AsyncIterator[str]:
-    async for part in conversation:
-        if part.text:
-            yield _line({"type": "transcript.text.delta", "delta": part.text})
-    if conversation.whole is None:
-        yield _line(_broken_off(conversation))
+async def _transcript_lines(answer: AnswerStream) -> AsyncIterator[str]:
+    async for chunk in answer:
+        if chunk.text:
+            yield server_sent_event({"type": "transcript.text.delta", "delta": chunk.text})
+    if answer.reply is None:
+        yield _failure_line(answer)
         return
-    yield _line({"type": "transcript.text.done", "text": conversation.whole.text})
-
-
-def _line(event: dict[str, Any]) -> str:
-    """An event as it is sent."""
-    return f"data: {json.dumps(event)}\n\n"
-
-
-def _broken_off(conversation: Conversation) -> dict[str, Any]:
-    """What ends a stream whose answer is not whole: its status has gone out already."""
-    refusal = conversation.refusal()
-    return error_body(refusal.message, status=refusal.status, code=refusal.code)
+    yield server_sent_event({"type": "transcript.text.done", "text": answer.reply.text})
 
 
 @router.post("/audio/speech", response_model=None)
 async def speech(request: Request, body: SpeechRequest) -> Response:
-    """Read a text aloud (T1A1); wav and pcm come as they are made."""
-    _known(body.model, request)
+    """Speak a text (T1A1); wav and pcm are streamed."""
+    _check_model(body.model, request)
     if body.speed not in (None, 1):
-        raise Refusal(400, f"speed: expected 1, this voice knows no other, found {body.speed:g}", field="speed")
+        raise ConfigError(f"speed: expected 1, the only speed of this voice, found {body.speed:g}", field="speed")
     service = service_of(request)
-    prepared = await service.prepare(text=body.input, task=Task.T1A1, options=_options(body))
-    conversation = service.ask(prepared, "/v1/audio/speech")
-    rate, format = service.omni.config.codec.sample_rate, body.response_format
-    media_type = sound.MEDIA_TYPES[format]
-    if format in sound.STREAMED:
-        return Streamed(conversation, sound.streamed(conversation, rate, format), media_type=media_type)
-    reply = await whole(request, conversation)
+    config = generation_config(temperature=body.temperature, seed=body.seed)
+    with client_fields(text="input"):
+        prepared = await service.prepare(text=body.input, task=Task.T1A1, config=config)
+    answer = service.submit(prepared, "/v1/audio/speech")
+    rate, format = service.omni.sample_rate, body.response_format
+    if format in STREAMABLE_FORMATS:
+        return StreamedAnswer(answer, stream_audio(answer, rate, format), media_type=MEDIA_TYPES[format])
+    reply = await whole_answer(request, answer)
     assert reply.audio is not None
-    return Response(sound.encode(reply.audio, rate, format), media_type=media_type)
-
-
-def _head(kind: str, name: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": name}
-
-
-def _audio_id() -> dict[str, Any]:
-    return {"id": f"audio_{secrets.token_hex(12)}", "expires_at": int(time.time()) + AUDIO_LIFE}
-
-
-def _finish(reply: Reply) -> str:
-    return "stop" if reply.finish_reason == "stop" else "length"
-
-
-def _usage(prompt: int, reply: Reply) -> dict[str, int]:
-    """Positions of the trunk: one for each step, in which up to eight tokens are said."""
-    steps = reply.tokens.shape[1]
-    return {"prompt_tokens": prompt, "completion_tokens": steps, "total_tokens": prompt + steps}
+    return Response(encode(reply.audio, rate, format), media_type=MEDIA_TYPES[format])

@@ -1,4 +1,4 @@
-"""What every way of asking over the network shares: one model, one running batch, its limits and its figures."""
+"""What every endpoint shares: the model, its running batch, limits, metrics, and answers for asynchronous readers."""
 
 from __future__ import annotations
 
@@ -7,275 +7,282 @@ import base64
 import binascii
 import io
 import queue
-import reprlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from omni_jax.api import Omni, Request
 from omni_jax.audio import io as audio_io
+from omni_jax.errors import ConfigError
 from omni_jax.inference.answer import Chunk, Reply
 from omni_jax.inference.async_engine import AsyncEngine, Outcome, RequestHandle
 from omni_jax.inference.engine import PreparedRequest
+from omni_jax.inference.generation import GenerationConfig
+from omni_jax.serve.errors import RequestRefusedError
+from omni_jax.tasks import Task
 
-LETTERS_PER_POSITION = 16
-"""Longer texts than this many letters per position of the trunk's context are refused before they are tokenized."""
-RETRY_SECONDS = 2
-"""What one who is turned away is told to wait."""
-
-
-class Refusal(Exception):  # noqa: N818 - it is an answer, not a fault
-    """What was asked can't be answered: an HTTP status and one sentence that says why."""
-
-    def __init__(self, status: int, message: str, *, field: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.status, self.message, self.field, self.code = status, message, field, code
+MAX_CHARACTERS_PER_POSITION = 16
+"""Texts of more characters per position of the trunk's context are refused before they are tokenized."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is let in, and who."""
+    """Limits and keys of a server."""
 
-    slots: int = 8
-    """Requests answered at once."""
-    waiting: int = 64
-    """How many more may be queued."""
+    max_batch_size: int = 8
+    """Requests decoded at once."""
+    max_queue_size: int = 64
+    """Requests that may be queued; further ones get status 429."""
     max_audio_seconds: float | None = None
-    """Longest recording; None: what the ear hears at once."""
+    """Longest recording; None: what the audio encoder takes at once."""
     max_body_bytes: int = 32 << 20
-    """Largest body of a request or message of a socket."""
-    max_seconds: float = 120.0
-    """After which a request is given up."""
-    idle_seconds: float = 30.0
-    """How long a client may take to send or to read the next piece."""
+    """Largest body of a request, or message of a WebSocket."""
+    request_timeout: float = 120.0
+    """Seconds after which a request is given up, queueing included."""
+    idle_timeout: float = 30.0
+    """Seconds that a client may take to send or to read the next piece."""
     api_keys: tuple[str, ...] = ()
-    """One of these must be given; empty: anybody may ask."""
+    """Accepted keys; empty: no key is needed."""
 
 
-class Figures:
-    """What Prometheus reads."""
+class Metrics:
+    """Metrics for Prometheus."""
 
     def __init__(self, service: Service):
-        self.registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "omni_requests", "Requests by where they came in and how they ended", ["endpoint", "outcome"],
-            registry=self.registry,
-        )  # fmt: skip
-        self.steps = Counter("omni_steps", "Decoding steps of answered requests", registry=self.registry)
-        self.sound = Counter("omni_sound_seconds", "Seconds of speech answered", registry=self.registry)
-        self.first_sound = Histogram(
-            "omni_first_sound_seconds", "From the end of a question to the first sound of its answer, waiting included",
-            buckets=(0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 2, 4, 8, 16, 32), registry=self.registry,
-        )  # fmt: skip
+            "omni_requests", "Requests by endpoint and outcome.", ["endpoint", "outcome"], registry=registry
+        )
+        self.decode_steps = Counter("omni_decode_steps", "Decode steps of answered requests.", registry=registry)
+        self.audio_seconds = Counter("omni_audio_seconds", "Seconds of audio of answered requests.", registry=registry)
+        self.time_to_first_audio = Histogram(
+            "omni_time_to_first_audio_seconds",
+            "Time from submission of a request to the first audio of its answer, queueing included.",
+            buckets=(0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 2, 4, 8, 16, 32),
+            registry=registry,
+        )
         self.real_time_factor = Histogram(
-            "omni_real_time_factor", "Time an answer took over the duration of its sound",
-            buckets=(0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 4, 8), registry=self.registry,
-        )  # fmt: skip
+            "omni_real_time_factor",
+            "Time an answer took over the duration of its audio.",
+            buckets=(0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 4, 8),
+            registry=registry,
+        )
+        engine = service.engine
         gauges = {
-            "omni_slots": ("Requests that can be answered at once", lambda: service.settings.slots),
-            "omni_slots_occupied": ("Requests being answered", lambda: service.live.occupied),
-            "omni_waiting": ("Requests queued", lambda: max(0, service.live.alive - service.live.occupied)),
-            "omni_ready": ("1 once everything is compiled", lambda: service.ready),
+            "omni_batch_slots": ("Requests that can be decoded at once.", lambda: engine.max_batch_size),
+            "omni_batch_slots_in_use": ("Requests being decoded.", lambda: engine.num_active),
+            "omni_queue_length": ("Requests queued.", lambda: max(0, engine.num_requests - engine.num_active)),
+            "omni_ready": ("1 once every program is compiled.", lambda: service.ready),
         }
         for name, (meaning, value) in gauges.items():
-            Gauge(name, meaning, registry=self.registry).set_function(value)
+            Gauge(name, meaning, registry=registry).set_function(value)
+
+    def count(self, endpoint: str, outcome: str) -> None:
+        """Count a request."""
+        self.requests.labels(endpoint, outcome).inc()
+
+    def observe(self, reply: Reply) -> None:
+        """Record a complete answer."""
+        self.decode_steps.inc(reply.tokens.shape[1])
+        if reply.timing.real_time_factor is not None:
+            self.audio_seconds.inc(reply.seconds)
+            self.real_time_factor.observe(reply.timing.real_time_factor)
 
 
 class Service:
-    """A model that answers over the network.
+    """A model and its running batch behind the endpoints.
 
     Attributes:
         omni: the model.
         name: what clients call it.
-        settings: its limits.
-        live: the running batch.
-        figures: what it counts.
+        settings: limits and keys.
+        max_samples: longest recording in samples at 16 kHz.
+        engine: the running batch.
+        metrics: for Prometheus.
     """
 
     def __init__(self, omni: Omni, name: str, settings: Settings):
-        ear = omni.config.audio_encoder.max_samples
-        limit = settings.max_audio_seconds
         self.omni, self.name, self.settings = omni, name, settings
-        self.max_samples = ear if limit is None else min(ear, int(limit * audio_io.SAMPLE_RATE))
-        self.live = AsyncEngine(omni, slots=settings.slots, waiting=settings.waiting, warm_up=True)
-        self.figures = Figures(self)
-        # Reading a recording takes a core for a moment; more at once would only take it from the model.
-        self._reading = asyncio.Semaphore(2)
+        self.max_samples = omni.config.audio_encoder.max_samples
+        if settings.max_audio_seconds is not None:
+            self.max_samples = min(self.max_samples, int(settings.max_audio_seconds * audio_io.SAMPLE_RATE))
+        self.engine = AsyncEngine(
+            omni, max_batch_size=settings.max_batch_size, max_queue_size=settings.max_queue_size, warm_up=True
+        )
+        self.metrics = Metrics(self)
+        # Decoding a file takes a core for a moment; more at once would only take it from the model.
+        self._decoding = asyncio.Semaphore(2)
 
     @property
     def max_audio_seconds(self) -> float:
-        """Longest question."""
+        """Longest recording."""
         return self.max_samples / audio_io.SAMPLE_RATE
 
     @property
     def ready(self) -> bool:
-        """Whether everything is compiled."""
-        return self.live.ready.is_set()
+        """Whether every program is compiled."""
+        return self.engine.ready.is_set()
 
     @property
     def state(self) -> Literal["ready", "warming up", "broken"]:
-        """`broken`: a fault has ended the model's thread, and only a restart will help."""
-        if self.live.broken:
+        """`broken`: an exception ended the model's thread, and only a restart will help."""
+        if self.engine.broken:
             return "broken"
         return "ready" if self.ready else "warming up"
 
     async def prepare(
-        self, *, sound: bytes | np.ndarray | None = None, rate: int | None = None, **ask: Any
+        self,
+        *,
+        audio: bytes | np.ndarray | None = None,
+        sample_rate: int | None = None,
+        text: str | None = None,
+        task: Task | None = None,
+        config: GenerationConfig,
     ) -> PreparedRequest:
-        """Check and prepare what is asked, beside everything else.
+        """Validate and prepare a request, in a thread.
 
         Args:
-            sound: a whole file, or samples: int16 or f32 [samples].
-            rate: samples per second of an array.
-            **ask: fields of `Ask`.
+            audio: a whole file, or samples: int16 or f32 [samples].
+            sample_rate: samples per second of an array.
+            text: the input, where it is no recording.
+            task: see `Request`.
+            config: how to answer.
 
         Raises:
-            Refusal: the recording or the text is too long.
-            AudioError, ConfigError: as `Omni.prepare`.
+            AudioError, ConfigError: as `Omni.prepare`; or the recording or the text exceeds the server's limit.
         """
-        text = ask.get("text")
-        most = LETTERS_PER_POSITION * self.omni.config.trunk.max_position
-        if isinstance(text, str) and len(text) > most:
-            raise Refusal(400, f"text: expected at most {most} letters, found {len(text)}", field="text")
+        limit = MAX_CHARACTERS_PER_POSITION * self.omni.config.trunk.max_position
+        if text is not None and len(text) > limit:
+            raise ConfigError(f"text: expected at most {limit} characters, found {len(text)}", field="text")
+        request = Request(text=text, task=task, config=config)
 
         def work() -> PreparedRequest:
-            if sound is None:
-                return self.omni.prepare(Request(**ask))
-            if isinstance(sound, bytes):
-                samples = audio_io.read_audio(io.BytesIO(sound), max_seconds=self.max_audio_seconds)
-            else:
-                assert rate is not None
-                samples = audio_io.to_mono(sound, rate)
-            samples = audio_io.check_duration(samples, self.max_samples, cut=False, name="recording")
-            return self.omni.prepare(Request(audio=samples, sample_rate=audio_io.SAMPLE_RATE, **ask))
+            if audio is None:
+                return self.omni.prepare(request)
+            samples = self._samples(audio, sample_rate)
+            return self.omni.prepare(
+                Request(samples, None, task, audio_io.SAMPLE_RATE, config=config, name="recording")
+            )
 
-        async with self._reading:
+        async with self._decoding:
             return await asyncio.to_thread(work)
 
-    def ask(self, request: PreparedRequest, endpoint: str) -> Conversation:
-        """Begin to answer; the conversation must be closed.
+    def _samples(self, audio: bytes | np.ndarray, sample_rate: int | None) -> np.ndarray:
+        if isinstance(audio, bytes):
+            samples = audio_io.read_audio(io.BytesIO(audio), max_seconds=self.max_audio_seconds)
+        else:
+            assert sample_rate is not None
+            samples = audio_io.to_mono(audio, sample_rate, name="recording")
+        return audio_io.check_duration(samples, self.max_samples, truncate=False, name="recording")
+
+    def submit(self, request: PreparedRequest, endpoint: str) -> AnswerStream:
+        """Queue a prepared request; the returned stream must be closed.
 
         Raises:
-            Refusal: it is not ready yet.
-            BusyError, ClosedError, ConfigError: as `Live.ask`.
+            RequestRefusedError: the model is not ready yet.
+            BusyError, ClosedError, ConfigError: as `AsyncEngine.submit`.
         """
         if self.state == "warming up":
-            raise Refusal(503, "the model is still being made ready; see /readyz", code="not_ready")
-        return Conversation(self, request, endpoint)
-
-    def count(self, endpoint: str, outcome: str) -> None:
-        """Note how a request ended."""
-        self.figures.requests.labels(endpoint, outcome).inc()
+            raise RequestRefusedError(503, "the model is still warming up; see /readyz", code="not_ready")
+        return AnswerStream(self, request, endpoint)
 
     def close(self) -> None:
-        """Cancel what runs, and end."""
-        self.live.close(finish=False)
+        """Cancel all requests and end."""
+        self.engine.close(finish=False)
 
 
-class Conversation:
-    """One answer as it is made, for an asynchronous reader."""
+class AnswerStream:
+    """One answer as it is decoded, for an asynchronous reader.
+
+    Attributes:
+        reply: the answer, once it is complete.
+    """
 
     def __init__(self, service: Service, request: PreparedRequest, endpoint: str):
         self._service, self._endpoint = service, endpoint
-        # Without a way from the talk back to here: in a cycle both would keep their sound until it is searched for.
-        self._news = news = asyncio.Event()
+        # The handle must not refer to this object: as a cycle both would keep their audio until garbage collection.
+        self._changed = changed = asyncio.Event()
         loop = asyncio.get_running_loop()
-        self._talk: RequestHandle = service.live.ask(
+        self._handle: RequestHandle = service.engine.submit(
             request,
-            seconds=service.settings.max_seconds,
-            notify=lambda: loop.call_soon_threadsafe(news.set),
+            timeout=service.settings.request_timeout,
+            notify=lambda: loop.call_soon_threadsafe(changed.set),
         )
         self._closed = False
-        self.whole: Reply | None = None
-        """The answer, once it is complete."""
+        self.reply: Reply | None = None
 
     @property
     def outcome(self) -> Outcome | None:
         """How it ended; None while it goes on."""
-        return self._talk.outcome
+        return self._handle.outcome
 
     @property
-    def first_sound(self) -> float | None:
-        """Seconds from the question to the first sound, waiting included."""
-        return self._talk.first_sound
+    def first_audio(self) -> float | None:
+        """Seconds from submission to the first audio, queueing included."""
+        return self._handle.first_audio
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        """Parts as they are made; ends with the answer or without one: see `outcome`."""
+        """Chunks as they are decoded; ends with a complete answer or without one: see `outcome`."""
         while True:
-            self._news.clear()
+            self._changed.clear()
             try:
-                part = self._talk.get_nowait()
+                chunk = self._handle.get_nowait()
             except queue.Empty:
-                await self._news.wait()
+                await self._changed.wait()
                 continue
-            if part is None:
+            if chunk is None:
                 return
-            self.whole = part.reply
-            yield part
+            self.reply = chunk.reply
+            yield chunk
 
-    async def reply(self) -> Reply:
-        """The whole answer.
+    async def wait(self) -> Reply:
+        """The complete answer.
 
         Raises:
-            Refusal: there is none.
+            RequestRefusedError: there is none.
         """
         async for _ in self:
             pass
-        if self.whole is None:
-            raise self.refusal()
-        return self.whole
+        if self.reply is None:
+            raise self.failure()
+        return self.reply
 
-    def refusal(self) -> Refusal:
-        """Why there is no answer."""
+    def failure(self) -> RequestRefusedError:
+        """Why there is no complete answer."""
         if self.outcome == "expired":
-            return Refusal(
-                504, f"not answered within {self._service.settings.max_seconds:g} s", code="deadline_exceeded"
-            )
+            message = f"not answered within {self._service.settings.request_timeout:g} s"
+            return RequestRefusedError(504, message, code="deadline_exceeded", counted=True)
         if self.outcome == "cancelled":
-            return Refusal(503, "the server is being shut down", code="closed")
-        return Refusal(500, "the answer failed; the server's log says why", code="failed")
+            return RequestRefusedError(503, "the server is shutting down", code="closed", counted=True)
+        return RequestRefusedError(500, "the answer failed; the server's log says why", code="failed", counted=True)
 
     def close(self) -> None:
-        """Give the slot back if it is still in use, and count what came of it."""
+        """Free the batch slot if it is still in use, and record the answer in the metrics."""
         if self._closed:
             return
         self._closed = True
-        self._talk.cancel()
-        figures, whole = self._service.figures, self.whole
-        self._service.count(self._endpoint, self.outcome or "cancelled")
-        if self.first_sound is not None:
-            figures.first_sound.observe(self.first_sound)
-        if whole is not None:
-            figures.steps.inc(whole.tokens.shape[1])
-            if whole.audio is not None and len(whole.audio):
-                figures.sound.inc(whole.seconds)
-                figures.real_time_factor.observe(whole.timing.total / whole.seconds)
+        self._handle.cancel()
+        metrics = self._service.metrics
+        metrics.count(self._endpoint, self.outcome or "cancelled")
+        if self.first_audio is not None:
+            metrics.time_to_first_audio.observe(self.first_audio)
+        if self.reply is not None:
+            metrics.observe(self.reply)
 
 
-def sentence(errors: Sequence[Any]) -> tuple[str | None, str]:
-    """The first of pydantic's errors: the field, and a sentence that says what is wrong with it."""
-    first = errors[0]
-    if first["type"] == "json_invalid":
-        return None, f"body: expected JSON, found {first.get('ctx', {}).get('error', 'something else')}"
-    places = [str(place) for place in first["loc"] if place not in ("body", "query", "path")]
-    field = ".".join(places) or None
-    found = "" if first["type"] == "missing" else f", found {reprlib.repr(first.get('input'))}"
-    return field, f"{field or 'body'}: {first['msg'][:1].lower()}{first['msg'][1:]}{found}"
-
-
-def from_base64(data: str, field: str) -> bytes:
+def decode_base64(data: str, field: str) -> bytes:
     """Bytes of a base64 text.
 
     Raises:
-        Refusal: it is not base64, or empty.
+        ConfigError: it is not base64, or empty.
     """
     try:
         decoded = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise Refusal(400, f"{field}: expected base64, found {error}", field=field) from None
+        raise ConfigError(f"{field}: expected base64, found {error}", field=field) from None
     if not decoded:
-        raise Refusal(400, f"{field}: expected a recording in base64, found nothing", field=field)
+        raise ConfigError(f"{field}: expected a recording in base64, found nothing", field=field)
     return decoded

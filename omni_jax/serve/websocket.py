@@ -1,22 +1,25 @@
-"""Live talk over a WebSocket, `/live`: speech goes up, text and speech come down, speaking again interrupts.
+"""`/live`: conversation over a WebSocket. Audio is sent up while it is spoken; speaking again interrupts the answer.
 
-Up, JSON as text messages and sound as binary ones:
+From the client, JSON in text messages and audio in binary messages:
 
     {"type": "start", "sample_rate": 16000, "task": "A1A2", "options": {...}, "api_key": "..."}
-        first, and again whenever something is to change; all but the type may be left out
-    binary: mono, 16-bit little-endian, at that rate; what comes during an answer interrupts it
-    {"type": "end"}                         the question is complete: answer it
-    {"type": "text", "text": "..."}         a question in writing
-    {"type": "cancel"}                      stop answering, forget what was said
+        the first message; sent again, it changes these settings. Every field but the type is optional; `options` are
+        those of `omni_jax.GenerationConfig`
+    binary: mono 16-bit little-endian samples at that rate; during an answer they interrupt it
+    {"type": "end"}                         the recording is complete: answer it
+    {"type": "text", "text": "..."}         answer a text
+    {"type": "cancel"}                      stop the answer and discard the recording
 
-Down, JSON; `turn` counts the questions of this socket from 1:
+From the server, JSON; `turn` counts the requests of a connection from 1:
 
     {"type": "ready", "model": ..., "trained": ..., "sample_rate": 24000, "max_audio_seconds": ...}
     {"type": "text", "turn": 1, "text": "..."}
     {"type": "audio", "turn": 1, "data": base64 of 16-bit little-endian samples at the rate of `ready`}
-    {"type": "timing", "turn": 1, "first_sound_seconds": ..., "total_seconds": ..., "real_time_factor": ...}
-    {"type": "end", "turn": 1, "outcome": "done", "finish_reason": "stop"}      nothing of this turn follows
-    {"type": "error", "turn": 1 or null, "message": "..."}                      the socket stays open
+    {"type": "timing", "turn": 1, "first_audio_seconds": ..., "total_seconds": ..., "real_time_factor": ...}
+    {"type": "end", "turn": 1, "outcome": "done", "finish_reason": "stop"}      the last message of the turn
+    {"type": "error", "turn": 1 or null, "message": "..."}                      the connection stays open
+
+Outcomes are `done`, `cancelled`, `refused`, `busy` and `failed`.
 """
 
 from __future__ import annotations
@@ -33,24 +36,27 @@ import pydantic
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field
 
-from omni_jax.audio.io import SAMPLE_RATE
-from omni_jax.errors import AudioError, BusyError, ClosedError, ConfigError
-from omni_jax.serve import sound
-from omni_jax.serve.limits import is_known
-from omni_jax.serve.sessions import Conversation, Refusal, Service, sentence
+from omni_jax.audio.io import SAMPLE_RATE, pcm_bytes
+from omni_jax.errors import OmniError
+from omni_jax.inference.generation import GenerationConfig
+from omni_jax.serve.errors import RequestRefusedError, describe_validation_error, kind_of
+from omni_jax.serve.limits import is_known_key
+from omni_jax.serve.sessions import AnswerStream, Service
 from omni_jax.tasks import Task
 
 router = APIRouter()
 
 ENDPOINT = "/live"
-GONE = (WebSocketDisconnect, TimeoutError, RuntimeError)
-"""What a client that has left, or reads nothing any more, is noticed by; Starlette's own is a RuntimeError."""
+
+DISCONNECTED = (WebSocketDisconnect, TimeoutError, RuntimeError)
+"""What sending and receiving raise once a client has left or reads nothing; Starlette's own is a RuntimeError."""
+
 POLICY_VIOLATION = 1008
 """Close code, RFC 6455 section 7.4.1."""
 
 
-class Start(BaseModel):
-    """How to hear and how to answer."""
+class StartMessage(BaseModel):
+    """Settings of the connection."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -61,8 +67,8 @@ class Start(BaseModel):
     api_key: str = ""
 
 
-class Text(BaseModel):
-    """A question in writing."""
+class TextMessage(BaseModel):
+    """A request in text."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -70,191 +76,200 @@ class Text(BaseModel):
     text: str
 
 
-class Sign(BaseModel):
-    """The end of a question, or that it is taken back."""
+class ControlMessage(BaseModel):
+    """The end of a recording, or the cancellation of a request."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["end", "cancel"]
 
 
-Order = Annotated[Start | Text | Sign, Field(discriminator="type")]
-ORDERS: pydantic.TypeAdapter[Start | Text | Sign] = pydantic.TypeAdapter(Order)
+ClientMessage = StartMessage | TextMessage | ControlMessage
+MESSAGES: pydantic.TypeAdapter[ClientMessage] = pydantic.TypeAdapter(
+    Annotated[ClientMessage, Field(discriminator="type")]
+)
 
 
 @router.websocket(ENDPOINT)
 async def live(socket: WebSocket) -> None:
-    """Talk until the client leaves."""
+    """Answer requests until the client disconnects."""
     origin, host = socket.headers.get("origin"), socket.headers.get("host")
     if origin is not None and urlsplit(origin).netloc != host:
-        # A browser lets any page open a socket to anywhere and says only whose page it is.
-        await socket.close(POLICY_VIOLATION, "this page is not the server's own")
+        # A browser lets any page connect to any server, and only reports which page it is.
+        await socket.close(POLICY_VIOLATION, "expected a page of this server")
         return
     await socket.accept()
-    await _Talker(socket, cast(Service, socket.app.state.service)).run()
+    await LiveSession(socket, cast(Service, socket.app.state.service)).run()
 
 
-class _Talker:
-    """One socket."""
+class LiveSession:
+    """One connection.
+
+    Attributes:
+        settings: of the last start message.
+        recording: 16-bit samples received since the last request.
+        turn: requests so far.
+        task: answers the current request.
+        answer: of the current request, once it has been queued.
+    """
 
     def __init__(self, socket: WebSocket, service: Service):
         self.socket, self.service = socket, service
-        self.start = Start(type="start")
-        self.heard = bytearray()
+        self.settings = StartMessage(type="start")
+        self.recording = bytearray()
         self.turn = 0
-        self.answering: asyncio.Task[None] | None = None
-        self.conversation: Conversation | None = None
-        """Of the turn, once it has begun to be answered."""
+        self.task: asyncio.Task[None] | None = None
+        self.answer: AnswerStream | None = None
 
     async def run(self) -> None:
+        """Handle messages until the client disconnects."""
         try:
-            if not await self._welcome():
+            if not await self._handshake():
                 return
             while True:
-                await self._take(await self.socket.receive())
-        except GONE:
+                await self._handle(await self.socket.receive())
+        except DISCONNECTED:
             pass
         finally:
-            if self.answering is not None:
-                self.answering.cancel()
+            if self.task is not None:
+                self.task.cancel()
 
-    async def _welcome(self) -> bool:
-        """Wait for the first order, which brings the key if one is needed; whether the socket may stay."""
-        message = await asyncio.wait_for(self.socket.receive(), self.service.settings.idle_seconds)
-        order = await self._order(message)
+    async def _handshake(self) -> bool:
+        """Wait for the first message, which has the key if one is needed; False if the connection was closed."""
+        received = await asyncio.wait_for(self.socket.receive(), self.service.settings.idle_timeout)
+        message = await self._parse(received)
         keys = self.service.settings.api_keys
-        if not isinstance(order, Start) or (keys and not is_known(order.api_key, keys)):
-            expected = "a key of this server's" if isinstance(order, Start) else "a message of type start first"
-            await self._refuse(f"expected {expected}")
+        if not isinstance(message, StartMessage) or (keys and not is_known_key(message.api_key, keys)):
+            expected = "a valid API key" if isinstance(message, StartMessage) else "a message of type start first"
+            await self._send_error(f"expected {expected}")
             await self.socket.close(POLICY_VIOLATION, f"expected {expected}")
             return False
-        self.start = order
+        self.settings = message
         service = self.service
         await self._send(
             type="ready",
             model=service.name,
             trained=service.omni.trained,
-            sample_rate=service.omni.config.codec.sample_rate,
+            sample_rate=service.omni.sample_rate,
             max_audio_seconds=service.max_audio_seconds,
         )
         return True
 
-    async def _take(self, message: Any) -> None:
-        if message["type"] == "websocket.disconnect":
-            raise WebSocketDisconnect
-        if message.get("bytes") is not None:
-            await self._hear(message["bytes"])
+    async def _handle(self, received: Any) -> None:
+        if received.get("bytes") is not None:
+            await self._add_audio(received["bytes"])
             return
-        order = await self._order(message)
-        if isinstance(order, Start):
-            if order.sample_rate != self.start.sample_rate:
-                # What was heard so far would be read at the new rate.
-                self.heard.clear()
-            self.start = order
-        elif isinstance(order, Text):
+        message = await self._parse(received)
+        if isinstance(message, StartMessage):
+            if message.sample_rate != self.settings.sample_rate:
+                # The samples so far have the old rate.
+                self.recording.clear()
+            self.settings = message
+        elif isinstance(message, TextMessage):
             await self._interrupt()
-            self._answer(text=order.text)
-        elif isinstance(order, Sign) and order.type == "cancel":
-            self.heard.clear()
+            self._begin_turn(text=message.text)
+        elif isinstance(message, ControlMessage) and message.type == "cancel":
+            self.recording.clear()
             await self._interrupt()
-        elif isinstance(order, Sign):
+        elif isinstance(message, ControlMessage):
             await self._interrupt()
-            samples = np.frombuffer(bytes(self.heard), "<i2")
-            self.heard.clear()
-            self._answer(sound=samples, rate=self.start.sample_rate)
+            samples = np.frombuffer(bytes(self.recording), "<i2")
+            self.recording.clear()
+            self._begin_turn(audio=samples, sample_rate=self.settings.sample_rate)
 
-    async def _order(self, message: Any) -> Start | Text | Sign | None:
-        if message["type"] == "websocket.disconnect":
+    async def _parse(self, received: Any) -> ClientMessage | None:
+        """The message, or None after an error has been sent."""
+        if received["type"] == "websocket.disconnect":
             raise WebSocketDisconnect
-        if message.get("text") is None:
+        if received.get("text") is None:
             return None
         try:
-            return ORDERS.validate_json(message["text"])
+            return MESSAGES.validate_json(received["text"])
         except pydantic.ValidationError as error:
-            await self._refuse(sentence(error.errors())[1])
+            await self._send_error(describe_validation_error(error.errors())[1])
             return None
 
-    async def _hear(self, data: bytes) -> None:
+    async def _add_audio(self, data: bytes) -> None:
         await self._interrupt()
         if len(data) % 2:
-            await self._refuse(f"expected whole samples of two bytes, found {len(data)} bytes")
+            await self._send_error(f"expected whole samples of two bytes, found {len(data)} bytes")
             return
-        limit = self.service.max_samples * self.start.sample_rate // SAMPLE_RATE * 2
-        if len(self.heard) + len(data) > limit:
-            self.heard.clear()
+        limit = self.service.max_samples * self.settings.sample_rate // SAMPLE_RATE * 2
+        if len(self.recording) + len(data) > limit:
+            self.recording.clear()
             seconds = self.service.max_audio_seconds
-            await self._refuse(f"expected a question of at most {seconds:g} s; it is forgotten, say it again")
+            await self._send_error(f"expected a recording of at most {seconds:g} s; it was discarded, speak again")
             return
-        self.heard += data
+        self.recording += data
 
     async def _interrupt(self) -> None:
-        """Stop the answer that is being made, if there is one."""
-        answering, self.answering = self.answering, None
-        if answering is not None and not answering.done():
-            answering.cancel()
-            await asyncio.wait([answering])
-            if answering.cancelled():
-                if self.conversation is None:
-                    # One that has begun counts itself.
-                    self.service.count(ENDPOINT, "cancelled")
+        """Stop the current answer, if there is one."""
+        task, self.task = self.task, None
+        if task is not None and not task.done():
+            task.cancel()
+            await asyncio.wait([task])
+            if task.cancelled():
+                if self.answer is None:
+                    # An answer that has been queued counts itself.
+                    self.service.metrics.count(ENDPOINT, "cancelled")
                 await self._send(type="end", turn=self.turn, outcome="cancelled", finish_reason=None)
 
-    def _answer(self, **question: Any) -> None:
+    def _begin_turn(self, **inputs: Any) -> None:
         self.turn += 1
-        self.conversation = None
-        self.answering = asyncio.create_task(self._speak(self.turn, question))
+        self.answer = None
+        self.task = asyncio.create_task(self._run_turn(self.turn, inputs))
 
-    async def _speak(self, turn: int, question: dict[str, Any]) -> None:
-        """Answer one question; whatever is wrong with it the client is told, and may go on."""
-        outcome, finish = "refused", None
+    async def _run_turn(self, turn: int, inputs: dict[str, Any]) -> None:
+        """Answer one request; an error is sent to the client, which may continue."""
+        outcome, finish_reason = "done", None
         try:
-            request = await self.service.prepare(**question, task=self.start.task, options=self.start.options)
-            conversation = self.conversation = self.service.ask(request, ENDPOINT)
             try:
-                await self._parts(turn, conversation)
-            finally:
-                conversation.close()
-            if conversation.whole is None:
-                raise conversation.refusal()
-            outcome, finish = "done", conversation.whole.finish_reason
-        except (AudioError, ConfigError, BusyError, ClosedError) as error:
-            outcome = "busy" if isinstance(error, (BusyError, ClosedError)) else outcome
-            self.service.count(ENDPOINT, outcome)
-            await self._refuse(str(error), turn)
-        except Refusal as refusal:
-            outcome = "failed" if refusal.status >= 500 else outcome
-            await self._refuse(refusal.message, turn)
-        except GONE:
-            # Whoever reads nothing is let go; `run` notices.
-            with contextlib.suppress(*GONE):
+                finish_reason = await self._answer(turn, inputs)
+            except OmniError as error:
+                outcome = kind_of(error).outcome
+                if not (isinstance(error, RequestRefusedError) and error.counted):
+                    self.service.metrics.count(ENDPOINT, outcome)
+                await self._send_error(str(error), turn)
+            await self._send(type="end", turn=turn, outcome=outcome, finish_reason=finish_reason)
+        except DISCONNECTED:
+            # The client reads nothing; closing the connection ends `run`.
+            with contextlib.suppress(*DISCONNECTED):
                 await asyncio.wait_for(self.socket.close(), 1)
-            return
-        with contextlib.suppress(*GONE):
-            await self._send(type="end", turn=turn, outcome=outcome, finish_reason=finish)
 
-    async def _parts(self, turn: int, conversation: Conversation) -> None:
-        told = False
-        async for part in conversation:
-            if part.text:
-                await self._send(type="text", turn=turn, text=part.text)
-            if len(part.audio):
-                data = base64.b64encode(sound.pcm(part.audio)).decode()
-                await self._send(type="audio", turn=turn, data=data)
-            if conversation.first_sound is not None and not told:
-                told = True
-                await self._send(type="timing", turn=turn, first_sound_seconds=round(conversation.first_sound, 4))
-            if part.reply is not None:
-                timing = part.reply.timing
+    async def _answer(self, turn: int, inputs: dict[str, Any]) -> str:
+        """Send an answer; its finish reason."""
+        config = GenerationConfig.from_dict(self.settings.options)
+        request = await self.service.prepare(**inputs, task=self.settings.task, config=config)
+        answer = self.answer = self.service.submit(request, ENDPOINT)
+        try:
+            await self._send_chunks(turn, answer)
+        finally:
+            answer.close()
+        if answer.reply is None:
+            raise answer.failure()
+        return answer.reply.finish_reason
+
+    async def _send_chunks(self, turn: int, answer: AnswerStream) -> None:
+        timing_sent = False
+        async for chunk in answer:
+            if chunk.text:
+                await self._send(type="text", turn=turn, text=chunk.text)
+            if len(chunk.audio):
+                await self._send(type="audio", turn=turn, data=base64.b64encode(pcm_bytes(chunk.audio)).decode())
+            if answer.first_audio is not None and not timing_sent:
+                timing_sent = True
+                await self._send(type="timing", turn=turn, first_audio_seconds=round(answer.first_audio, 4))
+            if chunk.reply is not None:
                 await self._send(
                     type="timing",
                     turn=turn,
-                    first_sound_seconds=conversation.first_sound,
-                    total_seconds=timing.total,
-                    real_time_factor=timing.real_time_factor,
+                    first_audio_seconds=answer.first_audio,
+                    total_seconds=chunk.reply.timing.total,
+                    real_time_factor=chunk.reply.timing.real_time_factor,
                 )
 
-    async def _refuse(self, message: str, turn: int | None = None) -> None:
+    async def _send_error(self, message: str, turn: int | None = None) -> None:
         await self._send(type="error", turn=turn, message=message)
 
     async def _send(self, **message: Any) -> None:
-        await asyncio.wait_for(self.socket.send_text(json.dumps(message)), self.service.settings.idle_seconds)
+        await asyncio.wait_for(self.socket.send_text(json.dumps(message)), self.service.settings.idle_timeout)

@@ -27,7 +27,7 @@ def log_mel():
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_log_mel_is_whispers(log_mel, name):
+def test_log_mel_equals_whisper(log_mel, name):
     clip = CLIPS[name].astype(np.float32)
     expected = WhisperFeatureExtractor()(clip, sampling_rate=16_000, return_tensors="np")["input_features"]
     found = log_mel(features.pad(clip, 480_000)[None])
@@ -36,7 +36,7 @@ def test_log_mel_is_whispers(log_mel, name):
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
-def test_batch_and_mel_bins(log_mel):
+def test_log_mel_of_batch_with_128_bins(log_mel):
     clips = [CLIPS[name].astype(np.float32) for name in ("noise", "quiet noise", "short sine")]
     extractor = WhisperFeatureExtractor(feature_size=128)
     expected = extractor(clips, sampling_rate=16_000, return_tensors="np")["input_features"]
@@ -46,7 +46,7 @@ def test_batch_and_mel_bins(log_mel):
 
 
 @pytest.mark.parametrize("samples", [201, 479, 480, 16_001])
-def test_any_length(samples):
+def test_log_mel_of_any_length(samples):
     clip = CLIPS["noise"][:samples].astype(np.float32)
     expected = WhisperFeatureExtractor()(
         clip, sampling_rate=16_000, return_tensors="np", padding=False, truncation=False
@@ -56,7 +56,7 @@ def test_any_length(samples):
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
-def test_log_mel_by_hand():
+def test_log_mel_of_sine():
     # A sine at the 5th Fourier frequency (200 Hz) under a Hann window: magnitude 400 / 4 at frequency 5,
     # half of that at its neighbors, nothing elsewhere.
     clip = np.sin(2 * np.pi * 200 * SECONDS[:16_000]).astype(np.float32)
@@ -78,34 +78,34 @@ def test_mel_filters(mels):
 
 
 @pytest.mark.parametrize("shape", [(16_000,), (1, 200), (1, 2, 16_000)])
-def test_wrong_shape(shape):
+def test_log_mel_rejects_wrong_shape(shape):
     with pytest.raises(ValueError, match=r"expected audio as \[B, samples\]"):
         features.log_mel(jnp.zeros(shape))
 
 
-def test_a_warped_spectrum_is_the_old_one_read_between_its_bins():
+def test_spec_augment_warp_interpolates_between_bins():
     mel = np.asarray(jax.random.normal(jax.random.key(0), (4, 80, 30)))
     ramp = np.broadcast_to(np.arange(80.0, dtype=np.float32)[:, None], (80, 30))
     config = SpecAugmentConfig(max_warp=0.3, num_masks=0)
-    vary = jax.jit(features.spec_augment, static_argnums=2)
-    # Of a ramp it makes the places that it reads at.
-    places = np.asarray(vary(np.broadcast_to(ramp, mel.shape), jax.random.key(1), config))[:, :, 0]
-    factors = places[:, 1]
+    augment = jax.jit(features.spec_augment, static_argnums=2)
+    # Applied to a ramp, it returns the bins that it reads at.
+    sources = np.asarray(augment(np.broadcast_to(ramp, mel.shape), jax.random.key(1), config))[:, :, 0]
+    factors = sources[:, 1]
     assert len({*factors.tolist()}) == 4
     assert np.all(np.abs(factors - 1) <= 0.3)
     assert np.ptp(factors) > 0.1
-    np.testing.assert_allclose(places, np.minimum(factors[:, None] * np.arange(80), 79), rtol=1e-4)
-    varied = np.asarray(vary(mel, jax.random.key(1), config))
-    for row, original, place in zip(varied, mel, places, strict=True):
-        expected = [np.interp(place, np.arange(80), original[:, frame]) for frame in range(30)]
+    np.testing.assert_allclose(sources, np.minimum(factors[:, None] * np.arange(80), 79), rtol=1e-4)
+    augmented = np.asarray(augment(mel, jax.random.key(1), config))
+    for row, original, source in zip(augmented, mel, sources, strict=True):
+        expected = [np.interp(source, np.arange(80), original[:, frame]) for frame in range(30)]
         np.testing.assert_allclose(row, np.stack(expected, 1), atol=1e-4)
 
 
-def test_stripes_are_cut_out_of_time_and_mel_and_filled_with_the_mean():
+def test_spec_augment_masks_stripes_with_mean():
     mel = np.asarray(jax.random.normal(jax.random.key(0), (8, 80, 300)))
     config = SpecAugmentConfig(max_warp=0.0, num_masks=2, max_time_mask=10, max_mel_mask=12)
-    varied = np.asarray(features.spec_augment(mel, jax.random.key(2), config))
-    changed = varied != mel
+    augmented = np.asarray(features.spec_augment(mel, jax.random.key(2), config))
+    changed = augmented != mel
     frames, bins = changed.all(1).sum(1), changed.all(2).sum(1)
     assert frames.max() <= 2 * 10 + 2
     assert bins.max() <= 2 * 12 + 2
@@ -115,7 +115,7 @@ def test_stripes_are_cut_out_of_time_and_mel_and_filled_with_the_mean():
     for row in range(8):
         expected = changed[row].all(0)[None, :] | changed[row].all(1)[:, None]
         np.testing.assert_array_equal(changed[row], expected)
-        np.testing.assert_allclose(varied[row][changed[row]], mel[row].mean(), atol=1e-5)
+        np.testing.assert_allclose(augmented[row][changed[row]], mel[row].mean(), atol=1e-5)
     same = features.spec_augment(mel, jax.random.key(2), SpecAugmentConfig(max_warp=0.0, num_masks=0))
     np.testing.assert_allclose(same, mel, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Pairs of codecs with equal weights, torch's and ours."""
+"""Pairs of codecs with equal weights, torch and JAX."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tests.codec.reference import Pair, make_pair, random_codes
 
 @pytest.fixture(scope="session")
 def pair() -> Pair:
-    """Two blocks instead of four, which compiles in half the time; a field of 3 frames, as at 24 kHz."""
+    """Two blocks instead of four, which compiles in half the time; a receptive field of 3 frames, as at 24 kHz."""
     rates = {"encoder_rates": (4, 8), "decoder_rates": (8, 4)}
     return make_pair(CodecConfig(encoder_dim=12, decoder_dim=48, codebook_size=512, **rates), seed=0)
 
 
 @pytest.fixture(scope="session")
 def odd_pair() -> Pair:
-    """Odd rates and a frame so short, 60 samples, that the field is of many frames."""
+    """Odd rates and a frame so short, 60 samples, that the receptive field spans many frames."""
     rates = {"encoder_rates": (3, 5), "decoder_rates": (5, 3)}
     return make_pair(CodecConfig(encoder_dim=6, decoder_dim=16, codebook_size=64, **rates), seed=1)
 

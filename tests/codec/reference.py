@@ -1,4 +1,4 @@
-"""A SNAC with random weights, made anew by torch, and the same weights in our codec."""
+"""A torch SNAC with random weights, and the same weights in the JAX codec."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from omni_jax.convert.snac import config_to_json, from_torch
 
 @dataclass(frozen=True)
 class Pair:
-    """The reference and ours, with equal weights."""
+    """The torch reference and the JAX codec, with equal weights."""
 
     config: CodecConfig
     torch: Any
@@ -27,16 +27,11 @@ class Pair:
     decode: DecodeFn
     encode: Callable[..., jax.Array]
 
-    def torch_decode(self, codes: np.ndarray, noise: list[np.ndarray] | None = None) -> np.ndarray:
-        """[B, F, 7] -> [B, samples] by the reference, with its noise blocks given this noise, or none."""
-        queue = None if noise is None else [torch.from_numpy(block) for block in noise]
+    def torch_decode(self, codes: np.ndarray) -> np.ndarray:
+        """[B, F, 7] -> [B, samples] by the reference, whose noise blocks draw zeros."""
         books = [torch.from_numpy(codes[..., s].reshape(len(codes), -1).astype(np.int64)) for s in FRAME_SLOTS]
-
-        def drawn(shape: tuple[int, ...], **_: Any) -> torch.Tensor:
-            return torch.zeros(shape) if queue is None else queue.pop(0).reshape(shape)
-
         with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-            patch.setattr(torch, "randn", drawn)
+            patch.setattr(torch, "randn", lambda shape, **_: torch.zeros(shape))
             return self.torch.decode(books)[:, 0].numpy()
 
     def torch_encode(self, audio: np.ndarray) -> np.ndarray:
@@ -50,7 +45,7 @@ class Pair:
 
 
 def make_pair(config: CodecConfig, seed: int) -> Pair:
-    """Weights that let signals through: as torch draws them, everything fades on the way."""
+    """Random weights, scaled up: with torch's own initialization the signal fades to nothing."""
     torch.manual_seed(seed)
     module = import_snac().SNAC(**config_to_json(config)).eval()
     with torch.no_grad():
@@ -72,11 +67,11 @@ def random_codes(pair: Pair, B: int, F: int, seed: int = 0) -> np.ndarray:
 
 
 def random_audio(B: int, samples: int, seed: int = 0) -> np.ndarray:
-    """Noise whose loudness and color change, so that the codes do too. Float32 [B, samples]."""
+    """Noise of changing loudness and color, so that the codes change too. Float32 [B, samples]."""
     random = np.random.default_rng(seed)
     noise = random.standard_normal((B, samples))
-    coloured = sum(weight * np.roll(noise, shift, 1) for shift, weight in enumerate(random.normal(size=9)))
-    parts = -(-samples // 512)
-    loudness = np.repeat(random.uniform(0.01, 0.6, (B, parts)), 512, 1)[:, :samples]
-    mixed = np.where(np.repeat(random.random((B, parts)) < 0.5, 512, 1)[:, :samples], coloured, noise)
+    colored = sum(weight * np.roll(noise, shift, 1) for shift, weight in enumerate(random.normal(size=9)))
+    pieces = -(-samples // 512)
+    loudness = np.repeat(random.uniform(0.01, 0.6, (B, pieces)), 512, 1)[:, :samples]
+    mixed = np.where(np.repeat(random.random((B, pieces)) < 0.5, 512, 1)[:, :samples], colored, noise)
     return (mixed * loudness).astype(np.float32)

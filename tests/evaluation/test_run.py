@@ -1,4 +1,4 @@
-"""A model asked, heard and judged; the report opened."""
+"""An evaluation of a small model, its results and its report."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from omni_jax import cli
 from omni_jax.api import Omni
 from omni_jax.audio import io as audio_io
 from omni_jax.errors import ConfigError
 from omni_jax.evaluation import asr_judge, report
-from omni_jax.evaluation.run import Evaluation, evaluate
+from omni_jax.evaluation.run import Evaluation, evaluate, measure_speed
 from omni_jax.evaluation.suites import Case
+from omni_jax.inference.request import Request
 from omni_jax.tasks import Task
 from tests.inference.reference_decoder import small_omni
 
@@ -32,19 +31,17 @@ def omni() -> Omni:
     return small_omni()
 
 
-class Parrot:
-    """Hears what it is told to."""
+class ConstantJudge:
+    """Transcribes every recording as the same text."""
 
-    name = "parrot"
+    name = "constant"
 
-    def __init__(self, says: str):
-        self.says = says
-        self.heard: list[Path] = []
+    def __init__(self, text: str):
+        self.text = text
 
-    def hear(self, path: Path) -> str:
-        self.heard.append(path)
+    def transcribe(self, path: Path) -> str:
         assert len(audio_io.read_audio(path, 24_000)) > 0
-        return self.says
+        return self.text
 
 
 @pytest.fixture(scope="module")
@@ -67,51 +64,59 @@ def cases(omni: Omni, tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
 @pytest.fixture(scope="module")
 def found(omni: Omni, cases: list[Case], tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Path]:
     out = tmp_path_factory.mktemp("evaluated")
-    done: list[int] = []
+    progress: list[tuple[int, int]] = []
     evaluation = evaluate(
-        omni, cases, out, model="small", suite="made", listener=Parrot("read me"), slots=2, progress=done.append
-    )
-    assert sum(done) == len(cases)
+        omni, cases, out, model="small", suite="made", judge=ConstantJudge("read me"), max_batch_size=2,
+        progress=lambda done, total: progress.append((done, total)),
+    )  # fmt: skip
+    assert progress == [(len(cases), len(cases))]
     return evaluation, out
 
 
-def test_everything_is_asked_heard_and_judged(omni: Omni, cases: list[Case], found: tuple[Evaluation, Path]) -> None:
+def test_evaluate_answers_and_scores_every_case(omni: Omni, cases: list[Case], found: tuple[Evaluation, Path]) -> None:
     evaluation, out = found
     by_id = {result.id: result for result in evaluation.results}
     assert list(by_id) == [case.id for case in cases]
     assert by_id["spoken"].scores["exact"] == by_id["spoken"].scores["contains"] == 1
-    assert by_id["wrong"].decode_text == by_id["spoken"].decode_text
+    assert by_id["wrong"].text == by_id["spoken"].text
     assert by_id["wrong"].scores["exact"] == 0
     assert "none.wav" in by_id["missing"].error
     assert by_id["missing"].scores == {"failed": 1.0, "contains": 0.0, "f1": 0.0, "exact": 0.0}
     assert by_id["asr"].scores["wer_edits"] == by_id["asr"].scores["cer_edits"] == 0
     assert "exact" not in by_id["typed"].scores
-    # Nothing is written by T1A1: the sound is held against what was to be read.
-    assert by_id["aloud"].heard == "read me"
-    assert by_id["aloud"].scores["speech_wer_edits"] == 0
-    assert by_id["typed"].scores["speech_wer_edits"] > 0
+    # T1A1 outputs no text: the reference is the text to be read.
+    assert by_id["aloud"].asr_text == "read me"
+    assert by_id["aloud"].scores["asr_wer_edits"] == 0
+    assert by_id["typed"].scores["asr_wer_edits"] > 0
     reply = omni.reply(text="hello")
     assert reply.audio is not None
     np.testing.assert_array_equal(
         audio_io.to_pcm16(audio_io.read_audio(out / "typed.wav", reply.sample_rate)), audio_io.to_pcm16(reply.audio)
     )
     assert by_id["typed"].scores["answer_seconds"] == pytest.approx(reply.seconds, abs=1e-3)
-    assert 0 < evaluation.speed["first_sound"] <= evaluation.speed["total"]
+    assert 0 < evaluation.speed["first_audio"] <= evaluation.speed["total"]
 
 
-def test_answers_are_kept_when_the_listener_fails(omni: Omni, cases: list[Case], tmp_path: Path) -> None:
-    class Deaf(Parrot):
-        def hear(self, path: Path) -> str:
-            raise ConfigError("listener: gone")
+def test_evaluate_saves_answers_if_the_judge_fails(omni: Omni, cases: list[Case], tmp_path: Path) -> None:
+    class FailingJudge(ConstantJudge):
+        def transcribe(self, path: Path) -> str:
+            raise ConfigError("judge: gone")
 
     with pytest.raises(ConfigError, match="gone"):
-        evaluate(omni, cases[:1], tmp_path, model="small", suite="made", listener=Deaf("x"))
+        evaluate(omni, cases[:1], tmp_path, model="small", suite="made", judge=FailingJudge("x"))
     (result,) = Evaluation.load(tmp_path).results
     assert result.scores["exact"] == 1
-    assert result.heard is None
+    assert result.asr_text is None
 
 
-def test_figures(found: tuple[Evaluation, Path]) -> None:
+def test_measure_speed_times_recordings_in_memory(omni: Omni, cases: list[Case]) -> None:
+    in_memory = next(case for case in cases if isinstance(case.audio, bytes))
+    speed = measure_speed(omni, [in_memory.request()])
+    assert set(speed) == {"first_audio", "total", "steps_per_second", "real_time_factor"}
+    assert measure_speed(omni, [Request(text="hello", task="T1T2")]) == {}
+
+
+def test_summary_and_saved_results(found: tuple[Evaluation, Path]) -> None:
     evaluation, out = found
     summary = evaluation.summary()
     assert set(summary) == {"A1A2", "A1A2 a", "A1A2 b", "A1T1", "A1T1 a", "T1A2", "T1A1"}
@@ -134,10 +139,10 @@ def test_report(found: tuple[Evaluation, Path], omni: Omni, cases: list[Case], t
     text = report.markdown(evaluation, other)
     row = next(line for line in text.splitlines() if line.startswith("| A1A2 | 3 |"))
     assert "33.3 % (0.0 to 100.0)" in row
-    assert "heard by parrot" in text
+    assert "ASR judge: constant" in text
     assert "| T1A2 | seconds |" in text
     assert "+0.0 (+0.0 to +0.0)" in text
-    assert "Nobody listened" in report.markdown(other)
+    assert "There was no ASR judge" in report.markdown(other)
     report.write(evaluation, out, other)
     page = (out / "report.html").read_text()
     # All that it shows is in it.
@@ -147,41 +152,22 @@ def test_report(found: tuple[Evaluation, Path], omni: Omni, cases: list[Case], t
     assert "none.wav" in page
 
 
-def test_listeners(tmp_path: Path) -> None:
-    assert asr_judge.listener("none") is None
+def test_parse_judge(tmp_path: Path) -> None:
+    assert asr_judge.parse_judge("none") is None
     program = f"{sys.executable} -c \"import sys; print(open(sys.argv[1], 'rb').read(4).decode())\" {{audio}}"
-    heard = asr_judge.listener(f"command={program}")
-    assert heard is not None
+    judge = asr_judge.parse_judge(f"command={program}")
+    assert judge is not None
     audio_io.write_wav(tmp_path / "a b.wav", np.ones(100, np.float32) / 2, 16_000)
-    assert heard.hear(tmp_path / "a b.wav") == "RIFF"
+    assert judge.transcribe(tmp_path / "a b.wav") == "RIFF"
     with pytest.raises(ConfigError, match="exit code 1"):
-        heard.hear(tmp_path / "none.wav")
+        judge.transcribe(tmp_path / "none.wav")
     for wrong in ("whisper", "command=", "command=listen", "faster-whisper"):
-        with pytest.raises(ConfigError, match="listener"):
-            asr_judge.listener(wrong)
-
-
-def test_from_the_shell(tmp_path: Path) -> None:
-    lines = [{"id": "a", "text": "hello", "expected": "x"}, {"id": "b", "text": "again"}]
-    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    command = ["evaluate", str(tmp_path / "m.jsonl"), "--model", "tiny", "--max-steps", "12", "--out"]
-    done = CliRunner().invoke(cli.app, [*command, str(tmp_path / "one")])
-    assert done.exit_code == 0, done.output
-    assert "untrained" in done.stdout
-    assert (tmp_path / "one" / "report.html").is_file()
-    again = CliRunner().invoke(cli.app, [*command, str(tmp_path / "two"), "--against", str(tmp_path / "one")])
-    assert "## Against tiny" in again.stdout
-    for wrong, message in (
-        (["--listener", "ears"], "listener: expected"),
-        (["--suite", "librispeech"], "found no case"),
-    ):
-        refused = CliRunner().invoke(cli.app, [*command, str(tmp_path / "three"), *wrong])
-        assert refused.exit_code == 2
-        assert message in refused.output
+        with pytest.raises(ConfigError, match="ASR judge"):
+            asr_judge.parse_judge(wrong)
 
 
 @pytest.mark.slow
-def test_the_report_in_a_browser(found: tuple[Evaluation, Path]) -> None:
+def test_report_in_a_browser(found: tuple[Evaluation, Path]) -> None:
     chromium = shutil.which("chromium")
     if not chromium:
         pytest.skip("the report is opened in Chromium, which is not installed")

@@ -1,4 +1,4 @@
-"""Small suites in exactly the layouts that they are downloaded in."""
+"""Small suites in the layouts of the published benchmarks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_manifest(tmp_path: Path) -> None:
         ("", "found no case"),
     ],
 )
-def test_manifests_that_cannot_be_used(tmp_path: Path, line: str, message: str) -> None:
+def test_manifest_refuses_bad_lines(tmp_path: Path, line: str, message: str) -> None:
     put(tmp_path / "m.jsonl", line)
     with pytest.raises(ConfigError, match=message):
         suites.read("manifest", tmp_path / "m.jsonl")
@@ -110,7 +110,7 @@ def test_open_audio_bench(tmp_path: Path) -> None:
         suites.read("open_audio_bench", tmp_path)
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
+def test_read_refuses_missing_suites(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no such file"):
         suites.read("manifest", tmp_path / "none")
     put(tmp_path / "test.jsonl", '{"source_text": "a"}')

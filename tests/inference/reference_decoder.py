@@ -1,4 +1,4 @@
-"""Small random models, and decoding as section 1 of the reference describes it: slow, obvious, without a cache.
+"""Small random models, and decoding as the paper describes it: slow, obvious, without a cache.
 
 Every step runs the whole sequence through the whole model again, one request at a time.
 """
@@ -18,6 +18,7 @@ from omni_jax.api import Omni
 from omni_jax.codec.snac import Snac, make_decoder
 from omni_jax.config.model import AdapterConfig, AudioEncoderConfig, CodecConfig, ModelConfig, TrunkConfig, VocabConfig
 from omni_jax.inference.engine import PreparedRequest
+from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.sampling import Sampling, sample
 from omni_jax.model.omni import OmniModel
 from omni_jax.prompts import speech_positions, speech_prompt, text_prompt
@@ -40,17 +41,19 @@ def small_config(
 ) -> ModelConfig:
     """Sizes that all differ, so that a mixed-up axis shows."""
     sizes: dict[str, Any] = {
-        "width": 32,
-        "layers": 2,
-        "heads": 4,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
         "num_kv_heads": 2,
         "head_dim": 6,
-        "ffn": 40,
+        "intermediate_size": 40,
         "rope_theta": 1e4,
-        "context": CONTEXT,
+        "max_position": CONTEXT,
     }
     return ModelConfig(
-        audio_encoder=AudioEncoderConfig(num_mel_bins=8, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=20, max_position=20),
+        audio_encoder=AudioEncoderConfig(
+            num_mel_bins=8, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=20, max_position=20
+        ),
         adapter=AdapterConfig(intermediate_size=24),
         trunk=TrunkConfig(**sizes | trunk, tie_word_embeddings=tied),
         vocab=VocabConfig(text=text, text_specials=text_specials, audio=12, audio_specials=audio_specials),
@@ -74,7 +77,7 @@ def random_model(
     vocab, table = Vocab(config.vocab), "embed" if config.trunk.tie_word_embeddings else "head"
     voice = ("tts_adapter", "head") if config.tts_adapter_layers else (table, "audio")
 
-    def favour_the_ends(path: tuple[Any, ...], values: np.ndarray) -> None:
+    def favor_the_ends(path: tuple[Any, ...], values: np.ndarray) -> None:
         if path == (table, "text"):
             values[vocab.eot] *= eot
         if path == voice:
@@ -83,7 +86,7 @@ def random_model(
     def make() -> OmniModel:
         return OmniModel(config, stacked=stacked, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
-    return randomized(make, seed, favour_the_ends)
+    return randomized(make, seed, favor_the_ends)
 
 
 def small_omni() -> Omni:
@@ -117,18 +120,18 @@ def random_request(
         )
         sound = (0.1 * random.normal(size=samples)).astype(np.float32)
         assert speech_positions(samples, config.audio_encoder.max_position) == length
-        return PreparedRequest(speech_prompt(task, length, vocab), sound, **settings)
+        return PreparedRequest(speech_prompt(task, length, vocab), sound, GenerationConfig(**settings))
     text = random.integers(0, config.vocab.text, length).tolist()
-    return PreparedRequest(text_prompt(task, text, vocab), **settings)
+    return PreparedRequest(text_prompt(task, text, vocab), config=GenerationConfig(**settings))
 
 
 class ReferenceDecoder:
     """Decodes one request at a time from a model's whole-sequence forward."""
 
-    def __init__(self, model: OmniModel, hear: Callable[[np.ndarray], jax.Array]):
-        """Take a model, and its ear and adapter as a compiled function."""
+    def __init__(self, model: OmniModel, encode_audio: Callable[[np.ndarray], jax.Array]):
+        """Take a model, and its audio encoder and adapter as a compiled function."""
         graph, weights = nnx.split(model)
-        self.config, self.vocab, self.hear = model.config, Vocab(model.config.vocab), hear
+        self.config, self.vocab, self.encode_audio = model.config, Vocab(model.config.vocab), encode_audio
 
         @jax.jit
         def logits(weights: Any, rows: Any, speech: Any, index: Any, at: Any) -> tuple[jax.Array, jax.Array]:
@@ -148,14 +151,14 @@ class ReferenceDecoder:
         rows = np.zeros((2, 8, context), np.int32)
         length = len(request.prompt)
         rows[:, :, :length] = request.prompt.tokens
-        parallel = request.batch_parallel and task is Task.A1A2
+        parallel = request.has_companion
         if parallel:
             rows[1, :, length - 1] = [v.pad_a] * 7 + [v.answer_t]
         speech, index = self._speech(request)
-        said: list[list[int]] = []
+        steps: list[list[int]] = []
         text_ended = task is Task.T1A1
         while True:
-            step = len(said)
+            step = len(steps)
             text_logits, audio_logits = self.logits(rows, speech, index, length - 1)
             if text_ended:
                 text = v.pad_t
@@ -164,17 +167,17 @@ class ReferenceDecoder:
                 text_ended = text == v.eot
             if task.outputs_audio:
                 audio = self._choose(audio_logits[0], request, step, list(range(7)))
-                if request.enforce_delay:
-                    audio = [token if step >= layer + 1 else v.pad_a for layer, token in enumerate(audio)]
+                if request.config.enforce_delay:
+                    audio = [token if step >= codebook + 1 else v.pad_a for codebook, token in enumerate(audio)]
             else:
                 audio = [v.pad_a] * 7
-            said.append([*audio, text])
+            steps.append([*audio, text])
             if (audio[6] == v.eoa) if task.outputs_audio else (text == v.eot):
-                return np.array(said, np.int32).T, "stop"
-            if len(said) == request.max_steps:
-                return np.array(said, np.int32).T, "length"
+                return np.array(steps, np.int32).T, "stop"
+            if len(steps) == request.config.max_steps:
+                return np.array(steps, np.int32).T, "length"
             if length == context:
-                return np.array(said, np.int32).T, "context"
+                return np.array(steps, np.int32).T, "context"
             rows[0, :, length] = [*audio, text]
             rows[1, :, length] = [*[v.pad_a] * 7, text]
             length += 1
@@ -188,17 +191,17 @@ class ReferenceDecoder:
             ), index
         sound = np.zeros((1, config.audio_encoder.max_samples), np.float32)
         sound[0, : len(request.speech)] = request.speech
-        heard = request.prompt.speech_positions
-        index[:, 1 : heard + 1] = np.arange(heard)
-        return jnp.repeat(self.hear(sound), 2, axis=0), index
+        positions = request.prompt.speech_positions
+        index[:, 1 : positions + 1] = np.arange(positions)
+        return jnp.repeat(self.encode_audio(sound), 2, axis=0), index
 
     def _choose(self, logits: Any, request: PreparedRequest, step: int, streams: list[int]) -> list[int]:
         n = len(streams)
         sampling = Sampling(
-            temperature=np.full(n, request.temperature, np.float32),
-            top_k=np.full(n, request.top_k, np.int32),
-            top_p=np.full(n, request.top_p, np.float32),
-            seed=np.full(n, request.seed, np.uint32),
+            temperature=np.full(n, request.config.temperature, np.float32),
+            top_k=np.full(n, request.config.top_k, np.int32),
+            top_p=np.full(n, request.config.top_p, np.float32),
+            seed=np.full(n, request.config.seed, np.uint32),
         )
         tokens = self.sample(logits, sampling, np.full(n, step, np.int32), np.array(streams, np.int32))
         return [int(token) for token in tokens]

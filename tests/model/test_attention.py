@@ -1,6 +1,9 @@
-"""The TPU's kernel, interpreted, against plain attention."""
+"""Attention against plain numpy, to a cache, in blocks, and the TPU's splash kernel, interpreted."""
 
 from __future__ import annotations
+
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +11,78 @@ import numpy as np
 import pytest
 
 from omni_jax import sharding
-from omni_jax.model import attention
-from omni_jax.model.layers import attend
+from omni_jax.model.attention import attend, attend_cache, attend_splash, can_use_splash
 
 B, T, N, K, H = 4, 256, 4, 2, 64
+
+
+RANDOM = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RANDOM.normal(size=shape).astype(np.float32)
+
+
+def close(ours: object, theirs: object, tolerance: float = 1e-5) -> None:
+    np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), atol=tolerance, rtol=0)
+
+
+def reference_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """One query head at a time; [B, T, N, H]."""
+    out = np.zeros_like(query)
+    B, T, N, H = query.shape
+    group = N // key.shape[2]
+    for b, t, n in itertools.product(range(B), range(T), range(N)):
+        seen = np.flatnonzero(mask[b, t])
+        scores = key[b, seen, n // group] @ query[b, t, n] / math.sqrt(H)
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights / weights.sum() @ value[b, seen, n // group]
+    return out
+
+
+def test_attend_with_a_mask() -> None:
+    query, key, value = normal(2, 4, 6, 3), normal(2, 5, 2, 3), normal(2, 5, 2, 3)
+    mask = RANDOM.random((2, 4, 5)) < 0.5
+    mask[:, :, 1] = True
+    close(attend(query, key, value, mask), reference_attention(query, key, value, mask))
+
+
+def test_attend_to_one_position_copies_its_value() -> None:
+    value = jnp.arange(6.0).reshape(1, 3, 1, 2)
+    mask = jnp.eye(3, dtype=bool)[None]
+    close(attend(jnp.ones((1, 3, 2, 2)), jnp.ones((1, 3, 1, 2)), value, mask), jnp.repeat(value, 2, axis=2))
+
+
+def test_attend_cache_reads_its_own_position_and_those_before() -> None:
+    query, keys, values = normal(3, 6, 4), normal(3, 2, 5, 4), normal(3, 2, 5, 4)
+    positions = np.array([0, 2, 4])
+    mask = np.arange(5) <= positions[:, None]
+    expected = reference_attention(query[:, None], keys.swapaxes(1, 2), values.swapaxes(1, 2), mask[:, None])
+    close(attend_cache(query, keys, values, positions), expected[:, 0])
+
+
+@pytest.mark.parametrize("side_by_side", [2, 4])
+def test_attend_cache_of_packed_heads_equals_separate_heads(side_by_side: int) -> None:
+    R, K, S, H = 3, 4, 5, 4
+    query, keys, values, positions = normal(R, 8, H), normal(R, K, S, H), normal(R, K, S, H), np.array([0, 2, 4])
+
+    def pack(apart: np.ndarray) -> np.ndarray:
+        grouped = apart.reshape(R, K // side_by_side, side_by_side, S, H).swapaxes(2, 3)
+        return grouped.reshape(R, K // side_by_side, S, side_by_side * H)
+
+    packed = attend_cache(query, pack(keys), pack(values), positions)
+    close(packed, attend_cache(query, keys, values, positions))
+
+
+@pytest.mark.parametrize("positions", [1, 7, 512, 513, 600])
+def test_attend_in_query_blocks(positions: int) -> None:
+    query, key, value = (2 * normal(2, positions, 3, 8) for _ in range(3))
+    mask = np.ones((2, positions, positions), bool)
+    scores = np.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(8)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), value)
+    close(attend(*map(jnp.asarray, (query, key, value))), expected)
+    close(attend(query, key, value, mask), expected)
 
 
 def inputs() -> tuple[jax.Array, ...]:
@@ -29,7 +100,7 @@ def plain(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Arra
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("packed", [False, True])
-def test_it_attends_as_plain_attention_does(sizes: tuple[int, int, int], packed: bool) -> None:
+def test_attend_splash_equals_attend(sizes: tuple[int, int, int], packed: bool) -> None:
     """Values and gradients; rows and heads split over a mesh or not; sequences packed into rows or not."""
     mesh = sharding.make_mesh(*sizes)
     arrays = inputs()
@@ -46,11 +117,13 @@ def test_it_attends_as_plain_attention_does(sizes: tuple[int, int, int], packed:
         return mixed, *gradients
 
     expected = run(lambda *arrays: plain(*arrays, segments))
-    found = run(lambda *arrays: attention.attend(*arrays, segments, mesh, interpret=True))
+    with jax.set_mesh(mesh):
+        found = run(lambda *arrays: attend_splash(*arrays, segments, interpret=True))
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
 
 
-def test_where_it_fits() -> None:
-    assert not attention.fits(None, 256)
-    assert not attention.fits(sharding.make_mesh(), 256), "only a TPU has the kernel"
+def test_can_use_splash_only_on_a_tpu() -> None:
+    assert not can_use_splash(256)
+    with jax.set_mesh(sharding.make_mesh()):
+        assert not can_use_splash(256)

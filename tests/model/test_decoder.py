@@ -49,7 +49,7 @@ def qwen2() -> tuple[Any, TrunkConfig]:
 
 
 def llama(scaled: bool) -> tuple[Any, TrunkConfig]:
-    """No biases, an untied head, another theta, heads that are not width / heads wide."""
+    """No biases, an untied head, another theta, a head_dim that is not hidden_size / num_heads."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 5e3}
     scaling = None
     if scaled:
@@ -94,7 +94,7 @@ FAMILIES: dict[str, Callable[[], tuple[Any, TrunkConfig]]] = {
 }
 
 
-def randomised_torch(model: Any) -> Any:
+def randomized_torch(model: Any) -> Any:
     """Every parameter random, norms and biases too."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -111,18 +111,18 @@ def layer_weights(state: dict[str, np.ndarray], i: int, config: TrunkConfig) -> 
     weights = {
         "attention_norm.scale": state[of + "input_layernorm.weight"],
         "mlp_norm.scale": state[of + "post_attention_layernorm.weight"],
-        "attention.q": state[of + "self_attn.q_proj.weight"].reshape(N, H, D),
-        "attention.k": state[of + "self_attn.k_proj.weight"].reshape(K, H, D),
-        "attention.v": state[of + "self_attn.v_proj.weight"].reshape(K, H, D),
-        "attention.out": state[of + "self_attn.o_proj.weight"].reshape(D, N, H),
-        "mlp.gate": state[of + "mlp.gate_proj.weight"],
-        "mlp.up": state[of + "mlp.up_proj.weight"],
-        "mlp.down": state[of + "mlp.down_proj.weight"],
+        "attention.q.weight": state[of + "self_attn.q_proj.weight"].reshape(N, H, D),
+        "attention.k.weight": state[of + "self_attn.k_proj.weight"].reshape(K, H, D),
+        "attention.v.weight": state[of + "self_attn.v_proj.weight"].reshape(K, H, D),
+        "attention.out.weight": state[of + "self_attn.o_proj.weight"].reshape(D, N, H),
+        "mlp.gate.weight": state[of + "mlp.gate_proj.weight"],
+        "mlp.up.weight": state[of + "mlp.up_proj.weight"],
+        "mlp.down.weight": state[of + "mlp.down_proj.weight"],
     }
     if config.qkv_bias:
-        weights["attention.q_bias"] = state[of + "self_attn.q_proj.bias"].reshape(N, H)
-        weights["attention.k_bias"] = state[of + "self_attn.k_proj.bias"].reshape(K, H)
-        weights["attention.v_bias"] = state[of + "self_attn.v_proj.bias"].reshape(K, H)
+        weights["attention.q.bias"] = state[of + "self_attn.q_proj.bias"].reshape(N, H)
+        weights["attention.k.bias"] = state[of + "self_attn.k_proj.bias"].reshape(K, H)
+        weights["attention.v.bias"] = state[of + "self_attn.v_proj.bias"].reshape(K, H)
     return weights
 
 
@@ -182,7 +182,7 @@ class Ours:
 @pytest.fixture(scope="module", params=FAMILIES)
 def theirs(request: pytest.FixtureRequest) -> tuple[Any, TrunkConfig]:
     model, config = FAMILIES[request.param]()
-    return randomised_torch(model), config
+    return randomized_torch(model), config
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["unstacked", "stacked"])
@@ -203,12 +203,12 @@ def test_logits_equal_transformers(theirs: tuple[Any, TrunkConfig], ours: Ours, 
     np.testing.assert_allclose(np.asarray(logits), expected, atol=1e-4, rtol=0)
 
 
-def test_prefill_and_steps_equal_the_whole_sequence(ours: Ours, tokens: np.ndarray) -> None:
+def test_prefill_and_decode_equal_the_whole_sequence(ours: Ours, tokens: np.ndarray) -> None:
     """Two rows of different length, garbage beyond them in the cache, a third row in a cache of its own."""
     expected, _ = ours.whole(tokens)
     lengths = np.array([12, 5])
     _, prefilled = ours.whole(tokens[:, :12])
-    caches = [ours.blocks.cache(2, 24), ours.blocks.cache(1, 24)]
+    caches = [ours.blocks.init_cache(2, 24), ours.blocks.init_cache(1, 24)]
     assert [cache_rows(cache) for cache in caches] == [2, 1]
     assert [cache_length(cache) for cache in caches] == [24, 24]
     dirty = [jax.tree.map(lambda x: x + 100.0, cache) for cache in caches]
@@ -229,8 +229,8 @@ def test_prefill_and_steps_equal_the_whole_sequence(ours: Ours, tokens: np.ndarr
         at = at + 1
 
 
-def test_a_step_writes_nothing_but_its_slot(ours: Ours, tokens: np.ndarray) -> None:
-    cache = jax.tree.map(lambda x: x + 7.0, ours.blocks.cache(2, 8))
+def test_decode_writes_only_its_cache_position(ours: Ours, tokens: np.ndarray) -> None:
+    cache = jax.tree.map(lambda x: x + 7.0, ours.blocks.init_cache(2, 8))
     _, (after,) = ours.step(tokens[:, 0], np.array([3, 6]), [cache])
     for name in "kv":
         leaves = after[name] if isinstance(after[name], tuple) else tuple(after[name])
@@ -239,8 +239,8 @@ def test_a_step_writes_nothing_but_its_slot(ours: Ours, tokens: np.ndarray) -> N
             np.testing.assert_array_equal(changed, [np.arange(8) == 3, np.arange(8) == 6])
 
 
-def test_packed_sequences_do_not_see_each_other(ours: Ours, tokens: np.ndarray) -> None:
-    """Lengths 15, 9 and 10 in one row of 40, positions counted anew, six of padding."""
+def test_packed_sequences_do_not_attend_to_each_other(ours: Ours, tokens: np.ndarray) -> None:
+    """Lengths 15, 9 and 10 in one row of 40, positions counted from 0 in each, six of padding."""
     parts = [slice(0, 15), slice(15, 24), slice(24, 34)]
     segments, positions = np.zeros((1, 40), np.int32), np.zeros((1, 40), np.int32)
     for number, part in enumerate(parts, start=1):
@@ -252,7 +252,7 @@ def test_packed_sequences_do_not_see_each_other(ours: Ours, tokens: np.ndarray) 
         np.testing.assert_allclose(packed[0, part], alone[0, : part.stop - part.start], atol=1e-4, rtol=0)
 
 
-def test_the_same_seed_gives_the_same_weights_stacked_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_layers_draws_the_same_weights_stacked_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     # What the draws are drawn from, without compiling a normal distribution per shape.
     def key_alone(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jnp.broadcast_to(jax.random.key_data(key)[..., -1].astype(dtype), shape)
@@ -267,5 +267,9 @@ def test_the_same_seed_gives_the_same_weights_stacked_or_not(monkeypatch: pytest
     together, one_by_one = weights(True), weights(False)
     for i in range(3):
         jax.tree.map(lambda whole, alone, i=i: np.testing.assert_array_equal(whole[i], alone), together, one_by_one[i])
-    draws = {float(layer["mlp"][name].ravel()[0]) for layer in one_by_one.values() for name in ("gate", "up", "down")}
+    draws = {
+        float(layer["mlp"][name]["weight"].ravel()[0])
+        for layer in one_by_one.values()
+        for name in ("gate", "up", "down")
+    }
     assert len(draws) == 9

@@ -1,8 +1,8 @@
-"""The parts of a block against literal values and plain numpy."""
+"""The layers of a block against literal values and plain numpy."""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import math
 import re
 
@@ -15,18 +15,16 @@ from jax.sharding import Mesh
 
 from omni_jax.config.model import RopeScaling, TrunkConfig
 from omni_jax.model.layers import (
-    MOST_DECODE_ROWS,
+    MAX_DECODE_ROWS,
     Attention,
     GatedMLP,
+    Linear,
     RMSNorm,
-    attend,
-    attend_cache,
     linear,
     linear_gradients,
     rope,
     rope_frequencies,
     rotate,
-    traced_for,
 )
 from omni_jax.sharding import make_mesh
 from tests.model.randomized import randomized
@@ -49,7 +47,7 @@ def test_rms_norm_literal() -> None:
     close(norm(jnp.array([[3.0, 4.0]])), [[3 / math.sqrt(12.5), 40 / math.sqrt(12.5)]])
 
 
-def test_rms_norm_eps_stands_inside_the_root() -> None:
+def test_rms_norm_eps_is_inside_the_root() -> None:
     close(RMSNorm(2, eps=4.0)(jnp.zeros((1, 2))), [[0.0, 0.0]])
     close(RMSNorm(1, eps=3.0)(jnp.ones((1, 1))), [[0.5]])
 
@@ -89,7 +87,7 @@ def test_rope_and_rotation_literal() -> None:
     close(turned[0, 1, 0], [pairs[0].real, pairs[1].real, pairs[0].imag, pairs[1].imag])
 
 
-@pytest.mark.parametrize("rows", [1, 2, MOST_DECODE_ROWS, MOST_DECODE_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 2, MAX_DECODE_ROWS, MAX_DECODE_ROWS + 1])
 def test_linear(rows: int) -> None:
     x, weight = normal(rows, 5), normal(3, 5)
     close(jax.jit(linear)(x, weight), x @ weight.T)
@@ -117,26 +115,26 @@ def test_linear_has_gradients(rows: int) -> None:
     close(gradients[1], np.broadcast_to(x.sum(0), weight.shape), 1e-4)
 
 
-def test_bfloat16_products_on_one_cpu() -> None:
+def test_linear_of_bfloat16_within_a_mesh_of_one_cpu() -> None:
     """Forward, and back to both factors: as exact as rounded factors let them be, and each in the fast form."""
     x, weight = normal(3, 40, 4, 6), normal(5, 7, 4, 6)
     pull = normal(3, 40, 5, 7)
     rounded_x, rounded_weight, rounded_pull = (y.astype(jnp.bfloat16).astype(np.float32) for y in (x, weight, pull))
 
     def back(x: jax.Array, weight: jax.Array, pull: jax.Array) -> tuple[jax.Array, ...]:
-        with traced_for(make_mesh()):
-            y, gradients = jax.vjp(lambda x, w: linear(x, w, contract=2, dtype=jnp.float32), x, weight)
+        y, gradients = jax.vjp(lambda x, w: linear(x, w, contract=2, dtype=jnp.float32), x, weight)
         return y, *gradients(pull)
 
-    program = jax.jit(back).lower(jnp.asarray(x, jnp.bfloat16), weight, pull).compile()
-    y, of_x, of_weight = program(jnp.asarray(x, jnp.bfloat16), weight, pull)
+    with jax.set_mesh(make_mesh()):
+        program = jax.jit(back).lower(jnp.asarray(x, jnp.bfloat16), weight, pull).compile()
+        y, of_x, of_weight = program(jnp.asarray(x, jnp.bfloat16), weight, pull)
     assert (y.dtype, of_x.dtype, of_weight.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     close(y, np.einsum("abnh,oqnh->aboq", rounded_x, rounded_weight), 1e-5)
     close(of_weight, np.einsum("aboq,abnh->oqnh", rounded_pull, rounded_x), 1e-4)
     np.testing.assert_allclose(
         of_x.astype(jnp.float32), np.einsum("aboq,oqnh->abnh", rounded_pull, rounded_weight), rtol=2**-8, atol=1e-5
     )
-    # The compiler would have taken other forms apart into conversions and a product of float32.
+    # The compiler would have split other forms into conversions and a product of float32.
     factors = re.findall(
         r"^%fused_computation\S* \(\S+: (\w+)\[[\d,]+\], \S+: (\w+)\[[\d,]+\]\)", program.as_text(), re.M
     )
@@ -151,82 +149,31 @@ def test_linear_gradients(shape: tuple[int, ...]) -> None:
         close(ours, theirs)
     halved = jnp.asarray(error, jnp.bfloat16)
 
-    def gradients(x: jax.Array, table: jax.Array, error: jax.Array) -> tuple[jax.Array, jax.Array]:
-        with traced_for(make_mesh()):
-            return linear_gradients(x, table, error)
-
-    of_x, of_table = jax.jit(gradients)(jnp.asarray(x, jnp.bfloat16), table, halved)
+    with jax.set_mesh(make_mesh()):
+        of_x, of_table = jax.jit(linear_gradients)(jnp.asarray(x, jnp.bfloat16), table, halved)
     assert (of_x.dtype, of_table.dtype) == (jnp.bfloat16, jnp.float32)
     for ours, theirs in zip((of_x, of_table), linear_gradients(x, table, error), strict=True):
         close(ours.astype(jnp.float32), theirs, 0.02 * float(jnp.abs(theirs).max()))
 
 
-def test_only_bfloat16_on_one_cpu_is_special() -> None:
+def test_use_bfloat16_dot_only_within_a_mesh_of_one_cpu() -> None:
     def traced(mesh: Mesh | None, dtype: str, rows: int) -> str:
-        with traced_for(mesh):
-            # A function of its own, as traces are kept.
-            return str(jax.make_jaxpr(lambda x, w: linear(x, w))(jnp.ones((rows, 4), dtype), jnp.ones((3, 4))))
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            return str(jax.make_jaxpr(linear)(jnp.ones((rows, 4), dtype), jnp.ones((3, 4))))
 
     assert "custom_vjp" in traced(make_mesh(), "bfloat16", 64)
     for mesh, dtype, rows in (
         (None, "bfloat16", 64),
         (make_mesh(data=2), "bfloat16", 64),
         (make_mesh(), "float32", 64),
-        (make_mesh(), "bfloat16", MOST_DECODE_ROWS),
+        (make_mesh(), "bfloat16", MAX_DECODE_ROWS),
     ):
         assert "custom_vjp" not in traced(mesh, dtype, rows)
 
 
-def reference_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """One query head at a time; [B, T, N, H]."""
-    out = np.zeros_like(query)
-    B, T, N, H = query.shape
-    serves = N // key.shape[2]
-    for b, t, n in itertools.product(range(B), range(T), range(N)):
-        seen = np.flatnonzero(mask[b, t])
-        scores = key[b, seen, n // serves] @ query[b, t, n] / math.sqrt(H)
-        weights = np.exp(scores - scores.max())
-        out[b, t, n] = weights / weights.sum() @ value[b, seen, n // serves]
-    return out
-
-
-def test_attention_looks_only_where_the_mask_lets_it() -> None:
-    query, key, value = normal(2, 4, 6, 3), normal(2, 5, 2, 3), normal(2, 5, 2, 3)
-    mask = RANDOM.random((2, 4, 5)) < 0.5
-    mask[:, :, 1] = True
-    close(attend(query, key, value, mask), reference_attention(query, key, value, mask))
-
-
-def test_attention_with_one_place_to_look_copies_its_value() -> None:
-    value = jnp.arange(6.0).reshape(1, 3, 1, 2)
-    mask = jnp.eye(3, dtype=bool)[None]
-    close(attend(jnp.ones((1, 3, 2, 2)), jnp.ones((1, 3, 1, 2)), value, mask), jnp.repeat(value, 2, axis=2))
-
-
-def test_attention_to_a_cache_sees_its_own_slot_and_those_before() -> None:
-    query, keys, values = normal(3, 6, 4), normal(3, 2, 5, 4), normal(3, 2, 5, 4)
-    positions = np.array([0, 2, 4])
-    mask = np.arange(5) <= positions[:, None]
-    expected = reference_attention(query[:, None], keys.swapaxes(1, 2), values.swapaxes(1, 2), mask[:, None])
-    close(attend_cache(query, keys, values, positions), expected[:, 0])
-
-
-@pytest.mark.parametrize("side_by_side", [2, 4])
-def test_heads_side_by_side_in_a_cache_are_attended_to_as_if_apart(side_by_side: int) -> None:
-    R, K, S, H = 3, 4, 5, 4
-    query, keys, values, positions = normal(R, 8, H), normal(R, K, S, H), normal(R, K, S, H), np.array([0, 2, 4])
-
-    def pack(apart: np.ndarray) -> np.ndarray:
-        grouped = apart.reshape(R, K // side_by_side, side_by_side, S, H).swapaxes(2, 3)
-        return grouped.reshape(R, K // side_by_side, S, side_by_side * H)
-
-    packed = attend_cache(query, pack(keys), pack(values), positions)
-    close(packed, attend_cache(query, keys, values, positions))
-
-
 def test_gated_mlp() -> None:
     mlp = randomized(lambda: GatedMLP(4, 7, 3, nnx.Rngs(0)))
-    gate, up, down = (np.asarray(w[...]) for w in (mlp.gate, mlp.up, mlp.down))
+    gate, up, down = (np.asarray(linear.weight[...]) for linear in (mlp.gate, mlp.up, mlp.down))
     assert (gate.shape, up.shape, down.shape) == ((7, 4), (7, 4), (3, 7))
     x = normal(2, 5, 4)
     gated = x @ gate.T
@@ -240,13 +187,13 @@ def test_attention_projects_adds_biases_and_rotates() -> None:
     cos, sin = rope(positions, config)
     query, key, value = layer.project(x, cos, sin)
 
-    def projected(weight: nnx.Param, bias: nnx.Param) -> np.ndarray:
-        return np.einsum("btd,nhd->btnh", x, np.asarray(weight[...])) + np.asarray(bias[...])
+    def projected(linear: Linear) -> np.ndarray:
+        return np.einsum("btd,nhd->btnh", x, np.asarray(linear.weight[...])) + np.asarray(linear.bias[...])
 
-    close(value, projected(layer.v, layer.v_bias))
-    close(query, rotate(jnp.asarray(projected(layer.q, layer.q_bias)), cos, sin))
-    close(key, rotate(jnp.asarray(projected(layer.k, layer.k_bias)), cos, sin))
-    close(layer.merge(query), np.einsum("btnh,dnh->btd", np.asarray(query), np.asarray(layer.out[...])))
+    close(value, projected(layer.v))
+    close(query, rotate(jnp.asarray(projected(layer.q)), cos, sin))
+    close(key, rotate(jnp.asarray(projected(layer.k)), cos, sin))
+    close(layer.out(query), np.einsum("btnh,dnh->btd", np.asarray(query), np.asarray(layer.out.weight[...])))
 
 
 def test_attention_without_biases_has_none() -> None:

@@ -12,13 +12,13 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from tests.model.test_trunk import fill, layer_weights, randomised_torch
 
 from omni_jax.config.model import AdapterConfig, AudioEncoderConfig, ModelConfig
 from omni_jax.model.omni import Adapter, OmniModel
 from omni_jax.vocab import Vocab
 from tests.inference.reference_decoder import random_model, small_config
 from tests.model.randomized import randomized
+from tests.model.test_decoder import fill, layer_weights, randomized_torch
 
 
 def close(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:
@@ -52,19 +52,19 @@ def averaged(model: OmniModel, tokens: np.ndarray, speech: dict[tuple[int, int],
     return out
 
 
-def test_eight_embeddings_are_averaged() -> None:
+def test_embed_prompt_averages_eight_embeddings() -> None:
     tokens = random_tokens(CONFIG, 2, 5)
     expected = averaged(MODEL, tokens, {})
     close(MODEL.embed_prompt(tokens, None, None), expected)
     close(MODEL.embed_tokens(tokens.swapaxes(1, 2)), expected)
 
 
-def test_speech_takes_the_place_of_the_audio_embeddings_alone() -> None:
+def test_embed_prompt_replaces_only_audio_embeddings_by_speech() -> None:
     tokens = random_tokens(CONFIG, 2, 5)
     speech = np.random.default_rng(1).normal(size=(2, 3, CONFIG.trunk.hidden_size)).astype(np.float32)
     index = np.array([[-1, 0, 1, 2, -1], [-1, -1, 0, -1, -1]])
-    heard = {(b, t): speech[b, index[b, t]] for b in range(2) for t in range(5) if index[b, t] >= 0}
-    close(MODEL.embed_prompt(tokens, speech, index), averaged(MODEL, tokens, heard))
+    speech_at = {(b, t): speech[b, index[b, t]] for b in range(2) for t in range(5) if index[b, t] >= 0}
+    close(MODEL.embed_prompt(tokens, speech, index), averaged(MODEL, tokens, speech_at))
 
 
 @pytest.mark.parametrize("kind", ["llamamlp", "mlp"])
@@ -73,8 +73,8 @@ def test_adapters(kind: Any, stack: int) -> None:
     config = dataclasses.replace(CONFIG, adapter=AdapterConfig(kind=kind, intermediate_size=11, stack=stack))
     adapter = randomized(lambda: Adapter(config, nnx.Rngs(0)))
     x = np.random.default_rng(0).normal(size=(2, 7, CONFIG.audio_encoder.hidden_size)).astype(np.float32)
-    places = -(-7 // stack)
-    joined = np.zeros((2, places, stack * CONFIG.audio_encoder.hidden_size), np.float32)
+    positions = -(-7 // stack)
+    joined = np.zeros((2, positions, stack * CONFIG.audio_encoder.hidden_size), np.float32)
     for b in range(2):
         for t in range(7):
             start = t % stack * CONFIG.audio_encoder.hidden_size
@@ -82,17 +82,19 @@ def test_adapters(kind: Any, stack: int) -> None:
     if kind == "mlp":
         expected = joined @ np.asarray(adapter.map.weight[...]).T + np.asarray(adapter.map.bias[...])
     else:
-        gate, up, down = (np.asarray(w[...]) for w in (adapter.map.gate, adapter.map.up, adapter.map.down))
+        gate, up, down = (np.asarray(w.weight[...]) for w in (adapter.map.gate, adapter.map.up, adapter.map.down))
         gated = joined @ gate.T
         expected = (gated / (1 + np.exp(-gated)) * (joined @ up.T)) @ down.T
-    assert expected.shape == (2, places, CONFIG.trunk.hidden_size)
+    assert expected.shape == (2, positions, CONFIG.trunk.hidden_size)
     close(adapter(x), expected, 1e-4)
 
 
-def test_hearing_is_log_mel_ear_and_adapter() -> None:
+def test_encode_audio_is_log_mel_encoder_and_adapter() -> None:
     config = dataclasses.replace(
         CONFIG,
-        audio_encoder=AudioEncoderConfig(num_mel_bins=8, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=20, max_position=7),
+        audio_encoder=AudioEncoderConfig(
+            num_mel_bins=8, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=20, max_position=7
+        ),
         adapter=AdapterConfig(stack=2),
     )
     model = random_model(config)
@@ -100,9 +102,9 @@ def test_hearing_is_log_mel_ear_and_adapter() -> None:
     from omni_jax.audio.features import log_mel
 
     assert config.audio_encoder.max_samples == 7 * 320
-    heard = model.hear(sound)
-    assert heard.shape == (2, 4, config.trunk.hidden_size)
-    close(heard, model.adapter(model.audio_encoder(log_mel(jnp.asarray(sound), 8))))
+    speech_at = model.encode_audio(sound)
+    assert speech_at.shape == (2, 4, config.trunk.hidden_size)
+    close(speech_at, model.adapter(model.audio_encoder(log_mel(jnp.asarray(sound), 8))))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -125,13 +127,13 @@ def test_text_logits_equal_transformers(tied: bool, stacked: bool) -> None:
         tie_word_embeddings=tied,
         attn_implementation="eager",
     )
-    reference = randomised_torch(transformers.Qwen2ForCausalLM(theirs))
+    reference = randomized_torch(transformers.Qwen2ForCausalLM(theirs))
     state = {name: value.numpy() for name, value in reference.state_dict().items()}
     layers = [layer_weights(state, i, trunk) for i in range(trunk.num_layers)]
     if stacked:
-        fill(model.trunk.num_layers, {name: np.stack([layer[name] for layer in layers]) for name in layers[0]})
+        fill(model.trunk.layers, {name: np.stack([layer[name] for layer in layers]) for name in layers[0]})
     else:
-        for block, weights in zip(model.trunk.num_layers, layers, strict=True):
+        for block, weights in zip(model.trunk.layers, layers, strict=True):
             fill(block, weights)
     model.norm.scale.set_value(jnp.asarray(state["model.norm.weight"]))
     model.embed.text.set_value(jnp.asarray(state["model.embed_tokens.weight"]))
@@ -160,7 +162,7 @@ def forward(model: OmniModel, tokens: np.ndarray, **more: Any) -> Any:
     return run(state, tokens, positions, more)
 
 
-def test_the_tts_adapter_serves_the_audio_heads_only() -> None:
+def test_tts_adapter_serves_the_audio_heads_only() -> None:
     """Its blocks follow the trunk's last, without the trunk's norm between; then its own norm and head."""
     config = small_config(tts_adapter_layers=2)
     model = random_model(config)
@@ -195,7 +197,7 @@ def test_logits_are_float32_whatever_the_model_computes_in() -> None:
 
         def run(state: Any, tokens: Any, positions: Any, sound: Any, graph: Any = graph) -> Any:
             model = nnx.merge(graph, state)
-            text, audio, cache = model(tokens, positions, model.hear(sound), positions - 1)
+            text, audio, cache = model(tokens, positions, model.encode_audio(sound), positions - 1)
             return text, model.text_logits(text), model.audio_logits(audio), cache
 
         tokens = jax.ShapeDtypeStruct((2, 8, 12), jnp.int32)
@@ -221,18 +223,18 @@ def test_logits_keep_what_bfloat16_would_round_away(rows: int) -> None:
     close(jax.jit(MODEL.audio_logits)(hidden), np.einsum("rd,cvd->rcv", exact, audio))
 
 
-def test_packed_examples_equal_the_examples_alone() -> None:
+def test_packed_examples_equal_separate_examples() -> None:
     """Two examples with speech and padding between them in one row, through trunk and TTS adapter."""
     config = small_config(tts_adapter_layers=1)
     model = random_model(config)
     random = np.random.default_rng(0)
     D = config.trunk.hidden_size
     parts = [(random_tokens(config, 1, n, seed=n), random.normal(size=(1, 4, D)).astype(np.float32)) for n in (9, 6)]
-    heard = [3, 4]
+    speech_at = [3, 4]
     T = 20
     starts = [0, 11]
 
-    def laid_out(which: list[int], at: list[int]) -> Any:
+    def pack_examples(which: list[int], at: list[int]) -> Any:
         tokens, positions = np.zeros((1, 8, T), np.int32), np.zeros((1, T), np.int32)
         segments, index = np.zeros((1, T), np.int32), np.full((1, T), -1, np.int32)
         speech = np.zeros((1, 8, D), np.float32)
@@ -242,13 +244,13 @@ def test_packed_examples_equal_the_examples_alone() -> None:
             tokens[:, :, start : start + n] = own
             positions[0, start : start + n] = np.arange(n)
             segments[0, start : start + n] = number + 1
-            index[0, start + 1 : start + 1 + heard[number]] = 4 * number + np.arange(heard[number])
+            index[0, start + 1 : start + 1 + speech_at[number]] = 4 * number + np.arange(speech_at[number])
             speech[:, 4 * number : 4 * number + 4] = parts[number][1]
         return forward(model, tokens, positions=positions, speech=speech, speech_index=index, segments=segments)
 
-    packed = laid_out([0, 1], starts)
+    packed = pack_examples([0, 1], starts)
     for number in (0, 1):
-        alone = laid_out([number], [0])
+        alone = pack_examples([number], [0])
         n = parts[number][0].shape[2]
         for ours, theirs in zip(packed[:2], alone[:2], strict=True):
             close(ours[:, starts[number] : starts[number] + n], theirs[:, :n], 1e-4)

@@ -25,7 +25,7 @@ from tests.models import quick_compile
 
 
 @dataclass
-class Running:
+class RunningServer:
     """A server that answers at `url`."""
 
     url: str
@@ -48,51 +48,56 @@ class Running:
             with error:
                 return error.code, error.read(), {k.lower(): v for k, v in error.headers.items()}
 
-    def refused(self, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
-        """Status and the one sentence of an error."""
+    def error(self, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, Any]]:
+        """Status and the error object of a refused request."""
         status, content, _ = self.call(path, body, **headers)
-        return status, json.loads(content)["error"]["message"]
+        return status, json.loads(content)["error"]
 
-    def figure(self, name: str, **labels: str) -> float:
+    def refused(self, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
+        """Status and message of a refused request."""
+        status, error = self.error(path, body, **headers)
+        return status, error["message"]
+
+    def metric(self, name: str, **labels: str) -> float:
         """A metric's value; 0 if it has none yet."""
-        return self.service.figures.registry.get_sample_value(name, labels) or 0.0
+        return self.service.metrics.registry.get_sample_value(name, labels) or 0.0
 
-    def idle(self) -> None:
-        """Wait until no slot is in use."""
-        eventually(lambda: not self.service.live.alive)
+    def wait_until_idle(self) -> None:
+        """Wait until no request is active or queued."""
+        eventually(lambda: not self.service.engine.num_requests)
 
 
 def eventually(true: Callable[[], bool]) -> None:
-    """Wait for something that another thread brings about; a client may see an answer's end before it is counted."""
+    """Wait for something that another thread does; a client may see an answer's end before it is counted."""
     until = time.monotonic() + 30
     while not true():
-        assert time.monotonic() < until, "it never came about"
+        assert time.monotonic() < until, "not true within 30 s"
         time.sleep(0.01)
 
 
-def assert_same_sound(heard: np.ndarray, expected: np.ndarray | None) -> None:
-    """16-bit samples that came over the network are an answer's, up to the rounding of a stream."""
+def assert_same_audio(received: np.ndarray, expected: np.ndarray | None) -> None:
+    """16-bit samples that were sent over the network are an answer's, up to the rounding of a stream."""
     assert expected is not None
     wanted = audio_io.to_pcm16(expected).astype(int)
-    assert heard.shape == wanted.shape
-    assert np.abs(heard - wanted).max(initial=0) < 5
+    assert received.shape == wanted.shape
+    assert np.abs(received - wanted).max(initial=0) < 5
 
 
-class Held:
+class HeldBatch:
     """While entered, the running batch waits before its next chunk until it is released."""
 
-    def __init__(self, server: Running):
-        self.live, self.gate, self.reached = server.service.live, threading.Event(), threading.Event()
+    def __init__(self, server: RunningServer):
+        self.engine, self.gate, self.reached = server.service.engine, threading.Event(), threading.Event()
 
-    def __enter__(self) -> Held:
-        advance = self.live._advance
+    def __enter__(self) -> HeldBatch:
+        advance = self.engine._advance
 
         def wait() -> None:
             self.reached.set()
             assert self.gate.wait(60)
             advance()
 
-        self.live._advance = wait  # type: ignore[method-assign]
+        self.engine._advance = wait  # type: ignore[method-assign]
         return self
 
     def wait(self) -> None:
@@ -103,12 +108,12 @@ class Held:
 
     def __exit__(self, *_: object) -> None:
         self.release()
-        del self.live._advance
+        del self.engine._advance
 
 
 @contextlib.contextmanager
-def running(omni: Omni, *, ready: bool = True, **settings: Any) -> Iterator[Running]:
-    service = Service(omni, "small", Settings(**{"slots": 2, "waiting": 20, **settings}))
+def run_server(omni: Omni, *, ready: bool = True, **settings: Any) -> Iterator[RunningServer]:
+    service = Service(omni, "small", Settings(**{"max_batch_size": 2, "max_queue_size": 20, **settings}))
     server = make_server(service, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -119,7 +124,7 @@ def running(omni: Omni, *, ready: bool = True, **settings: Any) -> Iterator[Runn
             assert time.monotonic() < until
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Running(f"http://127.0.0.1:{port}", service)
+        yield RunningServer(f"http://127.0.0.1:{port}", service)
     finally:
         server.should_exit = True
         thread.join(60)
@@ -133,21 +138,22 @@ def omni() -> Iterator[Omni]:
 
 
 @pytest.fixture(scope="session")
-def server(omni: Omni) -> Iterator[Running]:
-    with running(omni) as server:
+def server(omni: Omni) -> Iterator[RunningServer]:
+    with run_server(omni) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def sound() -> np.ndarray:
+def samples() -> np.ndarray:
     return np.random.default_rng(0).normal(size=3000).astype(np.float32) / 10
 
 
 @pytest.fixture(scope="session")
-def recording(sound: np.ndarray) -> bytes:
-    return audio_io.encode_wav(sound, 16_000)
+def recording(samples: np.ndarray) -> bytes:
+    """A wav file."""
+    return audio_io.encode_wav(samples, 16_000)
 
 
 @pytest.fixture(scope="session")
-def spoken(recording: bytes) -> str:
+def recording_base64(recording: bytes) -> str:
     return base64.b64encode(recording).decode()

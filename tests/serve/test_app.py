@@ -1,4 +1,4 @@
-"""What the server lets in, whom it turns away, and that nobody can hold it up."""
+"""Routes, limits, errors and metrics of the server, and that no client can block the others."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ import pytest
 
 from omni_jax.api import Omni
 from omni_jax.audio import io as audio_io
+from omni_jax.errors import AudioTooLongError, BusyError, CheckpointError, ClosedError, ConfigError, OmniError
 from omni_jax.inference.engine import Engine
-from omni_jax.serve.sessions import Conversation
-from tests.serve.conftest import Held, Running, eventually, running
+from omni_jax.inference.generation import GenerationConfig
+from omni_jax.serve.errors import RequestRefusedError
+from omni_jax.serve.sessions import AnswerStream
+from tests.serve.conftest import HeldBatch, RunningServer, eventually, run_server
 
 HELLO = {"model": "small", "messages": [{"role": "user", "content": "hello"}]}
 STREAM = HELLO | {"stream": True, "modalities": ["text", "audio"], "audio": {"voice": "a", "format": "pcm16"}}
 
 
-def raw(server: Running, timeout: float = 30) -> socket.socket:
+def connect(server: RunningServer, timeout: float = 30) -> socket.socket:
     host, port = server.url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), timeout=timeout)
 
@@ -34,8 +37,8 @@ def post(path: str, body: bytes, *headers: str) -> bytes:
     return "\r\n".join([*lines, *headers, "", ""]).encode() + body
 
 
-def answers(server: Running) -> bool:
-    """Whether it still answers as it should."""
+def still_answers(server: RunningServer) -> bool:
+    """Whether it answers a request correctly."""
     status, content, _ = server.call("/v1/chat/completions", HELLO)
     return (
         status == 200
@@ -43,49 +46,52 @@ def answers(server: Running) -> bool:
     )
 
 
-def test_health_and_figures(server: Running) -> None:
+def test_healthz_readyz_and_metrics(server: RunningServer) -> None:
     assert server.call("/healthz")[:2] == (200, b'{"status":"ok"}')
     assert server.call("/readyz")[0] == 200
-    before = server.figure("omni_requests_total", endpoint="/v1/audio/speech", outcome="done")
-    sounds = server.figure("omni_first_sound_seconds_count")
-    steps = server.figure("omni_steps_total")
+    before = server.metric("omni_requests_total", endpoint="/v1/audio/speech", outcome="done")
+    first_audios = server.metric("omni_time_to_first_audio_seconds_count")
+    steps = server.metric("omni_decode_steps_total")
+    seconds = server.metric("omni_audio_seconds_total")
     expected = server.omni.read_aloud("read me")
     assert server.call("/v1/audio/speech", {"model": "small", "input": "read me", "response_format": "wav"})[0] == 200
-    eventually(lambda: server.figure("omni_requests_total", endpoint="/v1/audio/speech", outcome="done") == before + 1)
-    assert server.figure("omni_first_sound_seconds_count") == sounds + 1
-    assert server.figure("omni_steps_total") == steps + expected.tokens.shape[1]
+    eventually(lambda: server.metric("omni_requests_total", endpoint="/v1/audio/speech", outcome="done") == before + 1)
+    assert server.metric("omni_time_to_first_audio_seconds_count") == first_audios + 1
+    assert server.metric("omni_decode_steps_total") == steps + expected.tokens.shape[1]
+    assert server.metric("omni_audio_seconds_total") == pytest.approx(seconds + expected.seconds)
     status, content, headers = server.call("/metrics")
     assert status == 200
     assert headers["content-type"].startswith("text/plain")
     lines = content.decode().splitlines()
-    for line in ("omni_slots 2.0", "omni_slots_occupied 0.0", "omni_waiting 0.0", "omni_ready 1.0"):
+    for line in ("omni_batch_slots 2.0", "omni_batch_slots_in_use 0.0", "omni_queue_length 0.0", "omni_ready 1.0"):
         assert line in lines
 
 
-def test_nothing_is_compiled_once_it_is_ready(
-    server: Running, spoken: str, sound: np.ndarray, caplog: pytest.LogCaptureFixture
+def test_warm_up_compiles_everything(
+    server: RunningServer, samples: np.ndarray, caplog: pytest.LogCaptureFixture
 ) -> None:
     import jax
 
+    config = GenerationConfig(max_steps=20, temperature=0.5)
     requests = [
-        server.omni.prepare({"text": "a" * length, "task": task, "options": {"max_steps": 20, "temperature": 0.5}})
+        server.omni.prepare({"text": "a" * length, "task": task, "config": config})
         for length in (1, 15, 40)
         for task in ("T1A1", "T1A2", "T1T2")
     ]
     requests += [
-        server.omni.prepare({"audio": np.resize(sound, length), "sample_rate": 16_000, "task": task})
+        server.omni.prepare({"audio": np.resize(samples, length), "sample_rate": 16_000, "task": task})
         for length in (400, server.omni.config.audio_encoder.max_samples)
         for task in ("A1A2", "A1T1", "A1T2")
     ]
     jax.config.update("jax_log_compiles", True)
     try:
         for gap in (0, 0.02):
-            talks = []
+            handles = []
             for request in requests:
-                talks.append(server.service.live.ask(request))
+                handles.append(server.service.engine.submit(request))
                 time.sleep(gap)
-            for talk in talks:
-                assert [*talk][-1].reply is not None
+            for handle in handles:
+                assert [*handle][-1].reply is not None
     finally:
         jax.config.update("jax_log_compiles", False)
     compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
@@ -93,25 +99,25 @@ def test_nothing_is_compiled_once_it_is_ready(
 
 
 @pytest.mark.parametrize("body", [HELLO, STREAM], ids=["whole", "streamed"])
-def test_answers_leave_nothing_behind_for_the_search_for_cycles(server: Running, body: Any) -> None:
-    """They have their sound with them; see also what is passed over once the server is ready."""
+def test_answer_streams_are_freed_without_garbage_collection(server: RunningServer, body: Any) -> None:
+    """They hold their audio; see also `omni_jax.serve.app._freeze_when_ready`."""
 
-    def alive() -> int:
-        return sum(isinstance(thing, Conversation) for thing in gc.get_objects())
+    def count() -> int:
+        return sum(isinstance(thing, AnswerStream) for thing in gc.get_objects())
 
     eventually(lambda: gc.get_freeze_count() > 0)
     gc.collect()
-    before = alive()
+    before = count()
     gc.disable()
     try:
         for _ in range(3):
             assert server.call("/v1/chat/completions", body)[0] == 200
-        eventually(lambda: alive() == before)
+        eventually(lambda: count() == before)
     finally:
         gc.enable()
 
 
-def test_errors_are_json_everywhere(server: Running) -> None:
+def test_errors_are_json_everywhere(server: RunningServer) -> None:
     assert server.refused("/nowhere") == (404, "GET /nowhere: Not Found")
     assert server.refused("/chat")[0] == 405
     status, message = server.refused("/v1/chat/completions", b"{")
@@ -119,11 +125,40 @@ def test_errors_are_json_everywhere(server: Running) -> None:
     assert server.refused("/v1/chat/completions", b"\xff\xfe")[0] == 400
     assert server.refused("/v1/chat/completions", b"[" * 100_000)[0] == 400
     assert server.refused("/v1/chat/completions", b"{}", **{"Content-Type": "text/plain"})[0] in (400, 422)
-    assert answers(server)
+    assert still_answers(server)
 
 
-def test_keys(omni: Omni) -> None:
-    with running(omni, api_keys=("right", "other")) as server:
+@pytest.mark.parametrize(
+    ("error", "status", "code", "outcome"),
+    [
+        (ConfigError("no"), 400, None, "refused"),
+        (AudioTooLongError("no", max_seconds=1), 400, "bad_audio", "refused"),
+        (BusyError("no"), 429, "busy", "busy"),
+        (ClosedError("no"), 503, "closed", "refused"),
+        (CheckpointError("no"), 500, "failed", "failed"),
+        (RequestRefusedError(404, "no", code="model_not_found"), 404, "model_not_found", "refused"),
+    ],
+)
+def test_status_of_every_error(
+    server: RunningServer,
+    monkeypatch: pytest.MonkeyPatch,
+    error: OmniError,
+    status: int,
+    code: str | None,
+    outcome: str,
+) -> None:
+    def fail(*_: object) -> Any:
+        raise error
+
+    monkeypatch.setattr(server.service, "submit", fail)
+    before = server.metric("omni_requests_total", endpoint="/v1/chat/completions", outcome=outcome)
+    found_status, body = server.error("/v1/chat/completions", HELLO)
+    assert (found_status, body["code"], body["message"]) == (status, code, "no")
+    assert server.metric("omni_requests_total", endpoint="/v1/chat/completions", outcome=outcome) == before + 1
+
+
+def test_api_keys(omni: Omni) -> None:
+    with run_server(omni, api_keys=("right", "other")) as server:
         for path in ("/v1/models", "/metrics", "/openapi.json"):
             assert server.refused(path)[0] == 401
             assert server.refused(path, Authorization="Bearer wrong")[0] == 401
@@ -136,7 +171,7 @@ def test_keys(omni: Omni) -> None:
         assert server.call("/v1/models")[2]["www-authenticate"] == "Bearer"
 
 
-def test_the_page_is_served_whole_and_from_here_alone(server: Running) -> None:
+def test_page_files_are_served_from_this_server_only(server: RunningServer) -> None:
     status, content, headers = server.call("/")
     assert status == 200
     assert headers["content-security-policy"].startswith("default-src 'self'")
@@ -145,29 +180,29 @@ def test_the_page_is_served_whole_and_from_here_alone(server: Running) -> None:
     for link in re.findall(r'(?:src|href)="([^"]+)"', content.decode()):
         assert link == "data:," or server.call(link)[0] == 200
     assert server.refused("/page/../app.py")[0] == 404
-    assert server.refused("/page/service.py")[0] == 404
+    assert server.refused("/page/sessions.py")[0] == 404
 
 
-def test_too_large(omni: Omni) -> None:
-    with running(omni, max_body_bytes=10_000, idle_seconds=1) as server:
+def test_max_body_bytes(omni: Omni) -> None:
+    with run_server(omni, max_body_bytes=10_000, idle_timeout=1) as server:
         status, message = server.refused("/chat", b" " * 10_001)
         assert (status, message) == (413, "expected a body of at most 10000 bytes, found 10001")
-        with raw(server) as client:
-            # One that does not say beforehand how much it sends.
+        with connect(server) as client:
+            # One that does not announce its length.
             client.sendall(
                 b"POST /chat HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
                 b"Transfer-Encoding: chunked\r\n\r\n"
             )
             client.sendall(b"4000\r\n" + b" " * 0x4000 + b"\r\n")
             assert client.recv(1000).startswith(b"HTTP/1.1 413")
-        with raw(server) as client:
+        with connect(server) as client:
             # One that announces more than it sends.
             client.sendall(post("/chat", b"{}").replace(b"Length: 2", b"Length: 2000"))
             assert client.recv(1000).startswith(b"HTTP/1.1 408")
-        assert answers(server)
+        assert still_answers(server)
 
 
-def test_recordings_that_are_too_long_are_not_even_decoded(omni: Omni, tmp_path: Any) -> None:
+def test_max_audio_seconds_refuses_before_decoding(omni: Omni, tmp_path: Any) -> None:
     import base64
 
     import soundfile
@@ -175,7 +210,7 @@ def test_recordings_that_are_too_long_are_not_even_decoded(omni: Omni, tmp_path:
     buffer = io.BytesIO()
     soundfile.write(buffer, np.zeros(16_000 * 1800, np.int16), 16_000, format="FLAC")
     assert len(buffer.getvalue()) < 1 << 20
-    with running(omni, max_audio_seconds=0.1) as server:
+    with run_server(omni, max_audio_seconds=0.1) as server:
         hours = base64.b64encode(buffer.getvalue()).decode()
         status, message = server.refused("/chat", {"audio": hours})
         assert (status, message) == (400, "recording: expected a recording of at most 0.10 s, found 1800.00 s")
@@ -183,25 +218,25 @@ def test_recordings_that_are_too_long_are_not_even_decoded(omni: Omni, tmp_path:
         assert "at most 0.10 s, found 0.12 s" in server.refused("/chat", {"audio": long})[1]
 
 
-def test_when_it_is_full(omni: Omni) -> None:
-    with running(omni, slots=1, waiting=1) as server, Held(server) as held:
+def test_full_queue_gives_status_429(omni: Omni) -> None:
+    with run_server(omni, max_batch_size=1, max_queue_size=1) as server, HeldBatch(server) as held:
         threads = [threading.Thread(target=server.call, args=("/v1/chat/completions", HELLO)) for _ in range(2)]
         for thread in threads:
             thread.start()
-        eventually(lambda: server.service.live.alive == 2)
+        eventually(lambda: server.service.engine.num_requests == 2)
         status, content, headers = server.call("/v1/chat/completions", HELLO)
         assert status == 429
         assert int(headers["retry-after"]) >= 1
         assert "try again later" in json.loads(content)["error"]["message"]
-        assert server.figure("omni_requests_total", endpoint="/v1/chat/completions", outcome="busy") == 1
+        assert server.metric("omni_requests_total", endpoint="/v1/chat/completions", outcome="busy") == 1
         held.release()
         for thread in threads:
             thread.join(60)
-        assert answers(server)
+        assert still_answers(server)
 
 
-def test_deadlines(omni: Omni) -> None:
-    with running(omni, max_seconds=0.2) as server, Held(server) as held:
+def test_request_timeout(omni: Omni) -> None:
+    with run_server(omni, request_timeout=0.2) as server, HeldBatch(server) as held:
         results: list[Any] = []
         bodies = [HELLO, STREAM]
         threads = [
@@ -219,87 +254,87 @@ def test_deadlines(omni: Omni) -> None:
         # A stream has begun with status 200: it ends with an error and without [DONE].
         assert b"not answered within 0.2 s" in by_status[200]
         assert b"[DONE]" not in by_status[200]
-        server.idle()
+        server.wait_until_idle()
 
 
 @pytest.mark.parametrize("body", [HELLO, STREAM])
-def test_clients_that_leave(server: Running, body: Any) -> None:
-    before = server.figure("omni_requests_total", endpoint="/v1/chat/completions", outcome="cancelled")
-    with Held(server) as held:
-        with raw(server) as client:
+def test_disconnect_frees_batch_slot(server: RunningServer, body: Any) -> None:
+    before = server.metric("omni_requests_total", endpoint="/v1/chat/completions", outcome="cancelled")
+    with HeldBatch(server) as held:
+        with connect(server) as client:
             client.sendall(post("/v1/chat/completions", json.dumps(body).encode()))
             held.wait()
         labels = {"endpoint": "/v1/chat/completions", "outcome": "cancelled"}
-        eventually(lambda: server.figure("omni_requests_total", **labels) == before + 1)
-    server.idle()
-    assert answers(server)
+        eventually(lambda: server.metric("omni_requests_total", **labels) == before + 1)
+    server.wait_until_idle()
+    assert still_answers(server)
 
 
-def test_half_open_and_slow_ones_hold_nobody_up(omni: Omni) -> None:
-    with running(omni, idle_seconds=1) as server:
-        silent = [raw(server) for _ in range(50)]
-        begun = [raw(server) for _ in range(20)]
+def test_slow_clients_do_not_block_others(omni: Omni) -> None:
+    with run_server(omni, idle_timeout=1) as server:
+        silent = [connect(server) for _ in range(50)]
+        begun = [connect(server) for _ in range(20)]
         for client in begun:
             client.sendall(b"POST /chat HTTP/1.1\r\nHost: a\r\nContent-Le")
-        slow = [raw(server) for _ in range(4)]
+        slow = [connect(server) for _ in range(4)]
         for client in slow:
             # Asks for an answer and never reads it.
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
             client.sendall(post("/v1/chat/completions", json.dumps(STREAM).encode()))
-        assert answers(server)
-        server.idle()
+        assert still_answers(server)
+        server.wait_until_idle()
         for client in (*silent, *begun, *slow):
             client.close()
-        assert answers(server)
+        assert still_answers(server)
 
 
-def test_garbage(server: Running) -> None:
+def test_garbage_requests(server: RunningServer) -> None:
     random = np.random.default_rng(0)
     for _ in range(30):
-        with raw(server) as client:
+        with connect(server) as client:
             client.sendall(random.bytes(int(random.integers(1, 3000))) + b"\r\n\r\n")
             client.settimeout(5)
             with contextlib.suppress(TimeoutError, ConnectionError):
                 assert client.recv(100).startswith(b"HTTP/1.1 400") or not client.recv(100)
-    assert answers(server)
+    assert still_answers(server)
 
 
-def test_stopping_finishes_what_runs(omni: Omni) -> None:
+def test_shutdown_finishes_active_requests(omni: Omni) -> None:
     results: list[Any] = []
-    with running(omni) as server, Held(server) as held:
+    with run_server(omni) as server, HeldBatch(server) as held:
         thread = threading.Thread(target=lambda: results.append(server.call("/v1/chat/completions", STREAM)))
         thread.start()
         held.wait()
-        # Leaving `running` tells it to stop while the answer is being made.
+        # Leaving `run_server` stops the server while the answer is being decoded.
     thread.join(60)
     assert results[0][1].endswith(b"data: [DONE]\n\n")
 
 
-def test_not_ready_yet(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warming_up_gives_status_503(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     monkeypatch.setattr(Engine, "warm_up", lambda self: gate.wait(60))
-    with running(omni, ready=False) as server:
+    with run_server(omni, ready=False) as server:
         try:
             assert server.call("/healthz")[0] == 200
             assert server.call("/readyz")[:2] == (503, b'{"status":"warming up"}')
             assert server.refused("/v1/chat/completions", HELLO) == (
                 503,
-                "the model is still being made ready; see /readyz",
+                "the model is still warming up; see /readyz",
             )
         finally:
             gate.set()
         eventually(lambda: server.call("/readyz")[0] == 200)
 
 
-def test_a_model_that_cannot_be_made_ready_is_said_to_be_broken(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_warm_up_is_reported_as_broken(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Engine) -> None:
         raise MemoryError("too large")
 
     monkeypatch.setattr(Engine, "warm_up", fail)
-    with running(omni, ready=False) as server:
+    with run_server(omni, ready=False) as server:
         eventually(lambda: server.call("/healthz")[:2] == (503, b'{"status":"broken"}'))
         assert server.call("/readyz")[:2] == (503, b'{"status":"broken"}')
         assert server.refused("/v1/chat/completions", HELLO) == (
             503,
-            "nothing is answered any more: the model has failed",
+            "no more requests: the model has failed",
         )

@@ -1,4 +1,4 @@
-"""What is given back goes back to the system."""
+"""Freed memory returns to the system."""
 
 import subprocess
 import sys
@@ -10,12 +10,12 @@ from omni_jax.serve import malloc
 PROGRAM = """
 import sys
 import numpy as np, psutil
-from omni_jax.serve import heap
+from omni_jax.serve import malloc
 
-if sys.argv[1] == "flat" and not heap.keep_flat():
+if sys.argv[1] == "limited" and not malloc.limit_heap_growth():
     sys.exit(77)
-del_first = np.ones(24 << 20, np.uint8)  # after which the library keeps blocks of up to 24 MiB
-del del_first
+large = np.ones(24 << 20, np.uint8)  # after which the library keeps blocks of up to 24 MiB
+del large
 before = psutil.Process().memory_info().rss
 blocks, pins = [], []
 for _ in range(64):
@@ -26,20 +26,20 @@ print((psutil.Process().memory_info().rss - before) >> 20)
 """
 
 
-def kept(how: str) -> int:
-    """MiB that a process still has of 128 given back."""
-    run = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=False)
+def retained(mode: str) -> int:
+    """MiB that a process still has of 128 MiB that it freed."""
+    run = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=False)
     if run.returncode == 77:
         pytest.skip("another C library")
     assert run.returncode == 0, run.stderr
     return int(run.stdout)
 
 
-def test_nothing_is_kept_that_was_given_back() -> None:
-    assert kept("as it is") > 64
-    assert kept("flat") < 8
+def test_limit_heap_growth_returns_freed_memory() -> None:
+    assert retained("default") > 64
+    assert retained("limited") < 8
 
 
-def test_another_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_heap_growth_skips_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(malloc.platform, "libc_ver", lambda: ("", ""))
-    assert not malloc.keep_flat()
+    assert not malloc.limit_heap_growth()

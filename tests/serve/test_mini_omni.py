@@ -1,4 +1,4 @@
-"""A client like Mini-Omni's own, which streams 16-bit samples from `/chat`."""
+"""A client like Mini-Omni's own, which reads 16-bit samples from `/chat`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import pytest
 import soundfile
 
 from omni_jax.audio import io as audio_io
-from omni_jax.serve import sound as sounds
-from tests.serve.conftest import Running, assert_same_sound
+from tests.serve.conftest import RunningServer, assert_same_audio
 
 
-def heard(server: Running, **body: object) -> tuple[bytes, str]:
-    """What such a client gets: it reads pieces of a fixed size until there are no more."""
+def stream_chat(server: RunningServer, **body: object) -> tuple[bytes, str]:
+    """Body and content type, read in pieces of a fixed size as such a client does."""
     request = urllib.request.Request(
         f"{server.url}/chat", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -28,31 +27,33 @@ def heard(server: Running, **body: object) -> tuple[bytes, str]:
 
 
 @pytest.mark.parametrize("stride", [1, 4, 100])
-def test_bare_samples_whatever_the_stride(server: Running, recording: bytes, spoken: str, stride: int) -> None:
+def test_chat_pcm_does_not_depend_on_stride(
+    server: RunningServer, recording: bytes, recording_base64: str, stride: int
+) -> None:
     expected = server.omni.reply(io.BytesIO(recording), max_steps=2048).audio
     assert expected is not None
-    data, kind = heard(server, audio=spoken, stream_stride=stride, max_tokens=2048, format="pcm")
+    data, kind = stream_chat(server, audio=recording_base64, stream_stride=stride, max_tokens=2048, format="pcm")
     assert kind == "audio/pcm"
-    assert_same_sound(np.frombuffer(data, "<i2"), expected)
+    assert_same_audio(np.frombuffer(data, "<i2"), expected)
 
 
-def test_by_default_a_wav_that_every_player_reads(server: Running, recording: bytes, spoken: str) -> None:
+def test_chat_streams_wav_by_default(server: RunningServer, recording: bytes, recording_base64: str) -> None:
     expected = server.omni.reply(io.BytesIO(recording))
     assert expected.audio is not None
-    data, kind = heard(server, audio=spoken)
+    data, kind = stream_chat(server, audio=recording_base64)
     assert kind == "audio/wav"
-    assert data.startswith(sounds.endless_header(expected.sample_rate))
+    assert data.startswith(audio_io.streaming_wav_header(expected.sample_rate))
     read, rate = soundfile.read(io.BytesIO(data), dtype="int16")
     assert rate == expected.sample_rate
-    assert_same_sound(read, expected.audio)
-    # Our own reader takes it too, though its header can't say how long it is.
+    assert_same_audio(read, expected.audio)
+    # `read_audio` reads it too, although the header has no length.
     assert len(audio_io.read_audio(io.BytesIO(data), rate)) == len(expected.audio)
 
 
-def test_it_stops_where_it_is_told_to(server: Running, recording: bytes, spoken: str) -> None:
+def test_chat_max_tokens(server: RunningServer, recording: bytes, recording_base64: str) -> None:
     expected = server.omni.reply(io.BytesIO(recording), max_steps=9)
     assert expected.audio is not None
-    data, _ = heard(server, audio=spoken, max_tokens=9, format="pcm")
+    data, _ = stream_chat(server, audio=recording_base64, max_tokens=9, format="pcm")
     assert len(data) == 2 * len(expected.audio)
 
 
@@ -68,7 +69,7 @@ def test_it_stops_where_it_is_told_to(server: Running, recording: bytes, spoken:
         ([], "body: input should be a valid dictionary"),
     ],
 )
-def test_bad_bodies(server: Running, body: object, message: str) -> None:
+def test_chat_refuses_invalid_bodies(server: RunningServer, body: object, message: str) -> None:
     status, sentence = server.refused("/chat", body)
     assert status == 400
     assert message in sentence

@@ -1,4 +1,4 @@
-"""OpenAI's own client, unchanged, against a running server: what it gets is what `Omni` answers."""
+"""OpenAI's own client library against a running server: its answers are those of `Omni`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import openai
 import pytest
 import soundfile
 
-from omni_jax.serve import sound as sounds
-from tests.serve.conftest import Running, assert_same_sound
+from omni_jax.audio import io as audio_io
+from tests.serve.conftest import RunningServer, assert_same_audio
 
 HEADER = 44
 
 
 @pytest.fixture(scope="module")
-def client(server: Running) -> Any:
+def client(server: RunningServer) -> Any:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
-def asked(spoken: str) -> Any:
-    part = {"type": "input_audio", "input_audio": {"data": spoken, "format": "wav"}}
+def audio_messages(data: str) -> Any:
+    part = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
     return [{"role": "user", "content": [part]}]
 
 
@@ -36,8 +36,8 @@ def test_models(client: Any) -> None:
 
 
 @pytest.mark.parametrize("format", ["wav", "pcm16", "flac", "mp3", "opus"])
-def test_speech_in_text_and_speech_out(
-    client: Any, server: Running, recording: bytes, spoken: str, format: str
+def test_chat_with_audio_in_and_out(
+    client: Any, server: RunningServer, recording: bytes, recording_base64: str, format: str
 ) -> None:
     expected = server.omni.reply(io.BytesIO(recording))
     assert expected.audio is not None
@@ -45,21 +45,21 @@ def test_speech_in_text_and_speech_out(
         model="small",
         modalities=["text", "audio"],
         audio={"voice": "alloy", "format": format},
-        messages=asked(spoken),
+        messages=audio_messages(recording_base64),
     )
     (choice,) = done.choices
     assert choice.message.content is None
     assert choice.message.audio.transcript == expected.text
     data = base64.b64decode(choice.message.audio.data)
     if format == "pcm16":
-        heard, rate = np.frombuffer(data, "<i2"), expected.sample_rate
+        received, rate = np.frombuffer(data, "<i2"), expected.sample_rate
     else:
-        heard, rate = soundfile.read(io.BytesIO(data), dtype="int16")
+        received, rate = soundfile.read(io.BytesIO(data), dtype="int16")
     if format in ("wav", "pcm16", "flac"):
         assert rate == expected.sample_rate
-        assert_same_sound(heard, expected.audio)
+        assert_same_audio(received, expected.audio)
     else:
-        assert len(heard) / rate == pytest.approx(expected.seconds, abs=0.1)
+        assert len(received) / rate == pytest.approx(expected.seconds, abs=0.1)
     assert choice.finish_reason == ("stop" if expected.finish_reason == "stop" else "length")
     assert done.usage.completion_tokens == expected.tokens.shape[1]
     assert done.usage.total_tokens == done.usage.prompt_tokens + done.usage.completion_tokens
@@ -70,8 +70,8 @@ def delta(chunk: Any) -> Any:
 
 
 @pytest.mark.parametrize("format", ["wav", "pcm16"])
-def test_a_stream_joined_is_the_answer(
-    client: Any, server: Running, recording: bytes, spoken: str, format: str
+def test_chat_stream_equals_whole_answer(
+    client: Any, server: RunningServer, recording: bytes, recording_base64: str, format: str
 ) -> None:
     expected = server.omni.reply(io.BytesIO(recording), seed=4, temperature=0.8)
     assert expected.audio is not None
@@ -79,7 +79,7 @@ def test_a_stream_joined_is_the_answer(
         model="small",
         modalities=["text", "audio"],
         audio={"voice": "alloy", "format": format},
-        messages=asked(spoken),
+        messages=audio_messages(recording_base64),
         stream=True,
         stream_options={"include_usage": True},
         seed=4,
@@ -90,25 +90,25 @@ def test_a_stream_joined_is_the_answer(
     assert "".join(part.get("transcript") or "" for part in audio) == expected.text
     data = b"".join(base64.b64decode(part["data"]) for part in audio if part.get("data"))
     if format == "wav":
-        assert data[:HEADER] == sounds.endless_header(expected.sample_rate)
+        assert data[:HEADER] == audio_io.streaming_wav_header(expected.sample_rate)
         data = data[HEADER:]
-    assert_same_sound(np.frombuffer(data, "<i2"), expected.audio)
+    assert_same_audio(np.frombuffer(data, "<i2"), expected.audio)
     assert len({part["id"] for part in audio}) == 1
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] in ("stop", "length")
     assert chunks[-1].usage.completion_tokens == expected.tokens.shape[1]
 
 
-def test_text_in_text_out(client: Any, server: Running) -> None:
+def test_chat_with_text_ignores_other_messages(client: Any, server: RunningServer) -> None:
     expected = server.omni.answer(text="hello")
     messages = [{"role": "system", "content": "Be nice."}, {"role": "user", "content": "hello"}]
     raw = client.chat.completions.with_raw_response.create(model="small", messages=messages)
     assert raw.parse().choices[0].message.content == expected.text
-    assert raw.headers["x-omni-jax-unheard"] == "1"
+    assert raw.headers["x-omni-jax-ignored-messages"] == "1"
     stream = client.chat.completions.create(model="small", messages=messages, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected.text
 
 
-def test_limits_and_typed_speech(client: Any, server: Running) -> None:
+def test_chat_max_completion_tokens_and_text_in_audio_out(client: Any, server: RunningServer) -> None:
     done = client.chat.completions.create(
         model="small", messages=[{"role": "user", "content": "hello"}], max_completion_tokens=1
     )
@@ -123,7 +123,7 @@ def test_limits_and_typed_speech(client: Any, server: Running) -> None:
     assert done.choices[0].message.audio.transcript == server.omni.reply(text="hello").text
 
 
-def test_transcriptions(client: Any, server: Running, recording: bytes) -> None:
+def test_transcriptions(client: Any, server: RunningServer, recording: bytes) -> None:
     expected = server.omni.transcribe(io.BytesIO(recording)).text
     file = ("question.wav", recording)
     assert client.audio.transcriptions.create(model="small", file=file).text == expected
@@ -136,7 +136,7 @@ def test_transcriptions(client: Any, server: Running, recording: bytes) -> None:
 
 
 @pytest.mark.parametrize("format", ["pcm", "wav", "mp3"])
-def test_speech(client: Any, server: Running, format: str) -> None:
+def test_speech(client: Any, server: RunningServer, format: str) -> None:
     expected = server.omni.read_aloud("read me")
     assert expected.audio is not None
     with client.audio.speech.with_streaming_response.create(
@@ -144,31 +144,57 @@ def test_speech(client: Any, server: Running, format: str) -> None:
     ) as response:
         data = b"".join(response.iter_bytes())
     if format == "mp3":
-        heard, rate = soundfile.read(io.BytesIO(data))
-        assert len(heard) / rate == pytest.approx(expected.seconds, abs=0.1)
+        received, rate = soundfile.read(io.BytesIO(data))
+        assert len(received) / rate == pytest.approx(expected.seconds, abs=0.1)
         return
     data = data[HEADER:] if format == "wav" else data
-    assert_same_sound(np.frombuffer(data, "<i2"), expected.audio)
+    assert_same_audio(np.frombuffer(data, "<i2"), expected.audio)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model": "gpt-4o"}, "model: expected 'small', found 'gpt-4o'"),
-        ({"n": 2}, "n: this model can't follow it"),
-        ({"stop": ["."]}, "stop: this model can't follow it"),
+        ({"n": 2}, "n: not supported by this model"),
+        ({"stop": ["."]}, "stop: not supported by this model"),
         ({"temperature": 3}, "temperature: input should be less than or equal to 2, found 3"),
         ({"messages": []}, "messages: list should have at least 1 item"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "expected the last one to be the user's"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "found 'image_url'"),
         ({"modalities": ["text", "audio"]}, "audio: expected the format and voice"),
-        ({"messages": asked("!!!")}, "input_audio.data: expected base64"),
-        ({"messages": asked("aGVsbG8=")}, "expected audio"),
+        ({"messages": audio_messages("!!!")}, "input_audio.data: expected base64"),
+        ({"messages": audio_messages("aGVsbG8=")}, "expected audio"),
         ({"messages": [{"role": "user", "content": "a" * 100_000}]}, "text: expected at most"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_a_sentence(client: Any, change: dict[str, Any], message: str) -> None:
+def test_chat_refuses_invalid_requests(client: Any, change: dict[str, Any], message: str) -> None:
     request = {"model": "small", "messages": [{"role": "user", "content": "hello"}]} | change
     with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as caught:
         client.chat.completions.create(**request)
     assert message in caught.value.body["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "message"),
+    [
+        ("chat/completions", {"temperature": -1}, "temperature", "expected a number, 0 or more, found -1"),
+        ("chat/completions", {"top_p": 0}, "top_p", "expected a number above 0 and at most 1, found 0"),
+        ("chat/completions", {"seed": 2**32}, "seed", "expected a whole number"),
+        ("chat/completions", {"max_tokens": 0}, "max_tokens", "expected a whole number, at least 1, found 0"),
+        ("chat/completions", {"max_completion_tokens": 0}, "max_completion_tokens", "at least 1, found 0"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a" * 62}]}, None, "context of 64"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a" * 9999}]}, "messages", "expected at most"),
+        ("audio/speech", {"input": ""}, "input", "expected some text, found none"),
+        ("audio/speech", {"input": "a", "speed": 2}, "speed", "expected 1"),
+        ("audio/speech", {"input": "a", "temperature": -1}, "temperature", "expected a number, 0 or more"),
+        ("audio/speech", {}, "input", "field required"),
+    ],
+)
+def test_error_param_is_the_field_of_the_request(
+    server: RunningServer, path: str, body: dict[str, Any], param: str | None, message: str
+) -> None:
+    if path == "chat/completions":
+        body = {"messages": [{"role": "user", "content": "hello"}], **body}
+    status, error = server.error(f"/v1/{path}", {"model": "small", **body})
+    assert (status, error["param"], error["type"]) == (400, param, "invalid_request_error")
+    assert message in error["message"]

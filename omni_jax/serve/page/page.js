@@ -1,239 +1,253 @@
-// The page of omni_jax: talks over the socket /live, plays answers while they are made. No library, no build step.
+// The page of omni_jax: sends requests over the WebSocket /live and plays answers while they are decoded.
+// No library, no build step.
 
-const at = (id) => document.getElementById(id);
+const byId = (id) => document.getElementById(id);
 const seconds = (value) => `${value.toFixed(2)} s`;
 
-// What a test may look at: the samples that really went to the loudspeaker, and how many were missing in between.
-const heard = { turns: [], gap: 0 };
-window.omni = heard;
+// For tests: the samples that were played, per turn, and how many were late.
+const playback = { turns: [], gap: 0 };
+window.omni = playback;
 
-const page = { socket: null, rate: 24000, limit: 8, key: sessionStorage.getItem("omni-key") || "", turn: null, asked: 0,
-  microphone: null, recording: null, player: null, context: null, retry: 500 };
+const state = {
+  socket: null,
+  sampleRate: 24000,
+  maxSeconds: 8,
+  apiKey: sessionStorage.getItem("omni-key") || "",
+  turn: null,        // the one being answered
+  turnCount: 0,      // of this connection, as the server counts
+  microphone: null,
+  recording: null,
+  player: null,
+  context: null,
+  retryDelay: 500,
+};
 
-function say(message, error = false) {
-  at("state").textContent = message;
-  at("state").classList.toggle("error", error);
+function setStatus(message, error = false) {
+  byId("state").textContent = message;
+  byId("state").classList.toggle("error", error);
 }
 
-function ready(yes) {
-  for (const id of ["talk", "send"]) at(id).disabled = !yes;
+function setEnabled(enabled) {
+  for (const id of ["talk", "send"]) byId(id).disabled = !enabled;
 }
 
-// ---- the socket
+// ---- WebSocket
 
 function connect() {
   const socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/live`);
-  page.socket = socket;
-  page.asked = 0;
-  let welcome = false;
-  socket.onopen = () => send({ type: "start", api_key: page.key });
+  state.socket = socket;
+  state.turnCount = 0;
+  let accepted = false;
+  socket.onopen = () => send({ type: "start", api_key: state.apiKey });
   socket.onmessage = ({ data }) => {
     const message = JSON.parse(data);
-    if (message.type === "ready") welcome = true;
-    take(message);
+    if (message.type === "ready") accepted = true;
+    handleMessage(message);
   };
   socket.onclose = ({ code }) => {
-    ready(false);
-    if (page.turn) finish(page.turn, "the connection was lost");
-    if (code === 1008 && !welcome) {
-      at("login").hidden = false;
-      at("key").focus();
-      say("A key is needed.", true);
+    setEnabled(false);
+    if (state.turn) endTurn(state.turn, "connection lost");
+    if (code === 1008 && !accepted) {
+      byId("login").hidden = false;
+      byId("key").focus();
+      setStatus("API key required.", true);
       return;
     }
-    say("Not connected, trying again …", true);
-    setTimeout(connect, page.retry);
-    page.retry = Math.min(page.retry * 2, 10000);
+    setStatus("Disconnected. Reconnecting …", true);
+    setTimeout(connect, state.retryDelay);
+    state.retryDelay = Math.min(state.retryDelay * 2, 10000);
   };
 }
 
 function send(message) {
-  page.socket.send(JSON.stringify(message));
+  state.socket.send(JSON.stringify(message));
 }
 
-function take(message) {
+function handleMessage(message) {
   if (message.type === "ready") {
-    page.rate = message.sample_rate;
-    page.limit = message.max_audio_seconds;
-    page.retry = 500;
-    at("model").textContent = message.model;
-    at("untrained").hidden = message.trained;
-    at("login").hidden = true;
-    ready(true);
-    say("Ready.");
+    state.sampleRate = message.sample_rate;
+    state.maxSeconds = message.max_audio_seconds;
+    state.retryDelay = 500;
+    byId("model").textContent = message.model;
+    byId("untrained").hidden = message.trained;
+    byId("login").hidden = true;
+    setEnabled(true);
+    setStatus("Ready.");
     return;
   }
-  const turn = page.turn;
+  const turn = state.turn;
   if (!turn) {
-    if (message.type === "error") say(message.message, true);
+    if (message.type === "error") setStatus(message.message, true);
     return;
   }
-  // Both sides count the questions of a socket; what belongs to an earlier one is late.
+  // Messages of an earlier turn may arrive late.
   if (message.turn && message.turn !== turn.number) return;
   if (message.type === "text") {
-    turn.item.querySelector(".answered").textContent += message.text;
+    turn.item.querySelector(".answer").textContent += message.text;
   } else if (message.type === "audio") {
-    play(turn, samplesOf(message.data));
+    play(turn, decodeSamples(message.data));
   } else if (message.type === "timing") {
-    show(turn, message);
+    showTiming(turn, message);
   } else if (message.type === "error") {
-    finish(turn, message.message);
+    endTurn(turn, message.message);
   } else if (message.type === "end") {
-    page.player?.port.postMessage({ complete: true });
-    finish(turn, message.outcome === "cancelled" ? "stopped" : "");
+    state.player?.port.postMessage({ complete: true });
+    endTurn(turn, message.outcome === "cancelled" ? "stopped" : "");
   }
 }
 
 // ---- turns
 
-function begin(asked) {
+function beginTurn(question) {
   stop();
-  const item = at("turn").content.firstElementChild.cloneNode(true);
-  item.querySelector(".asked").textContent = asked;
-  at("history").prepend(item);
-  page.turn = { item, number: ++page.asked, sound: [] };
-  heard.turns.push({ played: [], ended: false });
-  at("stop").disabled = false;
-  say("Thinking …");
-  return page.turn;
+  const item = byId("turn").content.firstElementChild.cloneNode(true);
+  item.querySelector(".question").textContent = question;
+  byId("history").prepend(item);
+  state.turn = { item, number: ++state.turnCount, audio: [] };
+  playback.turns.push({ played: [], ended: false });
+  byId("stop").disabled = false;
+  setStatus("Waiting for the answer …");
+  return state.turn;
 }
 
-function finish(turn, problem) {
+function endTurn(turn, problem) {
   if (problem) {
-    const place = turn.item.querySelector(".timing");
-    place.textContent = [place.textContent, problem].filter(Boolean).join(" · ");
-    place.classList.add("failed");
+    const timing = turn.item.querySelector(".timing");
+    timing.textContent = [timing.textContent, problem].filter(Boolean).join(" · ");
+    timing.classList.add("failed");
   }
-  if (turn.sound.length) {
-    const again = turn.item.querySelector(".again");
-    again.hidden = false;
-    again.onclick = () => {
-      silence();
-      for (const samples of turn.sound) page.player.port.postMessage({ samples: samples.slice() });
-      page.player.port.postMessage({ complete: true });
+  if (turn.audio.length) {
+    const replay = turn.item.querySelector(".replay");
+    replay.hidden = false;
+    replay.onclick = () => {
+      clearPlayback();
+      for (const samples of turn.audio) state.player.port.postMessage({ samples: samples.slice() });
+      state.player.port.postMessage({ complete: true });
     };
   }
-  if (page.turn === turn) {
-    page.turn = null;
-    at("stop").disabled = true;
-    say("Ready.");
+  if (state.turn === turn) {
+    state.turn = null;
+    byId("stop").disabled = true;
+    setStatus("Ready.");
   }
 }
 
-function show(turn, timing) {
-  const parts = [];
-  const sound = turn.sound.reduce((total, samples) => total + samples.length, 0) / page.rate;
-  if (timing.first_sound_seconds) parts.push(`first sound after ${seconds(timing.first_sound_seconds)}`);
-  if (timing.total_seconds) parts.push(`all after ${seconds(timing.total_seconds)}`);
-  if (timing.real_time_factor) parts.push(`${timing.real_time_factor.toFixed(2)}× real time`);
-  if (timing.total_seconds && sound) parts.push(`${seconds(sound)} of speech`);
-  turn.item.querySelector(".timing").textContent = parts.join(" · ");
+function showTiming(turn, timing) {
+  const items = [];
+  const duration = turn.audio.reduce((total, samples) => total + samples.length, 0) / state.sampleRate;
+  if (timing.first_audio_seconds) items.push(`first audio after ${seconds(timing.first_audio_seconds)}`);
+  if (timing.total_seconds) items.push(`complete after ${seconds(timing.total_seconds)}`);
+  if (timing.real_time_factor) items.push(`real-time factor ${timing.real_time_factor.toFixed(2)}`);
+  if (timing.total_seconds && duration) items.push(`${seconds(duration)} of audio`);
+  turn.item.querySelector(".timing").textContent = items.join(" · ");
 }
 
 function stop() {
-  silence();
-  if (page.turn) {
+  clearPlayback();
+  if (state.turn) {
     send({ type: "cancel" });
-    finish(page.turn, "stopped");
+    endTurn(state.turn, "stopped");
   }
 }
 
-// ---- sound out
+// ---- playback
 
-async function openSound() {
-  if (page.context) {
-    await page.context.resume();
+async function openPlayer() {
+  if (state.context) {
+    await state.context.resume();
     return;
   }
-  page.context = new AudioContext({ sampleRate: page.rate });
-  await page.context.audioWorklet.addModule("/page/sound.js");
-  page.player = new AudioWorkletNode(page.context, "player", { outputChannelCount: [1] });
-  page.player.connect(page.context.destination);
-  page.player.port.onmessage = ({ data }) => {
-    const turn = heard.turns.at(-1);
+  state.context = new AudioContext({ sampleRate: state.sampleRate });
+  await state.context.audioWorklet.addModule("/page/worklets.js");
+  state.player = new AudioWorkletNode(state.context, "player", { outputChannelCount: [1] });
+  state.player.connect(state.context.destination);
+  state.player.port.onmessage = ({ data }) => {
+    const turn = playback.turns.at(-1);
     if (data.played) {
-      draw(data.played);
+      addToWaveform(data.played);
       turn?.played.push(data.played);
     }
-    if (data.gap) heard.gap += data.gap;
+    if (data.gap) playback.gap += data.gap;
     if (data.ended && turn) turn.ended = true;
   };
-  await page.context.resume();
+  await state.context.resume();
 }
 
-function samplesOf(text) {
-  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+function decodeSamples(base64) {
+  const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
   const view = new DataView(bytes.buffer);
   return Float32Array.from({ length: bytes.length / 2 }, (_, index) => view.getInt16(2 * index, true) / 32768);
 }
 
 function play(turn, samples) {
-  turn.sound.push(samples);
-  page.player?.port.postMessage({ samples: samples.slice() });
-  say("Speaking …");
+  turn.audio.push(samples);
+  state.player?.port.postMessage({ samples: samples.slice() });
+  setStatus("Playing the answer …");
 }
 
-function silence() {
-  page.player?.port.postMessage({ clear: true });
+function clearPlayback() {
+  state.player?.port.postMessage({ clear: true });
 }
 
-// ---- sound in
+// ---- recording
 
-async function listen() {
-  if (page.recording || at("talk").disabled) return;
+async function startRecording() {
+  if (state.recording || byId("talk").disabled) return;
   stop();
-  const take = { length: 0, open: true };
-  page.recording = take;
-  at("talk").setAttribute("aria-pressed", "true");
-  say("Listening …");
+  const recording = { length: 0, open: true };
+  state.recording = recording;
+  byId("talk").setAttribute("aria-pressed", "true");
+  setStatus("Listening …");
   try {
-    await openSound();
-    if (!page.microphone) {
-      const stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } });
-      const context = new AudioContext();
-      await context.audioWorklet.addModule("/page/sound.js");
-      const node = new AudioWorkletNode(context, "listener");
-      context.createMediaStreamSource(stream).connect(node);
-      // A node that leads nowhere is not run everywhere; what leads to the loudspeaker here is silence.
-      node.connect(new GainNode(context, { gain: 0 })).connect(context.destination);
-      page.microphone = { context, node, rate: context.sampleRate };
-    }
-    await page.microphone.context.resume();
+    await openPlayer();
+    if (!state.microphone) await openMicrophone();
+    await state.microphone.context.resume();
   } catch (error) {
-    release();
-    say(`No microphone: ${error.message}`, true);
+    stopRecording();
+    setStatus(`No microphone: ${error.message}`, true);
     return;
   }
-  if (!take.open) return;
-  send({ type: "start", sample_rate: page.microphone.rate });
-  page.microphone.node.port.onmessage = ({ data }) => {
-    take.length += data.length;
-    draw(data);
-    page.socket.send(pcm(data));
-    if (take.length > (page.limit - 0.3) * page.microphone.rate) ask();
+  if (!recording.open) return;
+  send({ type: "start", sample_rate: state.microphone.rate });
+  state.microphone.node.port.onmessage = ({ data }) => {
+    recording.length += data.length;
+    addToWaveform(data);
+    state.socket.send(encodePcm(data));
+    if (recording.length > (state.maxSeconds - 0.3) * state.microphone.rate) sendRecording();
   };
 }
 
-function release() {
-  if (page.microphone) page.microphone.node.port.onmessage = null;
-  if (page.recording) page.recording.open = false;
-  page.recording = null;
-  at("talk").setAttribute("aria-pressed", "false");
+async function openMicrophone() {
+  const stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } });
+  const context = new AudioContext();
+  await context.audioWorklet.addModule("/page/worklets.js");
+  const node = new AudioWorkletNode(context, "recorder");
+  context.createMediaStreamSource(stream).connect(node);
+  // Some browsers do not run a node without a destination; a gain of 0 keeps it silent.
+  node.connect(new GainNode(context, { gain: 0 })).connect(context.destination);
+  state.microphone = { context, node, rate: context.sampleRate };
 }
 
-function ask() {
-  const take = page.recording;
-  if (!take) return;
-  release();
-  if (!take.length) {
-    say("Hold the button while you speak.", true);
+function stopRecording() {
+  if (state.microphone) state.microphone.node.port.onmessage = null;
+  if (state.recording) state.recording.open = false;
+  state.recording = null;
+  byId("talk").setAttribute("aria-pressed", "false");
+}
+
+function sendRecording() {
+  const recording = state.recording;
+  if (!recording) return;
+  stopRecording();
+  if (!recording.length) {
+    setStatus("Hold the button while you speak.", true);
     return;
   }
-  begin(`a question of ${seconds(take.length / page.microphone.rate)}`);
+  beginTurn(`Recording, ${seconds(recording.length / state.microphone.rate)}`);
   send({ type: "end" });
 }
 
-function pcm(samples) {
+function encodePcm(samples) {
   const view = new DataView(new ArrayBuffer(2 * samples.length));
   samples.forEach((value, index) => {
     view.setInt16(2 * index, Math.max(-32768, Math.min(32767, Math.round(value * 32768))), true);
@@ -241,15 +255,15 @@ function pcm(samples) {
   return view.buffer;
 }
 
-async function askFile(file) {
-  if (at("talk").disabled) return;
+async function sendFile(file) {
+  if (byId("talk").disabled) return;
   stop();
   try {
-    await openSound();
-    // The browser brings it to 16 kHz, which is what the model hears.
+    await openPlayer();
+    // The browser resamples to 16 kHz, the model's input rate.
     const decoded = await new OfflineAudioContext(1, 1, 16000).decodeAudioData(await file.arrayBuffer());
-    if (decoded.duration > page.limit) {
-      say(`${file.name} lasts ${seconds(decoded.duration)}; at most ${seconds(page.limit)} are heard.`, true);
+    if (decoded.duration > state.maxSeconds) {
+      setStatus(`${file.name} lasts ${seconds(decoded.duration)}; the limit is ${seconds(state.maxSeconds)}.`, true);
       return;
     }
     const mono = new Float32Array(decoded.length);
@@ -257,88 +271,92 @@ async function askFile(file) {
       decoded.getChannelData(channel).forEach((value, index) => { mono[index] += value / decoded.numberOfChannels; });
     }
     send({ type: "start", sample_rate: decoded.sampleRate });
-    page.socket.send(pcm(mono));
-    begin(`${file.name}, ${seconds(decoded.duration)}`);
+    state.socket.send(encodePcm(mono));
+    beginTurn(`${file.name}, ${seconds(decoded.duration)}`);
     send({ type: "end" });
   } catch (error) {
-    say(`${file.name} can't be read as a recording: ${error.message}`, true);
+    setStatus(`${file.name} cannot be read as a recording: ${error.message}`, true);
   }
 }
 
-// ---- the waveform: the last four seconds of what is said or heard
+// ---- waveform of the last four seconds of microphone and answer
 
-const wave = { peaks: new Float32Array(400), place: 0, held: 0, count: 0 };
+const waveform = { peaks: new Float32Array(400), next: 0, peak: 0, count: 0 };
 
-function draw(samples) {
+function addToWaveform(samples) {
   for (const value of samples) {
-    wave.held = Math.max(wave.held, Math.abs(value));
-    if (++wave.count >= page.rate / 100) {
-      wave.peaks[wave.place++ % wave.peaks.length] = wave.held;
-      wave.held = wave.count = 0;
+    waveform.peak = Math.max(waveform.peak, Math.abs(value));
+    if (++waveform.count >= state.sampleRate / 100) {
+      waveform.peaks[waveform.next++ % waveform.peaks.length] = waveform.peak;
+      waveform.peak = waveform.count = 0;
     }
   }
 }
 
-function paint() {
-  const canvas = at("wave");
-  const brush = canvas.getContext("2d");
-  brush.clearRect(0, 0, canvas.width, canvas.height);
-  brush.fillStyle = getComputedStyle(at("talk")).backgroundColor;
-  const step = canvas.width / wave.peaks.length;
-  for (let index = 0; index < wave.peaks.length; index++) {
-    const height = Math.max(2, wave.peaks[(wave.place + index) % wave.peaks.length] * canvas.height);
-    brush.fillRect(index * step, (canvas.height - height) / 2, step * 0.7, height);
+function drawWaveform() {
+  const canvas = byId("wave");
+  const context = canvas.getContext("2d");
+  context.clearRect(0, 0, canvas.width, canvas.height);
+  context.fillStyle = getComputedStyle(byId("talk")).backgroundColor;
+  const { peaks, next } = waveform;
+  const step = canvas.width / peaks.length;
+  for (let index = 0; index < peaks.length; index++) {
+    const height = Math.max(2, peaks[(next + index) % peaks.length] * canvas.height);
+    context.fillRect(index * step, (canvas.height - height) / 2, step * 0.7, height);
   }
-  requestAnimationFrame(paint);
+  requestAnimationFrame(drawWaveform);
 }
 
-// ---- hands
+// ---- event handlers
 
-const talk = at("talk");
-talk.addEventListener("pointerdown", (event) => { talk.setPointerCapture(event.pointerId); listen(); });
-for (const kind of ["pointerup", "pointercancel"]) talk.addEventListener(kind, ask);
+const talk = byId("talk");
+talk.addEventListener("pointerdown", (event) => {
+  talk.setPointerCapture(event.pointerId);
+  startRecording();
+});
+for (const kind of ["pointerup", "pointercancel"]) talk.addEventListener(kind, sendRecording);
 talk.addEventListener("contextmenu", (event) => event.preventDefault());
-const holds = (event) => event.code === "Space" && !event.target.closest("input, a, button:not(#talk)");
+const isTalkKey = (event) => event.code === "Space" && !event.target.closest("input, a, button:not(#talk)");
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") stop();
-  if (!holds(event)) return;
+  if (!isTalkKey(event)) return;
   event.preventDefault();
-  if (!event.repeat) listen();
+  if (!event.repeat) startRecording();
 });
 document.addEventListener("keyup", (event) => {
-  if (!holds(event)) return;
+  if (!isTalkKey(event)) return;
   event.preventDefault();
-  ask();
+  sendRecording();
 });
-window.addEventListener("blur", () => { if (page.recording) ask(); });
-at("stop").addEventListener("click", stop);
-at("typed").addEventListener("submit", async (event) => {
+window.addEventListener("blur", () => { if (state.recording) sendRecording(); });
+byId("stop").addEventListener("click", stop);
+byId("typed").addEventListener("submit", async (event) => {
   event.preventDefault();
-  const text = at("text").value.trim();
-  if (!text || at("send").disabled) return;
-  at("text").value = "";
+  const text = byId("text").value.trim();
+  if (!text || byId("send").disabled) return;
+  byId("text").value = "";
   stop();
-  await openSound();
-  begin(text);
+  await openPlayer();
+  beginTurn(text);
   send({ type: "text", text });
 });
-at("file").addEventListener("change", () => {
-  if (at("file").files.length) askFile(at("file").files[0]);
-  at("file").value = "";
+byId("file").addEventListener("change", () => {
+  if (byId("file").files.length) sendFile(byId("file").files[0]);
+  byId("file").value = "";
 });
-at("login").addEventListener("submit", (event) => {
+byId("login").addEventListener("submit", (event) => {
   event.preventDefault();
-  page.key = at("key").value;
-  sessionStorage.setItem("omni-key", page.key);
+  state.apiKey = byId("key").value;
+  sessionStorage.setItem("omni-key", state.apiKey);
   connect();
 });
 for (const kind of ["dragover", "dragleave", "drop"]) {
   document.addEventListener(kind, (event) => {
     event.preventDefault();
     document.body.classList.toggle("dropping", kind === "dragover");
-    if (kind === "drop" && event.dataTransfer.files.length) askFile(event.dataTransfer.files[0]);
+    if (kind === "drop" && event.dataTransfer.files.length) sendFile(event.dataTransfer.files[0]);
   });
 }
 
-paint();
+drawWaveform();
 connect();

@@ -1,10 +1,11 @@
-// Runs on the browser's audio thread: one worklet plays what it is sent without gaps, one listens to the microphone.
+// Runs on the browser's audio thread: `player` plays the samples it is sent without gaps, `recorder` sends those of the
+// microphone.
 
 class Player extends AudioWorkletProcessor {
   constructor() {
     super();
     this.queue = [];
-    this.place = 0;      // in the first piece of the queue
+    this.offset = 0;     // into the first array of the queue
     this.playing = false;
     this.complete = false;
     this.port.onmessage = ({ data }) => {
@@ -12,7 +13,7 @@ class Player extends AudioWorkletProcessor {
       if (data.complete) this.complete = true;
       if (data.clear) {
         this.queue = [];
-        this.place = 0;
+        this.offset = 0;
         this.complete = false;
         this.playing = false;
       }
@@ -22,14 +23,14 @@ class Player extends AudioWorkletProcessor {
   process(_, [[out]]) {
     let filled = 0;
     while (filled < out.length && this.queue.length) {
-      const piece = this.queue[0];
-      const count = Math.min(out.length - filled, piece.length - this.place);
-      out.set(piece.subarray(this.place, this.place + count), filled);
+      const samples = this.queue[0];
+      const count = Math.min(out.length - filled, samples.length - this.offset);
+      out.set(samples.subarray(this.offset, this.offset + count), filled);
       filled += count;
-      this.place += count;
-      if (this.place === piece.length) {
+      this.offset += count;
+      if (this.offset === samples.length) {
         this.queue.shift();
-        this.place = 0;
+        this.offset = 0;
       }
     }
     if (filled) {
@@ -37,7 +38,7 @@ class Player extends AudioWorkletProcessor {
       this.port.postMessage({ played: out.slice(0, filled) });
     }
     if (this.playing && filled < out.length) {
-      // Either the end of the answer, or sound that has not come in time.
+      // Either the end of the answer, or audio that did not arrive in time.
       this.port.postMessage(this.complete ? { ended: true } : { gap: out.length - filled });
       this.playing = !this.complete;
       if (this.complete) this.complete = false;
@@ -46,13 +47,13 @@ class Player extends AudioWorkletProcessor {
   }
 }
 
-class Listener extends AudioWorkletProcessor {
+class Recorder extends AudioWorkletProcessor {
   process([input]) {
-    // One channel is enough: the microphone is asked for one.
+    // The microphone is opened with one channel.
     if (input.length) this.port.postMessage(input[0].slice());
     return true;
   }
 }
 
 registerProcessor("player", Player);
-registerProcessor("listener", Listener);
+registerProcessor("recorder", Recorder);

@@ -1,0 +1,138 @@
+"""The typer app of `omni-jax`: the names of its commands, and where each of them is defined."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from omni_jax.cli import startup
+from omni_jax.cli.console import echo_err, replace_unencodable_output
+from omni_jax.errors import MissingExtraError, OmniError
+
+
+class LazyCommand(NamedTuple):
+    """A command that is imported when it is called."""
+
+    module: str
+    attribute: str
+    """A function, or a typer app of subcommands."""
+    summary: str
+    """For the list of commands."""
+
+
+COMMANDS = {
+    "ask": LazyCommand("omni_jax.cli.ask", "ask", "Answer one recording or text."),
+    "demo": LazyCommand("omni_jax.cli.demo", "demo", "Answer the recorded questions that come with the package."),
+    "batch": LazyCommand("omni_jax.cli.batch", "batch", "Answer a manifest or a folder of recordings; resumable."),
+    "serve": LazyCommand("omni_jax.cli.serve", "serve", "Serve a web page, OpenAI's endpoints and a WebSocket."),
+    "train": LazyCommand("omni_jax.training.command", "train_command", "Train a model; resumable."),
+    "convert": LazyCommand("omni_jax.convert.commands", "app", "Import, export and inspect weights."),
+    "prepare": LazyCommand("omni_jax.cli.prepare", "prepare", "Turn a corpus into training records; resumable."),
+    "synthesize": LazyCommand("omni_jax.cli.synthesize", "synthesize", "Turn text into spoken records; resumable."),
+    "evaluate": LazyCommand("omni_jax.cli.evaluate", "evaluate", "Measure quality and speed of a model."),
+    "compile": LazyCommand("omni_jax.cli.compile", "compile_", "Compile a program for a TPU without having one."),
+}
+
+
+EXTRAS = {
+    "absl": "train",
+    "apache_beam": "beam",
+    "array_record": "data",
+    "fastapi": "serve",
+    "grain": "train",
+    "jiwer": "evaluation",
+    "matplotlib": "evaluation",
+    "msgpack": "data",
+    "multipart": "serve",
+    "optax": "train",
+    "orbax": "train",
+    "prometheus_client": "serve",
+    "pyarrow": "data",
+    "starlette": "serve",
+    "tensorboardX": "train",
+    "uvicorn": "serve",
+    "websockets": "serve",
+    "whisper_normalizer": "evaluation",
+}
+"""Packages that the core does not install, and the extra that does."""
+
+
+class LazyGroup(TyperGroup):
+    """Lists `COMMANDS` without importing their modules; an `OmniError` of a command ends with exit code 2."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.commands = {name: TyperCommand(name, help=command.summary) for name, command in COMMANDS.items()}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Import the command that is called."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command if name is None else load_command(name), rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except OmniError as error:
+            problem: OmniError = error
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in EXTRAS:
+                raise
+            problem = MissingExtraError(f"this command needs {package}", EXTRAS[package])
+        echo_err(str(problem))
+        raise typer.Exit(2)
+
+
+def load_command(name: str) -> Any:
+    """Import a command and make a click command of it."""
+    command = COMMANDS[name]
+    found = getattr(importlib.import_module(command.module), command.attribute)
+    if isinstance(found, typer.Typer):
+        return typer.main.get_command(found)
+    single = typer.Typer(add_completion=False, rich_markup_mode=None)
+    single.command(name)(found)
+    return typer.main.get_command(single)
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        version = importlib.metadata.version("omni-jax")
+    except importlib.metadata.PackageNotFoundError:
+        version = "(not installed, run from source)"
+    typer.echo(f"omni-jax {version}")
+    raise typer.Exit
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _common_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """A speech-to-speech language model: speech or text in, text and speech out."""
+
+
+def main() -> None:
+    """The entry point of `omni-jax`."""
+    startup.end_on_sigint()
+    startup.enable_compilation_cache()
+    startup.silence_libtpu()
+    replace_unencodable_output()
+    app(prog_name="omni-jax")

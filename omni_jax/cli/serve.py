@@ -1,0 +1,83 @@
+"""`omni-jax serve`: the HTTP server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from omni_jax.cli.console import echo_err
+from omni_jax.cli.loading import load_model
+from omni_jax.cli.options import Codec, Int8, MaxBatchSize, Model
+from omni_jax.errors import ConfigError
+from omni_jax.serve.malloc import limit_heap_growth
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(
+    model: Model = "nano",
+    codec: Codec = "jax",
+    int8: Int8 = False,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to bind. 127.0.0.1 accepts connections from this machine only; 0.0.0.0 from the network."
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind; 0: any that is free.")] = 8000,
+    max_batch_size: MaxBatchSize = 8,
+    max_queue_size: Annotated[
+        int, typer.Option(min=0, help="Requests that may wait for a batch slot; more get status 429.")
+    ] = 64,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="File with one API key per line; requests must send one of them. Default: no key needed."),
+    ] = None,
+    max_audio_seconds: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Longest recording. Default: the limit of the model's audio encoder."),
+    ] = None,
+    max_body_bytes: Annotated[int, typer.Option(min=1024, help="Largest request body.")] = 32 << 20,
+    request_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds after which a request is canceled, time in the queue included.")
+    ] = 120.0,
+    idle_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds after which a client that sends or reads nothing is disconnected.")
+    ] = 30.0,
+) -> None:
+    """Serve a web page, OpenAI's endpoints and a WebSocket.
+
+    Requests are decoded in one running batch (continuous batching). /metrics has metrics for Prometheus.
+    """
+    # Before the model is loaded: a missing extra is reported at once.
+    from omni_jax.serve.app import make_server
+    from omni_jax.serve.sessions import Service, Settings
+
+    limit_heap_growth()
+    keys = _read_keys(api_key_file) if api_key_file is not None else ()
+    omni = load_model(model, codec, int8=int8)
+    settings = Settings(
+        max_batch_size=max_batch_size,
+        max_queue_size=max_queue_size,
+        max_audio_seconds=max_audio_seconds,
+        max_body_bytes=max_body_bytes,
+        request_timeout=request_timeout,
+        idle_timeout=idle_timeout,
+        api_keys=keys,
+    )
+    name = Path(model).name or model
+    if not keys and host not in LOOPBACK:
+        echo_err(f"note: {host}:{port} accepts requests from the network without a key; see --api-key-file")
+    make_server(Service(omni, name, settings), host, port).run()
+
+
+def _read_keys(path: Path) -> tuple[str, ...]:
+    try:
+        keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {path}: expected a readable text file, found {error}") from None
+    if not keys:
+        raise ConfigError(f"--api-key-file {path}: expected one key per line, found none")
+    return keys

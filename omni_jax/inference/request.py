@@ -1,0 +1,91 @@
+"""`Request`: one thing to answer, checked without a model. Importing it imports no JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+
+import numpy as np
+
+from omni_jax.errors import ConfigError
+from omni_jax.inference.generation import GenerationConfig
+from omni_jax.tasks import Task
+
+if TYPE_CHECKING:
+    import jax
+
+Audio: TypeAlias = "str | Path | BinaryIO | np.ndarray | jax.Array"
+"""A file in any common format, or samples: float within -1..1 or int16, [samples] or [samples, channels]."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing to answer: exactly one of `audio` and `text`.
+
+    Without a task, the answer is text and speech (A1A2 or T1A2).
+    """
+
+    audio: Audio | None = None
+    text: str | None = None
+    task: Task | str | None = None
+    sample_rate: int | None = None
+    """Samples per second, when `audio` is an array; a file has its own."""
+    truncate: bool = False
+    """Use only the beginning of a recording that is too long for the audio encoder, instead of refusing it."""
+    config: GenerationConfig | None = None
+    """None: the defaults, or the config that the caller gives for all requests."""
+    name: str = field(default="array", kw_only=True)
+    """What error messages call an array."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, GenerationConfig | None):
+            found = type(self.config).__name__
+            raise ConfigError(
+                f"config: expected a GenerationConfig or a dict of options, found {found}", field="config"
+            )
+
+    @classmethod
+    def of(cls, source: Request | Mapping[str, Any] | str | Path) -> Request:
+        """A request, a dict of its fields, or the path of a recording as a request.
+
+        Raises:
+            ConfigError: it is something else, or has unknown fields.
+        """
+        if isinstance(source, Request):
+            return source
+        if isinstance(source, (str, Path)):
+            return cls(audio=source)
+        if not isinstance(source, Mapping):
+            raise ConfigError(
+                f"request: expected a Request, a dict of its fields or a path, found {type(source).__name__}"
+            )
+        known = cls.__dataclass_fields__
+        if unknown := [str(name) for name in source if name not in known]:
+            raise ConfigError(
+                f"request: expected some of {', '.join(known)}, found {', '.join(unknown)}", field=unknown[0]
+            )
+        values = dict(source)
+        if isinstance(values.get("config"), Mapping):
+            values["config"] = GenerationConfig.from_dict(values["config"])
+        return cls(**values)
+
+    def resolve_task(self) -> Task:
+        """The task, checked against the input. Needs no model, so that bad requests are refused before one is loaded.
+
+        Raises:
+            ConfigError: there is no such task, it does not fit the input, or there is not exactly one input.
+        """
+        if (self.audio is None) == (self.text is None):
+            found = "neither" if self.text is None else "both"
+            raise ConfigError(f"request: expected either audio or text, found {found}")
+        default = Task.T1A2 if self.audio is None else Task.A1A2
+        try:
+            task = Task(self.task or default)
+        except ValueError:
+            raise ConfigError(f"task: expected one of {', '.join(Task)}, found {self.task!r}", field="task") from None
+        if task.takes_audio != (self.audio is not None):
+            expected, found = ("audio", "text") if task.takes_audio else ("text", "audio")
+            raise ConfigError(f"task {task}: expected {expected}, found {found}", field="task")
+        return task

@@ -1,0 +1,168 @@
+"""Requests and responses of OpenAI's API, as far as this server has them.
+
+Types are checked here; values of options are checked by `GenerationConfig`. Fields of OpenAI's API that are not listed
+are accepted and ignored, apart from those in `UNSUPPORTED`.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from omni_jax.inference.answer import Reply
+from omni_jax.inference.generation import GenerationConfig
+from omni_jax.serve.errors import client_fields
+
+AUDIO_LIFETIME = 3600
+"""Seconds after which an answer's audio expires, which clients require. The server stores no audio."""
+
+Format = Literal["wav", "mp3", "flac", "opus", "pcm", "pcm16"]
+Temperature = Annotated[float, Field(le=2)]
+"""2 is the limit of OpenAI's API."""
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class TextPart(_Body):
+    """Text in a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class InputAudio(_Body):
+    """A recording; its real format is recognized by its content."""
+
+    data: str
+    format: str = "wav"
+
+
+class AudioPart(_Body):
+    """A recording in a message."""
+
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+
+class Message(_Body):
+    """A message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[Annotated[TextPart | AudioPart, Field(discriminator="type")]] | list[dict[str, Any]] | None = (
+        None
+    )
+
+
+class AudioOptions(_Body):
+    """Format of the answer's audio."""
+
+    format: Format = "wav"
+    voice: str | dict[str, Any] | None = None
+
+
+class StreamOptions(_Body):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(_Body):
+    """Body of `/v1/chat/completions`."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    modalities: list[Literal["text", "audio"]] | None = None
+    audio: AudioOptions | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    temperature: Temperature | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+
+
+class SpeechRequest(_Body):
+    """Body of `/v1/audio/speech`."""
+
+    model: str
+    input: str
+    voice: str | dict[str, Any] | None = None
+    response_format: Format = "mp3"
+    speed: float | None = Field(default=1.0, allow_inf_nan=False)
+    stream_format: Literal["audio"] | None = None
+    temperature: Temperature | None = None
+    seed: int | None = None
+
+
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "stop": ([], ""),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "response_format": ({"type": "text"},),
+}
+"""Fields that would change the answer in a way this model cannot, and their values that change nothing."""
+
+
+def generation_config(
+    *,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    max_tokens: int | None = None,
+    max_completion_tokens: int | None = None,
+) -> GenerationConfig:
+    """The options of a request; None leaves an option at its default, so decoding is greedy without a temperature.
+
+    Raises:
+        ConfigError: an option is out of range; names it as OpenAI does.
+    """
+    limit = "max_tokens" if max_completion_tokens is None else "max_completion_tokens"
+    options = {
+        "max_steps": max_tokens if max_completion_tokens is None else max_completion_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    with client_fields(max_steps=limit):
+        return GenerationConfig.from_dict({name: value for name, value in options.items() if value is not None})
+
+
+def response_head(kind: str, model: str) -> dict[str, Any]:
+    """What every chat completion and every chunk of one begins with."""
+    return {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def audio_head() -> dict[str, Any]:
+    """Id of an answer's audio."""
+    return {"id": f"audio_{secrets.token_hex(12)}", "expires_at": int(time.time()) + AUDIO_LIFETIME}
+
+
+def finish_reason(reply: Reply) -> str:
+    """`stop` or `length`, as OpenAI has it."""
+    return "stop" if reply.finish_reason == "stop" else "length"
+
+
+def usage(prompt_length: int, reply: Reply) -> dict[str, int]:
+    """Positions of the trunk; one decode step is one position, with up to eight tokens."""
+    steps = reply.tokens.shape[1]
+    return {"prompt_tokens": prompt_length, "completion_tokens": steps, "total_tokens": prompt_length + steps}
+
+
+def server_sent_event(data: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(data)}\n\n"

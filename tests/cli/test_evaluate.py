@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.shell import run, write_lines
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
+
+def test_evaluate_command(tmp_path: Path) -> None:
+    rows = [{"id": "a", "text": "hello", "expected": "x"}, {"id": "b", "text": "again"}]
+    manifest = write_lines(tmp_path / "m.jsonl", rows)
+    command = ("evaluate", manifest, "--model", "tiny", "--max-steps", 12, "--out")
+    done = run(*command, tmp_path / "one")
+    assert done.exit_code == 0, done.output
+    assert "untrained" in done.stdout
+    assert (tmp_path / "one" / "report.html").is_file()
+    again = run(*command, tmp_path / "two", "--against", tmp_path / "one")
+    assert "## Against tiny" in again.stdout
+    for wrong, message in (
+        (["--asr-judge", "ears"], "ASR judge: expected"),
+        (["--suite", "librispeech"], "found no case"),
+    ):
+        refused = run(*command, tmp_path / "three", *wrong)
+        assert refused.exit_code == 2
+        assert message in refused.output

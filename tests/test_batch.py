@@ -1,0 +1,109 @@
+"""The manifest job as a library function. `tests/cli/test_batch.py` has the rest of its behavior."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from omni_jax.api import Omni
+from omni_jax.batch import BatchSummary, answer_manifest, read_rows
+from omni_jax.errors import ConfigError, UntrainedWarning
+from omni_jax.inference.generation import GenerationConfig
+from omni_jax.inference.request import Request
+
+CONFIG = GenerationConfig(max_steps=3)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Omni:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrainedWarning)
+        return Omni.untrained("tiny")
+
+
+def write_manifest(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_answer_manifest(tiny: Omni, tmp_path: Path) -> None:
+    manifest = write_manifest(
+        tmp_path / "m.jsonl",
+        {"id": "a", "text": "hello"},
+        {"id": "b"},
+        {"id": "c", "text": "hello", "task": "T1T2", "max_steps": None, "temperature": 1.0, "seed": 4},
+    )
+    progress: list[tuple[int, int]] = []
+    loads: list[str] = []
+
+    def load() -> Omni:
+        loads.append("tiny")
+        return tiny
+
+    def job(model_id: str = "tiny") -> BatchSummary:
+        return answer_manifest(
+            load, manifest, tmp_path / "out", model_id=model_id, config=CONFIG, max_batch_size=2,
+            progress=lambda done, total: progress.append((done, total)),
+        )  # fmt: skip
+
+    path = tmp_path / "out" / "answers.jsonl"
+    assert job() == BatchSummary(path, num_rows=3, num_answered=2, num_kept=0, num_failed=1)
+    assert progress == [(0, 3), (3, 3)]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["id"] for record in records] == ["a", "b", "c"]
+    assert records[0]["text"] == tiny.reply(text="hello", max_steps=3).text
+    assert records[1]["error"] == "m.jsonl line 2: request: expected either audio or text, found neither"
+    assert records[2]["text"] == tiny.answer(text="hello", max_steps=3, temperature=1.0, seed=4).text
+
+    # The failed row needs no model to fail again.
+    assert job() == BatchSummary(path, num_rows=3, num_answered=0, num_kept=2, num_failed=1)
+    assert loads == ["tiny"]
+    assert job("another") == BatchSummary(path, num_rows=3, num_answered=2, num_kept=0, num_failed=1)
+
+
+def test_answer_manifest_overwrites_nothing_if_the_model_cannot_be_loaded(tiny: Omni, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "m.jsonl", {"id": "a", "text": "x", "task": "T1T2"})
+    out = tmp_path / "out"
+    answer_manifest(lambda: tiny, manifest, out, model_id="tiny", config=CONFIG)
+    before = (out / "answers.jsonl").read_bytes()
+
+    def fail() -> Omni:
+        raise ConfigError("no such model")
+
+    with pytest.raises(ConfigError, match="no such model"):
+        answer_manifest(fail, manifest, out, model_id="other", config=CONFIG)
+    assert (out / "answers.jsonl").read_bytes() == before
+
+
+def test_answer_manifest_takes_its_share_of_the_rows(tiny: Omni, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "m.jsonl", *({"id": f"{n}", "text": "x", "task": "T1T2"} for n in range(3)))
+    for index in range(2):
+        summary = answer_manifest(
+            lambda: tiny, manifest, tmp_path / "out", model_id="tiny", config=CONFIG, process_index=index,
+            num_processes=2,
+        )  # fmt: skip
+        ids = [json.loads(line)["id"] for line in summary.path.read_text().splitlines()]
+        assert ids == [["0", "2"], ["1"]][index]
+
+
+def test_row_options_override_the_defaults(tmp_path: Path) -> None:
+    manifest = write_manifest(
+        tmp_path / "m.jsonl",
+        {"id": "a", "audio": "a.wav"},
+        {"id": "b", "audio": "b.wav", "truncate": False, "task": "A1T1", "top_k": 5, "batch_parallel": False},
+    )
+    defaults = Request(task="A1T2", truncate=True, config=GenerationConfig(seed=3))
+    first, second = (row.request for row in read_rows(manifest, tmp_path / "out", defaults))
+    assert first == Request(tmp_path / "a.wav", task="A1T2", truncate=True, config=GenerationConfig(seed=3))
+    config = GenerationConfig(seed=3, top_k=5, batch_parallel=False)
+    assert second == Request(tmp_path / "b.wav", task="A1T1", truncate=False, config=config)
+
+
+def test_rows_whose_ids_differ_in_case_have_different_wav_files(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "m.jsonl", *({"id": id, "text": "x"} for id in ("A", "a")))
+    rows = read_rows(manifest, tmp_path, Request(config=CONFIG))
+    assert len({row.wav.casefold() for row in rows}) == 2
