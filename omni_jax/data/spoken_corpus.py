@@ -49,6 +49,8 @@ class SpokenCorpus:
     """Decides voice, speed, pitch, room and noise of each question."""
     augment_questions: bool = True
     """Whether to add room, noise and a microphone's band to questions; see `omni_jax.audio.augment.augment`."""
+    augmentation: augment.Augmentation | None = None
+    """Settings of these; None: the defaults."""
     max_question_seconds: float = 30.0
     max_answer_seconds: float = 60.0
 
@@ -92,16 +94,15 @@ class SpokenCorpus:
             synthesizer = _open_synthesizer(spec)
             voice = rng.choice(spec.voices or synthesizer.voices())
             try:
-                samples, rate = synthesizer.speak(
-                    text, voice, rng.uniform(*QUESTION_SPEED), rng.uniform(*QUESTION_PITCH)
-                )
+                speed = rng.uniform(*(spec.speed or QUESTION_SPEED))
+                samples, rate = synthesizer.speak(text, voice, speed, rng.uniform(*(spec.pitch or QUESTION_PITCH)))
             except SynthesisError as error:
                 problems.append(str(error))
                 continue
             before, after = rng.uniform(*QUESTION_SILENCE), rng.uniform(*QUESTION_SILENCE)
             audio = augment.pad_silence(samples, rate, audio_io.SAMPLE_RATE, before, after)
             if self.augment_questions:
-                audio, _ = augment.augment(audio, audio_io.SAMPLE_RATE, seed)
+                audio, _ = augment.augment(audio, audio_io.SAMPLE_RATE, seed, self.augmentation)
             _check_length(audio, audio_io.SAMPLE_RATE, self.max_question_seconds, "question")
             return audio_io.to_pcm16(audio)
         raise RejectedRow("question synthesis failed", problems[-1])

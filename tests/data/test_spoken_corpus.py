@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import soundfile
 from typer.testing import CliRunner
 
 from omni_jax.cli.app import app
+from omni_jax.audio.augment import Augmentation
 from omni_jax.data.prepare import prepare
 from omni_jax.data.records import Exchange, Records, from_bytes
 from omni_jax.data.sources import RejectedRow, TextQA
@@ -234,3 +236,32 @@ def test_missing_package_stops_instead_of_rejecting_rows(tmp_path: Path, monkeyp
     corpus = SpokenCorpus(rows(tmp_path / "qa.jsonl", "one"), (), VoiceSpec("hibari", ("heart",)))
     with pytest.raises(MissingExtraError, match="pip install hibari-tts"):
         prepare(corpus, tmp_path / "out", codec=SmallCodec())  # type: ignore[arg-type]
+
+
+def test_voice_spec_sets_ranges_of_speed_and_pitch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    drawn: list[tuple[float, float]] = []
+    original = Command.speak
+
+    def speak(self: Command, text: str, voice: str, speed: float = 1.0, pitch: float = 0.0) -> Any:
+        drawn.append((speed, pitch))
+        return original(self, text, voice, speed, pitch)
+
+    monkeypatch.setattr(Command, "speak", speak)
+    voices = replace(VoiceSpec.parse(f"command={template} @low"), speed=(1.5, 1.6), pitch=(6.0, 7.0))
+    corpus = SpokenCorpus(rows(tmp_path / "qa.jsonl", "ranges"), (voices,), VoiceSpec.parse(f"command={template} @own"))
+    ((_, load),) = corpus.rows(corpus.shards()[0])
+    load()
+    (speed, pitch), answer = drawn
+    assert 1.5 <= speed <= 1.6
+    assert 6 <= pitch <= 7
+    assert answer == (1, 0)
+
+
+def test_augmentation_settings(tmp_path: Path, template: str) -> None:
+    source = rows(tmp_path / "qa.jsonl", "a quiet question")
+    settings = Augmentation(room_chance=0, noise_chance=0, band_chance=0, level=(-40.0, -40.0))
+    (pending,) = synthesize(source, template, augmentation=settings)
+    audio = pending.exchange.question_audio / 32768
+    assert np.sqrt(np.mean(audio**2)) == pytest.approx(0.01, rel=0.02)
