@@ -10,7 +10,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import numpy as np
 
@@ -53,6 +53,9 @@ class SpokenCorpus:
     """Settings of these; None: the defaults."""
     max_question_seconds: float = 30.0
     max_answer_seconds: float = 60.0
+    max_answer_shift: float = 0.0
+    """Longest additional silence before an answer, in seconds, drawn for each row. With the length of a codec frame,
+    answers of equal text have different codes."""
 
     @property
     def name(self) -> str:
@@ -83,7 +86,7 @@ class SpokenCorpus:
         seed = zlib.crc32(f"{self.seed} {exchange.question_text} {exchange.answer_text}".encode())
         if self.question_voices:
             exchange = replace(exchange, question_audio=self._speak_question(exchange.question_text, seed))
-        voice, audio = self._speak_answer(exchange.answer_text)
+        voice, audio = self._speak_answer(exchange.answer_text, seed)
         return PendingExchange(replace(exchange, voice=voice), audio)
 
     def _speak_question(self, text: str, seed: int) -> np.ndarray:
@@ -107,27 +110,37 @@ class SpokenCorpus:
             return audio_io.to_pcm16(audio)
         raise RejectedRow("question synthesis failed", problems[-1])
 
-    def _speak_answer(self, text: str) -> tuple[str, np.ndarray]:
+    def _speak_answer(self, text: str, seed: int) -> tuple[str, np.ndarray]:
         """Name of the voice, and the answer as f32 [samples] at `answer_sample_rate`."""
-        synthesizer = _open_synthesizer(self.answer_voice)
-        voice = (self.answer_voice.voices or tuple(synthesizer.voices()))[0]
-        problem = ""
-        for _ in range(MAX_ATTEMPTS):
-            try:
-                samples, rate = synthesizer.speak(text, voice)
-            except SynthesisError as error:
-                problem = str(error)
-                continue
-            audio = augment.pad_silence(samples, rate, self.answer_sample_rate, ANSWER_SILENCE, ANSWER_SILENCE)
-            _check_length(audio, self.answer_sample_rate, self.max_answer_seconds, "answer")
-            return f"{synthesizer.name} {voice}", augment.set_level(audio, ANSWER_LEVEL_DB)
-        raise RejectedRow("answer synthesis failed", problem)
+        voice, samples, rate = _synthesize_answer(self.answer_voice, text)
+        before = ANSWER_SILENCE + random.Random(seed).uniform(0, self.max_answer_shift)
+        audio = augment.pad_silence(samples, rate, self.answer_sample_rate, before, ANSWER_SILENCE)
+        _check_length(audio, self.answer_sample_rate, self.max_answer_seconds, "answer")
+        return voice, augment.set_level(audio, ANSWER_LEVEL_DB)
 
 
 @cache
 def _open_synthesizer(spec: VoiceSpec) -> SpeechSynthesizer:
     """Open a synthesizer once per process: some load a model."""
     return spec.open()
+
+
+@lru_cache(maxsize=8)
+def _synthesize_answer(spec: VoiceSpec, text: str) -> tuple[str, np.ndarray, int]:
+    """Name of the voice, f32 [samples] and sample rate. Rows with the same answer one after the other cost one.
+
+    Raises:
+        RejectedRow: the synthesizer failed.
+    """
+    synthesizer = _open_synthesizer(spec)
+    voice = (spec.voices or tuple(synthesizer.voices()))[0]
+    problem = ""
+    for _ in range(MAX_ATTEMPTS):
+        try:
+            return f"{synthesizer.name} {voice}", *synthesizer.speak(text, voice)
+        except SynthesisError as error:
+            problem = str(error)
+    raise RejectedRow("answer synthesis failed", problem)
 
 
 def _check_length(audio: np.ndarray, sample_rate: int, max_seconds: float, kind: str) -> None:

@@ -265,3 +265,18 @@ def test_augmentation_settings(tmp_path: Path, template: str) -> None:
     (pending,) = synthesize(source, template, augmentation=settings)
     audio = pending.exchange.question_audio / 32768
     assert np.sqrt(np.mean(audio**2)) == pytest.approx(0.01, rel=0.02)
+
+
+def test_answers_are_shifted_and_synthesized_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    spoken: list[str] = []
+    original = Command.speak
+    monkeypatch.setattr(Command, "speak", lambda self, text, *rest: spoken.append(text) or original(self, text, *rest))
+    lines = [json.dumps({"question": f"Q{n}", "answer": "shifted by some samples"}) for n in range(4)]
+    put(tmp_path / "qa.jsonl", "\n".join(lines))
+    pending = synthesize(TextQA(tmp_path / "qa.jsonl"), template, max_answer_shift=0.05)
+    assert spoken.count("shifted by some samples") == 1
+    starts = [int(np.flatnonzero(each.answer_audio)[0]) for each in pending]
+    assert len(set(starts)) == 4
+    assert max(starts) - min(starts) <= 0.05 * 24_000
