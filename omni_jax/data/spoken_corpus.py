@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
@@ -36,7 +37,10 @@ ANSWER_LEVEL_DB = -20.0
 
 @dataclass(frozen=True)
 class SpokenCorpus:
-    """A source of text whose questions and answers are synthesized as they are read."""
+    """A source of text whose questions and answers are synthesized as they are read.
+
+    A row without a question, or without an answer, is synthesized as far as it goes.
+    """
 
     source: Source
     question_voices: tuple[VoiceSpec, ...]
@@ -77,15 +81,22 @@ class SpokenCorpus:
         Raises:
             MissingExtraError: a package that a voice needs is not installed.
         """
+        seen = Counter[tuple[str, str]]()
         for location, load in self.source.rows(shard):
-            yield Row(location, partial(self._load, load))
+            yield Row(location, partial(self._load, load, seen))
 
-    def _load(self, load: Callable[[], PendingExchange]) -> PendingExchange:
+    def _load(self, load: Callable[[], PendingExchange], seen: Counter[tuple[str, str]]) -> PendingExchange:
         exchange = load().exchange
-        # From the text, not from the row's location: rows that move in the source are synthesized as before.
-        seed = zlib.crc32(f"{self.seed} {exchange.question_text} {exchange.answer_text}".encode())
-        if self.question_voices:
+        texts = exchange.question_text, exchange.answer_text
+        # From the text, not from the row's location: rows that move in the source are synthesized as before. But rows
+        # of equal text in a shard have different voices.
+        repetition = f" {seen[texts]}" if seen[texts] else ""
+        seen[texts] += 1
+        seed = zlib.crc32(f"{self.seed} {' '.join(texts)}{repetition}".encode())
+        if self.question_voices and exchange.question_text:
             exchange = replace(exchange, question_audio=self._speak_question(exchange.question_text, seed))
+        if not exchange.answer_text:
+            return PendingExchange(exchange)
         voice, audio = self._speak_answer(exchange.answer_text, seed)
         return PendingExchange(replace(exchange, voice=voice), audio)
 

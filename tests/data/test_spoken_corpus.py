@@ -21,7 +21,7 @@ from omni_jax.cli.app import app
 from omni_jax.audio.augment import Augmentation
 from omni_jax.data.prepare import prepare
 from omni_jax.data.records import Exchange, Records, from_bytes
-from omni_jax.data.sources import RejectedRow, TextQA
+from omni_jax.data.sources import Manifest, RejectedRow, Source, TextQA
 from omni_jax.data.spoken_corpus import SpokenCorpus
 from omni_jax.data.synthesizers import Command, OpenAISpeech, VoiceSpec
 from omni_jax.errors import MissingExtraError, SynthesisError
@@ -142,7 +142,7 @@ def rows(path: Path, *questions: str) -> TextQA:
     return TextQA(path)
 
 
-def synthesize(source: TextQA, template: str, **options: Any) -> list[Any]:
+def synthesize(source: Source, template: str, **options: Any) -> list[Any]:
     """Pending exchanges and rejected rows."""
     questions = (VoiceSpec.parse(f"command={template} @low,high"),)
     corpus = SpokenCorpus(source, questions, VoiceSpec.parse(f"command={template} @own"), **options)
@@ -280,3 +280,19 @@ def test_answers_are_shifted_and_synthesized_once(
     starts = [int(np.flatnonzero(each.answer_audio)[0]) for each in pending]
     assert len(set(starts)) == 4
     assert max(starts) - min(starts) <= 0.05 * 24_000
+
+
+def test_rows_without_question_or_answer(tmp_path: Path, template: str) -> None:
+    lines = [{"question_text": "write this down"}, {"answer_text": "read this aloud"}]
+    put(tmp_path / "m.jsonl", "\n".join(map(json.dumps, lines)))
+    dictation, reading = synthesize(Manifest(tmp_path / "m.jsonl"), template)
+    assert (dictation.exchange.question_audio is None, dictation.answer_audio is None) == (False, True)
+    assert (reading.exchange.question_audio is None, reading.answer_audio is None) == (True, False)
+    assert dictation.exchange.voice == ""
+
+
+def test_equal_rows_have_different_voices(tmp_path: Path, template: str) -> None:
+    first, second = synthesize(rows(tmp_path / "qa.jsonl", "twice", "twice"), template)
+    assert not np.array_equal(first.exchange.question_audio, second.exchange.question_audio)
+    (alone,) = synthesize(rows(tmp_path / "one.jsonl", "twice"), template)
+    np.testing.assert_array_equal(alone.exchange.question_audio, first.exchange.question_audio)
