@@ -17,8 +17,8 @@ import pytest
 import soundfile
 from typer.testing import CliRunner
 
-from omni_jax.cli.app import app
 from omni_jax.audio.augment import Augmentation
+from omni_jax.cli.app import app
 from omni_jax.data.prepare import prepare
 from omni_jax.data.records import Exchange, Records, from_bytes
 from omni_jax.data.sources import Manifest, RejectedRow, Source, TextQA
