@@ -1,1 +1,1 @@
-"""Speed, as ratios measured side by side in one run: `python -m benchmarks [decode|answer|codec|load]`."""
+"""Speed as ratios measured side by side: `python -m benchmarks [codec|decode|answer|...]`; see docs/benchmarks.md."""

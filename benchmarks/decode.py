@@ -1,6 +1,6 @@
-"""A decode step of the real shape on this machine: ours, transformers, and reading the weights once.
+"""A decode step of the published shape: this project, transformers, and reading the weights once.
 
-Float32, random weights, every row through the trunk, the text head and the seven audio heads.
+Float32, random weights. Every row goes through the trunk, the text head and the seven audio heads.
 """
 
 from __future__ import annotations
@@ -17,38 +17,41 @@ from flax import nnx
 
 from benchmarks.torch_reference import TorchOmni
 from omni_jax.config.model import PRESETS
-from omni_jax.inference.decode import Routing
+from omni_jax.inference.decode import DecodeState, Routing
 from omni_jax.inference.runner import ModelRunner
 from omni_jax.model.omni import OmniModel
 
-SLOTS = 512
+MAX_LEN = 512
 POSITION = 150
 STEPS = 4
+"""Steps of a chunk; figures are per step."""
 ROUNDS = 7
 
 
 def main() -> None:
     config = PRESETS["mini_omni"]
-    programs = ModelRunner(jax.jit(lambda: OmniModel(config, stacked=False, dtype=jnp.float32, rngs=nnx.Rngs(0)))())
-    theirs = TorchOmni(config, SLOTS)
-    used = [programs.weights[part] for part in ("embed", "trunk", "norm")]
-    size = sum(x.nbytes for x in jax.tree.leaves(used))
+    runner = ModelRunner(jax.jit(lambda: OmniModel(config, stacked=False, dtype=jnp.float32, rngs=nnx.Rngs(0)))())
+    reference = TorchOmni(config, MAX_LEN)
+    weights = [runner.weights[module] for module in ("embed", "trunk", "norm")]
+    size = sum(x.nbytes for x in jax.tree.leaves(weights))
 
     @jax.jit
     def read(weights: object) -> jax.Array:
         return sum(jnp.sum(x) for x in jax.tree.leaves(weights))  # type: ignore[return-value]
 
-    print(f"weights {size / 1e9:.2f} GB; cache {SLOTS} positions, at position {POSITION}; median of {ROUNDS} rounds")
+    print(
+        f"weights {size / 1e9:.2f} GB; cache of {MAX_LEN} positions, at position {POSITION}; median of {ROUNDS} rounds"
+    )
     print(f"{'batch':>5} {'ours ms':>8} {'torch ms':>9} {'read ms':>8} {'torch/ours':>10} {'read/ours':>9}")
     for B in (1, 2, 8):
-        runner = Runner(programs, B)
-        theirs.start(B, POSITION)
+        batch = Batch(runner, B)
+        reference.start(B, POSITION)
 
         def torch_steps(tokens: torch.Tensor = torch.zeros(B, 8, dtype=torch.long)) -> None:  # noqa: B008
             for _ in range(STEPS):
-                tokens = theirs.step(tokens)
+                tokens = reference.step(tokens)
 
-        times = alternate(runner.run, torch_steps, lambda: read(used).block_until_ready())
+        times = alternate(batch.decode, torch_steps, lambda: read(weights).block_until_ready())
         ours, other, once = times[0] / STEPS, times[1] / STEPS, times[2]
         print(
             f"{B:>5} {ours:>8.1f} {other:>9.1f} {once:>8.1f} {other / ours:>9.2f}x {once / ours:>9.0%}",
@@ -56,38 +59,32 @@ def main() -> None:
         )
 
 
-class Runner:
-    """A batch in which every row writes and speaks, kept running for ever."""
+class Batch:
+    """A batch in which every row outputs text and audio and never ends."""
 
-    def __init__(self, programs: ModelRunner, slots: int):
-        self.programs = programs
-        state = programs.empty(programs.weights, slots, SLOTS)
-        requests = dataclasses.replace(
-            state.requests, outputs_audio=jnp.ones(slots, bool), limit=jnp.full(slots, SLOTS, jnp.int32)
-        )
-        self.state = dataclasses.replace(
+    def __init__(self, runner: ModelRunner, max_batch_size: int):
+        self.runner = runner
+        state = runner.init_state(max_batch_size, MAX_LEN)
+        self.yes = jnp.ones(max_batch_size, bool)
+        max_steps = jnp.full(max_batch_size, MAX_LEN, jnp.int32)
+        self.state: DecodeState = dataclasses.replace(
             state,
-            positions=jnp.full(slots, POSITION, jnp.int32),
-            writing=jnp.ones(slots, bool),
-            requests=requests,
+            positions=jnp.full(max_batch_size, POSITION, jnp.int32),
+            params=dataclasses.replace(state.params, outputs_audio=self.yes, max_steps=max_steps),
         )
-        every = jnp.arange(slots, dtype=jnp.int32)
-        self.routing = Routing(jnp.zeros(0, jnp.int32), every, every, every)
+        rows = jnp.arange(max_batch_size, dtype=jnp.int32)
+        self.routing = Routing(jnp.zeros(0, jnp.int32), text_slot=rows, text_row=rows, audio_slot=rows)
 
-    def run(self) -> None:
-        """STEPS steps."""
-        # Random weights may say the end at any time: say again that every row runs and writes.
-        going = dataclasses.replace(
-            self.state,
-            running=jnp.ones(self.state.running.shape, bool),
-            writing=jnp.ones(self.state.running.shape, bool),
-        )
-        self.state, tokens, _ = self.programs.chunk(self.programs.weights, going, self.routing, jnp.int32(STEPS))
+    def decode(self) -> None:
+        """Decode STEPS steps."""
+        # Random weights may sample an end at any time.
+        state = dataclasses.replace(self.state, running=self.yes, text_pending=self.yes)
+        self.state, tokens, _ = self.runner.decode_chunk(state, self.routing, jnp.int32(STEPS))
         tokens.block_until_ready()
 
 
 def alternate(*functions: Callable[[], object]) -> list[float]:
-    """Median milliseconds of each, in turns after one warm-up, so that a drifting machine is fair to all."""
+    """Median milliseconds of each after one warm-up; they take turns, so that the machine's drift affects all alike."""
     for function in functions:
         function()
     times: list[list[float]] = [[] for _ in functions]

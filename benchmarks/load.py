@@ -1,7 +1,7 @@
-"""Loading the real shape from a release folder: seconds and peak memory, against reading the file and no more.
+"""Loading a release of the published size: seconds and peak memory, against only reading the file.
 
-Each way runs in a process of its own, three times in turns, so that its peak memory is its own. The first round, which
-brings the file into the system's cache, is not counted.
+Each way runs in a process of its own, so that its peak memory is its own; the ways take turns. The first round, which
+brings the file into the page cache, is not counted.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from omni_jax.config.model import PRESETS
 from omni_jax.tokenizer import byte_tokenizer
 
 WAYS = {
-    # What cannot be undercut: the bytes, into memory, once.
+    # The lower bound: read the bytes into memory once.
     "read the file": "x = [np.fromfile(f, np.uint8) for f in Path(sys.argv[1]).glob('*.safetensors')]",
-    "Omni.load": "from omni_jax import Omni; x = Omni.load(sys.argv[1])",
+    "from_pretrained": "from omni_jax import Omni; x = Omni.from_pretrained(sys.argv[1])",
     # The straightforward way: all tensors, then all arrays.
     "load_file, then jax": (
         "import jax, jax.numpy as jnp, safetensors.numpy\n"
@@ -38,7 +38,7 @@ import sys, time
 from pathlib import Path
 import jax, numpy as np, omni_jax.api, omni_jax.checkpoint
 jax.devices()
-def memory(line):  # kB of this program alone: getrusage would count what its parent had
+def memory(line):  # kB of this process alone: getrusage counts what the parent had
     return int(Path("/proc/self/status").read_text().split(line)[1].split()[0])
 before, start = memory("VmRSS:"), time.perf_counter()
 {way}
@@ -48,7 +48,7 @@ ROUNDS = 3
 
 
 def write_release(folder: Path) -> int:
-    """A release of the published shape with random weights, tensor by tensor; its size in bytes."""
+    """Write a release of the published shape with random weights, tensor by tensor. Returns its size in bytes."""
     config = PRESETS["mini_omni"]
     rng = np.random.default_rng(0)
 

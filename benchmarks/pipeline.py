@@ -1,4 +1,4 @@
-"""The input pipeline alone: examples per second and core, the fraction of padding, and where the time goes.
+"""The input pipeline alone: examples per second and core, fraction of padding, time to read a record.
 
 Synthetic exchanges of Mini-Omni's shape: questions of 2 to 8 s, answers of 20 to 100 frames with about two words of
 text a second, all tasks in equal shares, rows of 2048 positions.
@@ -19,10 +19,10 @@ import tokenizers
 
 from omni_jax.config.model import PRESETS
 from omni_jax.config.run import DataConfig, SourceConfig
-from omni_jax.data.examples import TASKS
 from omni_jax.data.packing import padding
 from omni_jax.data.pipeline import Batches, batches
 from omni_jax.data.records import Exchange, RecordWriter, from_bytes, to_bytes
+from omni_jax.tasks import Task
 
 EXCHANGES = 400
 BATCH = 8
@@ -42,9 +42,9 @@ def main() -> None:
         print(f"{EXCHANGES} exchanges of {size / 1000:.0f} kB; {BATCHES} batches of {BATCH} rows of 2048 positions")
         data = to_bytes(exchange(rng))
         print(f"reading a record: {milliseconds(lambda: from_bytes(data)):.2f} ms of one core, ", end="")
-        print(f"without its sound {milliseconds(lambda: from_bytes(data, audio=False)):.2f} ms")
+        print(f"without its audio {milliseconds(lambda: from_bytes(data, audio=False)):.2f} ms")
         print(f"{'tasks':>5} {'workers':>7} {'examples/s':>11} {'per core':>9} {'clips/row':>10} {'padding':>8}")
-        for name, tasks in (("all", TASKS), ("A1A2", TASKS[:1]), ("T1T2", TASKS[4:5])):
+        for name, tasks in (("all", tuple(Task)), ("A1A2", (Task.A1A2,)), ("T1T2", (Task.T1T2,))):
             for workers in (0, 1, 2):
                 shares = {task.value: 1.0 for task in tasks}
                 config = DataConfig(
@@ -64,15 +64,15 @@ class Speed(NamedTuple):
     examples: int
     seconds: float
     core_seconds: float
-    """Of this process and its workers, added up: independent of what else the machine does."""
+    """CPU time of this process and its workers together, independent of other load."""
     clips: float
     """Recordings per row."""
     padding: float
 
 
 def run(iterator: Batches) -> Speed:
-    """Draws some batches, the workers being at work already."""
-    # Half as many untimed: workers start, and rows that were ready before would count as free.
+    """Draw some batches from workers that are already running."""
+    # First half as many that are not timed: workers start, and rows that are ready would count as free.
     for _ in range(BATCHES // 2):
         next(iterator)
     drawn = []
@@ -87,7 +87,7 @@ def run(iterator: Batches) -> Speed:
 
 
 def core_seconds() -> float:
-    """Used so far by this process and its children that are alive (Linux)."""
+    """CPU time used so far by this process and its living children (Linux)."""
     total = time.process_time()
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
@@ -97,7 +97,7 @@ def core_seconds() -> float:
 
 def exchange(rng: np.random.Generator) -> Exchange:
     samples, frames = int(rng.uniform(2, 8) * 16000), int(rng.integers(20, 101))
-    # Filtered noise that comes and goes, which FLAC packs about as well as speech: to half its size.
+    # Filtered noise of varying loudness, which FLAC compresses about as well as speech: to half its size.
     noise = np.convolve(rng.normal(0, 1, samples + 15), np.hanning(16), "valid")
     loud = 1500 * (1 + np.sin(np.arange(samples) / 2000))
     return Exchange(
@@ -115,7 +115,7 @@ def sentence(rng: np.random.Generator, seconds: float) -> str:
 
 
 def word_tokenizer() -> tokenizers.Tokenizer:
-    """Byte-level BPE that knows the words, as a trained one does."""
+    """Byte-level BPE with tokens for these words, as a trained one has."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()

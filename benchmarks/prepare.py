@@ -1,9 +1,9 @@
 """Rows per second of `omni-jax prepare` against the `datasets` library: `python -m benchmarks.prepare`.
 
-A corpus in the layout of VoiceAssistant-400K, questions of 3 to 6 s at 22.05 kHz. Both read the parquet file, decode
-the question by soundfile, bring it to 16 kHz by soxr and parse the answer's codes; `datasets` keeps them in an arrow
-file as 16-bit samples, we in records as FLAC. Each run is a process of its own, start included; they take turns.
-Needs `pip install datasets` besides.
+A corpus in the layout of VoiceAssistant-400K, questions of 3 to 6 s at 22.05 kHz. Both sides read the parquet file,
+decode the question with soundfile, resample it to 16 kHz with soxr and parse the answer's codes. `datasets` writes an
+arrow file with 16-bit samples, this project records with FLAC. Each run is a process of its own, its start included;
+the sides take turns. Needs `pip install datasets`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROUNDS = 3
 
 
 def corpus(folder: Path) -> float:
-    """Write it; its megabytes."""
+    """Write the corpus. Returns its size in megabytes."""
     rng = np.random.default_rng(0)
     path = folder / "train-00000-of-00001.parquet"
     writer = None
@@ -44,7 +44,7 @@ def corpus(folder: Path) -> float:
 
 
 def row(rng: np.random.Generator, number: int) -> dict[str, Any]:
-    # Filtered noise that comes and goes, which FLAC packs about as well as speech.
+    # Filtered noise of varying loudness, which FLAC compresses about as well as speech.
     samples = int(rng.uniform(3, 6) * 22_050)
     noise = np.convolve(rng.normal(0, 1, samples + 15), np.hanning(16), "valid")
     sound = (noise * 1500 * (1 + np.sin(np.arange(samples) / 2700))).clip(-32768, 32767).astype(np.int16)

@@ -9,8 +9,14 @@ The mesh is ambient: programs are traced and run within `jax.set_mesh(mesh)`, an
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +26,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from omni_jax.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -45,18 +53,50 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def on_pod() -> bool:
-    """Whether this host is one of several hosts of TPU slices, which `jax.distributed` sets up by itself.
+def on_pod(
+    environ: Mapping[str, str] = os.environ,
+    device_folder: Path = Path("/dev"),
+    metadata_server: str = "http://metadata.google.internal",
+) -> bool:
+    """Whether this host is one of several hosts of TPU slices, which `jax.distributed.initialize()` connects by itself.
 
-    On GKE the hosts learn of each other from environment variables, on Compute Engine from its metadata server.
+    Kubernetes Engine lists the hosts in environment variables, Compute Engine on the machine's metadata server
+    (https://cloud.google.com/compute/docs/metadata/querying-metadata).
+
+    Args:
+        environ: the environment variables.
+        device_folder: has device nodes of the TPU chips, if there are any.
+        metadata_server: asked only if there are, and no variable lists the hosts.
     """
-    try:
-        # No public API says whether `jax.distributed.initialize` would find other hosts.
-        from jax._src.clusters import cloud_tpu_cluster
-    except ImportError:
+    if not any(device_folder.glob("accel*")) and not (device_folder / "vfio").exists():
         return False
-    clusters = (cloud_tpu_cluster.GkeTpuCluster, cloud_tpu_cluster.GceTpuCluster)
-    return any(cluster.is_env_present() and cluster.get_process_count() > 1 for cluster in clusters)
+    hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
+    num_slices = environ.get("MEGASCALE_NUM_SLICES")
+    # JAX sets TPU_SKIP_MDS_QUERY where it finds no chip.
+    if hosts is None and "TPU_SKIP_MDS_QUERY" not in environ:
+        hosts = _instance_attribute(metadata_server, "worker-network-endpoints")
+        if hosts is not None and num_slices is None:
+            variables = _instance_attribute(metadata_server, "tpu-env") or ""
+            found = re.search(r"^MEGASCALE_NUM_SLICES: *'?(\d+)", variables, re.MULTILINE)
+            num_slices = found[1] if found else None
+    return hosts is not None and len(hosts.split(",")) * int(num_slices or 1) > 1
+
+
+def _instance_attribute(metadata_server: str, name: str) -> str | None:
+    """An attribute of this machine; None if it has none of that name."""
+    address = f"{metadata_server}/computeMetadata/v1/instance/attributes/{name}"
+    request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
+    # The server is on the machine's own network, behind no proxy.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=2) as response:
+            text: str = response.read().decode()
+            return text
+    except urllib.error.HTTPError:
+        return None
+    except OSError as error:
+        logger.warning("no metadata server at %s (%s): assuming a single host", metadata_server, error)
+        return None
 
 
 def default_layout(platform: str | None = None) -> tuple[bool, Any]:

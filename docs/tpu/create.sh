@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Asks for the slice (or slices) of env.sh and waits until it is there.
+# Requests the slice (or slices) of env.sh and waits until it is ready.
 set -euo pipefail
 : "${PROJECT:?source docs/tpu/env.sh first}"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Gives the slice back.
+# Deletes the slice.
 set -euo pipefail
 : "${PROJECT:?source docs/tpu/env.sh first}"
 

@@ -10,7 +10,7 @@ if ((SLICES > 1)); then
         names+=("$NAME-$slice")
     done
 fi
-# All slices at the same time: in a run they wait for each other.
+# Start all slices at once: the processes of a run wait for each other.
 jobs=()
 for name in "${names[@]}"; do
     gcloud compute tpus tpu-vm ssh "$name" --project="$PROJECT" --zone="$ZONE" --worker=all --command="$1" &

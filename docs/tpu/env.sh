@@ -1,14 +1,14 @@
-# What the scripts here read; change it, then `source` it.
+# Settings of the scripts in this folder. Edit, then `source`.
 export PROJECT=my-project
 export ZONE=us-west4-a
 export NAME=omni
-# Chips and software, see https://cloud.google.com/tpu/docs/runtimes
+# Chips and software: https://cloud.google.com/tpu/docs/runtimes
 export ACCELERATOR=v5litepod-256
 export RUNTIME=v2-alpha-tpuv5-lite
-# --spot costs less and may be taken away; empty: on demand.
+# --spot: cheaper, can be preempted; empty: on demand.
 export SPOT=--spot
-# More than 1: so many slices in one run.
+# Slices of one run.
 export SLICES=1
-# A bucket, and the records in it.
+# The bucket for runs, and the folder of the records.
 export BUCKET=my-bucket
 export RECORDS=gs://my-bucket/records

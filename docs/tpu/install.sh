@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Puts the project, the bucket and the records on every host; run it from the project's folder.
+# Installs the project, the bucket and the records on every host. Run it in the project's folder.
 set -euo pipefail
 : "${PROJECT:?source docs/tpu/env.sh first}"
 
@@ -15,7 +15,7 @@ gcloud storage cp "/tmp/$NAME-code.tar.gz" "gs://$BUCKET/code.tar.gz"
     curl -s https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null
     sudo apt-get update -q && sudo apt-get install -y -q gcsfuse python3-venv
     sudo mkdir -p /bucket /records && sudo chown \"\$USER\" /bucket /records
-    # Checkpoints and releases get their names when they are whole: folders with files in them are renamed.
+    # Checkpoints and releases are renamed once they are complete: allow renames of folders with files.
     mountpoint -q /bucket || gcsfuse --implicit-dirs --rename-dir-limit 200000 $BUCKET /bucket
     gcloud storage rsync --recursive $RECORDS /records
     tar xzf /bucket/code.tar.gz

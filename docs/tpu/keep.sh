@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sees a run to its end on slices that may be taken away: docs/tpu/keep.sh CONFIG [field=value ...]
+# Trains to the end on slices that can be preempted: docs/tpu/keep.sh CONFIG [field=value ...]
 set -uo pipefail
 : "${PROJECT:?source docs/tpu/env.sh first}" "${1:?expected a configuration}"
 
@@ -7,14 +7,14 @@ here=$(dirname "${BASH_SOURCE[0]}")
 while true; do
     status=0
     "$here/train.sh" "$@" || status=$?
-    # Finished; or a configuration that no other slice can run either.
+    # 0: finished. 2: the configuration is refused, which another slice does not change.
     if [[ $status == 0 || $status == 2 ]]; then
         exit "$status"
     fi
     state=$(gcloud compute tpus queued-resources describe "$NAME-request" --project="$PROJECT" --zone="$ZONE" \
         --format='value(state.state)' 2> /dev/null)
     if [[ "$state" != ACTIVE ]]; then
-        echo "the slice is gone ($state); asking for another"
+        echo "the slice is gone ($state); requesting another"
         "$here/delete.sh" || true
         until "$here/create.sh" && "$here/install.sh"; do
             sleep 60

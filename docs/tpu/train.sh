@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts or resumes a run on every host, and waits for its end: docs/tpu/train.sh CONFIG [field=value ...]
+# Starts or resumes a run on every host and waits for its end: docs/tpu/train.sh CONFIG [field=value ...]
 set -euo pipefail
 : "${PROJECT:?source docs/tpu/env.sh first}" "${1:?expected a configuration}"
 

@@ -1,1 +1,1 @@
-"""What the TPU compiler says of our programs, without a TPU: `omni-jax compile`."""
+"""Compiles programs for TPU slices without a TPU and reports memory, work and traffic: `omni-jax compile`."""

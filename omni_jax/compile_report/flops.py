@@ -1,4 +1,4 @@
-"""Counts the work of a program before it is compiled: products and sums of its matrix products and convolutions."""
+"""Counts the work of a program before it is compiled: matrix products and convolutions."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from jax.extend import core
 
 
 def count(traced: core.ClosedJaxpr, loop_trips: int = 1) -> float:
-    """Floating-point operations of a call, over all devices together; two for a product and its sum.
+    """Floating-point operations of a call over all devices together; a multiplication and its addition are two.
 
-    Loops of a known length count as often as they run, what is computed again in a backward pass counts again.
+    A loop of known length counts as often as it runs. Recomputation in a backward pass counts.
 
     Args:
-        traced: the program, `jax.make_jaxpr(function)(*arguments)` or the `jaxpr` of a jitted function's trace.
-        loop_trips: how often a loop runs whose length is not known.
+        traced: the program: `jax.make_jaxpr(function)(*arguments)`, or the `jaxpr` of a jitted function's trace.
+        loop_trips: assumed trip count of loops of unknown length.
     """
-    return _of(traced.jaxpr, loop_trips)
+    return _count(traced.jaxpr, loop_trips)
 
 
-def _of(jaxpr: core.Jaxpr, loop_trips: int) -> float:
-    return sum(_equation(equation, loop_trips) for equation in jaxpr.eqns)
+def _count(jaxpr: core.Jaxpr, loop_trips: int) -> float:
+    return sum(_count_equation(equation, loop_trips) for equation in jaxpr.eqns)
 
 
-def _equation(equation: Any, loop_trips: int) -> float:
+def _count_equation(equation: Any, loop_trips: int) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -34,7 +34,7 @@ def _equation(equation: Any, loop_trips: int) -> float:
         kernel = equation.invars[1].aval.shape
         outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / outputs
-    inner = [_of(jaxpr, loop_trips) for value in params.values() for jaxpr in _jaxprs(value)]
+    inner = [_count(jaxpr, loop_trips) for value in params.values() for jaxpr in _jaxprs(value)]
     if name == "scan":
         return sum(inner) * params["length"]
     if name == "while":
@@ -49,6 +49,7 @@ def _equation(equation: Any, loop_trips: int) -> float:
 
 
 def _jaxprs(value: Any) -> list[core.Jaxpr]:
+    """The programs in an equation's parameter."""
     if isinstance(value, core.ClosedJaxpr):
         return [value.jaxpr]
     if isinstance(value, core.Jaxpr):

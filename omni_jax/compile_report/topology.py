@@ -1,69 +1,74 @@
-"""What the chips can do, and how a slice of them is named."""
+"""TPU slices by name, as devices that programs can be compiled for without having them."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
 from dataclasses import dataclass
-from typing import Any
 
-from omni_jax.errors import ConfigError
-from omni_jax.hardware import CHIPS, Chip
+import jax
+from jax.experimental import topologies
+
+from omni_jax.errors import ConfigError, MissingExtraError
+from omni_jax.hardware import CHIPS, ChipSpec
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice: a kind of chip and how many of them along each axis."""
+    """A slice: a type of chip, and how many of them along each axis."""
 
     name: str
-    chip: Chip
+    chip: ChipSpec
     shape: tuple[int, ...]
 
     @classmethod
     def parse(cls, name: str) -> Topology:
-        """Read `v5e:16x16`.
+        """Read a name such as `v5e:16x16` or `v5p:4x4x4`.
 
         Raises:
-            ConfigError: it is not of that form, or the chip is not known.
+            ConfigError: the name has another form, or the chip is unknown.
         """
         match = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
         if not match or match[1] not in CHIPS:
             raise ConfigError(
-                f"topology: expected CHIP:AxB or CHIP:AxBxC with a chip of {', '.join(CHIPS)}, found {name!r}"
+                f"topology: expected CHIP:AxB or CHIP:AxBxC with a chip of {', '.join(CHIPS)}, found {name!r}",
+                field="topology",
             )
         shape = tuple(int(size) for size in match[2].split("x"))
         if not all(shape):
-            raise ConfigError(f"topology: expected sizes of 1 or more, found {name!r}")
+            raise ConfigError(f"topology: expected sizes of 1 or more, found {name!r}", field="topology")
         return cls(name, CHIPS[match[1]], shape)
 
     @property
-    def chips(self) -> int:
-        """How many."""
+    def num_chips(self) -> int:
+        """Chips of the slice."""
         return math.prod(self.shape)
 
-    def devices(self) -> list[Any]:
-        """The chips as the compiler knows them; none need be there.
+    def devices(self) -> list[jax.Device]:
+        """Abstract devices to compile for. Needs libtpu, but no TPU.
+
+        Sets environment variables of libtpu for this process, where they are not set.
 
         Raises:
-            ConfigError: libtpu is not installed, or there is no such slice.
+            MissingExtraError: libtpu is not installed.
+            ConfigError: there is no such slice.
         """
-        # Without these the compiler's library looks for a machine with chips in it.
+        if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
+            raise MissingExtraError("the TPU compiler, which runs on any machine, is not installed", "tpu")
+        # libtpu would query the metadata server of a TPU machine otherwise.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        # And it lets one process use the chips; here none does.
+        # By default libtpu lets one process at a time use the chips; compiling uses none.
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        from jax.experimental import topologies
-
-        host = tuple(min(size, whole) for size, whole in zip((*self.shape, 1), self.chip.host, strict=False))
+        full_host = self.chip.chips_per_host
+        # A slice smaller than a host has a smaller host.
+        host = tuple(min(size, full) for size, full in zip((*self.shape, 1), full_host, strict=False))
+        options = {} if host == full_host else {"chips_per_host_bounds": host}
         try:
-            bounds = {} if host == self.chip.host else {"chips_per_host_bounds": host}
-            found = topologies.get_topology_desc(platform="tpu", topology_name=self.name, **bounds)
+            description = topologies.get_topology_desc(platform="tpu", topology_name=self.name, **options)
         except Exception as error:
-            if "libtpu" in str(error) or isinstance(error, ImportError):
-                raise ConfigError(
-                    "the TPU compiler is not installed: pip install 'omni-jax[tpu]', on any machine"
-                ) from None
-            raise ConfigError(f"topology {self.name}: the compiler does not know it: {error}") from None
-        return list(found.devices)
+            raise ConfigError(f"topology {self.name}: unknown to the TPU compiler: {error}", field="topology") from None
+        return list(description.devices)

@@ -1,4 +1,4 @@
-"""The configuration of a training run. `docs/reference/run_config.md` is generated from these docstrings."""
+"""The configuration of a training run. `docs/run_config.md` is generated from these docstrings."""
 
 from __future__ import annotations
 
@@ -61,10 +61,11 @@ class DataConfig:
     """What a run reads, and how it is packed."""
 
     sources: tuple[SourceConfig, ...]
+    """Corpora to train on."""
     tasks: dict[str, float]
     """Share of examples of each task, in any unit."""
     held_out: tuple[SourceConfig, ...] = ()
-    """Never trained on; losses per task and head are reported on them."""
+    """Corpora that are never trained on; losses per task and head are reported on them. Fields as in `sources`."""
     batch_size: int = Field(default=8, gt=0)
     """Rows of a step over all devices."""
     max_length: int = Field(default=2048, gt=0)
@@ -102,8 +103,9 @@ class LossConfig:
     """Cross entropy of every head, summed with these weights."""
 
     text: float = Field(default=1.0, ge=0)
+    """Weight of the text head."""
     audio: tuple[float, ...] = (1.0,) * 7
-    """One weight per codebook."""
+    """Weights of the audio heads, one per codebook."""
     chunk_size: int = Field(default=2048, gt=0)
     """Positions on a device, of all its rows together, whose logits are held at once."""
 
@@ -119,14 +121,19 @@ class OptimizerConfig:
     """AdamW, linear warm-up, cosine decay."""
 
     steps: int = Field(gt=0)
+    """Steps of the run."""
     peak_lr: float = Field(gt=0)
     """Learning rate after the warm-up."""
     end_lr: float = Field(default=0.0, ge=0)
     """Learning rate at the end."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Steps of the warm-up, which begins at a learning rate of 0."""
     b1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay rate of AdamW's first moments."""
     b2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay rate of AdamW's second moments."""
     eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moments."""
     weight_decay: float = Field(default=0.1, ge=0)
     """On matrices only, not on norms and biases."""
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -137,22 +144,26 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class MeshConfig:
-    """Devices along each mesh axis. `data: -1` takes all that the other two leave."""
+    """Devices along each mesh axis."""
 
     data: int = Field(default=-1, ge=-1)
+    """Ways to split the batch; -1: all devices that the other two leave."""
     fsdp: int = Field(default=1, gt=0)
+    """Ways to split the batch and the parameters (fully sharded data parallelism)."""
     tensor: int = Field(default=1, gt=0)
+    """Ways to split heads, MLPs and vocabularies (tensor parallelism)."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
-    """When a run saves itself and what it keeps."""
+    """When a run saves checkpoints, and which it keeps."""
 
     save_interval_steps: int = Field(default=500, gt=0)
+    """Steps between checkpoints; one more is saved at the end."""
     max_to_keep: int = Field(default=3, gt=0)
     """Newest checkpoints to keep."""
     keep_period: int | None = Field(default=None, gt=0)
-    """Besides, keep every checkpoint at a multiple of this many steps."""
+    """Also keep every checkpoint at a multiple of this many steps."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -171,11 +182,11 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass computes again: nothing, all but matrix products, or whole blocks."""
+    """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of matrix products; parameters are float32. `auto`: bfloat16, on CPU float32."""
     log_interval_steps: int = Field(default=10, gt=0)
-    """Only at these steps does the host wait for the device."""
+    """Steps between log lines. Only at these steps does the host wait for the device."""
     eval_interval_steps: int | None = Field(default=None, gt=0)
     """Steps between evaluations on `data.held_out`; None: only at the end."""
     num_samples: int = Field(default=2, ge=0)
@@ -183,8 +194,9 @@ class RunConfig:
     max_skipped_steps: int = Field(default=10, gt=0)
     """Consecutive steps that may be skipped because their loss is not finite before the run stops."""
     seed: int = Field(default=0, ge=0)
+    """Of random weights, the order of the records, and augmentation."""
     wandb: str | None = None
-    """Weights & Biases project to log to, where the package is installed."""
+    """Weights & Biases project to log to; needs the package wandb."""
 
     @model_validator(mode="after")
     def _known_modules(self) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Work counted by hand."""
+"""Floating-point operations against counts by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def count(function: Callable[..., jax.Array], *arguments: jax.Array, loop_trips:
     return flops.count(jax.make_jaxpr(function)(*arguments), loop_trips)
 
 
-def test_products_and_convolutions() -> None:
+def test_count_products_and_convolutions() -> None:
     assert count(lambda x, w: x @ w, X, W) == 2 * 2 * 3 * 4 * 5
     assert count(lambda x: jnp.einsum("bij,bkj->bik", x, x), X) == 2 * 2 * 3 * 3 * 4
 
@@ -27,7 +27,7 @@ def test_products_and_convolutions() -> None:
     assert count(convolve, jnp.ones((2, 10, 4)), jnp.ones((3, 4, 7))) == 2 * (2 * 5 * 7) * 3 * 4
 
 
-def test_loops() -> None:
+def test_count_loops_and_branches() -> None:
     def scanned(w: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, _: (x @ w, None), jnp.ones((3, 4)), None, length=11)[0]
 
@@ -46,7 +46,7 @@ def test_loops() -> None:
 
 
 @pytest.mark.parametrize(("remat", "products"), [(False, 5), (True, 6)])
-def test_what_a_backward_pass_computes_again_counts_again(remat: bool, products: int) -> None:
+def test_count_includes_recomputation(remat: bool, products: int) -> None:
     def loss(w: jax.Array, v: jax.Array) -> jax.Array:
         def inner(w: jax.Array) -> jax.Array:
             return jnp.sin(jnp.ones((4, 4)) @ w)
@@ -54,5 +54,5 @@ def test_what_a_backward_pass_computes_again_counts_again(remat: bool, products:
         return jnp.sum(jnp.sin((jax.checkpoint(inner) if remat else inner)(w) @ v))
 
     square = jnp.ones((4, 4))
-    # Two forward; of w one, of v one and one that leads back to w.
+    # Forward two; backward the gradients of w, of v, and of the input of the product with v.
     assert count(jax.grad(loss, argnums=(0, 1)), square, square) == products * 2 * 4**3

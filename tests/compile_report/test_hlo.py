@@ -1,4 +1,4 @@
-"""Bytes counted by hand on small pieces of compiled text."""
+"""HBM and ICI bytes against counts by hand, on small pieces of compiled text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ HEADER = "HloModule test, is_scheduled=true\n\n"
 
 def cost(text: str, **options: int) -> hlo.Cost:
     return hlo.parse(HEADER + text, **options).cost
+
+
+def trip_count(text: str) -> int | None:
+    """Of the only loop."""
+    module = hlo.parse(HEADER + text)
+    (loop,) = (line for lines in module.computations.values() for line in lines if line.opcode == "while")
+    return module.trip_count(loop)
 
 
 @pytest.mark.parametrize(
@@ -26,15 +33,18 @@ def cost(text: str, **options: int) -> hlo.Cost:
         ("s4[10]{0}", 5, True),
     ],
 )
-def test_shapes(text: str, bytes: int, hbm: bool) -> None:
-    assert hlo.shapes_of(text) == (hlo.Shape(bytes, hbm),)
+def test_parse_shapes(text: str, bytes: int, hbm: bool) -> None:
+    assert hlo.parse_shapes(text) == (hlo.Shape(bytes, hbm),)
 
 
-def test_tuples() -> None:
-    assert [shape.bytes for shape in hlo.shapes_of("(s32[]{:T(128)}, bf16[8,4]{1,0}, /*index=2*/token[])")] == [4, 64]
+def test_parse_shapes_of_tuples() -> None:
+    assert [shape.bytes for shape in hlo.parse_shapes("(s32[]{:T(128)}, bf16[8,4]{1,0}, /*index=2*/token[])")] == [
+        4,
+        64,
+    ]
 
 
-def test_plain_instructions_read_and_write() -> None:
+def test_instruction_reads_operands_and_writes_result() -> None:
     text = """
 ENTRY %main (a: f32[10], b: f32[10]) -> f32[10] {
   %a = f32[10]{0} parameter(0)
@@ -43,11 +53,11 @@ ENTRY %main (a: f32[10], b: f32[10]) -> f32[10] {
   ROOT %copy = f32[10]{0:S(1)} copy(%sum)
 }
 """
-    # a in, sum out, sum in; b and the copy are on the chip.
+    # Read a, write sum, read sum; b and the copy are on the chip.
     assert cost(text).hbm == 40 + 40 + 40
 
 
-def test_loops_count_as_often_as_they_run() -> None:
+def test_loop_counts_by_its_trip_count() -> None:
     text = """
 %body (p: (s32[], f32[100])) -> (s32[], f32[100]) {
   %p = (s32[], f32[100]{0}) parameter(0)
@@ -69,17 +79,17 @@ ENTRY %main (a: (s32[], f32[100])) -> (s32[], f32[100]) {
   ROOT %w = (s32[], f32[100]{0}) while(%a), condition=%condition, body=%body
 }
 """
-    # The comparison reads two numbers and gives one of a byte, 24 times.
+    # Each iteration reads and writes x, and compares two numbers of 4 bytes into one of 1 byte.
     assert cost(text).hbm == 24 * (800 + 9)
-    assert hlo.parse(HEADER + text).loops() == [24]
-    told = text.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
-    assert cost(told).hbm == 3 * (800 + 9)
+    assert trip_count(text) == 24
+    annotated = text.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
+    assert cost(annotated).hbm == 3 * (800 + 9)
     unknown = text.replace("%n = s32[] constant(24)", "%n = s32[] get-tuple-element(%q), index=0")
-    assert hlo.parse(HEADER + unknown).loops() == [None]
+    assert trip_count(unknown) is None
     assert cost(unknown, unknown_trips=5).hbm == 5 * (800 + 9)
 
 
-def test_what_is_sliced_or_updated_in_place_counts_as_much_as_is_touched() -> None:
+def test_slice_and_update_in_place_count_bytes_moved() -> None:
     text = """
 %inner (r: f32[24,100], k: s32[]) -> f32[1,100] {
   %r = f32[24,100]{1,0} parameter(0)
@@ -103,11 +113,11 @@ ENTRY %main (w: f32[24,100], i: s32[], cache: f32[24,100]) -> f32[24,100] {
   ROOT %f = f32[24,100]{1,0} fusion(%w, %i, %cache), kind=kLoop, calls=%outer
 }
 """
-    # A row read, the number, a row written; nothing of the cache is read.
+    # Reads a row and the index, writes a row; reads nothing of the cache.
     assert cost(text).hbm == 400 + 4 + 400
 
 
-def test_what_is_sliced_onto_the_chip_is_read_from_memory_all_the_same() -> None:
+def test_slice_into_vmem_reads_hbm() -> None:
     text = """
 ENTRY %main (w: f32[24,100], i: s32[]) -> f32[1,100] {
   %w = f32[24,100]{1,0} parameter(0)
@@ -119,7 +129,7 @@ ENTRY %main (w: f32[24,100], i: s32[]) -> f32[1,100] {
     assert cost(text.replace("0:S(1)", "0")).hbm == 800
 
 
-def test_an_array_that_a_fusion_only_renames_is_read_by_who_reads_it() -> None:
+def test_bitcast_fusion_reads_nothing_itself() -> None:
     text = """
 %rename (r: f32[100]) -> f32[10,10] {
   %r = f32[100]{0} parameter(0)
@@ -140,7 +150,7 @@ ENTRY %main (a: f32[100]) -> f32[10,10] {
     assert cost(text).hbm == 400
 
 
-def test_copies_in_the_background_and_collectives() -> None:
+def test_async_copies_and_collectives() -> None:
     text = """
 %add (x: f32[], y: f32[]) -> f32[] {
   %x = f32[] parameter(0)
@@ -159,12 +169,12 @@ ENTRY %main (a: f32[1000]) -> f32[4000] {
 }
 """
     found = cost(text)
-    # All of it is fetched, then ten numbers once more.
+    # The copy reads all of a, the slice ten numbers.
     assert found.hbm == 4000 + 40
     assert found.collectives == {"all-reduce": 4000, "all-gather": 16000}
 
 
-def test_the_cheaper_branch_counts() -> None:
+def test_conditional_counts_cheapest_branch() -> None:
     text = """
 %small (p: f32[1]) -> f32[1] {
   %p = f32[1]{0} parameter(0)
@@ -186,7 +196,7 @@ ENTRY %main (i: s32[], a: f32[1]) -> f32[1] {
     assert cost(text).hbm == 8
 
 
-def test_a_kernel_whose_attributes_take_several_lines() -> None:
+def test_kernel_attributes_of_several_lines() -> None:
     text = """
 ENTRY %main (p.1: f32[8,128]) -> f32[8,128] {
   %p.1 = f32[8,128]{1,0:T(8,128)} parameter(0)
@@ -199,12 +209,12 @@ ENTRY %main (p.1: f32[8,128]) -> f32[8,128] {
     assert cost(text).hbm == 4 * 4096
 
 
-def test_something_else() -> None:
+def test_parse_refuses_text_without_entry() -> None:
     with pytest.raises(ValueError, match="entry computation"):
         hlo.parse("HloModule nothing\n")
 
 
-def test_a_collective_beside_other_work_counts_where_it_starts() -> None:
+def test_overlapped_collective_counts_once() -> None:
     text = """
 %start (p: f32[10]) -> (f32[10], f32[80], u32[]) {
   %p = f32[10]{0} parameter(0)
@@ -244,12 +254,12 @@ ENTRY %main (p: f32[10], x: f32[6]) -> f32[80] {
 """  # noqa: E501
     found = cost(text)
     assert found.collectives == {"all-gather": 320}
-    assert found.beside == 320
-    # What is gathered in and out once; x in, y out.
+    assert found.overlapped == 320
+    # The gather's operand and result once; reads x, writes y.
     assert found.hbm == 40 + 320 + 24 + 24
 
 
-def test_a_sum_that_is_cut_is_scattered() -> None:
+def test_sliced_all_reduce_counts_as_reduce_scatter() -> None:
     text = """
 %all-reduce-scatter.2 (p: f32[80]) -> f32[10] {
   %p = f32[80]{0} parameter(0)
@@ -265,5 +275,5 @@ ENTRY %main (p: f32[80]) -> f32[10] {
 """
     found = cost(text)
     assert found.collectives == {"reduce-scatter": 320}
-    assert not found.beside
+    assert not found.overlapped
     assert found.hbm == 320 + 40

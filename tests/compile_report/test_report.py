@@ -1,8 +1,9 @@
-"""What the real TPU compiler says of small programs."""
+"""Reports of the real TPU compiler on small programs, and, marked slow, on programs of the published size."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from omni_jax.compile_report.report import Report, examine
+from omni_jax.compile_report.report import CompileReport, compile_report
 from omni_jax.compile_report.topology import Topology
 from omni_jax.config.load import load_config
 from omni_jax.config.run import RunConfig
-from omni_jax.errors import ConfigError
+from omni_jax.errors import ConfigError, MissingExtraError
 from omni_jax.hardware import CHIPS
 from omni_jax.sharding import make_mesh
 
@@ -23,46 +24,58 @@ ROOT = Path(__file__).parents[2]
 ONE = "v5e:1x1"
 
 
-def test_topologies() -> None:
+def test_topology_parse_and_devices() -> None:
     found = Topology.parse("v5p:4x4x4")
-    assert (found.chips, found.chip) == (64, CHIPS["v5p"])
+    assert (found.num_chips, found.chip) == (64, CHIPS["v5p"])
     assert [len(Topology.parse(name).devices()) for name in (ONE, "v5e:2x2", "v5e:4x4", "v6e:4x4")] == [1, 4, 16, 16]
-    assert Topology.parse("v5e:4x4").devices()[0].device_kind == CHIPS["v5e"].kind
-    assert Topology.parse("v5p:2x2x1").devices()[0].device_kind == CHIPS["v5p"].kind
+    assert Topology.parse("v5e:4x4").devices()[0].device_kind == CHIPS["v5e"].device_kind
+    assert Topology.parse("v5p:2x2x1").devices()[0].device_kind == CHIPS["v5p"].device_kind
     for wrong in ("v5e", "v5e:", "v5e:4", "v9:2x2", "v5e:0x1", "v5e:2x2x2x2"):
         with pytest.raises(ConfigError, match="topology: expected"):
             Topology.parse(wrong)
-    with pytest.raises(ConfigError, match="does not know it"):
+    with pytest.raises(ConfigError, match="topology v5e:3x7: unknown to the TPU compiler"):
         Topology.parse("v5e:3x7").devices()
 
 
-def test_a_mesh_may_cut_an_axis_of_the_slice() -> None:
+def test_topology_devices_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    with pytest.raises(MissingExtraError, match=r"pip install 'omni-jax\[tpu\]'") as caught:
+        Topology.parse(ONE).devices()
+    assert caught.value.extra == "tpu"
+
+
+def test_make_mesh_splits_a_slice_axis() -> None:
     assert dict(make_mesh(8, 8, 1, Topology.parse("v5p:4x4x4").devices()).shape) == {"data": 8, "fsdp": 8, "tensor": 1}
 
 
-def sane(report: Report) -> None:
+def assert_consistent(report: CompileReport) -> None:
     assert report.fits
     assert 0 < report.memory_per_chip_bytes < report.hbm_bytes
     assert report.flops > 0
     assert report.bytes > 0
     assert report.roofline_seconds > 0
-    assert 0 < report.flop_utilisation <= 1
+    assert 0 < report.flop_utilization <= 1
     json.dumps(dataclasses.asdict(report))
     assert report.program in report.table()
 
 
-def test_decoding_overwrites_its_cache() -> None:
-    report = examine("decode", Topology.parse(ONE), model="tiny", batch=8)
-    sane(report)
+def test_decode_overwrites_cache() -> None:
+    report = compile_report("decode", Topology.parse(ONE), model="tiny", batch=8)
+    assert_consistent(report)
     # Keys and values of 3 layers, 2 heads, 192 positions of 16, padded to tiles; all of the state but its counters.
     assert report.aliased_bytes > 8 * 3 * 2 * 2 * 192 * 16 * 2
     assert report.bound_by == "memory"
 
 
+# The byte limits of the slow tests are those of one libtpu: they show when a change of the model or of the compiler
+# moves more. After an update of libtpu, compare with docs/tpu.md and set them again.
+
+
 @pytest.mark.slow
-def test_the_chips_of_a_host_decode_their_rows_apart() -> None:
-    """Rows that the routing takes from anywhere are spread again before they are scored."""
-    report = examine("decode", Topology.parse("v5e:2x2"), model="mini_omni", batch=256)
+def test_decode_on_four_chips_keeps_rows_apart() -> None:
+    """Each chip scores its own rows, although the routing gathers them by index."""
+    report = compile_report("decode", Topology.parse("v5e:2x2"), model="mini_omni", batch=256)
     assert report.mesh == {"data": 4, "fsdp": 1, "tensor": 1}
     assert report.bytes_ratio < 1.10
     # The logits of all rows would take 156 MB.
@@ -72,9 +85,9 @@ def test_the_chips_of_a_host_decode_their_rows_apart() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 64])
-def test_a_step_of_decoding_reads_weights_and_cache_once(batch: int) -> None:
-    """The published model; heads of 64 stand side by side in the cache, or half of it would be padding, and copied."""
-    report = examine("decode", Topology.parse(ONE), model="mini_omni", batch=batch)
+def test_decode_reads_weights_and_cache_once(batch: int) -> None:
+    """The published model: two heads of 64 share the cache's last axis, or half of it would be padding, and copied."""
+    report = compile_report("decode", Topology.parse(ONE), model="mini_omni", batch=batch)
     assert report.bytes_ratio < 1.10
     cache = batch * 24 * 2 * 2048 * 2 * 64 * 2
     assert cache <= report.aliased_bytes < 1.01 * cache + 2**20
@@ -82,21 +95,21 @@ def test_a_step_of_decoding_reads_weights_and_cache_once(batch: int) -> None:
     assert report.temporary_bytes < 128 * 2**20 + cache / 10
 
 
-def test_weights_of_eight_bits_are_half_as_many_bytes() -> None:
+def test_decode_int8_halves_weight_bytes() -> None:
     sixteen, eight = (
-        examine("decode", Topology.parse(ONE), model="tiny", batch=1, int8=int8) for int8 in (False, True)
+        compile_report("decode", Topology.parse(ONE), model="tiny", batch=1, int8=int8) for int8 in (False, True)
     )
-    sane(eight)
-    assert "in 8 bits" in eight.table()
+    assert_consistent(eight)
+    assert ", int8, " in eight.table()
     assert eight.arguments_bytes < 0.75 * sixteen.arguments_bytes
     assert eight.bytes < 0.8 * sixteen.bytes
 
 
-def test_prefill_and_a_group_of_chips_that_share_rows() -> None:
-    alone = examine("prefill", Topology.parse(ONE), model="tiny", batch=2)
-    shared = examine("prefill", Topology.parse("v5e:2x2"), model="tiny", batch=4, tensor=2)
-    sane(alone)
-    sane(shared)
+def test_prefill_alone_and_tensor_parallel() -> None:
+    alone = compile_report("prefill", Topology.parse(ONE), model="tiny", batch=2)
+    shared = compile_report("prefill", Topology.parse("v5e:2x2"), model="tiny", batch=4, tensor=2)
+    assert_consistent(alone)
+    assert_consistent(shared)
     assert not alone.collective_bytes
     assert shared.mesh == {"data": 2, "fsdp": 1, "tensor": 2}
     assert shared.collective_bytes.get("all-reduce", 0) > 0
@@ -105,10 +118,10 @@ def test_prefill_and_a_group_of_chips_that_share_rows() -> None:
 
 
 @pytest.mark.slow
-def test_a_training_step_overwrites_its_state() -> None:
+def test_train_overwrites_state() -> None:
     config = load_config(RunConfig, ROOT / "configs" / "nano_stage3.yaml", ["start=preset:tiny", "data.max_length=128"])
-    report = examine("train", Topology.parse("v5e:2x2"), config=config, batch=4)
-    sane(report)
+    report = compile_report("train", Topology.parse("v5e:2x2"), config=config, batch=4)
+    assert_consistent(report)
     assert report.mesh == {"data": 4, "fsdp": 1, "tensor": 1}
     assert report.collective_bytes.get("all-reduce", 0) > 0
     # Parameters and both moments, all float32.
@@ -116,19 +129,19 @@ def test_a_training_step_overwrites_its_state() -> None:
 
 
 @pytest.mark.slow
-def test_training_on_a_pod(capfd: pytest.CaptureFixture[str]) -> None:
+def test_train_on_a_pod(capfd: pytest.CaptureFixture[str]) -> None:
     """The published model on 256 chips, a row of 2048 positions on each."""
     config = load_config(RunConfig, ROOT / "configs" / "mini_omni_stage3.yaml", ["start=preset:mini_omni"])
-    report = examine("train", Topology.parse("v5e:16x16"), config=config, batch=256)
+    report = compile_report("train", Topology.parse("v5e:16x16"), config=config, batch=256)
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
-    sane(report)
+    assert_consistent(report)
     assert report.mesh == {"data": 32, "fsdp": 8, "tensor": 1}
     assert report.memory_per_chip_bytes < 5 * 2**30
     assert report.aliased_bytes > 0.9 * report.arguments_bytes
-    # With weights that stay and activations that travel, 107 GB of HBM were moved. Gathered for every clip apart, the
-    # ear's weights made it 6.3 GB over the links; without the compiler options no gradient went beside other work.
+    # With sharded weights in place and activations sent around instead, HBM traffic is 107 GB. If the audio encoder's
+    # weights are gathered for every clip, ICI traffic is 6.3 GB; without the compiler options no gradient overlaps.
     assert sum(report.collective_bytes.values()) < 5e9
-    assert report.beside_bytes > 0.75 * sum(report.collective_bytes.values())
+    assert report.overlapped_bytes > 0.75 * sum(report.collective_bytes.values())
     assert report.collective_bytes["reduce-scatter"] > 1e9
     assert report.bytes < 30e9
     assert report.bound_by == "compute"
@@ -136,42 +149,50 @@ def test_training_on_a_pod(capfd: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("topology", "data", "fsdp", "gibibytes", "moved", "sent"),
+    ("topology", "data", "fsdp", "max_gib", "max_hbm_traffic", "max_ici_traffic"),
     [("v5p:4x4x4", 8, 8, 20, 330e9, 50e9), ("v5e:16x16", 1, 256, 10, 310e9, 72e9)],
 )
-def test_training_seven_billion_parameters(
-    topology: str, data: int, fsdp: int, gibibytes: int, moved: float, sent: float, capfd: pytest.CaptureFixture[str]
+def test_train_seven_billion_parameters(
+    topology: str,
+    data: int,
+    fsdp: int,
+    max_gib: int,
+    max_hbm_traffic: float,
+    max_ici_traffic: float,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Every chip holds a row and a share of the weights, gathered a layer at a time."""
+    """Every chip holds a row and a shard of the weights, gathered a layer at a time."""
     overrides = ["start=preset:mini_omni_7b", f"mesh.data={data}", f"mesh.fsdp={fsdp}"]
     config = load_config(RunConfig, ROOT / "configs" / "mini_omni_stage3.yaml", overrides)
-    report = examine("train", Topology.parse(topology), config=config, batch=data * fsdp)
+    report = compile_report("train", Topology.parse(topology), config=config, batch=data * fsdp)
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
-    sane(report)
-    assert report.memory_per_chip_bytes < gibibytes * 2**30
+    assert_consistent(report)
+    assert report.memory_per_chip_bytes < max_gib * 2**30
     assert report.aliased_bytes > 0.9 * report.arguments_bytes
-    assert report.bytes < moved
-    assert sum(report.collective_bytes.values()) < sent
+    assert report.bytes < max_hbm_traffic
+    assert sum(report.collective_bytes.values()) < max_ici_traffic
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "field", "message"),
     [
-        ({"program": "sing"}, "program: expected one of train"),
-        ({"model": "huge"}, "model: expected one of mini_omni"),
-        ({"program": "codec", "int8": True}, "int8: expected with prefill, decode or batch, found with codec"),
-        ({"program": "train"}, "expected --config"),
-        ({"batch": 3}, "batch: expected a multiple of 4"),
-        ({"tensor": 3}, "tensor: expected a divisor of 4"),
+        ({"program": "sing"}, "program", "program: expected one of train"),
+        ({"model": "huge"}, "model", "model: expected one of mini_omni"),
+        ({"program": "codec", "int8": True}, "int8", "int8: expected with prefill, decode or batch, found with codec"),
+        ({"program": "train"}, "config", "expected --config"),
+        ({"batch": 3}, "batch", "batch: expected a multiple of 4"),
+        ({"tensor": 3}, "tensor", "tensor: expected a divisor of 4"),
     ],
 )
-def test_what_does_not_fit(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        examine(**{"program": "decode", "topology": Topology.parse("v5e:2x2"), "model": "tiny", **options})  # type: ignore[arg-type]
+def test_compile_report_refuses_arguments(options: dict[str, object], field: str, message: str) -> None:
+    arguments = {"program": "decode", "topology": Topology.parse("v5e:2x2"), "model": "tiny", **options}
+    with pytest.raises(ConfigError, match=message) as caught:
+        compile_report(**arguments)  # type: ignore[arg-type]
+    assert caught.value.field == field
 
 
-def test_from_the_shell() -> None:
-    command = [Path(sys.executable).with_name("omni-jax"), "compile", "prefill", "--model", "tiny"]
+def test_compile_command_prints_json() -> None:
+    command = [str(Path(sys.executable).with_name("omni-jax")), "compile", "prefill", "--model", "tiny"]
     env = {**os.environ, "XLA_FLAGS": ""}
     done = subprocess.run([*command, "--topology", ONE, "--json"], capture_output=True, text=True, env=env, check=True)
     report = json.loads(done.stdout)

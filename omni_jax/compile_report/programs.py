@@ -1,0 +1,194 @@
+"""The programs that can be compiled without their weights: functions, and shapes and shardings of the arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from omni_jax import sharding
+from omni_jax.checkpoint.release import abstract_model
+from omni_jax.codec.snac import Snac
+from omni_jax.config.model import ModelConfig
+from omni_jax.config.run import RunConfig
+from omni_jax.inference.decode import MAX_CHUNK_STEPS, Routing
+from omni_jax.inference.runner import CACHE_AXES, ModelRunner, quantize_weights
+from omni_jax.model.layers import Int8
+from omni_jax.prompts import speech_positions
+from omni_jax.training.setup import TrainingSetup, compile_step
+from omni_jax.vocab import NUM_CODEBOOKS, NUM_STREAMS
+
+PROMPT_LENGTH = 256
+"""Positions of each prompt of `prefill`."""
+CODEC_FRAMES = 16
+"""Frames of each row of `codec`."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A jitted function with abstract arguments."""
+
+    function: Any
+    mesh: Mesh
+    arguments: tuple[Any, ...]
+    """Trees of `jax.ShapeDtypeStruct` with shardings."""
+    ideal_bytes: float
+    """Bytes of HBM that each chip must read and write at least in a call."""
+    keywords: dict[str, Any] = dataclasses.field(default_factory=dict)
+    steps: int = 1
+    """Trip count of a loop of unknown length; results are reported per step."""
+
+    def compile(self) -> tuple[jax.stages.Traced, jax.stages.Compiled]:
+        """Trace and compile it for its mesh."""
+        with jax.set_mesh(self.mesh):
+            traced = self.function.trace(*self.arguments, **self.keywords)
+            return traced, traced.lower().compile()
+
+
+def train_program(config: RunConfig, devices: Sequence[jax.Device]) -> Program:
+    """One training step of a run.
+
+    Raises:
+        ConfigError: the run does not fit the devices.
+    """
+    setup = TrainingSetup.of(config, devices)
+    shapes, shardings = setup.state_shapes()
+    _, frozen = setup.split(setup.shapes)
+    _, frozen_shardings = setup.split(setup.shardings)
+    model, data = setup.start.config, config.data
+    B, T = data.batch_size, data.max_length
+    arrays = {
+        "tokens": ((B, NUM_STREAMS, T), jnp.int32),
+        "targets": ((B, NUM_STREAMS, T), jnp.int32),
+        "mask": ((B, NUM_STREAMS, T), jnp.bool_),
+        "positions": ((B, T), jnp.int32),
+        "segments": ((B, T), jnp.int32),
+        "speech_index": ((B, T), jnp.int32),
+        "sound": ((B, data.max_clips, model.audio_encoder.max_samples), jnp.int16),
+    }
+    rows = sharding.rows(setup.mesh)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in arrays.items()}
+    state, frozen = _with_shardings(shapes, shardings), _with_shardings(frozen, frozen_shardings)
+    # Trained parameters and their two moments are read and written; frozen parameters are read.
+    ideal = 2 * _bytes_per_chip(state) + _bytes_per_chip(frozen)
+    return Program(compile_step(setup, shardings), setup.mesh, (state, frozen, batch), ideal)
+
+
+def decode_program(
+    config: ModelConfig, mesh: Mesh, batch: int, *, batch_parallel: bool = False, int8: bool = False
+) -> Program:
+    """A chunk of decode steps of a full batch whose requests all output text and audio.
+
+    Args:
+        config: the model's shape.
+        mesh: what to shard it over.
+        batch: requests over all chips.
+        batch_parallel: whether each request has a companion row.
+        int8: whether the weights are quantized.
+    """
+    with jax.set_mesh(mesh):
+        runner = _abstract_runner(config, mesh, int8=int8)
+        programs, max_len = runner.jitted, config.trunk.max_position
+        state = jax.eval_shape(lambda weights: programs.init_state(weights, batch, max_len), runner.weights)
+        if batch_parallel:
+            cache = jax.eval_shape(lambda weights: programs.init_companions(weights, batch, max_len), runner.weights)
+            state = dataclasses.replace(state, companions=cache)
+
+    def shard(x: Any) -> jax.ShapeDtypeStruct:
+        # The caches are stacked: their first axis is the layers.
+        axes = ("layers", *CACHE_AXES) if x.ndim == 5 else ("batch", *[None] * (x.ndim - 1))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, sharding.spec(x.shape, axes, mesh)))
+
+    state = jax.tree.map(shard, state)
+    replicated = sharding.replicated(mesh)
+    routing: list[Any] = [
+        jax.ShapeDtypeStruct((size,), jnp.int32, sharding=replicated)
+        for size in (batch * batch_parallel, batch, batch, batch)
+    ]
+    steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    # Of an embedding that is not the head as well, a step reads only one row per token.
+    skipped = {"audio_encoder", "adapter"} | ({"embed"} if "head" in runner.weights else set())
+    read = {name: value for name, value in runner.weights.items() if name not in skipped}
+    ideal = _bytes_per_chip(read) + _bytes_per_chip([state.caches, state.companions])
+    arguments = (runner.weights, state, Routing(*routing), steps)
+    return Program(programs.decode_chunk, mesh, arguments, ideal, steps=MAX_CHUNK_STEPS)
+
+
+def prefill_program(config: ModelConfig, mesh: Mesh, batch: int, *, int8: bool = False) -> Program:
+    """Prefill of `batch` prompts of `PROMPT_LENGTH` positions with speech."""
+    encoder, rows = config.audio_encoder, sharding.rows(mesh)
+    positions = speech_positions(encoder.max_samples, encoder.max_position, config.adapter.stack)
+    tokens = jax.ShapeDtypeStruct((batch, NUM_STREAMS, PROMPT_LENGTH), jnp.int32, sharding=rows)
+    speech = jax.ShapeDtypeStruct((batch, positions, config.trunk.hidden_size), jnp.bfloat16, sharding=rows)
+    count = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows)
+    with jax.set_mesh(mesh):
+        runner = _abstract_runner(config, mesh, int8=int8)
+        arguments = (runner.weights, tokens, speech, count)
+        cache = jax.eval_shape(partial(runner.jitted.prefill, audio=True), *arguments)
+    read = {name: value for name, value in runner.weights.items() if name in ("trunk", "tts_adapter")}
+    ideal = _bytes_per_chip(read) + _bytes_per_chip((tokens, speech)) + _bytes(cache) / mesh.devices.size
+    return Program(runner.jitted.prefill, mesh, arguments, ideal, {"audio": True})
+
+
+def codec_program(config: ModelConfig, mesh: Mesh, batch: int) -> Program:
+    """Decoding `CODEC_FRAMES` frames of codes per row to audio, float32."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Snac(config.codec, rngs=nnx.Rngs(0))))
+    replicated, rows = sharding.replicated(mesh), sharding.rows(mesh)
+    weights = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), nnx.to_pure_dict(state)
+    )
+    codes = jax.ShapeDtypeStruct((batch, CODEC_FRAMES, NUM_CODEBOOKS), jnp.int32, sharding=rows)
+    decode = jax.jit(lambda weights, codes: nnx.merge(graph, weights).decode(codes), out_shardings=rows)
+    audio_bytes = 4 * batch * CODEC_FRAMES * config.codec.frame_size / mesh.devices.size
+    ideal = _bytes_per_chip(weights) + _bytes_per_chip(codes) + audio_bytes
+    return Program(decode, mesh, (weights, codes), ideal)
+
+
+INFERENCE_PROGRAMS: dict[str, Callable[..., Program]] = {
+    "prefill": prefill_program,
+    "decode": decode_program,
+    "batch": partial(decode_program, batch_parallel=True),
+    "codec": codec_program,
+}
+"""By name: functions of (model config, mesh, batch)."""
+
+
+def _abstract_runner(config: ModelConfig, mesh: Mesh, *, int8: bool) -> ModelRunner:
+    """A runner as for a loaded model in bfloat16, with shapes and shardings in place of weights."""
+    graph, state = nnx.split(abstract_model(config, stacked=True, dtype=jnp.bfloat16))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), nnx.to_pure_dict(state))
+    nnx.update(model := nnx.merge(graph, state), _with_shardings(shapes, sharding.of_state(state, mesh)))
+    runner = ModelRunner(model)
+    if int8:
+        runner.weights = quantize_weights(runner.weights, _abstract_int8)
+    return runner
+
+
+def _abstract_int8(weight: jax.ShapeDtypeStruct, inputs: int) -> Int8:
+    """Shapes and shardings of a quantized weight, whose last `inputs` axes are contracted."""
+    shape, full = weight.shape[:-inputs], weight.sharding
+    spec = (*full.spec, *[None] * (len(weight.shape) - len(full.spec)))[: len(shape)]
+    values: Any = jax.ShapeDtypeStruct(weight.shape, jnp.int8, sharding=full)
+    scale: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(full.mesh, PartitionSpec(*spec)))
+    return Int8(values, scale)
+
+
+def _with_shardings(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _bytes(tree: Any) -> float:
+    return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def _bytes_per_chip(tree: Any) -> float:
+    """Bytes of the shards that each chip holds."""
+    return float(sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)))
