@@ -350,10 +350,12 @@ class Manifest:
     """Longest recording that is used."""
     name: str = "manifest"
     license: str = "unknown"
+    range_bytes: int | None = None
+    """Bytes of the file per shard; None: the default. A small range suits rows that take long, as synthesis does."""
 
     def shards(self) -> list[SourceShard]:
         """One shard per byte range of the file."""
-        return line_shards(self.path)
+        return line_shards(self.path, self.range_bytes)
 
     def rows(self, shard: SourceShard) -> Iterator[Row]:
         """The lines of a byte range."""
@@ -381,13 +383,18 @@ class Manifest:
         return PendingExchange(exchange, audio)
 
 
-def line_shards(path: Path) -> list[SourceShard]:
+def line_shards(path: Path, range_bytes: int | None = None) -> list[SourceShard]:
     """One shard per byte range of a file of lines.
+
+    Args:
+        path: the file.
+        range_bytes: size of the ranges; None: the default.
 
     Raises:
         ConfigError: there is no such file.
     """
-    return [SourceShard(f"{path.name}:{begin}", (path,), (begin, end)) for begin, end in byte_ranges(path)]
+    ranges = byte_ranges(path) if range_bytes is None else byte_ranges(path, range_bytes)
+    return [SourceShard(f"{path.name}:{begin}", (path,), (begin, end)) for begin, end in ranges]
 
 
 def sentence_case(text: str) -> str:

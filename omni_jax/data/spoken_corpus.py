@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import numpy as np
 
@@ -36,7 +37,10 @@ ANSWER_LEVEL_DB = -20.0
 
 @dataclass(frozen=True)
 class SpokenCorpus:
-    """A source of text whose questions and answers are synthesized as they are read."""
+    """A source of text whose questions and answers are synthesized as they are read.
+
+    A row without a question, or without an answer, is synthesized as far as it goes.
+    """
 
     source: Source
     question_voices: tuple[VoiceSpec, ...]
@@ -49,8 +53,13 @@ class SpokenCorpus:
     """Decides voice, speed, pitch, room and noise of each question."""
     augment_questions: bool = True
     """Whether to add room, noise and a microphone's band to questions; see `omni_jax.audio.augment.augment`."""
+    augmentation: augment.Augmentation | None = None
+    """Settings of these; None: the defaults."""
     max_question_seconds: float = 30.0
     max_answer_seconds: float = 60.0
+    max_answer_shift: float = 0.0
+    """Longest additional silence before an answer, in seconds, drawn for each row. With the length of a codec frame,
+    answers of equal text have different codes."""
 
     @property
     def name(self) -> str:
@@ -72,16 +81,23 @@ class SpokenCorpus:
         Raises:
             MissingExtraError: a package that a voice needs is not installed.
         """
+        seen = Counter[tuple[str, str]]()
         for location, load in self.source.rows(shard):
-            yield Row(location, partial(self._load, load))
+            yield Row(location, partial(self._load, load, seen))
 
-    def _load(self, load: Callable[[], PendingExchange]) -> PendingExchange:
+    def _load(self, load: Callable[[], PendingExchange], seen: Counter[tuple[str, str]]) -> PendingExchange:
         exchange = load().exchange
-        # From the text, not from the row's location: rows that move in the source are synthesized as before.
-        seed = zlib.crc32(f"{self.seed} {exchange.question_text} {exchange.answer_text}".encode())
-        if self.question_voices:
+        texts = exchange.question_text, exchange.answer_text
+        # From the text, not from the row's location: rows that move in the source are synthesized as before. But rows
+        # of equal text in a shard have different voices.
+        repetition = f" {seen[texts]}" if seen[texts] else ""
+        seen[texts] += 1
+        seed = zlib.crc32(f"{self.seed} {' '.join(texts)}{repetition}".encode())
+        if self.question_voices and exchange.question_text:
             exchange = replace(exchange, question_audio=self._speak_question(exchange.question_text, seed))
-        voice, audio = self._speak_answer(exchange.answer_text)
+        if not exchange.answer_text:
+            return PendingExchange(exchange)
+        voice, audio = self._speak_answer(exchange.answer_text, seed)
         return PendingExchange(replace(exchange, voice=voice), audio)
 
     def _speak_question(self, text: str, seed: int) -> np.ndarray:
@@ -92,41 +108,50 @@ class SpokenCorpus:
             synthesizer = _open_synthesizer(spec)
             voice = rng.choice(spec.voices or synthesizer.voices())
             try:
-                samples, rate = synthesizer.speak(
-                    text, voice, rng.uniform(*QUESTION_SPEED), rng.uniform(*QUESTION_PITCH)
-                )
+                speed = rng.uniform(*(spec.speed or QUESTION_SPEED))
+                samples, rate = synthesizer.speak(text, voice, speed, rng.uniform(*(spec.pitch or QUESTION_PITCH)))
             except SynthesisError as error:
                 problems.append(str(error))
                 continue
             before, after = rng.uniform(*QUESTION_SILENCE), rng.uniform(*QUESTION_SILENCE)
             audio = augment.pad_silence(samples, rate, audio_io.SAMPLE_RATE, before, after)
             if self.augment_questions:
-                audio, _ = augment.augment(audio, audio_io.SAMPLE_RATE, seed)
+                audio, _ = augment.augment(audio, audio_io.SAMPLE_RATE, seed, self.augmentation)
             _check_length(audio, audio_io.SAMPLE_RATE, self.max_question_seconds, "question")
             return audio_io.to_pcm16(audio)
         raise RejectedRow("question synthesis failed", problems[-1])
 
-    def _speak_answer(self, text: str) -> tuple[str, np.ndarray]:
+    def _speak_answer(self, text: str, seed: int) -> tuple[str, np.ndarray]:
         """Name of the voice, and the answer as f32 [samples] at `answer_sample_rate`."""
-        synthesizer = _open_synthesizer(self.answer_voice)
-        voice = (self.answer_voice.voices or tuple(synthesizer.voices()))[0]
-        problem = ""
-        for _ in range(MAX_ATTEMPTS):
-            try:
-                samples, rate = synthesizer.speak(text, voice)
-            except SynthesisError as error:
-                problem = str(error)
-                continue
-            audio = augment.pad_silence(samples, rate, self.answer_sample_rate, ANSWER_SILENCE, ANSWER_SILENCE)
-            _check_length(audio, self.answer_sample_rate, self.max_answer_seconds, "answer")
-            return f"{synthesizer.name} {voice}", augment.set_level(audio, ANSWER_LEVEL_DB)
-        raise RejectedRow("answer synthesis failed", problem)
+        voice, samples, rate = _synthesize_answer(self.answer_voice, text)
+        before = ANSWER_SILENCE + random.Random(seed).uniform(0, self.max_answer_shift)
+        audio = augment.pad_silence(samples, rate, self.answer_sample_rate, before, ANSWER_SILENCE)
+        _check_length(audio, self.answer_sample_rate, self.max_answer_seconds, "answer")
+        return voice, augment.set_level(audio, ANSWER_LEVEL_DB)
 
 
 @cache
 def _open_synthesizer(spec: VoiceSpec) -> SpeechSynthesizer:
     """Open a synthesizer once per process: some load a model."""
     return spec.open()
+
+
+@lru_cache(maxsize=8)
+def _synthesize_answer(spec: VoiceSpec, text: str) -> tuple[str, np.ndarray, int]:
+    """Name of the voice, f32 [samples] and sample rate. Rows with the same answer one after the other cost one.
+
+    Raises:
+        RejectedRow: the synthesizer failed.
+    """
+    synthesizer = _open_synthesizer(spec)
+    voice = (spec.voices or tuple(synthesizer.voices()))[0]
+    problem = ""
+    for _ in range(MAX_ATTEMPTS):
+        try:
+            return f"{synthesizer.name} {voice}", *synthesizer.speak(text, voice)
+        except SynthesisError as error:
+            problem = str(error)
+    raise RejectedRow("answer synthesis failed", problem)
 
 
 def _check_length(audio: np.ndarray, sample_rate: int, max_seconds: float, kind: str) -> None:

@@ -331,6 +331,10 @@ class VoiceSpec:
     """Names of the voices; empty: all that it has."""
     target: str = ""
     """Template of `command`; URL and model of `openai`, separated by a space."""
+    speed: tuple[float, float] | None = None
+    """Range of the speed of questions; None: the default of `SpokenCorpus`."""
+    pitch: tuple[float, float] | None = None
+    """Range of the pitch of questions, in semitones; None: the default of `SpokenCorpus`."""
 
     @classmethod
     def parse(cls, text: str) -> VoiceSpec:

@@ -295,6 +295,9 @@ def test_manifest(tmp_path: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="expected a file"):
         Manifest(tmp_path / "none").shards()
+    small = Manifest(tmp_path / "m.jsonl", range_bytes=50)
+    assert len(small.shards()) == -(-(tmp_path / "m.jsonl").stat().st_size // 50)
+    assert pairs(read(small)[0]) == pairs(pending)
 
 
 @pytest.mark.parametrize(

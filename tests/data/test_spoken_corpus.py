@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ import pytest
 import soundfile
 from typer.testing import CliRunner
 
+from omni_jax.audio.augment import Augmentation
 from omni_jax.cli.app import app
 from omni_jax.data.prepare import prepare
 from omni_jax.data.records import Exchange, Records, from_bytes
-from omni_jax.data.sources import RejectedRow, TextQA
+from omni_jax.data.sources import Manifest, RejectedRow, Source, TextQA
 from omni_jax.data.spoken_corpus import SpokenCorpus
 from omni_jax.data.synthesizers import Command, OpenAISpeech, VoiceSpec
 from omni_jax.errors import MissingExtraError, SynthesisError
@@ -140,7 +142,7 @@ def rows(path: Path, *questions: str) -> TextQA:
     return TextQA(path)
 
 
-def synthesize(source: TextQA, template: str, **options: Any) -> list[Any]:
+def synthesize(source: Source, template: str, **options: Any) -> list[Any]:
     """Pending exchanges and rejected rows."""
     questions = (VoiceSpec.parse(f"command={template} @low,high"),)
     corpus = SpokenCorpus(source, questions, VoiceSpec.parse(f"command={template} @own"), **options)
@@ -234,3 +236,63 @@ def test_missing_package_stops_instead_of_rejecting_rows(tmp_path: Path, monkeyp
     corpus = SpokenCorpus(rows(tmp_path / "qa.jsonl", "one"), (), VoiceSpec("hibari", ("heart",)))
     with pytest.raises(MissingExtraError, match="pip install hibari-tts"):
         prepare(corpus, tmp_path / "out", codec=SmallCodec())  # type: ignore[arg-type]
+
+
+def test_voice_spec_sets_ranges_of_speed_and_pitch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    drawn: list[tuple[float, float]] = []
+    original = Command.speak
+
+    def speak(self: Command, text: str, voice: str, speed: float = 1.0, pitch: float = 0.0) -> Any:
+        drawn.append((speed, pitch))
+        return original(self, text, voice, speed, pitch)
+
+    monkeypatch.setattr(Command, "speak", speak)
+    voices = replace(VoiceSpec.parse(f"command={template} @low"), speed=(1.5, 1.6), pitch=(6.0, 7.0))
+    corpus = SpokenCorpus(rows(tmp_path / "qa.jsonl", "ranges"), (voices,), VoiceSpec.parse(f"command={template} @own"))
+    ((_, load),) = corpus.rows(corpus.shards()[0])
+    load()
+    (speed, pitch), answer = drawn
+    assert 1.5 <= speed <= 1.6
+    assert 6 <= pitch <= 7
+    assert answer == (1, 0)
+
+
+def test_augmentation_settings(tmp_path: Path, template: str) -> None:
+    source = rows(tmp_path / "qa.jsonl", "a quiet question")
+    settings = Augmentation(room_chance=0, noise_chance=0, band_chance=0, level=(-40.0, -40.0))
+    (pending,) = synthesize(source, template, augmentation=settings)
+    audio = pending.exchange.question_audio / 32768
+    assert np.sqrt(np.mean(audio**2)) == pytest.approx(0.01, rel=0.02)
+
+
+def test_answers_are_shifted_and_synthesized_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    spoken: list[str] = []
+    original = Command.speak
+    monkeypatch.setattr(Command, "speak", lambda self, text, *rest: spoken.append(text) or original(self, text, *rest))
+    lines = [json.dumps({"question": f"Q{n}", "answer": "shifted by some samples"}) for n in range(4)]
+    put(tmp_path / "qa.jsonl", "\n".join(lines))
+    pending = synthesize(TextQA(tmp_path / "qa.jsonl"), template, max_answer_shift=0.05)
+    assert spoken.count("shifted by some samples") == 1
+    starts = [int(np.flatnonzero(each.answer_audio)[0]) for each in pending]
+    assert len(set(starts)) == 4
+    assert max(starts) - min(starts) <= 0.05 * 24_000
+
+
+def test_rows_without_question_or_answer(tmp_path: Path, template: str) -> None:
+    lines = [{"question_text": "write this down"}, {"answer_text": "read this aloud"}]
+    put(tmp_path / "m.jsonl", "\n".join(map(json.dumps, lines)))
+    dictation, reading = synthesize(Manifest(tmp_path / "m.jsonl"), template)
+    assert (dictation.exchange.question_audio is None, dictation.answer_audio is None) == (False, True)
+    assert (reading.exchange.question_audio is None, reading.answer_audio is None) == (True, False)
+    assert dictation.exchange.voice == ""
+
+
+def test_equal_rows_have_different_voices(tmp_path: Path, template: str) -> None:
+    first, second = synthesize(rows(tmp_path / "qa.jsonl", "twice", "twice"), template)
+    assert not np.array_equal(first.exchange.question_audio, second.exchange.question_audio)
+    (alone,) = synthesize(rows(tmp_path / "one.jsonl", "twice"), template)
+    np.testing.assert_array_equal(alone.exchange.question_audio, first.exchange.question_audio)
