@@ -55,8 +55,10 @@ def compile_(
 
     # Nothing runs on a device. A TPU of this machine may be in use by another process, so JAX must not open it.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from omni_jax.compile_report.report import examine
+    from omni_jax.compile_report.report import compile_report
     from omni_jax.compile_report.topology import Topology
 
-    report = examine(program, Topology.parse(topology), model=model, config=run, batch=batch, tensor=tensor, int8=int8)
+    report = compile_report(
+        program, Topology.parse(topology), model=model, config=run, batch=batch, tensor=tensor, int8=int8
+    )
     typer.echo(json.dumps(dataclasses.asdict(report)) if as_json else report.table())

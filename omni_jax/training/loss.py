@@ -154,7 +154,7 @@ def _chunk_length(chunk_size: int, B: int, T: int) -> int:
     return -(-T // -(-held // chunk_size))
 
 
-def _chunks(hidden: Array, targets: Array, mask: Array, size: int) -> tuple[Array, Array, Array]:
+def _chunks(hidden: Array, targets: Array, mask: Array, size: int) -> tuple[Array, ...]:
     """Cut along the positions: hidden [chunks, B, size, D], targets and mask [chunks, B, size, C].
 
     The last chunk is padded with positions that do not count.

@@ -222,5 +222,5 @@ def model_flops(setup: TrainingSetup, positions_per_second: float) -> float:
 def peak_flops(mesh: Mesh) -> float | None:
     """Peak bfloat16 FLOP/s of the mesh's devices; None if it is not known."""
     kind = mesh.devices.flat[0].device_kind
-    chip = next((chip for chip in CHIPS.values() if kind in (chip.kind, f"{chip.kind}p")), None)
+    chip = next((chip for chip in CHIPS.values() if kind in (chip.device_kind, f"{chip.device_kind}p")), None)
     return None if chip is None else chip.flops * mesh.devices.size

@@ -24,8 +24,8 @@ Array = jax.Array
 class AdamWState(NamedTuple):
     """Optimizer state of the trainable parameters."""
 
-    count: Array
-    """int32 []: number of updates."""
+    num_updates: Array
+    """int32 []."""
     mu: Any
     """First moments, float32, as the parameters."""
     nu: Any
@@ -90,8 +90,8 @@ def _update_moments(
 
         return jax.tree.map(of_leaf, gradient, moments)
 
-    count = state.count + is_finite.astype(jnp.int32)
-    state = AdamWState(count, blend(config.b1, 1, state.mu), blend(config.b2, 2, state.nu))
+    num_updates = state.num_updates + is_finite.astype(jnp.int32)
+    state = AdamWState(num_updates, blend(config.b1, 1, state.mu), blend(config.b2, 2, state.nu))
     # Without the barrier XLA would compute the updates from the old moments.
     return jax.lax.optimization_barrier(state)
 
@@ -99,8 +99,8 @@ def _update_moments(
 def param_updates(config: OptimizerConfig, state: AdamWState, params: Params) -> Params:
     """What `update` of `adamw` adds to the parameters, from the state that it returns."""
     # The schedule counts from 0.
-    rate = learning_rate(config)(state.count - 1)
-    mu_bias, nu_bias = (1.0 - b**state.count for b in (config.b1, config.b2))
+    rate = learning_rate(config)(state.num_updates - 1)
+    mu_bias, nu_bias = (1.0 - b**state.num_updates for b in (config.b1, config.b2))
 
     def update(m: Array, v: Array, param: Array, decays: bool) -> Array:
         direction = (m / mu_bias) / (jnp.sqrt(v / nu_bias) + config.eps)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from omni_jax.checkpoint import release as releases
 from omni_jax.checkpoint.safetensors_io import LazyTensor
+from omni_jax.checkpoint.tensors import model_tensors
 from omni_jax.training.setup import TrainingSetup
 from omni_jax.training.stages import Params
 
@@ -18,7 +19,7 @@ from omni_jax.training.stages import Params
 def write_release(setup: TrainingSetup, params: Params, folder: Path) -> None:
     """Write the trained model, with the codec and tokenizer of the initial model, as a release folder."""
     start = setup.start
-    tensors = releases.model_tensors(nnx.merge(setup.graph, params))
+    tensors = model_tensors(nnx.merge(setup.graph, params))
     if start.release is not None:
         codec, files = start.release.codec_tensors(), start.release.tokenizer_files()
         releases.save_release(folder, start.config, tensors, codec, files)

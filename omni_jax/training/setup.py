@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from omni_jax import sharding
 from omni_jax.checkpoint import release as releases
+from omni_jax.checkpoint.tensors import init_model
 from omni_jax.codec.snac import Snac
 from omni_jax.config.model import PRESETS, ModelConfig
 from omni_jax.config.run import RunConfig
@@ -34,7 +35,7 @@ PRESET = "preset:"
 COMPILER_OPTIONS = {
     # By default the compiler overlaps the gathering of weights with compute, but not the reduction of gradients. It
     # accepts these options for this kind only.
-    CHIPS["v5e"].kind: {
+    CHIPS["v5e"].device_kind: {
         "xla_enable_async_reduce_scatter_fusion": "true",
         "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
         # The reductions need a little more than the 16 MiB of on-chip memory that a fusion may use by default.
@@ -82,7 +83,7 @@ class InitialModel:
     def model(self, *, stacked: bool, dtype: Any, mesh: Mesh) -> OmniModel:
         """The model with float32 weights on the mesh."""
         if self.release is None:
-            return releases.init_model(self.config, stacked=stacked, dtype=dtype, seed=self.seed, mesh=mesh)
+            return init_model(self.config, stacked=stacked, dtype=dtype, seed=self.seed, mesh=mesh)
         return self.release.load_model(stacked=stacked, dtype=dtype, param_dtype=jnp.float32, mesh=mesh)
 
     def codec(self) -> Snac:

@@ -18,6 +18,7 @@ import typer
 
 from omni_jax import Omni
 from omni_jax.checkpoint.release import (
+from omni_jax.checkpoint.tensors import init_model, model_tensors
     TOKENIZER_FILES,
     Release,
     init_model,
@@ -102,7 +103,7 @@ def average_releases(releases: Sequence[Release], out: Path) -> None:
             raise CheckpointError(f"{release.folder}: expected the shape of {first.folder}, found another")
     every = [release.model_tensors() for release in releases]
     mean = {
-        name: LazyTensor.of(np.mean([tensors[name].read() for tensors in every], 0, np.float64).astype(np.float32))
+        name: LazyTensor.of(np.asarray(np.mean([tensors[name].read() for tensors in every], 0, np.float64), np.float32))
         for name in every[0]
     }
     save_release(out, first.config, mean, first.codec_tensors(), first.tokenizer_files())

@@ -310,7 +310,7 @@ def _computed_facts(kind: str) -> Iterable[Fact]:
     to_hundred = range(1, 101)
     sums = ((a, b) for a in to_hundred for b in to_hundred if a + b <= 100)
     differences = ((a, b) for a in to_hundred for b in to_hundred if b <= a)
-    products = itertools.product(range(1, 11), repeat=2)
+    products = itertools.product(range(1, 11), range(1, 11))
     return {
         "sum": _number_facts(kind, "plus", int.__add__, sums, _sorted),
         "difference": _number_facts(kind, "minus", int.__sub__, differences, lambda a, b: (a, b)),

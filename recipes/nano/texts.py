@@ -27,7 +27,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -214,7 +214,7 @@ def main(
 ) -> None:
     """Write the texts of all data sets."""
     sizes = Sizes() if limit is None else Sizes.limited(limit)
-    groups: dict[str, Callable[[Sizes], dict[str, Iterable[Row]]]] = {"written": written_sets, "spoken": spoken_sets}
+    groups: dict[str, Callable[[Sizes], Mapping[str, Iterable[Row]]]] = {"written": written_sets, "spoken": spoken_sets}
     with new_folder(out) as folder:
         for group, make in groups.items():
             (folder / group).mkdir()

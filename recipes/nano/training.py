@@ -16,8 +16,8 @@ import typer
 from flax import traverse_util
 from matplotlib.figure import Figure
 
-from omni_jax.checkpoint.release import dotted_name
 from omni_jax.checkpoint.safetensors_io import LazyTensor, write_safetensors
+from omni_jax.checkpoint.tensors import tensor_name
 
 METRICS = "metrics.jsonl"
 
@@ -89,9 +89,9 @@ def run(
     return state
 
 
-def moving_average(old: Any, new: Any, step: Any, decay: float) -> Any:
+def moving_average(old: Any, new: Any, step: Any, max_decay: float) -> Any:
     """Parameters averaged over steps, with less weight on the old ones in the first steps."""
-    decay = jax.numpy.minimum(decay, (1 + step) / (10 + step))
+    decay = jax.numpy.minimum(max_decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new)
 
 
@@ -99,7 +99,7 @@ def export(path: Path, params: Mapping[str, Any]) -> None:
     """Write nested parameters as tensors of a release, in float16."""
     flat = traverse_util.flatten_dict(params)
     write_safetensors(
-        path, {dotted_name(keys): LazyTensor.of(np.asarray(leaf, np.float16)) for keys, leaf in flat.items()}
+        path, {tensor_name(keys): LazyTensor.of(np.asarray(leaf, np.float16)) for keys, leaf in flat.items()}
     )
 
 

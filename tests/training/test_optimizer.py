@@ -52,7 +52,7 @@ def test_adamw_equals_optax(warmup_steps: int):
             (mine, state.mu, state.nu),
             (theirs, *moments),
         )
-    assert int(state.count) == 4
+    assert int(state.num_updates) == 4
 
 
 def test_adamw_leaves_params_and_state_bit_identical_when_not_finite():
