@@ -18,15 +18,13 @@ import typer
 
 from omni_jax import Omni
 from omni_jax.checkpoint.release import (
-from omni_jax.checkpoint.tensors import init_model, model_tensors
     TOKENIZER_FILES,
     Release,
-    init_model,
-    model_tensors,
     open_release,
     save_release,
 )
 from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile, Tensors
+from omni_jax.checkpoint.tensors import init_model, model_tensors
 from omni_jax.config.model import PRESETS
 from omni_jax.errors import CheckpointError
 
