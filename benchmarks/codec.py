@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -74,15 +75,17 @@ def main() -> None:
         print(f"{name:26}{jax_ms:8.1f}{torch_ms:8.1f}{folded_ms:8.1f}{ratios}", flush=True)
         return times
 
+    def decode_jax(codes: np.ndarray) -> np.ndarray:
+        return np.asarray(decode(codes))
+
+    def decode_torch(books: list[torch.Tensor], module: Any) -> Any:
+        return module.decode(books)
+
     five_seconds = round(5 * CONFIG.sample_rate / CONFIG.frame_size)
     for name, frames in (("decode 5 s", five_seconds), ("decode a 4-frame chunk", 4)):
         codes = random.integers(0, CONFIG.codebook_size, (1, frames, 7)).astype(np.int32)
         books = [torch.from_numpy(codes[..., slots].reshape(1, -1).astype(np.int64)) for slots in FRAME_SLOTS]
-        row(
-            name,
-            lambda codes=codes: np.asarray(decode(codes)),
-            lambda module, books=books: module.decode(books),
-        )
+        row(name, partial(decode_jax, codes), partial(decode_torch, books))
     audio = random.standard_normal((1, five_seconds * CONFIG.frame_size)).astype(np.float32) / 4
     tensor = torch.from_numpy(audio[:, None])
     row("encode 5 s", lambda: np.asarray(encode(audio)), lambda module: module.encode(tensor))

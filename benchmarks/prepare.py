@@ -95,7 +95,7 @@ def main() -> None:
         taken: dict[tuple[str, int], list[float]] = {(name, workers): [] for workers in (1, 2) for name in names}
         for turn in range(ROUNDS):
             for (name, workers), seconds in taken.items():
-                command = [sys.executable, "-m", "benchmarks.prepare", name, source]
+                command = [sys.executable, "-m", "benchmarks.prepare", name, str(source)]
                 start = time.perf_counter()
                 subprocess.run([*command, f"{folder}/{name}-{workers}-{turn}", str(workers)], check=True)
                 seconds.append(time.perf_counter() - start)

@@ -44,7 +44,7 @@ from flax import nnx
 from benchmarks.decode import alternate
 from benchmarks.pipeline import exchange
 from omni_jax import sharding
-from omni_jax.checkpoint.release import init_model, model_tensors
+from omni_jax.checkpoint.tensors import init_model, model_tensors
 from omni_jax.checkpoint.safetensors_io import LazyTensor
 from omni_jax.config.load import build_config
 from omni_jax.config.model import PRESETS, AudioEncoderConfig, ModelConfig
@@ -85,11 +85,14 @@ def step() -> None:
     """The train step against torch, in float32 and with products in bfloat16."""
     config = shallow_mini_omni()
     arrays = rows_of_answers(config)
-    runs: dict[str, Ours | Torch] = {"ours": Ours(config, arrays, "float32")}
-    runs["torch"] = Torch(config, runs["ours"].weights(), arrays, "float32")
-    runs["ours, bfloat16"] = Ours(config, arrays, "bfloat16")
-    runs["torch, bfloat16"] = Torch(config, runs["ours"].weights(), arrays, "bfloat16")
-    count = sum(x.size for x in jax.tree.leaves(runs["ours"].state.trainable))
+    ours = Ours(config, arrays, "float32")
+    runs: dict[str, Ours | Torch] = {
+        "ours": ours,
+        "torch": Torch(config, ours.weights(), arrays, "float32"),
+        "ours, bfloat16": Ours(config, arrays, "bfloat16"),
+        "torch, bfloat16": Torch(config, ours.weights(), arrays, "bfloat16"),
+    }
+    count = sum(x.size for x in jax.tree.leaves(ours.state.trainable))
     print(f"train step, {ROWS} rows of {LENGTH} positions, {count / 1e6:.0f}M parameters; ", end="")
     print(f"torch threads {torch.get_num_threads()}")
     # The first step of each is the warm-up's.
@@ -111,6 +114,7 @@ def optimizer() -> None:
     peaks = []
     for (name, run), taken in zip(runs.items(), milliseconds, strict=True):
         size = run.program.memory_analysis()
+        assert size is not None, "XLA:CPU reports memory"
         peaks.append(size.argument_size_in_bytes + size.temp_size_in_bytes)
         print(f"AdamW of {name:>5}: {taken / 1e3:.2f} s per step, {peaks[-1] / 1e9:.2f} GB of memory, ", end="")
         print(f"last loss {run.losses[-1]:.5f}", flush=True)
@@ -249,10 +253,11 @@ class Torch:
         with self.autocast:
             x = self.model.model.embed_tokens(self.ids).mean(1)
             logits = self.model(inputs_embeds=x, use_cache=False).logits
-            total = sum(
+            losses = [
                 torch.nn.functional.cross_entropy(logits[..., rows].flatten(0, 1), self.targets[:, head].flatten())
                 for head, rows in enumerate(self.slices)
-            )
+            ]
+            total = torch.stack(losses).sum()
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER["max_grad_norm"])
         self.optimizer.step()
@@ -281,7 +286,8 @@ def memory() -> None:
     print(f"whole logits take {peaks[MEMORY_LENGTH] / peaks[128]:.1f}x the memory of chunks")
     print(f"{REAL_ROWS} rows of {REAL_LENGTH} positions, temporary memory by the compiler's report: ", end="")
     chunked, whole = (compiled_loss(chunk, REAL_ROWS, REAL_LENGTH) for chunk in (128, REAL_LENGTH))
-    sizes = [program.memory_analysis().temp_size_in_bytes for program in (chunked, whole)]
+    reports = [program.memory_analysis() for program in (chunked, whole)]
+    sizes = [report.temp_size_in_bytes for report in reports if report is not None]
     print(
         f"chunks {sizes[0] / 1e9:.1f} GB, whole logits {sizes[1] / 1e9:.1f} GB, {sizes[1] / sizes[0]:.1f}x", flush=True
     )
@@ -335,6 +341,7 @@ def waiting() -> None:
         with RecordWriter(Path(folder) / "records") as writer:
             for _ in range(100):
                 made = exchange(rng)
+                assert made.answer_codes is not None
                 codes = made.answer_codes % PRESETS["nano"].vocab.audio
                 writer.write(dataclasses.replace(made, answer_codes=codes))
         run = build_config(
