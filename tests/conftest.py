@@ -3,12 +3,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports jax. Eight devices, so that sharded code can be tested on any machine; no network.
-flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-if not os.environ.get("OMNI_JAX_TEST_OPTIMIZED"):
-    # Tests compile hundreds of programs and run each a few times: optimizing them would take twice as long as all the
-    # rest. `make test-slow` runs the numeric tests at XLA's default level too.
-    flags += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-os.environ["XLA_FLAGS"] = " ".join(flags)
+# Tests compile hundreds of programs and run each a few times: optimizing them would take twice as long as all the
+# rest. `make test-slow` sets OMNI_JAX_TEST_OPTIMIZED to run the numeric tests at XLA's default level too.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        ""
+        if os.environ.get("OMNI_JAX_TEST_OPTIMIZED")
+        else "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    ]
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiled programs are not kept on disk: read back, one for several CPU devices has forgotten the order of its
 # collectives and can deadlock (jax 0.10.2).

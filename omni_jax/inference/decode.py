@@ -97,7 +97,7 @@ def decode_step(model: OmniModel, state: DecodeState, routing: Routing) -> tuple
         The state after it, and the tokens int32 [B, 8], padding in slots that do not run.
     """
     vocab, params = Vocab(model.config.vocab), state.params
-    companions, texts, audios = routing.sizes
+    companions, texts, _ = routing.sizes
 
     rows, positions, caches = state.tokens, state.positions, [state.caches["trunk"]]
     if companions:

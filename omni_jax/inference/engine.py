@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import jax
@@ -56,7 +56,7 @@ class PreparedRequest:
     prompt: Prompt
     speech: np.ndarray | None = None
     """float32 [samples] at 16 kHz, at most what the audio encoder takes at once; None for text input."""
-    config: GenerationConfig = GenerationConfig()
+    config: GenerationConfig = field(default_factory=GenerationConfig)
 
     def __post_init__(self) -> None:
         if (self.speech is not None) != self.prompt.task.takes_audio:

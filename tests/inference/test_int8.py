@@ -1,4 +1,4 @@
-"""Weights in eight bits: how they are quantized, and that decoding with them equals decoding with dequantized weights."""
+"""Weights in eight bits: quantization, and that decoding with them equals decoding with dequantized weights."""
 
 from __future__ import annotations
 

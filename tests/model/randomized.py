@@ -42,7 +42,7 @@ def randomized(
 
 
 def _draw_order(path: Path) -> Path:
-    """Biases of the trunk's projections come after all weights with a smaller name, the encoder's before its weights."""
+    """The trunk's biases come after all weights with a smaller name, the encoder's before its weights."""
     if path[0] in ("encoder", "decoder", "quantizers"):
         return path
     if path[0] == "audio_encoder":
