@@ -17,6 +17,7 @@ from flax import nnx
 
 from omni_jax.checkpoint import release as checkpoint
 from omni_jax.checkpoint.safetensors_io import LazyTensor
+from omni_jax.checkpoint.tensors import parameter_shapes
 from omni_jax.codec.snac import Snac
 from omni_jax.config.model import PRESETS
 from omni_jax.tokenizer import byte_tokenizer
@@ -54,7 +55,7 @@ def write_release(folder: Path) -> int:
     def tensor(shape: tuple[int, ...]) -> LazyTensor:
         return LazyTensor(shape, np.dtype(np.float32), lambda: rng.standard_normal(shape, np.float32))
 
-    tensors = {name: tensor(shape) for name, shape in checkpoint.parameter_shapes(config).items()}
+    tensors = {name: tensor(shape) for name, shape in parameter_shapes(config).items()}
     codec = {
         name: LazyTensor.of(np.asarray(value)) for name, value in Snac(config.codec, rngs=nnx.Rngs(0)).params().items()
     }

@@ -19,7 +19,9 @@ import tokenizers
 
 from omni_jax.config.model import PRESETS
 from omni_jax.config.run import DataConfig, SourceConfig
-from omni_jax.data.pipeline import TASKS, Batches, batches, padding
+from omni_jax.data.examples import TASKS
+from omni_jax.data.packing import padding
+from omni_jax.data.pipeline import Batches, batches
 from omni_jax.data.records import Exchange, RecordWriter, from_bytes, to_bytes
 
 EXCHANGES = 400
@@ -45,7 +47,9 @@ def main() -> None:
         for name, tasks in (("all", TASKS), ("A1A2", TASKS[:1]), ("T1T2", TASKS[4:5])):
             for workers in (0, 1, 2):
                 shares = {task.value: 1.0 for task in tasks}
-                config = DataConfig(sources=(SourceConfig(folder),), tasks=shares, batch_size=BATCH, num_workers=workers)
+                config = DataConfig(
+                    sources=(SourceConfig(folder),), tasks=shares, batch_size=BATCH, num_workers=workers
+                )
                 speed = run(batches(config, model, tokenizer, seed=0))
                 print(
                     f"{name:>5} {workers:>7} {speed.examples / speed.seconds:>11.0f} "

@@ -40,8 +40,8 @@ from benchmarks.decode import alternate
 from benchmarks.pipeline import exchange
 from omni_jax import config as configs
 from omni_jax import sharding
-from omni_jax.checkpoint.release import init_model, model_tensors
 from omni_jax.checkpoint.safetensors_io import LazyTensor
+from omni_jax.checkpoint.tensors import init_model, model_tensors
 from omni_jax.config import TASKS
 from omni_jax.config.model import PRESETS, AudioEncoderConfig, ModelConfig
 from omni_jax.config.run import LossConfig, RunConfig

@@ -17,6 +17,7 @@ from flax import nnx
 from omni_jax import sharding
 from omni_jax.audio import io as audio_io
 from omni_jax.checkpoint import release as releases
+from omni_jax.checkpoint import tensors
 from omni_jax.codec.snac import DecodeFn, Snac, make_decoder
 from omni_jax.codec.stream import StreamDecoder
 from omni_jax.config.model import PRESETS, ModelConfig
@@ -141,7 +142,7 @@ class Omni:
         config = PRESETS[preset]
         stacked, default = sharding.default_layout()
         dtype = default if dtype is None else dtype
-        model = releases.init_model(config, stacked=stacked, dtype=dtype, seed=seed, mesh=mesh)
+        model = tensors.init_model(config, stacked=stacked, dtype=dtype, seed=seed, mesh=mesh)
         decode = _decoder(Snac(config.codec, rngs=nnx.Rngs(seed)), codec)
         return cls(model, decode, byte_tokenizer(), trained=False, int8=int8)
 
@@ -162,7 +163,7 @@ class Omni:
         releases.save_release(
             folder,
             self.config,
-            releases.model_tensors(self.model),
+            tensors.model_tensors(self.model),
             self._release.codec_tensors(),
             self._release.tokenizer_files(),
             int8=int8,

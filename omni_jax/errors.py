@@ -98,9 +98,8 @@ class MissingExtraError(OmniError, ImportError):
     """
 
     def __init__(self, purpose: str, extra: str | None = None, *, package: str = ""):
-        super().__init__(
-            f"{purpose}: pip install {package}" if extra is None else f"{purpose}: pip install 'omni-jax[{extra}]'"
-        )
+        requirement = package if extra is None else f"'omni-jax[{extra}]'"
+        super().__init__(f"{purpose}: pip install {requirement}")
         self.extra = extra
 
 

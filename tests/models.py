@@ -156,7 +156,7 @@ def language_model_folder(folder: Path, family: str, *, tied: bool, **changes):
 
 def weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Random float32 weights by our names, all norms and biases moved. Quicker than the model's own, which compile."""
-    from omni_jax.checkpoint.release import parameter_shapes
+    from omni_jax.checkpoint.tensors import parameter_shapes
 
     generator = np.random.default_rng(seed)
 

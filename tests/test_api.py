@@ -19,7 +19,8 @@ from flax import nnx
 
 import omni_jax
 from omni_jax.api import Omni, Request
-from omni_jax.checkpoint import release as checkpoint
+from omni_jax.checkpoint import tensors
+from omni_jax.checkpoint.release import MODEL, open_release
 from omni_jax.codec.snac import DecodeFn, Snac, make_decoder
 from omni_jax.delay import delay, fill_invalid_codes, undelay
 from omni_jax.errors import AudioError, AudioTooLongError, CheckpointError, ConfigError, UntrainedWarning
@@ -525,7 +526,7 @@ def test_mini_omni_preset_answers() -> None:
 
 
 def test_untrained_warning_points_to_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "init_model", lambda *args, **kwargs: random_model(CONFIG))
+    monkeypatch.setattr(tensors, "init_model", lambda *args, **kwargs: random_model(CONFIG))
     with pytest.warns(UntrainedWarning) as warned:
         assert Omni.untrained("tiny").trained is False
     assert warned[0].filename == __file__
@@ -581,7 +582,7 @@ def test_warm_up_compiles_everything_for_streams(codec: DecodeFn, caplog: pytest
 def test_save_pretrained_round_trip(tiny_release: Path, tmp_path: Path) -> None:
     omni = Omni.from_pretrained(tiny_release)
     omni.save_pretrained(tmp_path / "saved")
-    before, after = checkpoint.open_release(tiny_release), checkpoint.open_release(tmp_path / "saved")
+    before, after = open_release(tiny_release), open_release(tmp_path / "saved")
     assert before.config == after.config
     assert before.tokenizer().to_str() == after.tokenizer().to_str()
     tensors, saved = before.inspect(), after.inspect()
@@ -599,7 +600,7 @@ def test_save_pretrained_round_trip(tiny_release: Path, tmp_path: Path) -> None:
 def test_save_pretrained_int8_is_smaller(tiny_release: Path, tmp_path: Path) -> None:
     omni = Omni.from_pretrained(tiny_release)
     omni.save_pretrained(tmp_path / "saved", int8=True)
-    sizes = [(folder / checkpoint.MODEL).stat().st_size for folder in (tiny_release, tmp_path / "saved")]
+    sizes = [(folder / MODEL).stat().st_size for folder in (tiny_release, tmp_path / "saved")]
     assert sizes[1] < sizes[0] / 2
     assert Omni.from_pretrained(tmp_path / "saved").answer(text="Hi", max_steps=2).tokens.shape == (8, 2)
 

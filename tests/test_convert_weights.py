@@ -1,3 +1,5 @@
+"""The command line: import, export, init, inspect, their errors and their memory."""
+
 import json
 import os
 import shutil
@@ -16,7 +18,7 @@ import convert_weights
 from omni_jax.checkpoint.release import open_release
 from omni_jax.codec.snac import FRAME_SLOTS, make_decoder
 from omni_jax.codec.torch_snac import import_snac
-from omni_jax.config.model import SHIPPED_RELEASES, AudioEncoderConfig, TrunkConfig, VocabConfig
+from omni_jax.config.model import SHIPPED_RELEASES, AdapterConfig, AudioEncoderConfig, TrunkConfig, VocabConfig
 from tests import models
 
 ROOT = Path(convert_weights.__file__).parent
@@ -30,24 +32,24 @@ def run(*arguments):
     return CliRunner().invoke(convert_weights.app, [str(argument) for argument in arguments])
 
 
-def parts(folder):
+def sources(folder):
     return "--whisper", folder / "whisper", "--snac", folder / "snac"
 
 
-def test_import_export_import(tiny_parts, tmp_path, tiny_config):
-    done = run("import", tiny_parts / "mini_omni", tmp_path / "release", *parts(tiny_parts))
+def test_import_export_import_is_bit_exact(tiny_parts, tmp_path, tiny_config):
+    done = run("import", tiny_parts / "mini_omni", tmp_path / "release", *sources(tiny_parts))
     assert done.exit_code == 0, done.output
     assert open_release(tmp_path / "release").config == tiny_config
     assert run("export", tmp_path / "release", tmp_path / "back").exit_code == 0
-    again = run("import", tmp_path / "back", tmp_path / "again", *parts(tiny_parts))
+    again = run("import", tmp_path / "back", tmp_path / "again", *sources(tiny_parts))
     assert again.exit_code == 0, again.output
     for file in (tmp_path / "release").iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 
 
-def test_init_then_export_both_ways(tiny_parts, tmp_path):
+def test_init_then_export(tiny_parts, tmp_path):
     models.language_model_folder(tmp_path / "lm", "qwen2", tied=False)
-    arguments = ("--tts-adapter-layers", 2, "--adapter", "mlp", "--seed", 3, *parts(tiny_parts))
+    arguments = ("--tts-adapter-layers", 2, "--adapter", "mlp", "--seed", 3, *sources(tiny_parts))
     done = run("init", tmp_path / "release", "--lm", tmp_path / "lm", *arguments)
     assert done.exit_code == 0, done.output
     config = open_release(tmp_path / "release").config
@@ -63,10 +65,10 @@ def test_init_then_export_both_ways(tiny_parts, tmp_path):
     assert json.loads((tmp_path / "trunk" / "config.json").read_text())["model_type"] == "qwen2"
 
 
-def test_ear_and_codec_go_out_to_their_own_libraries_and_come_back(tmp_path):
+def test_export_to_whisper_and_snac_and_import_again(tmp_path):
     nano = open_release("nano")
-    for part, to in (("whole", "mini-omni"), ("audio_encoder", "whisper"), ("codec", "snac")):
-        done = run("export", "nano", tmp_path / part, "--to", to)
+    for name, to in (("whole", "mini-omni"), ("audio_encoder", "whisper"), ("codec", "snac")):
+        done = run("export", "nano", tmp_path / name, "--to", to)
         assert done.exit_code == 0, done.output
 
     whisper, loaded = WhisperModel.from_pretrained(tmp_path / "audio_encoder", output_loading_info=True)
@@ -92,12 +94,12 @@ def test_ear_and_codec_go_out_to_their_own_libraries_and_come_back(tmp_path):
     assert done.exit_code == 0, done.output
     back = open_release(again)
     assert back.config.codec == nano.config.codec
-    ears = [
+    encoders = [
         {n: t for n, t in release.model_tensors().items() if n.startswith("audio_encoder.")} for release in (nano, back)
     ]
-    assert ears[0].keys() == ears[1].keys()
-    for name, tensor in ears[0].items():
-        np.testing.assert_array_equal(ears[1][name].read(), tensor.read().astype(np.float32))
+    assert encoders[0].keys() == encoders[1].keys()
+    for name, tensor in encoders[0].items():
+        np.testing.assert_array_equal(encoders[1][name].read(), tensor.read().astype(np.float32))
     for name, tensor in nano.codec_tensors().items():
         # Lengths and directions are float32, the shipped codec float16.
         np.testing.assert_allclose(back.codec_tensors()[name].read(), tensor.read(), rtol=1e-5, atol=1e-7)
@@ -107,7 +109,7 @@ def test_inspect(tiny_parts, tiny_release):
     ours = run("inspect", tiny_release)
     assert ours.exit_code == 0, ours.output
     lines = [line.split() for line in ours.output.splitlines()]
-    assert ["trunk.num_layers.*.attention.q", "3", "x", "4x16x48", "float32", "9,216"] in lines
+    assert ["trunk.layers.*.attention.q.weight", "3", "x", "4x16x48", "float32", "9,216"] in lines
     assert ["embed.audio", "7x72x48", "float32", "24,192"] in lines
     sizes = {line[0]: int(line[1].replace(",", "")) for line in lines if len(line) == 2}
     assert set(sizes) == {"adapter", "codec", "audio_encoder", "embed", "norm", "trunk", "total"}
@@ -117,13 +119,13 @@ def test_inspect(tiny_parts, tiny_release):
     held = sum((tiny_release / name).stat().st_size for name in files)
     assert 0 <= held - 4 * sizes["total"] < 50_000, release
 
-    # What comes with the package, by name; a folder of that name, which is no release, does not hide it.
+    # A model that ships with the package, by name; a folder of that name that is no release does not hide it.
     shipped = run("inspect", "nano")
     assert shipped.exit_code == 0, shipped.output
     assert shipped.output == run("inspect", SHIPPED_RELEASES["nano"]).output
-    # Types are those in the files: matrices in eight bits, their scales not counted.
+    # Types are those in the files: int8 matrices, their scales not counted.
     types = {line[0]: line[-2] for line in map(str.split, shipped.output.splitlines()) if len(line) > 2}
-    assert types["trunk.num_layers.*.attention.q"] == "int8"
+    assert types["trunk.layers.*.attention.q.weight"] == "int8"
     assert types["norm.scale"] == "float32"
 
     # The tied head is counted once.
@@ -134,7 +136,7 @@ def test_inspect(tiny_parts, tiny_release):
     assert ["transformer.h.*.attn.attn.weight", "3", "x", "128x48", "float32", "18,432"] in lines
 
 
-# Errors: one clear text, exit code 2, no traceback, nothing left behind.
+# Errors: one message, exit code 2, no traceback, no folder.
 
 
 def fails(*arguments):
@@ -146,24 +148,24 @@ def fails(*arguments):
     return done.stderr.removeprefix("error: ").rstrip("\n")
 
 
-def test_out_in_use(tiny_parts, tiny_release, tmp_path):
+def test_output_folder_in_use_is_refused(tiny_parts, tiny_release, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
     (tmp_path / "file").touch()
     models.language_model_folder(tmp_path / "lm", "llama", tied=True)
     for out in (tmp_path / "out", tmp_path / "file"):
         for arguments in (
-            ("import", tiny_parts / "mini_omni", out, *parts(tiny_parts)),
+            ("import", tiny_parts / "mini_omni", out, *sources(tiny_parts)),
             ("export", tiny_release, out),
             ("export", tiny_release, out, "--to", "transformers"),
-            ("init", out, "--lm", tmp_path / "lm", *parts(tiny_parts)),
+            ("init", out, "--lm", tmp_path / "lm", *sources(tiny_parts)),
         ):
             message = fails(*arguments)
             assert message == f"{out}: expected a new or an empty folder, found something there already"
     assert names(tmp_path / "out") == ["precious"]
 
 
-def test_the_current_folder_cannot_be_replaced(tiny_release, tmp_path, monkeypatch):
+def test_output_to_the_current_folder_is_refused(tiny_release, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (
         fails("export", tiny_release, ".")
@@ -172,12 +174,12 @@ def test_the_current_folder_cannot_be_replaced(tiny_release, tmp_path, monkeypat
     assert not names(tmp_path)
 
 
-def test_an_empty_out_is_welcome(tiny_release, tmp_path):
+def test_output_to_an_empty_folder(tiny_release, tmp_path):
     (tmp_path / "out").mkdir()
     assert run("export", tiny_release, tmp_path / "out").exit_code == 0
 
 
-def test_the_folder_of_a_training_run(tiny_release, tmp_path):
+def test_training_run_as_a_release(tiny_release, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for arguments in (("inspect", tmp_path / "run"), ("export", tmp_path / "run", tmp_path / "out")):
         assert "a training run that has not finished" in fails(*arguments)
@@ -187,15 +189,15 @@ def test_the_folder_of_a_training_run(tiny_release, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["lit_model.pth", "model_config.yaml", "tokenizer.json"])
-def test_missing_file(name, tiny_parts, tmp_path):
+def test_import_names_the_missing_file(name, tiny_parts, tmp_path):
     folder = shutil.copytree(tiny_parts / "mini_omni", tmp_path / "mini_omni")
     (folder / name).unlink()
-    message = fails("import", folder, tmp_path / "out", *parts(tiny_parts))
+    message = fails("import", folder, tmp_path / "out", *sources(tiny_parts))
     assert message.startswith(f"{folder}: expected a Mini-Omni checkpoint with ")
     assert message.endswith(f"found no {name}")
 
 
-def test_missing_parts(tiny_parts, tmp_path):
+def test_missing_or_swapped_sources(tiny_parts, tmp_path):
     source = tiny_parts / "mini_omni"
     assert "expected a Whisper" in fails(
         "import", source, tmp_path / "out", "--whisper", tmp_path / "no", "--snac", tiny_parts / "snac"
@@ -214,37 +216,36 @@ def test_missing_parts(tiny_parts, tmp_path):
         f"{tiny_parts / 'whisper' / 'config.json'}, expected to be a snac's:\nsampling_rate: missing"
     )
     assert "expected a release" in fails("export", tmp_path / "no", tmp_path / "out")
-    assert "expected a language model" in fails("init", tmp_path / "out", "--lm", source, *parts(tiny_parts))
-    assert "expected a release with config.yaml or" in fails("inspect", tiny_parts / "snac")
+    assert "expected a language model" in fails("init", tmp_path / "out", "--lm", source, *sources(tiny_parts))
+    assert "expected a release with config.json or" in fails("inspect", tiny_parts / "snac")
     assert not (tmp_path / "out").exists()
 
 
-def test_all_wrong_tensors_are_listed(tiny_parts, tmp_path):
+def test_import_error_lists_all_tensors(tiny_parts, tmp_path):
     folder = shutil.copytree(tiny_parts / "mini_omni", tmp_path / "mini_omni")
     state = torch.load(folder / "lit_model.pth", weights_only=True)
     state["strange"] = state.pop("transformer.ln_f.weight")
     torch.save(state, folder / "lit_model.pth")
-    message = fails("import", folder, tmp_path / "out", *parts(tiny_parts))
+    message = fails("import", folder, tmp_path / "out", *sources(tiny_parts))
     assert message.splitlines()[1:] == [
         "transformer.ln_f.weight: missing, expected (48,)",
         "strange: unknown, found (48,)",
     ]
 
 
-def test_a_model_the_published_code_has_not(tmp_path):
-    from omni_jax.config.model import AdapterConfig
-
+def test_export_of_a_model_that_the_published_code_lacks(tmp_path):
     models.release_folder(
         tmp_path / "release", replace(models.tiny_config(), adapter=AdapterConfig(intermediate_size=100))
     )
     message = fails("export", tmp_path / "release", tmp_path / "out")
-    assert message.endswith("adapter.ffn: expected at most trunk.ffn, which is 96, found 100")
+    assert message.endswith(
+        "adapter.intermediate_size: expected at most trunk.intermediate_size, which is 96, found 100"
+    )
     assert not (tmp_path / "out").exists()
 
 
-def test_without_torch(tiny_parts, tiny_release, tmp_path):
-    """Only what reads or writes torch's files needs it."""
-    models.language_model_folder(tmp_path / "lm", "qwen2", tied=True)
+def test_export_without_torch(tiny_release, tmp_path):
+    """Only formats that are PyTorch files need it."""
     script = """
 import sys
 sys.modules["torch"] = None
@@ -263,12 +264,12 @@ except SystemExit as end:
     assert done.returncode == 0, done.stderr
     done = without("export", tiny_release, tmp_path / "theirs")
     assert done.returncode == 2
-    assert "this format needs PyTorch: pip install omni-jax[torch]" in done.stderr
+    assert "this format needs PyTorch: pip install 'omni-jax[torch]'" in done.stderr
     assert not (tmp_path / "theirs").exists()
     assert without("export", tiny_release, tmp_path / "audio_encoder", "--to", "whisper").returncode == 0
     done = without("export", tiny_release, tmp_path / "codec", "--to", "snac")
     assert done.returncode == 2
-    assert "this format needs PyTorch: pip install omni-jax[torch]" in done.stderr
+    assert "this format needs PyTorch: pip install 'omni-jax[torch]'" in done.stderr
     assert not (tmp_path / "codec").exists()
 
 
@@ -279,9 +280,9 @@ import sys, threading, time
 import psutil
 import convert_weights, torch
 import jax, numpy
-from omni_jax.convert import release
+from omni_jax.checkpoint.release import open_release
 
-# The libraries and the compiler take their own share before the count starts.
+# Libraries and compiler are loaded before the measurement starts.
 jax.random.normal(jax.random.key(0), (64, 64)).block_until_ready()
 process = psutil.Process()
 start = peak = process.memory_info().rss
@@ -296,7 +297,7 @@ thread = threading.Thread(target=watch)
 thread.start()
 try:
     if sys.argv[1] == "load":
-        model = release.open_release(sys.argv[2]).load_model(stacked=sys.argv[3] == "stacked", dtype="float32")
+        model = open_release(sys.argv[2]).load_model(stacked=sys.argv[3] == "stacked", dtype="float32")
     else:
         convert_weights.app(sys.argv[1:], standalone_mode=False)
 finally:
@@ -312,27 +313,31 @@ def bigger(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bigger")
     config = replace(
         models.tiny_config(),
-        audio_encoder=AudioEncoderConfig(hidden_size=192, num_layers=6, num_heads=6, intermediate_size=768, max_position=100),
-        trunk=TrunkConfig(hidden_size=448, num_layers=9, num_heads=7, num_kv_heads=1, intermediate_size=2048, max_position=192),
+        audio_encoder=AudioEncoderConfig(
+            hidden_size=192, num_layers=6, num_heads=6, intermediate_size=768, max_position=100
+        ),
+        trunk=TrunkConfig(
+            hidden_size=448, num_layers=9, num_heads=7, num_kv_heads=1, intermediate_size=2048, max_position=192
+        ),
         vocab=VocabConfig(text=24000, audio=64, text_specials=64, audio_specials=64),
     )
     config = replace(config, adapter=replace(config.adapter, intermediate_size=config.trunk.intermediate_size))
     models.whisper_folder(folder / "whisper", config.audio_encoder)
     models.snac_folder(folder / "snac", config.codec)
     models.mini_omni_folder(folder / "mini_omni", config)
-    assert run("import", folder / "mini_omni", folder / "release", *parts(folder)).exit_code == 0
+    assert run("import", folder / "mini_omni", folder / "release", *sources(folder)).exit_code == 0
     assert run("export", folder / "release", folder / "lm", "--to", "transformers").exit_code == 0
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("action", ["import", "export", "transformers", "init", "load stacked", "load single"])
-def test_memory(action, bigger, tmp_path):
+def test_memory_of_conversion(action, bigger, tmp_path):
     arguments = {
-        "import": ("import", bigger / "mini_omni", tmp_path / "out", *parts(bigger)),
+        "import": ("import", bigger / "mini_omni", tmp_path / "out", *sources(bigger)),
         "export": ("export", bigger / "release", tmp_path / "out"),
         "transformers": ("export", bigger / "release", tmp_path / "out", "--to", "transformers"),
-        "init": ("init", tmp_path / "out", "--lm", bigger / "lm", "--tts-adapter-layers", 1, *parts(bigger)),
+        "init": ("init", tmp_path / "out", "--lm", bigger / "lm", "--tts-adapter-layers", 1, *sources(bigger)),
         "load stacked": ("load", bigger / "release", "stacked"),
         "load single": ("load", bigger / "release", "single"),
     }[action]

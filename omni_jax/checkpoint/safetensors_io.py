@@ -1,8 +1,8 @@
-"""Safetensors files, written and read one tensor at a time, so that memory never holds all the weights.
+"""Safetensors files, read and written one tensor at a time, so that memory never holds all the weights.
 
-The format: 8 bytes little-endian length, that much JSON with dtype, shape and offsets of each tensor, then the
-raw row-major bytes. Written here rather than with the library, because that wants every tensor at once; read
-here, because its map of the whole file counts as memory once read, and a map of one tensor at a time does not.
+The format: 8 bytes little-endian length, that much JSON with dtype, shape and offsets of each tensor, then the raw
+row-major bytes. The library is not used: its writer needs every tensor at once, and its reader maps the whole file,
+which counts as memory once read; here each tensor is mapped on its own.
 """
 
 from __future__ import annotations
@@ -32,40 +32,35 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-"""Names of the types in the header."""
-
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
+"""Types by their names in the header."""
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SCALE_SUFFIX = ".int8_scale"
-"""What the name of the scales of a tensor in eight bits ends with."""
-
+"""The scales of an int8 tensor `x` are the tensor `x.int8_scale`."""
 
 _ALIGNMENT = 64
-"""JAX takes over host memory that starts at a multiple of this, and copies any other."""
+"""JAX on CPU uses host memory that starts at a multiple of this without a copy."""
 
-
-_LONGEST_HEADER = 100_000_000
+_MAX_HEADER_SIZE = 100_000_000
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is known by shape and type, and produced when it is wanted."""
+    """A tensor of known shape and type whose values are computed by each call of `read`."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     read: Callable[[], np.ndarray]
-    kept_as: np.dtype[Any] | None = None
-    """Its type in the file it comes from, if any: another one, where it is kept in eight bits."""
+    stored_dtype: np.dtype[Any] | None = None
+    """Its type in the file it is read from, if any; differs from `dtype` for int8 with scales."""
 
     @classmethod
     def of(cls, array: np.ndarray) -> LazyTensor:
-        """An array that is in memory anyway."""
+        """A tensor whose values are in memory."""
         return cls(array.shape, array.dtype, lambda: array)
 
     def cast(self, dtype: Any) -> LazyTensor:
-        """The same in another type, cast when it is produced."""
+        """The same tensor in another type, cast when it is read."""
         return LazyTensor(self.shape, np.dtype(dtype), lambda: self.read().astype(dtype))
 
 
@@ -73,7 +68,7 @@ Tensors = Mapping[str, LazyTensor]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """`np.empty` in memory that JAX on CPU takes over without a copy."""
+    """`np.empty` in memory that JAX on CPU uses without a copy."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
@@ -81,21 +76,23 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _StoredTensor:
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     offset: int
     """Bytes from the start of the file."""
-    scale: _Place | None = None
-    """Of a tensor in eight bits: as many axes, 1 long where the scale is the same all along."""
+    scale: _StoredTensor | None = None
+    """Of an int8 tensor: as many axes, of size 1 where weights share the scale."""
 
     @property
-    def read_as(self) -> np.dtype[Any]:
+    def read_dtype(self) -> np.dtype[Any]:
         return self.dtype if self.scale is None else np.dtype(np.float32)
 
 
 class SafetensorsFile:
     """An existing safetensors file; the header is read and checked at once, tensors when asked for.
+
+    An int8 tensor with scales is read as float32: its values times its scales.
 
     Raises:
         CheckpointError: there is no such file, it is not safetensors, or it ends too early.
@@ -104,22 +101,7 @@ class SafetensorsFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
-            with self.path.open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(0)
-                length = int.from_bytes(file.read(8), "little")
-                if size < 8 or length > min(size, _LONGEST_HEADER):
-                    raise CheckpointError(f"{self.path}: expected safetensors, found no such header")
-                header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            places, end = {}, 8 + length
-            for name, entry in header.items():
-                dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-                first, last = entry["data_offsets"]
-                if last - first != math.prod(shape) * dtype.itemsize or first < 0:
-                    raise CheckpointError(f"{self.path}: {name}: the bytes do not fit the shape {shape}")
-                places[name] = _Place(dtype, shape, 8 + length + first)
-                end = max(end, 8 + length + last)
+            stored, end, size = self._read_header()
         except FileNotFoundError:
             raise CheckpointError(f"{self.path}: expected a safetensors file, found no such file") from None
         except OSError as error:
@@ -127,109 +109,134 @@ class SafetensorsFile:
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{self.path}: expected safetensors, found a header with {error!r}") from None
         if end > size:
-            raise CheckpointError(f"{self.path}: expected {end} bytes, found {size}: the file was cut off")
-        self._places: dict[str, _Place] = self._scaled(places)
+            raise CheckpointError(f"{self.path}: expected {end} bytes, found {size}: the file is truncated")
+        self._stored = self._attach_scales(stored)
 
-    def _scaled(self, places: dict[str, _Place]) -> dict[str, _Place]:
-        """The places with every scale at the tensor it belongs to."""
+    def _read_header(self) -> tuple[dict[str, _StoredTensor], int, int]:
+        """The tensors, the size that the file should have, and the size that it has."""
+        with self.path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size, _MAX_HEADER_SIZE):
+                raise CheckpointError(f"{self.path}: expected safetensors, found no such header")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        stored, end = {}, 8 + length
+        for name, entry in header.items():
+            dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+            first, last = entry["data_offsets"]
+            if last - first != math.prod(shape) * dtype.itemsize or first < 0:
+                raise CheckpointError(f"{self.path}: {name}: the bytes do not fit the shape {shape}")
+            stored[name] = _StoredTensor(dtype, shape, 8 + length + first)
+            end = max(end, 8 + length + last)
+        return stored, end, size
+
+    def _attach_scales(self, stored: dict[str, _StoredTensor]) -> dict[str, _StoredTensor]:
+        """The tensors without the scales, each of which is attached to its tensor."""
         scaled = {}
-        for name, place in places.items():
+        for name, tensor in stored.items():
             if name.endswith(SCALE_SUFFIX):
-                tensor = places.get(name.removesuffix(SCALE_SUFFIX))
-                if tensor is None or tensor.dtype != np.int8 or place.dtype != np.float32:
-                    raise CheckpointError(f"{self.path}: {name}: expected float32 scales beside a tensor of type I8")
+                owner = stored.get(name.removesuffix(SCALE_SUFFIX))
+                if owner is None or owner.dtype != np.int8 or tensor.dtype != np.float32:
+                    raise CheckpointError(f"{self.path}: {name}: expected float32 scales of a tensor of type I8")
                 continue
-            scale = places.get(name + SCALE_SUFFIX)
+            scale = stored.get(name + SCALE_SUFFIX)
             if scale is not None and (
-                len(scale.shape) != len(place.shape)
-                or any(few not in (1, many) for few, many in zip(scale.shape, place.shape, strict=True))
+                len(scale.shape) != len(tensor.shape)
+                or any(few not in (1, many) for few, many in zip(scale.shape, tensor.shape, strict=True))
             ):
-                raise CheckpointError(f"{self.path}: {name}: scales {scale.shape} do not fit the shape {place.shape}")
-            scaled[name] = replace(place, scale=scale)
+                raise CheckpointError(f"{self.path}: {name}: scales {scale.shape} do not fit the shape {tensor.shape}")
+            scaled[name] = replace(tensor, scale=scale)
         return scaled
 
     @property
     def tensors(self) -> dict[str, LazyTensor]:
         """Every tensor by name."""
 
-        def tensor(name: str, place: _Place) -> LazyTensor:
-            return LazyTensor(place.shape, place.read_as, lambda: self.read(name), place.dtype)
+        def lazy(name: str, stored: _StoredTensor) -> LazyTensor:
+            return LazyTensor(stored.shape, stored.read_dtype, lambda: self.read(name), stored.dtype)
 
-        return {name: tensor(name, place) for name, place in self._places.items()}
+        return {name: lazy(name, stored) for name, stored in self._stored.items()}
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A tensor, or the part of it at `index`, in memory of its own; one in eight bits as float32."""
-        place = self._places[name]
-        picked = tuple(len(range(*part.indices(size))) for part, size in zip(index, place.shape, strict=False))
-        out = aligned_empty(picked + place.shape[len(index) :], place.read_as)
+        """A tensor, or its slice at `index`, in memory of its own."""
+        stored = self._stored[name]
+        picked = tuple(len(range(*axis.indices(size))) for axis, size in zip(index, stored.shape, strict=False))
+        out = aligned_empty(picked + stored.shape[len(index) :], stored.read_dtype)
         self.read_into(name, out, index)
         return out
 
     def read_into(self, name: str, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
-        """Copy a tensor, or the part of it at `index`, to `out`, cast to the type of `out`."""
-        place = self._places[name]
+        """Copy a tensor, or its slice at `index`, to `out`, cast to the type of `out`."""
+        stored = self._stored[name]
         if not out.size:
             return
-        part = self._map(place)[index]
-        if place.scale is None:
-            out[...] = part
+        values = self._map(stored)[index]
+        if stored.scale is None:
+            out[...] = values
         else:
-            # Where there is one scale for a whole axis, any part of the axis has it.
-            scales = self._map(place.scale)
-            shared = tuple(slice(None) if size == 1 else kept for kept, size in zip(index, scales.shape, strict=False))
-            np.multiply(part, scales[shared], out=out, dtype=np.float32, casting="unsafe")
+            # One scale along a whole axis is the scale of any slice of the axis.
+            scales = self._map(stored.scale)
+            picked = tuple(slice(None) if size == 1 else axis for axis, size in zip(index, scales.shape, strict=False))
+            np.multiply(values, scales[picked], out=out, dtype=np.float32, casting="unsafe")
 
-    def _map(self, place: _Place) -> np.ndarray:
-        # Mapped anew each time: the pages are given back as soon as the map goes.
-        view = np.memmap(self.path, place.dtype, mode="r", offset=place.offset, shape=place.shape or (1,))
-        return view.reshape(place.shape)
+    def _map(self, stored: _StoredTensor) -> np.ndarray:
+        # A map for each read: its pages are released with it.
+        view = np.memmap(self.path, stored.dtype, mode="r", offset=stored.offset, shape=stored.shape or (1,))
+        return view.reshape(stored.shape)
 
 
 def write_safetensors(path: str | Path, tensors: Tensors) -> None:
-    """Write a safetensors file, one tensor at a time; under its name it appears only when whole.
+    """Write a safetensors file, one tensor at a time; it appears under its name only when complete.
 
     Args:
         path: the file; an existing one is replaced.
-        tensors: produced one after the other, in their order.
+        tensors: read one after the other, in their order.
 
     Raises:
-        CheckpointError: a tensor has a type the format does not know, or is produced with another shape or
-            type than announced.
+        CheckpointError: a tensor has a type that the format does not have, or is read with another shape or type
+            than announced.
     """
     path = Path(path)
-    if strange := [f"{name}: {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in _NAMES]:
+    if strange := [f"{name}: {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in _DTYPE_NAMES]:
         raise CheckpointError(f"{path}: types that safetensors does not hold:\n" + "\n".join(strange))
-    # Wide types first keeps every tensor at a multiple of its item size.
-    offsets: dict[str, int] = {}
-    # transformers refuses files that do not name a framework; the bytes are the same for all.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
-        first, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
-        offsets[name] = first
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [first, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header, offsets, end = _make_header(tensors)
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(header)
             for name, tensor in tensors.items():
                 array = tensor.read()
                 if array.shape != tensor.shape or array.dtype != tensor.dtype:
                     raise CheckpointError(
                         f"{path}: {name}: announced as {tensor.dtype} {tensor.shape}, "
-                        f"produced as {array.dtype} {array.shape}"
+                        f"read as {array.dtype} {array.shape}"
                     )
-                file.seek(8 + len(text) + offsets[name])
+                file.seek(len(header) + offsets[name])
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            file.truncate(8 + len(text) + end)
+            file.truncate(len(header) + end)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _make_header(tensors: Tensors) -> tuple[bytes, dict[str, int], int]:
+    """The header, where each tensor starts after it, and the size of all of them, in bytes."""
+    # transformers refuses files that do not name a framework; the bytes are the same for all.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, int] = {}
+    end = 0
+    # Wide types first keeps every tensor at a multiple of its item size.
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
+        offsets[name], end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offsets[name], end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offsets, end

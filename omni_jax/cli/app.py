@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from omni_jax.cli import startup
 from omni_jax.cli.console import echo_err, replace_unencodable_output
-from omni_jax.errors import OmniError
+from omni_jax.errors import MissingExtraError, OmniError
 
 
 class LazyCommand(NamedTuple):
@@ -38,6 +38,29 @@ COMMANDS = {
 }
 
 
+EXTRAS = {
+    "absl": "train",
+    "apache_beam": "beam",
+    "array_record": "data",
+    "fastapi": "serve",
+    "grain": "train",
+    "jiwer": "evaluation",
+    "matplotlib": "evaluation",
+    "msgpack": "data",
+    "multipart": "serve",
+    "optax": "train",
+    "orbax": "train",
+    "prometheus_client": "serve",
+    "pyarrow": "data",
+    "starlette": "serve",
+    "tensorboardX": "train",
+    "uvicorn": "serve",
+    "websockets": "serve",
+    "whisper_normalizer": "evaluation",
+}
+"""Packages that the core does not install, and the extra that does."""
+
+
 class LazyGroup(TyperGroup):
     """Lists `COMMANDS` without importing their modules; an `OmniError` of a command ends with exit code 2."""
 
@@ -55,8 +78,14 @@ class LazyGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except OmniError as error:
-            echo_err(str(error))
-            raise typer.Exit(2) from None
+            problem: OmniError = error
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in EXTRAS:
+                raise
+            problem = MissingExtraError(f"this command needs {package}", EXTRAS[package])
+        echo_err(str(problem))
+        raise typer.Exit(2)
 
 
 def load_command(name: str) -> Any:

@@ -69,13 +69,13 @@ def prepare(
     source: sources.Source
     if corpus is Corpus.voice_assistant:
         size = encoder.config.codebook_size if encoder else 4096
-        source = sources.VoiceAssistant(path, persona, max_seconds or sources.LONGEST_QUESTION, size)
+        source = sources.VoiceAssistant(path, persona, max_seconds or sources.MAX_QUESTION_SECONDS, size)
     elif corpus is Corpus.text:
         source = sources.TextQA(path, license=license or "unknown")
     elif corpus is Corpus.manifest:
         source = sources.Manifest(path, rate, max_seconds or 60.0, license=license or "unknown")
     else:
-        listing, known = sources.SPEECH[corpus]
+        listing, known = sources.SPEECH_CORPORA[corpus]
         source = sources.ReadSpeech(path, str(corpus), known, listing, as_answer, rate, max_seconds or 30.0)
     beam = beam_options(runner, workers, runner_options)
     write_records(source, out, codec=encoder, workers=workers, beam=beam)

@@ -51,13 +51,13 @@ def serve(
 
     Requests are decoded in one running batch (continuous batching). /metrics has metrics for Prometheus.
     """
-    limit_heap_growth()
-    keys = _read_keys(api_key_file) if api_key_file is not None else ()
-    omni = load_model(model, codec, int8=int8)
-
+    # Before the model is loaded: a missing extra is reported at once.
     from omni_jax.serve.app import make_server
     from omni_jax.serve.sessions import Service, Settings
 
+    limit_heap_growth()
+    keys = _read_keys(api_key_file) if api_key_file is not None else ()
+    omni = load_model(model, codec, int8=int8)
     settings = Settings(
         max_batch_size=max_batch_size,
         max_queue_size=max_queue_size,

@@ -57,7 +57,7 @@ def synthesize(
         answer_voice,
         encoder.config.sample_rate,
         seed,
-        augment=not clean,
+        augment_questions=not clean,
         max_question_seconds=max_seconds,
     )
     beam = beam_options(runner, workers, runner_options)
@@ -66,6 +66,6 @@ def synthesize(
 
 def _check_voices(voices: VoiceSpec) -> None:
     """Refuse a synthesizer that is not installed or lacks a voice now, instead of rejecting every row."""
-    unknown = set(voices.only) - set(voices.open().voices())
+    unknown = set(voices.voices) - set(voices.open().voices())
     if unknown:
-        raise ConfigError(f"{voices.engine}: expected voices that it has, found {', '.join(sorted(unknown))}")
+        raise ConfigError(f"{voices.synthesizer}: expected voices that it has, found {', '.join(sorted(unknown))}")

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from omni_jax import sharding
-from omni_jax.checkpoint import release as checkpoint
+from omni_jax.checkpoint.tensors import abstract_model
 from omni_jax.codec.snac import Snac
 from omni_jax.compile_report import flops, hlo
 from omni_jax.compile_report.topology import Topology
@@ -245,7 +245,7 @@ def _train(config: RunConfig, devices: list[Any]) -> tuple[Mesh, Program]:
 
 def _programs(config: ModelConfig, mesh: Mesh, *, int8: bool) -> ModelRunner:
     """As for a loaded model, with shapes and places for weights."""
-    graph, state = nnx.split(checkpoint.abstract_model(config, stacked=True, dtype=jnp.bfloat16))
+    graph, state = nnx.split(abstract_model(config, stacked=True, dtype=jnp.bfloat16))
     places = sharding.of_state(state, mesh)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), nnx.to_pure_dict(state))
     weights = _placed(shapes, places)

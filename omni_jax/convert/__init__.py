@@ -1,1 +1,1 @@
-"""Weights and configs from and to other formats: two-way tables of names and shapes."""
+"""Published weights and configs to and from releases: one table of names, shapes and functions per format."""

@@ -1,6 +1,6 @@
-"""Language models of the Qwen2 and Llama families between transformers' folders and our trunk. No torch.
+"""Language models of the Qwen2 and Llama families: folders of transformers to and from our trunk. No torch.
 
-Letters: D width, N query heads, K key/value heads, H head size, F ffn width, V rows of the language model's own
+Letters: D hidden, N query heads, K key/value heads, H head dim, F intermediate, V rows of the language model's own
 vocabulary.
 """
 
@@ -13,63 +13,62 @@ from typing import Any
 
 import numpy as np
 
-from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile, Tensors
-from omni_jax.checkpoint.safetensors_io import write_safetensors as write_tensors
+from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors, write_safetensors
 from omni_jax.config.load import build_config
 from omni_jax.config.model import RopeScaling, TrunkConfig
+from omni_jax.convert.files import CONFIG, WEIGHTS, common_dtype, open_safetensors, read_json, write_json
 from omni_jax.convert.table import (
-    CONFIG,
-    WEIGHTS,
     Entry,
     check,
-    identical,
-    read_json,
-    same,
+    is_identical,
+    rename,
+    reshape,
+    their_shapes,
     to_ours,
     to_theirs,
-    weight_files,
-    write_json,
 )
 from omni_jax.errors import ConfigError, ConversionError
 
-CONTEXT = 2048
-"""Positions of a new speech model: Mini-Omni's. Language models announce far more, and caches have that length."""
+MAX_POSITION = 2048
+"""Longest context of a new speech model, as in Mini-Omni. Language models announce far more, and caches have that
+length."""
 
-_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_FIELDS = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "max_position": "max_position_embeddings",
+}
+"""Required fields of TrunkConfig and their names in transformers."""
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 _SCALING = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
-    "original_context": "original_max_position_embeddings",
+    "original_max_position": "original_max_position_embeddings",
 }
 """Fields of RopeScaling and their names in transformers."""
 
 
 def config_from_json(values: Mapping[str, Any], state: Tensors, source: str) -> tuple[TrunkConfig, int]:
-    """A trunk's shape and the rows of the vocabulary, from the content of transformers' `config.json`.
+    """A trunk's config and the rows of its vocabulary, from the content of transformers' `config.json`.
 
     Args:
         values: the content.
-        state: the tensors, which tell whether an `attention_bias` includes the output.
+        state: the tensors, which show whether an `attention_bias` includes the output projection.
         source: the file's name, for errors.
 
     Raises:
-        ConversionError: names every field that is missing, or that asks for something our trunk does not do.
+        ConversionError: lists every field that is missing, or that asks for something our trunk does not support.
     """
     wrong: list[str] = []
     family = values.get("model_type")
     if family not in ("qwen2", "llama"):
         wrong.append(f"model_type: expected qwen2 or llama, found {family!r}")
-    required = {
-        "width": "hidden_size",
-        "layers": "num_hidden_layers",
-        "heads": "num_attention_heads",
-        "ffn": "intermediate_size",
-        "rows": "vocab_size",
-        "context": "max_position_embeddings",
-    }
-    wrong += [f"{name}: missing" for name in required.values() if name not in values]
+    wrong += [f"{name}: missing" for name in (*_FIELDS.values(), "vocab_size") if name not in values]
     for name, only in (("hidden_act", "silu"), ("mlp_bias", False), ("use_sliding_window", False)):
         if values.get(name, only) != only:
             wrong.append(f"{name}: expected {only!r}, found {values[name]!r}")
@@ -81,34 +80,33 @@ def config_from_json(values: Mapping[str, Any], state: Tensors, source: str) -> 
     theta, scaling = _rope(values, wrong)
     if wrong:
         raise ConversionError(f"{source}:\n" + "\n".join(wrong))
-    size = {ours: values[theirs] for ours, theirs in required.items()}
-    rows = size.pop("rows")
+    sizes = {ours: values[theirs] for ours, theirs in _FIELDS.items()}
     trunk = {
-        **size,
-        "num_kv_heads": values.get("num_key_value_heads") or size["heads"],
-        "head_dim": values.get("head_dim") or size["width"] // size["heads"],
+        **sizes,
+        "max_position": min(MAX_POSITION, sizes["max_position"]),
+        "num_kv_heads": values.get("num_key_value_heads") or sizes["num_heads"],
+        "head_dim": values.get("head_dim") or sizes["hidden_size"] // sizes["num_heads"],
         "rope_theta": theta,
         "rope_scaling": scaling,
         "norm_eps": values.get("rms_norm_eps", 1e-6),
         "qkv_bias": biased,
         "tie_word_embeddings": values.get("tie_word_embeddings", False),
-        "context": min(CONTEXT, size["context"]),
     }
     try:
-        return build_config(TrunkConfig, trunk, source), rows
+        return build_config(TrunkConfig, trunk, source), values["vocab_size"]
     except ConfigError as error:
         raise ConversionError(str(error)) from None
 
 
 def config_to_json(trunk: TrunkConfig, rows: int) -> dict[str, Any]:
-    """The content of a `config.json` with which transformers loads a trunk: Qwen2 with biases, Llama without."""
+    """The content of a `config.json` for transformers: of a Qwen2 for a trunk with biases, of a Llama without."""
     family, name = ("qwen2", "Qwen2ForCausalLM") if trunk.qkv_bias else ("llama", "LlamaForCausalLM")
     rope: dict[str, Any] = {"rope_type": "default"}
-    context = trunk.max_position
+    max_position = trunk.max_position
     if scaling := trunk.rope_scaling:
         rope = {"rope_type": "llama3", **{theirs: getattr(scaling, ours) for ours, theirs in _SCALING.items()}}
-        # What the scaling was made for; transformers complains about less than the original context.
-        context = max(context, round(scaling.original_max_position * scaling.factor))
+        # transformers warns of a maximum below the original one.
+        max_position = max(max_position, round(scaling.original_max_position * scaling.factor))
     values = {
         "architectures": [name],
         "model_type": family,
@@ -120,7 +118,7 @@ def config_to_json(trunk: TrunkConfig, rows: int) -> dict[str, Any]:
         "num_key_value_heads": trunk.num_kv_heads,
         "head_dim": trunk.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": context,
+        "max_position_embeddings": max_position,
         "rms_norm_eps": trunk.norm_eps,
         # transformers 4 reads the first two, transformers 5 the third.
         "rope_theta": trunk.rope_theta,
@@ -135,19 +133,18 @@ def read(folder: Path) -> tuple[TrunkConfig, int, dict[str, LazyTensor]]:
     """Read a folder as `save_pretrained` writes it.
 
     Returns:
-        The trunk's shape, the rows of the vocabulary (V), and its tensors by our names, to be read one by one:
-        those of the trunk and the norm, `embed.text` [V, D], and `head.text` [V, D] when the head is not tied.
+        The trunk's config, the rows of the vocabulary (V), and the tensors by our names, none read yet: those of the
+        trunk and the norm, `embed.text` [V, D], and `head.text` [V, D] unless the head is tied.
 
     Raises:
-        ConversionError: names what is missing, unknown, misshapen or not supported.
+        ConversionError: lists what is missing, unknown, misshapen or not supported.
         CheckpointError: a file is damaged.
     """
     values = read_json(folder / CONFIG)
-    state: dict[str, LazyTensor] = {}
-    for file in weight_files(folder):
-        state.update(SafetensorsFile(folder / file).tensors)
-    # Tables that follow from the config; older files have them.
-    state = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
+    # Old files hold the frequencies of rope, which follow from the config.
+    state = {
+        name: tensor for name, tensor in open_safetensors(folder).items() if not name.endswith("rotary_emb.inv_freq")
+    }
     trunk, rows = config_from_json(values, state, str(folder / CONFIG))
     return trunk, rows, from_state(state, trunk, rows, str(folder))
 
@@ -157,19 +154,19 @@ def write(folder: Path, trunk: TrunkConfig, rows: int, tensors: Tensors) -> None
 
     Args:
         folder: exists.
-        trunk: its shape.
+        trunk: the config.
         rows: of the vocabulary.
         tensors: by our names, with `rows` rows in the tables.
 
     Raises:
-        ConversionError: names every tensor that is missing, unknown or misshapen.
+        ConversionError: lists every tensor that is missing, unknown or misshapen.
     """
     state = to_theirs(_table(trunk, rows), tensors, "trunk")
-    write_tensors(folder / WEIGHTS, state)
-    types = {tensor.dtype for tensor in state.values()}
     values = config_to_json(trunk, rows)
-    if len(types) == 1:
-        values["dtype"] = values["torch_dtype"] = str(types.pop())
+    if dtype := common_dtype(state):
+        # transformers 4 reads the second, transformers 5 the first.
+        values["dtype"] = values["torch_dtype"] = dtype
+    write_safetensors(folder / WEIGHTS, state)
     write_json(folder / CONFIG, values)
 
 
@@ -177,42 +174,42 @@ def from_state(state: Tensors, trunk: TrunkConfig, rows: int, source: str) -> di
     """A language model's tensors by our names; see `read`.
 
     Raises:
-        ConversionError: names every tensor that is missing, unknown or misshapen; or a tied head differs from
-            the embedding.
+        ConversionError: lists every tensor that is missing, unknown or misshapen; or a tied head differs from the
+            embedding.
     """
     table = _table(trunk, rows)
     if trunk.tie_word_embeddings and _HEAD in state:
-        expected = {entry.theirs: entry.shape for entry in table}
-        check(state, {**expected, _HEAD: expected[_EMBED]}, source)
-        if not identical(state[_HEAD], state[_EMBED]):
+        expected = their_shapes(table)
+        check(state, {**expected, _HEAD: expected[_EMBEDDING]}, source)
+        if not is_identical(state[_EMBEDDING], state[_HEAD]):
             raise ConversionError(
-                f"{source}: {_HEAD}: expected the values of {_EMBED}, as tie_word_embeddings says, found others"
+                f"{source}: {_HEAD}: expected the values of {_EMBEDDING}, as tie_word_embeddings says, found others"
             )
         state = {name: tensor for name, tensor in state.items() if name != _HEAD}
     return to_ours(table, state, source)
 
 
 def extend(tensor: LazyTensor, name: str, text_rows: int, audio: tuple[int, int], seed: int) -> Tensors:
-    """Tables for a speech model from a language model's: new rows drawn from N(0, the old rows' deviation).
+    """Tables of a speech model from a language model's table; new rows are drawn from N(0, the old rows' deviation).
 
-    New rows of the size of the old ones neither drown in the average of eight embeddings nor shout in it, and as
-    a head they start with scores like any other token's.
+    Rows as large as the old ones weigh as much as any in the average of eight embeddings, and in a head they start
+    with scores like those of other tokens.
 
     Args:
         tensor: [V, D].
         name: `embed` or `head`.
-        text_rows: of the new text table; its first V rows are the old.
-        audio: layers and rows per layer of the new audio table.
+        text_rows: of the new text table; its first V rows are the old ones.
+        audio: codebooks and rows per codebook of the new audio table.
         seed: the same seed draws the same rows.
 
     Returns:
-        `{name}.text` [text_rows, D] and `{name}.audio` [layers, rows, D], of the type of `tensor`.
+        `{name}.text` [text_rows, D] and `{name}.audio` [codebooks, rows, D], of the type of `tensor`.
     """
     V, D = tensor.shape
     deviation = _deviation(tensor.read())
 
-    def draw(part: str, shape: tuple[int, ...]) -> np.ndarray:
-        generator = np.random.default_rng([seed, zlib.crc32(f"{name}.{part}".encode())])
+    def draw(table: str, shape: tuple[int, ...]) -> np.ndarray:
+        generator = np.random.default_rng([seed, zlib.crc32(f"{name}.{table}".encode())])
         array = generator.standard_normal(shape, np.float32)
         array *= np.float32(deviation)
         return array.astype(tensor.dtype, copy=False)
@@ -256,26 +253,24 @@ def _rope(values: Mapping[str, Any], wrong: list[str]) -> tuple[float, RopeScali
 
 
 def _table(trunk: TrunkConfig, rows: int) -> list[Entry]:
-    """Every tensor but a tied head."""
+    """Every tensor except a tied head."""
     D, N, K, H, F = trunk.hidden_size, trunk.num_heads, trunk.num_kv_heads, trunk.head_dim, trunk.intermediate_size
-    table = [same(_EMBED, "embed.text", (rows, D)), same("model.norm.weight", "norm.scale", (D,))]
+    table = [rename(_EMBEDDING, "embed.text", (rows, D)), rename("model.norm.weight", "norm.scale", (D,))]
     if not trunk.tie_word_embeddings:
-        table.append(same(_HEAD, "head.text", (rows, D)))
+        table.append(rename(_HEAD, "head.text", (rows, D)))
     for layer in range(trunk.num_layers):
         theirs, ours = f"model.layers.{layer}", f"trunk.layers.{layer}"
-        table.append(same(f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.scale", (D,)))
+        table.append(rename(f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.scale", (D,)))
         for name, heads in (("q", N), ("k", K), ("v", K)):
-            projection = f"{theirs}.self_attn.{name}_proj"
-            weight = same(f"{projection}.weight", f"{ours}.attention.{name}", (heads * H, D), (heads, H, D))
-            table.append(weight)
+            projection, linear = f"{theirs}.self_attn.{name}_proj", f"{ours}.attention.{name}"
+            table.append(reshape(f"{projection}.weight", f"{linear}.weight", (heads * H, D), (heads, H, D)))
             if trunk.qkv_bias:
-                bias = same(f"{projection}.bias", f"{ours}.attention.{name}_bias", (heads * H,), (heads, H))
-                table.append(bias)
+                table.append(reshape(f"{projection}.bias", f"{linear}.bias", (heads * H,), (heads, H)))
         table += [
-            same(f"{theirs}.self_attn.o_proj.weight", f"{ours}.attention.out", (D, N * H), (D, N, H)),
-            same(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_norm.scale", (D,)),
-            same(f"{theirs}.mlp.gate_proj.weight", f"{ours}.mlp.gate", (F, D)),
-            same(f"{theirs}.mlp.up_proj.weight", f"{ours}.mlp.up", (F, D)),
-            same(f"{theirs}.mlp.down_proj.weight", f"{ours}.mlp.down", (D, F)),
+            reshape(f"{theirs}.self_attn.o_proj.weight", f"{ours}.attention.out.weight", (D, N * H), (D, N, H)),
+            rename(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_norm.scale", (D,)),
+            rename(f"{theirs}.mlp.gate_proj.weight", f"{ours}.mlp.gate.weight", (F, D)),
+            rename(f"{theirs}.mlp.up_proj.weight", f"{ours}.mlp.up.weight", (F, D)),
+            rename(f"{theirs}.mlp.down_proj.weight", f"{ours}.mlp.down.weight", (D, F)),
         ]
     return table

@@ -1,13 +1,12 @@
-"""Whole folders: a release made from published weights, published weights made from a release.
+"""Whole folders: releases made from published weights, and published weights made from releases.
 
-Hub ids are as good as folders everywhere. Tensors go from file to file one by one.
+Sources are folders or hub ids. Tensors go from file to file one by one.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,62 +15,62 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from omni_jax.checkpoint.folders import new_folder, require_files, require_free
 from omni_jax.checkpoint.hub import fetch
-from omni_jax.checkpoint.release import (
-    CONFIG,
-    TOKENIZER_FILES,
-    Release,
-    dotted_name,
-    is_release,
-    new_folder,
-    open_release,
-    require_files,
-    require_free,
-    save_release,
-)
+from omni_jax.checkpoint.release import CONFIG, TOKENIZER_FILES, Release, is_release, open_release, save_release
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
+from omni_jax.checkpoint.tensors import tensor_name
 from omni_jax.config.model import AdapterConfig, AudioEncoderConfig, CodecConfig, ModelConfig, VocabConfig
-from omni_jax.convert import mini_omni, qwen2, snac, whisper
+from omni_jax.convert import files, mini_omni, qwen2, snac, whisper
 from omni_jax.errors import ConversionError
 from omni_jax.model.omni import Adapter, TTSAdapter
 from omni_jax.vocab import NUM_CODEBOOKS, Vocab
 
-_EAR = "audio_encoder."
-"""What the names of the ear's tensors begin with in a release."""
-_TRANSFORMERS_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
-_SNAC_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
+_AUDIO_ENCODER = "audio_encoder."
+"""Prefix of the audio encoder's tensors in a release."""
+_TRANSFORMERS_FILES = (files.CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
+_SNAC_FILES = (files.CONFIG, files.WEIGHTS, snac.TORCH_WEIGHTS)
 _MINI_OMNI_FILES = (mini_omni.WEIGHTS, mini_omni.CONFIG, *TOKENIZER_FILES)
 
 
 def import_mini_omni(source: str, out: str | Path, *, whisper_source: str, snac_source: str) -> None:
     """Make a release of a Mini-Omni checkpoint, a Whisper and a SNAC, each tensor of its own type.
 
+    Args:
+        source: a Mini-Omni folder.
+        out: new or empty folder.
+        whisper_source: a Whisper folder of transformers, or a release whose audio encoder is taken.
+        snac_source: a SNAC folder, or a release whose codec is taken.
+
     Raises:
-        ConversionError: something is not what it should be; lists everything that is wrong with a part.
-        CheckpointError: a folder or file is missing, or `out` is in use.
+        ConversionError: a source is not what it should be; lists everything that is wrong with it.
+        CheckpointError: a folder or file is missing or damaged, or `out` is in use.
+        MissingExtraError: torch is not installed.
     """
     require_free(out)
     folder = fetch(source, _MINI_OMNI_FILES, "a Mini-Omni checkpoint")
     require_files(folder, _MINI_OMNI_FILES, "a Mini-Omni checkpoint")
     state = mini_omni.read_state(folder)
-    ear, ear_tensors, codec, codec_tensors = _ear_and_codec(whisper_source, snac_source)
+    encoder_config, encoder = _read_audio_encoder(whisper_source)
+    codec_config, codec = _read_codec(snac_source)
     config = mini_omni.config_from_yaml(
         mini_omni.read_config(folder),
-        ear,
-        codec,
+        encoder_config,
+        codec_config,
         tts_adapter=mini_omni.has_tts_adapter(state),
         source=str(folder / mini_omni.CONFIG),
     )
     tensors = mini_omni.from_state(state, config, str(folder / mini_omni.WEIGHTS))
-    save_release(out, config, {**tensors, **ear_tensors}, codec_tensors, _tokenizer_files(folder))
+    save_release(out, config, {**tensors, **encoder}, codec, _tokenizer_files(folder))
 
 
 def export_mini_omni(release: Release, out: str | Path) -> None:
-    """Write a folder that the published Mini-Omni code loads. Ear and codec have formats of their own.
+    """Write a folder that the published Mini-Omni code loads. Audio encoder and codec have formats of their own.
 
     Raises:
         ConversionError: the published code has no such model.
         CheckpointError: the release is damaged, or `out` is in use.
+        MissingExtraError: torch is not installed.
     """
     state = mini_omni.to_state(release.model_tensors(), release.config, str(release.folder))
     with new_folder(out) as partial:
@@ -86,41 +85,41 @@ def export_transformers(release: Release, out: str | Path) -> None:
         CheckpointError: the release is damaged, or `out` is in use.
     """
     rows = release.config.vocab.text
+    tables = ("embed.text", "head.text")
 
-    def cut(tensor: LazyTensor) -> LazyTensor:
-        return LazyTensor((rows, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[:rows])
+    def first_rows(table: LazyTensor) -> LazyTensor:
+        return LazyTensor((rows, *table.shape[1:]), table.dtype, lambda: table.read()[:rows])
 
-    kept = {
-        name: cut(tensor) if name in ("embed.text", "head.text") else tensor
+    tensors = {
+        name: first_rows(tensor) if name in tables else tensor
         for name, tensor in release.model_tensors().items()
-        if name.startswith(("trunk.", "norm.")) or name in ("embed.text", "head.text")
+        if name.startswith(("trunk.", "norm.")) or name in tables
     }
     with new_folder(out) as partial:
-        qwen2.write(partial, release.config.trunk, rows, kept)
+        qwen2.write(partial, release.config.trunk, rows, tensors)
         _copy(release.tokenizer_files(), partial)
 
 
 def export_whisper(release: Release, out: str | Path) -> None:
-    """Write the ear alone, as a Whisper folder of transformers; see `whisper.write`.
+    """Write the audio encoder alone, as a Whisper folder of transformers; see `whisper.write`.
 
     Raises:
         CheckpointError: the release is damaged, or `out` is in use.
     """
-    ear = {name.removeprefix(_EAR): tensor.read() for name, tensor in _ear(release).items()}
+    encoder = {name.removeprefix(_AUDIO_ENCODER): tensor for name, tensor in _audio_encoder_tensors(release).items()}
     with new_folder(out) as partial:
-        whisper.write(partial, release.config.audio_encoder, ear)
+        whisper.write(partial, release.config.audio_encoder, encoder)
 
 
 def export_snac(release: Release, out: str | Path) -> None:
-    """Write the codec alone, as a folder of snac's; see `snac.write`.
+    """Write the codec alone, as a SNAC folder; see `snac.write`.
 
     Raises:
         CheckpointError: the release is damaged, or `out` is in use.
-        ImportError: torch is not installed.
+        MissingExtraError: torch is not installed.
     """
-    codec = {name: tensor.read() for name, tensor in release.codec_tensors().items()}
     with new_folder(out) as partial:
-        snac.write(partial, release.config.codec, codec)
+        snac.write(partial, release.config.codec, release.codec_tensors())
 
 
 def init_release(
@@ -133,34 +132,36 @@ def init_release(
     tts_adapter_layers: int = 0,
     seed: int = 0,
 ) -> None:
-    """Make a release ready for training out of a language model, a Whisper and a SNAC.
+    """Make a release ready for training of a language model, a Whisper and a SNAC.
 
-    Rows for the new tokens are drawn as `qwen2.extend` says, adapters as the model draws its own weights.
+    Rows of the new tokens are drawn by `qwen2.extend`, adapters by their own initializers.
 
     Args:
         out: new or empty folder.
-        lm_source: Qwen2 or Llama family, as transformers saves it.
-        whisper_source: a Whisper, as transformers saves it.
-        snac_source: a SNAC with seven codes a frame.
-        adapter: what leads from the ear to the trunk.
-        tts_adapter_layers: blocks for the audio heads only.
+        lm_source: Qwen2 or Llama folder of transformers.
+        whisper_source: a Whisper folder of transformers, or a release whose audio encoder is taken.
+        snac_source: a SNAC folder, or a release whose codec is taken.
+        adapter: kind of the module between audio encoder and trunk.
+        tts_adapter_layers: blocks that serve the audio heads only.
         seed: the same seed gives the same release.
 
     Raises:
-        ConversionError: something is not what it should be; lists everything that is wrong with a part.
-        CheckpointError: a folder or file is missing, or `out` is in use.
+        ConversionError: a source is not what it should be; lists everything that is wrong with it.
+        CheckpointError: a folder or file is missing or damaged, or `out` is in use.
+        MissingExtraError: a file needs torch, which is not installed.
     """
     require_free(out)
     folder = fetch(lm_source, _TRANSFORMERS_FILES, "a language model")
-    require_files(folder, (qwen2.CONFIG, *TOKENIZER_FILES), "a language model")
+    require_files(folder, (files.CONFIG, *TOKENIZER_FILES), "a language model")
     trunk, rows, lm = qwen2.read(folder)
-    ear, ear_tensors, codec, codec_tensors = _ear_and_codec(whisper_source, snac_source)
+    encoder_config, encoder = _read_audio_encoder(whisper_source)
+    codec_config, codec = _read_codec(snac_source)
     config = ModelConfig(
-        audio_encoder=ear,
+        audio_encoder=encoder_config,
         adapter=AdapterConfig(kind=adapter, intermediate_size=trunk.intermediate_size),
         trunk=trunk,
-        vocab=replace(VocabConfig(), text=rows, audio=codec.codebook_size),
-        codec=codec,
+        vocab=replace(VocabConfig(), text=rows, audio=codec_config.codebook_size),
+        codec=codec_config,
         tts_adapter_layers=tts_adapter_layers,
     )
     vocab = Vocab(config.vocab)
@@ -168,38 +169,40 @@ def init_release(
     for name in ("embed",) if trunk.tie_word_embeddings else ("embed", "head"):
         table = lm.pop(f"{name}.text")
         tables.update(qwen2.extend(table, name, vocab.text_rows, (NUM_CODEBOOKS, vocab.audio_rows), seed))
-    tensors = {**ear_tensors, **_new_parts(config, seed), **lm, **tables}
-    save_release(out, config, tensors, codec_tensors, _tokenizer_files(folder))
+    tensors = {**encoder, **_init_adapters(config, seed), **lm, **tables}
+    save_release(out, config, tensors, codec, _tokenizer_files(folder))
 
 
 @dataclass(frozen=True)
-class Row:
-    """Tensors of a folder that differ in nothing but their layer."""
+class TensorGroup:
+    """Tensors that differ in nothing but the number of their layer."""
 
-    part: str
+    module: str
     name: str
     """Layer numbers are `*`."""
     count: int
     shape: tuple[int, ...]
     dtype: str
+    """As stored."""
 
     @property
-    def parameters(self) -> int:
+    def num_parameters(self) -> int:
         """Of all of them together."""
         return self.count * int(np.prod(self.shape, dtype=np.int64))
 
 
-def inspect(source: str) -> list[Row]:
-    """What is in a release, a finished training run or a Mini-Omni checkpoint.
+def inspect(source: str) -> list[TensorGroup]:
+    """The tensors of a release, a finished training run or a Mini-Omni checkpoint, sorted by name.
 
     Weights are not read, and a tied head counts once.
 
     Raises:
-        ConversionError: it is neither.
+        ConversionError: it is none of these.
         CheckpointError: it is not there, or damaged.
+        MissingExtraError: a Mini-Omni checkpoint needs torch, which is not installed.
     """
-    files = (CONFIG, *_MINI_OMNI_FILES, "*.safetensors")
-    folder = Path(source) if is_release(source) else fetch(source, files, "a release or a Mini-Omni checkpoint")
+    wanted = (CONFIG, *_MINI_OMNI_FILES, "*.safetensors")
+    folder = Path(source) if is_release(source) else fetch(source, wanted, "a release or a Mini-Omni checkpoint")
     if is_release(folder):
         tensors = open_release(folder).inspect()
     elif (folder / mini_omni.WEIGHTS).is_file():
@@ -211,53 +214,51 @@ def inspect(source: str) -> list[Row]:
             f"{folder}: expected a release with {CONFIG} or a Mini-Omni checkpoint with {mini_omni.WEIGHTS}, "
             "found neither"
         )
-    return list(_rows(tensors))
+    return _group(tensors)
 
 
-def _rows(tensors: Tensors) -> Iterator[Row]:
+def _group(tensors: Tensors) -> list[TensorGroup]:
     counts: dict[tuple[str, tuple[int, ...], str], int] = {}
     for name, tensor in tensors.items():
-        key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), tensor.shape, str(tensor.kept_as or tensor.dtype))
+        key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), tensor.shape, str(tensor.stored_dtype or tensor.dtype))
         counts[key] = counts.get(key, 0) + 1
-    for (name, shape, dtype), count in sorted(counts.items()):
-        part = name.removeprefix("transformer.").split(".")[0]
-        yield Row(part, name, count, shape, dtype)
+    return [
+        TensorGroup(name.removeprefix("transformer.").split(".")[0], name, count, shape, dtype)
+        for (name, shape, dtype), count in sorted(counts.items())
+    ]
 
 
-def _ear_and_codec(
-    whisper_source: str, snac_source: str
-) -> tuple[AudioEncoderConfig, dict[str, LazyTensor], CodecConfig, dict[str, LazyTensor]]:
-    """A release may stand in for either: its ear, its codec."""
-    if release := _release(whisper_source):
-        ear = release.config.audio_encoder
-        ear_tensors = _ear(release)
-    else:
-        ear, arrays = whisper.read(fetch(whisper_source, _TRANSFORMERS_FILES, "a Whisper"))
-        ear_tensors = {_EAR + name: LazyTensor.of(array) for name, array in arrays.items()}
-    if release := _release(snac_source):
-        return ear, ear_tensors, release.config.codec, dict(release.codec_tensors())
-    codec, arrays = snac.read(fetch(snac_source, _SNAC_FILES, "a SNAC"))
-    return ear, ear_tensors, codec, {name: LazyTensor.of(array) for name, array in arrays.items()}
+def _read_audio_encoder(source: str) -> tuple[AudioEncoderConfig, dict[str, LazyTensor]]:
+    """The audio encoder of a Whisper or of a release; tensors as a release names them."""
+    if is_release(source):
+        release = open_release(source)
+        return release.config.audio_encoder, _audio_encoder_tensors(release)
+    config, tensors = whisper.read(fetch(source, _TRANSFORMERS_FILES, "a Whisper"))
+    return config, {_AUDIO_ENCODER + name: tensor for name, tensor in tensors.items()}
 
 
-def _ear(release: Release) -> dict[str, LazyTensor]:
-    return {name: tensor for name, tensor in release.model_tensors().items() if name.startswith(_EAR)}
+def _read_codec(source: str) -> tuple[CodecConfig, dict[str, LazyTensor]]:
+    """The codec of a SNAC folder or of a release."""
+    if is_release(source):
+        release = open_release(source)
+        return release.config.codec, release.codec_tensors()
+    return snac.read(fetch(source, _SNAC_FILES, "a SNAC"))
 
 
-def _release(source: str) -> Release | None:
-    return open_release(source) if is_release(source) else None
+def _audio_encoder_tensors(release: Release) -> dict[str, LazyTensor]:
+    return {name: tensor for name, tensor in release.model_tensors().items() if name.startswith(_AUDIO_ENCODER)}
 
 
-def _new_parts(config: ModelConfig, seed: int) -> dict[str, LazyTensor]:
+def _init_adapters(config: ModelConfig, seed: int) -> dict[str, LazyTensor]:
     """Adapters with random weights."""
     rngs = nnx.Rngs(seed)
-    parts: dict[str, Any] = {"adapter": Adapter(config, rngs)}
+    modules: dict[str, Any] = {"adapter": Adapter(config, rngs)}
     if config.tts_adapter_layers:
-        parts["tts_adapter"] = TTSAdapter(config, stacked=False, dtype=jnp.float32, rngs=rngs)
+        modules["tts_adapter"] = TTSAdapter(config, stacked=False, dtype=jnp.float32, rngs=rngs)
     return {
-        f"{name}.{dotted_name(path)}": LazyTensor.of(np.asarray(variable[...]))
-        for name, part in parts.items()
-        for path, variable in nnx.to_flat_state(nnx.state(part))
+        f"{name}.{tensor_name(path)}": LazyTensor.of(np.asarray(variable[...]))
+        for name, module in modules.items()
+        for path, variable in nnx.to_flat_state(nnx.state(module))
     }
 
 
@@ -265,6 +266,6 @@ def _tokenizer_files(folder: Path) -> list[Path]:
     return [folder / name for name in TOKENIZER_FILES]
 
 
-def _copy(files: list[Path], folder: Path) -> None:
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
+def _copy(paths: list[Path], folder: Path) -> None:
+    for path in paths:
+        shutil.copyfile(path, folder / path.name)

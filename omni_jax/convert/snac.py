@@ -1,29 +1,38 @@
-"""SNAC's weights between torch's state dict and our parameters, both ways, and snac's folder read.
+"""SNAC: snac's folders and torch modules to and from our codec.
 
-torch stores each convolution as a direction (`original1`, or `weight_v` in older files) and a length per
-index of its first dimension (`original0`, `weight_g`); we store the product. That first dimension is the
-output channel, but for transposed convolutions the input channel, as torch lays those out input first.
+snac stores the weight of each convolution as a direction (`original1`, or `weight_v` in older files) and a length for
+each index of its first axis (`original0`, `weight_g`): weight normalization, arXiv 1602.07868. We store the product.
+The first axis is the output channel, except for transposed convolutions, where it is the input channel.
+
+Letters: D channels.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from numpy.typing import ArrayLike
-from safetensors import SafetensorError
 
-from omni_jax.codec.torch_snac import import_snac
+from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
 from omni_jax.config.load import build_config
 from omni_jax.config.model import CodecConfig
-from omni_jax.convert.table import CONFIG, WEIGHTS, import_torch, read_json, write_json
+from omni_jax.convert.files import (
+    CONFIG,
+    WEIGHTS,
+    open_safetensors,
+    open_state_dict,
+    read_json,
+    to_torch_tensor,
+    write_json,
+    write_state_dict,
+)
+from omni_jax.convert.table import Entry, Shape, rename, reshape, to_ours, to_theirs
 from omni_jax.errors import ConversionError
-from omni_jax.shapes import shape_mismatches
+
+TORCH_WEIGHTS = "pytorch_model.bin"
 
 _FIELDS = {
     "sampling_rate": "sample_rate",
@@ -36,132 +45,107 @@ _FIELDS = {
     "vq_strides": "vq_strides",
     "noise": "noise",
 }
-"""Names of the same things in snac's config.json and in CodecConfig."""
+"""Fields of snac's config.json and their names in CodecConfig."""
 
-_PARTS = (
-    (".parametrizations.weight.original0", ".parametrizations.weight.original1"),
-    (".weight_g", ".weight_v"),
-)
-"""Endings of length and direction: torch's present names, which we write, and those of older files."""
+_LENGTH, _DIRECTION = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
+_OLD_NAMES = {".weight_g": _LENGTH, ".weight_v": _DIRECTION}
+"""What older versions of torch call the two."""
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One parameter in both worlds. Ours is theirs with the axes permuted and those of size 1 left out."""
+def from_state(state: Tensors, config: CodecConfig, source: str) -> dict[str, LazyTensor]:
+    """The tensors of a state dict by our names, each of its own type; weight norm is folded in float32.
 
-    ours: str
-    theirs: str
-    shape: tuple[int, ...]
-    """Theirs."""
-    axes: tuple[int, ...]
-    """Their axes in our order; one that is missing has size 1."""
-    split: bool
-    """Whether torch stores length and direction."""
+    Args:
+        state: by snac's names.
+        config: the codec's config.
+        source: where the tensors come from, for errors.
 
-    @property
-    def our_shape(self) -> tuple[int, ...]:
-        return tuple(self.shape[axis] for axis in self.axes)
+    Returns:
+        Tensors as `omni_jax.codec.snac.Snac.params` names them.
 
-    @property
-    def _order(self) -> tuple[int, ...]:
-        return tuple(axis for axis in range(len(self.shape)) if axis not in self.axes) + self.axes
+    Raises:
+        ConversionError: lists every tensor that is missing, unknown, misshapen or of another type; the tensors of
+            weight norm under the names of the present torch.
+    """
+    return to_ours(_table(config), {_present_name(name): tensor for name, tensor in state.items()}, source)
 
-    def to_ours(self, array: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(array.transpose(self._order).reshape(self.our_shape))
 
-    def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        order = self._order
-        whole = array.reshape([self.shape[axis] for axis in order])
-        return np.ascontiguousarray(whole.transpose(np.argsort(order)))
+def to_state(tensors: Tensors, config: CodecConfig) -> dict[str, LazyTensor]:
+    """Our tensors as snac's state dict, with a length and a direction of each convolution.
+
+    `from_state` makes the same weights of it to float rounding.
+
+    Raises:
+        ConversionError: lists every tensor that is missing, unknown, misshapen or of another type.
+    """
+    return to_theirs(_table(config), tensors, "codec parameters")
 
 
 def from_torch(
     state: Mapping[str, np.ndarray], config: CodecConfig, source: str = "snac's tensors"
 ) -> dict[str, np.ndarray]:
-    """Torch's state dict to our parameters, weight norm folded.
-
-    Args:
-        state: arrays by torch's names.
-        config: the codec's.
-        source: where they come from, for errors.
-
-    Returns:
-        Arrays by our names, see `omni_jax.codec.snac.Snac.params`.
-
-    Raises:
-        ConversionError: lists every tensor that is missing, unknown or misshapen.
-    """
-    expected: dict[str, tuple[int, ...]] = {}
-    names: dict[str, tuple[str, ...]] = {}
-    for entry in _table(config):
-        if entry.split:
-            lengths, directions = next(
-                (pair for pair in _PARTS if any(entry.theirs + part in state for part in pair)), _PARTS[0]
-            )
-            names[entry.ours] = (entry.theirs + lengths, entry.theirs + directions)
-            expected[entry.theirs + lengths] = (entry.shape[0], 1, 1)
-            expected[entry.theirs + directions] = entry.shape
-        else:
-            names[entry.ours] = (entry.theirs,)
-            expected[entry.theirs] = entry.shape
-    if wrong := shape_mismatches(state, expected):
-        raise ConversionError(f"{source}:\n" + "\n".join(wrong))
-    params = {}
-    for entry in _table(config):
-        arrays = [np.asarray(state[name]) for name in names[entry.ours]]
-        params[entry.ours] = entry.to_ours(_fold(*arrays) if entry.split else arrays[0])
-    return params
-
-
-def to_torch(params: Mapping[str, np.ndarray], config: CodecConfig) -> dict[str, np.ndarray]:
-    """Our parameters to torch's state dict; the same weights to float rounding.
-
-    Args:
-        params: arrays by our names.
-        config: the codec's.
-
-    Returns:
-        Arrays by torch's names, with length and direction of every convolution apart.
-
-    Raises:
-        ConversionError: lists every parameter that is missing, unknown or misshapen.
-    """
-    table = _table(config)
-    if wrong := shape_mismatches(params, {entry.ours: entry.our_shape for entry in table}):
-        raise ConversionError("codec parameters:\n" + "\n".join(wrong))
-    state = {}
-    for entry in table:
-        array = entry.to_theirs(np.asarray(params[entry.ours]))
-        if entry.split:
-            lengths, directions = _PARTS[0]
-            state[entry.theirs + lengths], state[entry.theirs + directions] = _unfold(array)
-        else:
-            state[entry.theirs] = array
-    return state
+    """`from_state` for arrays in memory, such as those of a `snac.SNAC`."""
+    tensors = from_state({name: LazyTensor.of(array) for name, array in state.items()}, config, source)
+    return {name: tensor.read() for name, tensor in tensors.items()}
 
 
 def to_torch_module(config: CodecConfig, params: Mapping[str, ArrayLike]) -> Any:
-    """A `snac.SNAC` with our parameters.
+    """A `snac.SNAC` in evaluation mode with our weights, its weight norm in place.
+
+    Args:
+        config: the codec's config.
+        params: as `omni_jax.codec.snac.Snac.params` gives them.
 
     Raises:
-        MissingExtraError: torch or snac is not installed.
         ConversionError: lists every parameter that is missing, unknown or misshapen.
+        MissingExtraError: torch or snac is not installed.
     """
-    module = import_snac().SNAC(**config_to_json(config)).eval()
+    from omni_jax.codec.torch_snac import import_snac
+
+    snac = import_snac()
     import torch
 
-    state = to_torch({name: np.asarray(array) for name, array in params.items()}, config)
-    module.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in state.items()})
+    state = to_state({name: LazyTensor.of(np.asarray(value, np.float32)) for name, value in params.items()}, config)
+    module = snac.SNAC(**config_to_json(config)).eval()
+    module.load_state_dict({name: to_torch_tensor(tensor, torch) for name, tensor in state.items()})
     return module
+
+
+def config_of_module(module: Any) -> CodecConfig:
+    """The config of a `snac.SNAC`. It does not keep all its arguments; its layers show the others.
+
+    Raises:
+        ConversionError: our codec does not support it.
+    """
+    from omni_jax.codec.torch_snac import import_snac
+
+    noise_block = import_snac().layers.NoiseBlock
+    return config_from_json(
+        {
+            "sampling_rate": module.sampling_rate,
+            "encoder_dim": module.encoder_dim,
+            "encoder_rates": module.encoder_rates,
+            "latent_dim": module.latent_dim,
+            "decoder_dim": module.decoder_dim,
+            "decoder_rates": module.decoder_rates,
+            "attn_window_size": module.attn_window_size,
+            "codebook_size": module.codebook_size,
+            "codebook_dim": module.codebook_dim,
+            "vq_strides": module.vq_strides,
+            "noise": any(isinstance(layer, noise_block) for layer in module.modules()),
+            "depthwise": module.decoder.model[0].groups > 1,
+        },
+        "the module's config",
+    )
 
 
 def config_from_json(values: Mapping[str, Any], source: str = "config.json") -> CodecConfig:
     """The content of snac's config.json to a CodecConfig; `source` is the file's name for errors.
 
     Raises:
-        ConversionError: lists the fields that are missing or unknown, or that ask for what we don't have:
-            attention, full convolutions, other strides.
-        ConfigError: a field that we have holds a wrong value.
+        ConversionError: lists the fields that are missing or unknown, or that ask for something our codec does not
+            support: attention, full convolutions, other strides.
+        ConfigError: a field has a wrong value.
     """
     wrong = [f"{name}: missing" for name in _FIELDS if name not in values]
     known = {*_FIELDS, "attn_window_size", "depthwise", "latent_dim"}
@@ -173,146 +157,167 @@ def config_from_json(values: Mapping[str, Any], source: str = "config.json") -> 
         wrong.append(f"depthwise: expected true, as full convolutions are not supported, found {depthwise!r}")
     if "vq_strides" in values and list(values["vq_strides"]) != [4, 2, 1]:
         wrong.append(f"vq_strides: expected [4, 2, 1], seven codes a frame, found {values['vq_strides']!r}")
-    if not wrong and (width := values.get("latent_dim")) is not None:
-        natural = values["encoder_dim"] * 2 ** len(values["encoder_rates"])
-        if width != natural:
-            wrong.append(f"latent_dim: expected {natural}, the encoder's last width, found {width!r}")
+    if not wrong and (latent_dim := values.get("latent_dim")) is not None:
+        channels = values["encoder_dim"] * 2 ** len(values["encoder_rates"])
+        if latent_dim != channels:
+            wrong.append(f"latent_dim: expected {channels}, the encoder's last channels, found {latent_dim!r}")
     if wrong:
         raise ConversionError(f"{source}, expected to be a snac's:\n" + "\n".join(wrong))
     return build_config(CodecConfig, {ours: values[theirs] for theirs, ours in _FIELDS.items()}, source)
 
 
 def config_to_json(config: CodecConfig) -> dict[str, Any]:
-    """A CodecConfig as the content of snac's config.json, which are also the arguments of `snac.SNAC`."""
+    """The content of snac's config.json for a codec, which are also the arguments of `snac.SNAC`."""
     values = {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     return {**values, "attn_window_size": None, "depthwise": True}
 
 
-def read(folder: str | Path) -> tuple[CodecConfig, dict[str, np.ndarray]]:
+def read(folder: str | Path) -> tuple[CodecConfig, dict[str, LazyTensor]]:
     """Read a folder as snac publishes it: config.json with model.safetensors or pytorch_model.bin.
 
     Returns:
-        The config, and the parameters by our names.
+        The config, and the tensors by our names; none is read yet.
 
     Raises:
-        ConversionError: a file is missing or damaged, or its content is not a codec of the kind we have.
-        ImportError: the weights are pytorch_model.bin and torch is not installed.
+        ConversionError: a file is missing or damaged, or its content is not a codec that we support.
+        CheckpointError: model.safetensors is damaged.
+        MissingExtraError: the weights are pytorch_model.bin and torch is not installed.
     """
     folder = Path(folder)
     config = config_from_json(read_json(folder / CONFIG), str(folder / CONFIG))
     if (file := folder / WEIGHTS).is_file():
-        try:
-            state = safetensors.numpy.load_file(file)
-        except SafetensorError as error:
-            raise ConversionError(f"{file}: expected safetensors, found {error}") from None
-    elif (file := folder / "pytorch_model.bin").is_file():
-        state = _read_bin(file)
+        state = open_safetensors(folder)
+    elif (file := folder / TORCH_WEIGHTS).is_file():
+        state = open_state_dict(file)
     else:
-        raise ConversionError(f"{folder}: expected model.safetensors or pytorch_model.bin, found neither")
-    return config, from_torch(state, config, str(file))
+        raise ConversionError(f"{folder}: expected {WEIGHTS} or {TORCH_WEIGHTS}, found neither")
+    return config, from_state(state, config, str(file))
 
 
-def write(folder: Path, config: CodecConfig, params: Mapping[str, np.ndarray]) -> None:
-    """Write `config.json` and `pytorch_model.bin`, float32: what `snac.SNAC.from_pretrained` reads.
+def write(folder: Path, config: CodecConfig, tensors: Tensors) -> None:
+    """Write `config.json` and `pytorch_model.bin`, which `snac.SNAC.from_pretrained` reads.
+
+    All tensors are float32, as in the published files: a length times a rounded direction would be another weight.
 
     Args:
         folder: exists.
-        config: the codec's.
-        params: arrays by our names.
+        config: the codec's config.
+        tensors: by our names, of any floating point type.
 
     Raises:
-        ConversionError: lists every parameter that is missing, unknown or misshapen.
-        ImportError: torch is not installed.
+        ConversionError: lists every tensor that is missing, unknown or misshapen.
+        MissingExtraError: torch is not installed.
     """
-    file = folder / "pytorch_model.bin"
-    torch = import_torch(file)
-    exact = {name: np.asarray(array, np.float32) for name, array in params.items()}
-    state = {name: torch.from_numpy(array.copy()) for name, array in to_torch(exact, config).items()}
-    torch.save(state, file)
+    exact = {name: tensor.cast(np.float32) for name, tensor in tensors.items()}
+    write_state_dict(folder / TORCH_WEIGHTS, to_state(exact, config))
     write_json(folder / CONFIG, config_to_json(config))
 
 
-def _read_bin(file: Path) -> dict[str, np.ndarray]:
-    torch = import_torch(file)
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ConversionError(f"{file}: expected tensors saved by torch, found {error}") from None
-    return {name: tensor.numpy() for name, tensor in tensors.items()}
+def _present_name(name: str) -> str:
+    ending = next((ending for ending in _OLD_NAMES if name.endswith(ending)), "")
+    return name.removesuffix(ending) + _OLD_NAMES[ending] if ending else name
 
 
-def _table(config: CodecConfig) -> list[_Entry]:
-    """Every parameter of the codec, with its name and shape in torch."""
-    table: list[_Entry] = []
+def _table(config: CodecConfig) -> list[Entry]:
+    return [*_encoder(config), *_quantizers(config), *_decoder(config)]
 
-    def plain(ours: str, theirs: str, *shape: int) -> None:
-        table.append(_Entry(ours, theirs, shape, tuple(range(len(shape))), split=False))
 
-    def snake(ours: str, theirs: str, D: int) -> None:
-        table.append(_Entry(f"{ours}.alpha", f"{theirs}.alpha", (1, D, 1), (1,), split=False))
-
-    def conv(ours: str, theirs: str, shape: tuple[int, int, int], axes: tuple[int, ...], bias: int) -> None:
-        table.append(_Entry(f"{ours}.weight", theirs, shape, axes, split=True))
-        if bias:
-            plain(f"{ours}.bias", f"{theirs}.bias", bias)
-
-    def depthwise(ours: str, theirs: str, D: int) -> None:
-        conv(ours, theirs, (D, 1, 7), (2, 0), D)
-
-    def pointwise(ours: str, theirs: str, inputs: int, outputs: int, bias: bool = True) -> None:
-        conv(ours, theirs, (outputs, inputs, 1), (1, 0), outputs if bias else 0)
-
-    def units(ours: str, theirs: str, first: int, D: int) -> None:
-        for index in range(3):
-            unit, block = f"{ours}.units.{index}", f"{theirs}.{first + index}.block"
-            snake(f"{unit}.snake_in", f"{block}.0", D)
-            depthwise(f"{unit}.depthwise", f"{block}.1", D)
-            snake(f"{unit}.snake_out", f"{block}.2", D)
-            pointwise(f"{unit}.pointwise", f"{block}.3", D, D)
-
+def _encoder(config: CodecConfig) -> list[Entry]:
     D = config.encoder_dim
-    depthwise("encoder.conv_in", "encoder.block.0", D)
+    table = _depthwise("encoder.block.0", "encoder.conv_in", D)
     for index, rate in enumerate(config.encoder_rates):
-        block, theirs = f"encoder.blocks.{index}", f"encoder.block.{index + 1}.block"
-        units(block, theirs, 0, D)
-        snake(f"{block}.snake", f"{theirs}.3", D)
-        conv(f"{block}.down", f"{theirs}.4", (2 * D, D, 2 * rate), (2, 1, 0), 2 * D)
+        theirs, ours = f"encoder.block.{index + 1}.block", f"encoder.blocks.{index}"
+        table += _residual_units(theirs, ours, D, first=0)
+        table.append(_snake(f"{theirs}.3", f"{ours}.snake", D))
+        table += _conv(f"{theirs}.4", f"{ours}.down", (2 * D, D, 2 * rate), (2, 1, 0), bias=2 * D)
         D *= 2
-    depthwise("encoder.conv_out", f"encoder.block.{len(config.encoder_rates) + 1}", D)
+    return table + _depthwise(f"encoder.block.{len(config.encoder_rates) + 1}", "encoder.conv_out", D)
 
+
+def _quantizers(config: CodecConfig) -> list[Entry]:
+    D, size = config.encoder_dim * 2 ** len(config.encoder_rates), config.codebook_dim
+    table = []
     for index in range(len(config.vq_strides)):
-        quantizer, theirs = f"quantizers.{index}", f"quantizer.quantizers.{index}"
-        pointwise(f"{quantizer}.project_in", f"{theirs}.in_proj", D, config.codebook_dim)
-        plain(f"{quantizer}.codebook", f"{theirs}.codebook.weight", config.codebook_size, config.codebook_dim)
-        pointwise(f"{quantizer}.project_out", f"{theirs}.out_proj", config.codebook_dim, D)
-
-    depthwise("decoder.conv_in", "decoder.model.0", D)
-    pointwise("decoder.project", "decoder.model.1", D, config.decoder_dim)
-    D = config.decoder_dim
-    for index, rate in enumerate(config.decoder_rates):
-        block, theirs = f"decoder.blocks.{index}", f"decoder.model.{index + 2}.block"
-        snake(f"{block}.snake", f"{theirs}.0", D)
-        conv(f"{block}.up", f"{theirs}.1", (D, D // 2, 2 * rate), (0, 2, 1), D // 2)
-        D //= 2
-        if config.noise:
-            pointwise(f"{block}.noise", f"{theirs}.2.linear", D, D, bias=False)
-        units(block, theirs, 3 if config.noise else 2, D)
-    after = len(config.decoder_rates) + 2
-    snake("decoder.snake", f"decoder.model.{after}", D)
-    conv("decoder.conv_out", f"decoder.model.{after + 1}", (1, D, 7), (1, 2), 1)
+        theirs, ours = f"quantizer.quantizers.{index}", f"quantizers.{index}"
+        table += _pointwise(f"{theirs}.in_proj", f"{ours}.project_in", D, size)
+        table.append(rename(f"{theirs}.codebook.weight", f"{ours}.codebook", (config.codebook_size, size)))
+        table += _pointwise(f"{theirs}.out_proj", f"{ours}.project_out", size, D)
     return table
 
 
-def _fold(lengths: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    return directions * (lengths / _norm(directions))
+def _decoder(config: CodecConfig) -> list[Entry]:
+    latent, D = config.encoder_dim * 2 ** len(config.encoder_rates), config.decoder_dim
+    table = _depthwise("decoder.model.0", "decoder.conv_in", latent)
+    table += _pointwise("decoder.model.1", "decoder.project", latent, D)
+    for index, rate in enumerate(config.decoder_rates):
+        theirs, ours = f"decoder.model.{index + 2}.block", f"decoder.blocks.{index}"
+        table.append(_snake(f"{theirs}.0", f"{ours}.snake", D))
+        table += _conv(f"{theirs}.1", f"{ours}.up", (D, D // 2, 2 * rate), (0, 2, 1), bias=D // 2)
+        D //= 2
+        if config.noise:
+            table += _pointwise(f"{theirs}.2.linear", f"{ours}.noise", D, D, bias=False)
+        table += _residual_units(theirs, ours, D, first=3 if config.noise else 2)
+    last = len(config.decoder_rates) + 2
+    table.append(_snake(f"decoder.model.{last}", "decoder.snake", D))
+    return table + _conv(f"decoder.model.{last + 1}", "decoder.conv_out", (1, D, 7), (0, 1, 2), (D, 7), bias=1)
 
 
-def _unfold(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    lengths = _norm(weight)
-    # Zeros have no direction, and torch would divide by zero: any direction of length zero is the same
-    # weight.
-    return lengths, np.where(lengths == 0, np.ones((), weight.dtype), weight)
+def _residual_units(theirs: str, ours: str, D: int, first: int) -> list[Entry]:
+    """Three units, which are the layers `first` to `first + 2` of a block of theirs."""
+    table = []
+    for index in range(3):
+        block, unit = f"{theirs}.{first + index}.block", f"{ours}.units.{index}"
+        table.append(_snake(f"{block}.0", f"{unit}.snake_in", D))
+        table += _depthwise(f"{block}.1", f"{unit}.depthwise", D)
+        table.append(_snake(f"{block}.2", f"{unit}.snake_out", D))
+        table += _pointwise(f"{block}.3", f"{unit}.pointwise", D, D)
+    return table
+
+
+def _snake(theirs: str, ours: str, D: int) -> Entry:
+    return reshape(f"{theirs}.alpha", f"{ours}.alpha", (1, D, 1), (D,))
+
+
+def _depthwise(theirs: str, ours: str, D: int) -> list[Entry]:
+    return _conv(theirs, ours, (D, 1, 7), (2, 1, 0), (7, D), bias=D)
+
+
+def _pointwise(theirs: str, ours: str, inputs: int, outputs: int, *, bias: bool = True) -> list[Entry]:
+    return _conv(theirs, ours, (outputs, inputs, 1), (2, 1, 0), (inputs, outputs), bias=outputs if bias else 0)
+
+
+def _conv(
+    theirs: str, ours: str, shape: Shape, order: tuple[int, ...], our_shape: Shape | None = None, *, bias: int
+) -> list[Entry]:
+    """The two tensors of a weight and our one: their product, transposed to `order`, then reshaped; and a bias.
+
+    Args:
+        theirs: their name of the layer.
+        ours: our name.
+        shape: of their weight.
+        order: their axes in our order.
+        our_shape: of our weight, if axes of size 1 are left out.
+        bias: its size; 0 for none.
+    """
+    transposed = tuple(shape[axis] for axis in order)
+    our_shape = our_shape or transposed
+
+    def fold(length: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray]:
+        direction = direction.astype(np.float32, copy=False)
+        weight = direction * (length.astype(np.float32) / _norm(direction))
+        return (np.ascontiguousarray(weight.transpose(order).reshape(our_shape)),)
+
+    def unfold(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        array = array.astype(np.float32, copy=False).reshape(transposed)
+        weight = np.ascontiguousarray(array.transpose(np.argsort(order)))
+        length = _norm(weight)
+        # Zeros have no direction, and torch would divide by zero: any direction of length zero is the same weight.
+        return length, np.where(length == 0, np.ones((), weight.dtype), weight)
+
+    pair = {theirs + _LENGTH: (shape[0], 1, 1), theirs + _DIRECTION: shape}
+    weight = Entry(pair, {f"{ours}.weight": our_shape}, fold, unfold)
+    return [weight, *([rename(f"{theirs}.bias", f"{ours}.bias", (bias,))] if bias else [])]
 
 
 def _norm(array: np.ndarray) -> np.ndarray:

@@ -1,17 +1,21 @@
-"""Moving weights between layouts: a table with one entry per published tensor, and its checks.
+"""Conversion tables: which published tensors are which of ours, and how to compute one from the other, both ways.
 
-An entry says how one of their tensors becomes one or several of ours, and back. Tensors are lazy: a table makes
-a mapping of tensors from a mapping of tensors, and nothing is read until the result is.
+A format is described by a list of entries. Most are made by `rename`, `reshape`, `transpose` or `pad`:
+
+    table = [
+        rename("model.norm.weight", "norm.scale", (D,)),
+        reshape("model.layers.0.self_attn.q_proj.weight", "trunk.layers.0.attention.q.weight", (N * H, D), (N, H, D)),
+    ]
+
+`to_ours` and `to_theirs` apply a table to a mapping of lazy tensors and return another one: names, shapes and types
+are checked at once, values are read and converted when a result is read. Every result has the type of its source.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -20,160 +24,138 @@ from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
 from omni_jax.errors import ConversionError
 from omni_jax.shapes import shape_mismatches
 
-FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
+FLOAT_DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 """Types that weights may have."""
 
-
-CONFIG = "config.json"
-
-
-WEIGHTS = "model.safetensors"
-
-
-INDEX = "model.safetensors.index.json"
-"""Files of a folder as transformers writes it; snac's config has the same name."""
-
-
 Shape = tuple[int, ...]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file holds.
-
-    Raises:
-        ConversionError: the file is missing or holds something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path}: expected JSON, found {error}") from None
-    if not isinstance(values, dict):
-        raise ConversionError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write an object as `read_json` reads it."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files in a folder as transformers' `save_pretrained` writes it: one, or shards.
-
-    Raises:
-        ConversionError: there are neither weights nor an index, or the index is damaged.
-    """
-    if (folder / WEIGHTS).is_file():
-        return [WEIGHTS]
-    if (folder / INDEX).is_file():
-        return sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-    raise ConversionError(f"{folder}: expected {WEIGHTS} or {INDEX}, found neither")
-
-
-def import_torch(file: Path) -> Any:
-    """PyTorch, without which a file can be neither read nor written.
-
-    Raises:
-        ImportError: it is not installed; names the file.
-    """
-    try:
-        import torch
-    except ImportError:
-        raise ImportError(f"{file}: this format needs PyTorch: pip install omni-jax[torch]") from None
-    return torch
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of our tensors, cut out of one of theirs."""
-
-    name: str
-    shape: Shape
-    take: Callable[[np.ndarray], np.ndarray]
+Function = Callable[..., Sequence[np.ndarray]]
+"""From the arrays on one side of an entry to those on the other, both in the order of their names."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One of their tensors and what it is in ours."""
+    """Some of their tensors, the tensors of ours that hold the same values, and the functions between them."""
 
-    theirs: str
-    shape: Shape
-    parts: tuple[Part, ...]
-    join: Callable[..., np.ndarray]
-    """The inverse of the parts' `take`: our arrays in the order of the parts -> theirs."""
+    theirs: Mapping[str, Shape]
+    ours: Mapping[str, Shape]
+    to_ours: Function
+    to_theirs: Function
 
 
-def same(theirs: str, ours: str, shape: Shape, our_shape: Shape | None = None) -> Entry:
-    """An entry of one tensor that is the same in both worlds, perhaps with its axes split or merged."""
-    our_shape = our_shape or shape
+def rename(theirs: str, ours: str, shape: Shape) -> Entry:
+    """One tensor that is the same on both sides."""
+    return reshape(theirs, ours, shape, shape)
+
+
+def reshape(theirs: str, ours: str, shape: Shape, our_shape: Shape) -> Entry:
+    """One tensor whose axes are split or merged; `shape` is theirs."""
     if math.prod(shape) != math.prod(our_shape):
-        raise ValueError(f"{theirs} {shape} cannot be {ours} {our_shape}: another number of elements")
-    part = Part(ours, our_shape, lambda array: array.reshape(our_shape))
-    return Entry(theirs, shape, (part,), lambda array: array.reshape(shape))
+        raise ValueError(f"{theirs} {shape} cannot be {ours} {our_shape}: different numbers of elements")
+    return Entry(
+        {theirs: shape},
+        {ours: our_shape},
+        lambda array: (array.reshape(our_shape),),
+        lambda array: (array.reshape(shape),),
+    )
 
 
-def filled(theirs: str, ours: str, shape: Shape, our_shape: Shape) -> Entry:
-    """An entry of one tensor that is filled up with zeros in theirs, at the end of every axis that is longer there."""
-    if shape == our_shape:
-        return same(theirs, ours, shape)
-    rest = [(0, wide - narrow) for wide, narrow in zip(shape, our_shape, strict=True)]
+def transpose(theirs: str, ours: str, shape: Shape, order: tuple[int, ...]) -> Entry:
+    """One tensor whose axes are permuted; `order` names their axes in our order."""
+    return Entry(
+        {theirs: shape},
+        {ours: tuple(shape[axis] for axis in order)},
+        lambda array: (np.ascontiguousarray(array.transpose(order)),),
+        lambda array: (np.ascontiguousarray(array.transpose(np.argsort(order))),),
+    )
+
+
+def pad(theirs: str, ours: str, shape: Shape, our_shape: Shape) -> Entry:
+    """One tensor that is larger in theirs: padded with zeros at the end of each axis."""
+    widths = [(0, wide - narrow) for wide, narrow in zip(shape, our_shape, strict=True)]
     inside = tuple(slice(size) for size in our_shape)
-    part = Part(ours, our_shape, lambda array: array[inside])
-    return Entry(theirs, shape, (part,), lambda array: np.pad(array, rest))
+    return Entry(
+        {theirs: shape},
+        {ours: our_shape},
+        lambda array: (array[inside],),
+        lambda array: (np.pad(array, widths) if shape != our_shape else array,),
+    )
 
 
 def to_ours(table: Sequence[Entry], tensors: Tensors, source: str) -> dict[str, LazyTensor]:
-    """Their tensors in our layout, each of its own type.
+    """Their tensors in our layout.
+
+    Args:
+        table: one entry or more for every tensor.
+        tensors: by their names.
+        source: where the tensors come from, for errors.
 
     Raises:
-        ConversionError: names every tensor that is missing, unknown, misshapen or not floating point.
+        ConversionError: lists every tensor that is missing, unknown, misshapen or of another type.
     """
-    check(tensors, {entry.theirs: entry.shape for entry in table}, source)
-
-    def part_of(tensor: LazyTensor, part: Part) -> LazyTensor:
-        return LazyTensor(part.shape, tensor.dtype, lambda: part.take(tensor.read()))
-
-    return {part.name: part_of(tensors[entry.theirs], part) for entry in table for part in entry.parts}
+    check(tensors, their_shapes(table), source)
+    return _apply([(entry.theirs, entry.ours, entry.to_ours) for entry in table], tensors)
 
 
 def to_theirs(table: Sequence[Entry], tensors: Tensors, source: str) -> dict[str, LazyTensor]:
     """Our tensors in their layout; the inverse of `to_ours`.
 
-    Tensors of different types that become one take the type that holds them all.
-
     Raises:
-        ConversionError: names every tensor that is missing, unknown, misshapen or not floating point.
+        ConversionError: lists every tensor that is missing, unknown, misshapen or of another type.
     """
-    check(tensors, {part.name: part.shape for entry in table for part in entry.parts}, source)
+    check(tensors, {name: shape for entry in table for name, shape in entry.ours.items()}, source)
+    return _apply([(entry.ours, entry.theirs, entry.to_theirs) for entry in table], tensors)
 
-    def whole(entry: Entry) -> LazyTensor:
-        parts = [tensors[part.name] for part in entry.parts]
-        dtypes = {part.dtype for part in parts}
-        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-        return LazyTensor(
-            entry.shape, dtype, lambda: entry.join(*(part.read().astype(dtype, copy=False) for part in parts))
-        )
 
-    return {entry.theirs: whole(entry) for entry in table}
+def their_shapes(table: Sequence[Entry]) -> dict[str, Shape]:
+    """Name and shape of each of their tensors."""
+    return {name: shape for entry in table for name, shape in entry.theirs.items()}
+
+
+def _apply(
+    steps: Sequence[tuple[Mapping[str, Shape], Mapping[str, Shape], Function]], tensors: Tensors
+) -> dict[str, LazyTensor]:
+    """The tensors that each step computes from its inputs: (shapes of inputs, shapes of outputs, function)."""
+    results = {}
+    for inputs, outputs, function in steps:
+        sources = [tensors[name] for name in inputs]
+        for index, (name, shape) in enumerate(outputs.items()):
+            results[name] = _result(function, sources, index, shape)
+    return results
+
+
+def _result(function: Function, sources: Sequence[LazyTensor], index: int, shape: Shape) -> LazyTensor:
+    """One of the arrays that a function returns."""
+    dtypes = {source.dtype for source in sources}
+    # Tensors of different types that become one take the type that holds them all.
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+    def read() -> np.ndarray:
+        arrays = function(*(source.read().astype(dtype, copy=False) for source in sources))
+        return arrays[index].astype(dtype, copy=False)
+
+    return LazyTensor(shape, dtype, read)
 
 
 def check(found: Tensors, expected: Mapping[str, Shape], source: str) -> None:
-    """Compare what was found with what a layout needs.
+    """Compare tensors with those that a layout needs.
 
     Raises:
-        ConversionError: one line per tensor that is missing, misshapen, unknown or not floating point.
+        ConversionError: one line for each of the `mismatches`.
     """
-    wrong = shape_mismatches(found, expected)
-    wrong += [
-        f"{name}: expected floating point, found {tensor.dtype}"
-        for name, tensor in found.items()
-        if name in expected and tensor.dtype not in FLOATS
-    ]
-    if wrong:
+    if wrong := mismatches(found, expected):
         raise ConversionError(f"{source}:\n" + "\n".join(wrong))
 
 
-def identical(one: LazyTensor, other: LazyTensor) -> bool:
+def mismatches(found: Tensors, expected: Mapping[str, Shape]) -> list[str]:
+    """One line per tensor that is missing, misshapen, unknown or of a type that weights do not have."""
+    return shape_mismatches(found, expected) + [
+        f"{name}: expected {', '.join(map(str, FLOAT_DTYPES))}, found {tensor.dtype}"
+        for name, tensor in found.items()
+        if name in expected and tensor.dtype not in FLOAT_DTYPES
+    ]
+
+
+def is_identical(one: LazyTensor, other: LazyTensor) -> bool:
     """Whether two tensors of the same shape hold the same bytes; compared a few rows at a time."""
     a, b = one.read(), other.read()
     if a.dtype != b.dtype:

@@ -1,1 +1,1 @@
-"""Spoken exchanges on disk, and the batches that training draws from them."""
+"""Corpora, records of spoken exchanges, and the batches that training reads."""

@@ -1,7 +1,7 @@
-"""Prepares a corpus as an Apache Beam pipeline: each part of it is an element, whatever cluster runs it.
+"""Runs `omni_jax.data.prepare` as an Apache Beam pipeline whose elements are the shards of the source.
 
-Needs `pip install 'omni-jax[beam]'`. Corpus and records are files: every worker must see both folders at the same
-path, on a shared or mounted file system. Shards and notes are those that one process would have written.
+Needs `pip install 'omni-jax[beam]'`. Source and records are files: every worker must see both folders at the same
+path, on a shared or mounted file system. The files that workers write are identical to those of a single process.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from omni_jax.data import shards
+from omni_jax.data.shards import Job, ShardWriter
 
 
-class Write(beam.DoFn):
-    """Writes the shard and the note of each unit."""
+class WriteShard(beam.DoFn):
+    """Writes the record shard, and its manifest, of each shard of the source."""
 
-    def __init__(self, write: shards.ShardWriter):
-        self.write = write
+    def __init__(self, writer: ShardWriter):
+        self.writer = writer
 
-    def process(self, element: shards.Job) -> None:
-        """A unit, with its number and its mark."""
-        self.write(*element)
+    def process(self, element: Job) -> None:
+        """Write one shard."""
+        self.writer.write(*element)
 
 
-def run(write: shards.ShardWriter, jobs: Sequence[shards.Job], options: Sequence[str]) -> None:
-    """Run the pipeline to its end.
+def run(writer: ShardWriter, jobs: Sequence[Job], options: Sequence[str]) -> None:
+    """Run the pipeline and wait for its end.
 
     Args:
-        write: to be sent to the workers.
-        jobs: parts to read.
-        options: Beam's, as on a command line; without a runner it is the direct one, in this process.
+        writer: pickled and sent to the workers.
+        jobs: shards to write.
+        options: pipeline options of Beam, as on a command line. Without `--runner`, it runs in this process.
     """
     with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
-        # Without the shuffle a runner may leave all parts to the worker that made the list.
-        parts: Any = pipeline | beam.Create(list(jobs)) | beam.Reshuffle()
-        _ = parts | beam.ParDo(Write(write))
+        # Without the shuffle, a runner may leave all shards to the worker that created the list.
+        shards: Any = pipeline | beam.Create(list(jobs)) | beam.Reshuffle()
+        _ = shards | beam.ParDo(WriteShard(writer))

@@ -1,10 +1,11 @@
-"""One spoken exchange on disk: a record of an ArrayRecord file, and the folders that hold many of them.
+"""Spoken exchanges on disk: the format of a record, and folders of ArrayRecord files that hold many of them.
 
-A record is a header (magic, version, length and CRC-32 of the rest) and a msgpack map of the fields. The question
-is 16-bit audio at 16 kHz in FLAC, which gives back every sample; the answer is its codec codes, 14 bytes a frame.
+A record is a header (magic, version, length and CRC-32 of the body) and a body, a msgpack map of the fields. The
+question is 16-bit audio at 16 kHz in FLAC, which is lossless; the answer is its codec codes, 14 bytes per frame.
 
-A folder holds `00000.array_record`, `00001.array_record`, ... and, once its writer is done, `index.json`: what is in
-it, and the sign that nothing is missing. Every file appears whole under its name or not at all.
+A folder has the shards `00000.array_record`, `00001.array_record`, ... and `index.json`, which is written last: it
+says what the folder contains and that it is complete. Every file is written under a temporary name and renamed when
+it is whole.
 """
 
 from __future__ import annotations
@@ -33,72 +34,60 @@ from omni_jax.tasks import Task
 from omni_jax.vocab import NUM_CODEBOOKS
 
 VERSION = 1
-"""Of records and of the index; a reader accepts its own only."""
-
-
+"""Format version of records and of the index. A reader accepts no other."""
 INDEX = "index.json"
-
-
-SUFFIX = ".array_record"
-
+RECORD_SUFFIX = ".array_record"
+WRITER_OPTIONS = "group_size:1,uncompressed"
+"""Of ArrayRecord: one record per chunk, so that any one is read without its neighbors. FLAC and codes do not compress
+further."""
 
 _MAGIC = b"OMNI"
-
-
 _HEADER = struct.Struct("<4sBII")
-
-
-_TEXTS = ("question_text", "answer_text", "source", "voice")
-
-
-_BYTES = ("question_audio", "answer_codes")
-
-
-# One record to a chunk, so that any one is read without its neighbors; FLAC and codes do not compress further.
-WRITER_OPTIONS = "group_size:1,uncompressed"
+_TEXT_FIELDS = ("question_text", "answer_text", "source", "voice")
+_BINARY_FIELDS = ("question_audio", "answer_codes")
 
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """A question and its answer, each as text, as speech, or as both. What is missing is empty or None."""
+    """A question and its answer, each as text, as speech, or as both. A missing text is empty, missing speech None."""
 
     question_text: str = ""
     question_audio: np.ndarray | None = None
     """int16 [samples] at 16 kHz."""
     answer_text: str = ""
     answer_codes: np.ndarray | None = None
-    """int [F, 7], codes of each frame in slot order, not delayed."""
+    """int [F, 7], codes of each frame in the order of the frame's slots, not delayed."""
     source: str = ""
-    """The corpus it comes from."""
+    """Name of the corpus."""
     voice: str = ""
-    """Who speaks the answer."""
+    """Name of the speaker of the answer."""
 
 
 def serves(exchange: Exchange) -> set[Task]:
-    """The tasks an exchange has everything for."""
-    heard = exchange.question_audio is not None
-    asked = bool(exchange.question_text.strip())
-    answered = bool(exchange.answer_text.strip())
-    spoken = exchange.answer_codes is not None
-    has = {
-        Task.A1A2: heard and answered and spoken,
-        Task.A1T2: heard and answered,
-        Task.A1T1: heard and asked,
-        Task.T1A2: asked and answered and spoken,
-        Task.T1T2: asked and answered,
-        Task.T1A1: answered and spoken,
+    """The tasks that an exchange has everything for."""
+    question_audio = exchange.question_audio is not None
+    question_text = bool(exchange.question_text.strip())
+    answer_audio = exchange.answer_codes is not None
+    answer_text = bool(exchange.answer_text.strip())
+    available = {
+        Task.A1A2: question_audio and answer_text and answer_audio,
+        Task.A1T2: question_audio and answer_text,
+        Task.A1T1: question_audio and question_text,
+        Task.T1A2: question_text and answer_text and answer_audio,
+        Task.T1T2: question_text and answer_text,
+        Task.T1A1: answer_text and answer_audio,
     }
-    return {task for task, yes in has.items() if yes}
+    return {task for task, complete in available.items() if complete}
 
 
 def to_bytes(exchange: Exchange) -> bytes:
-    """An exchange as the bytes of a record.
+    """Encode an exchange as a record.
 
     Raises:
-        RecordError: a field of another type, shape or range than `Exchange` says.
+        RecordError: a field has another type, shape or range than `Exchange` says.
     """
     fields: dict[str, Any] = {}
-    for name in _TEXTS:
+    for name in _TEXT_FIELDS:
         text = getattr(exchange, name)
         if not isinstance(text, str):
             raise RecordError(f"{name}: expected text, found {type(text).__name__}")
@@ -113,24 +102,26 @@ def to_bytes(exchange: Exchange) -> bytes:
 
 
 def from_bytes(data: bytes, *, codebook_size: int = 4096, audio: bool = True) -> Exchange:
-    """The exchange that a record's bytes hold.
+    """Decode a record.
 
     Args:
         data: from `to_bytes`.
-        codebook_size: every code must lie below it.
-        audio: whether to decode the question's audio, which is most of the work; without it, it is None.
+        codebook_size: every code must be below it.
+        audio: whether to decode the question's audio, which is most of the work. If not, `question_audio` is None.
 
     Raises:
-        RecordError: truncated, damaged, of another version, a field is missing, unknown or of a wrong type, codes
-            out of shape or range, or audio that cannot be decoded.
+        RecordError: the record is truncated, damaged or of another version; a field is missing, unknown or of a
+            wrong type; codes have a wrong shape or range; or the audio cannot be decoded.
     """
-    fields = _open(data)
-    if set(fields) != {*_TEXTS, *_BYTES}:
-        raise RecordError(f"expected the fields {', '.join((*_TEXTS, *_BYTES))}, found {', '.join(map(str, fields))}")
-    for names, kinds in ((_TEXTS, str), (_BYTES, (bytes, type(None)))):
+    fields = _unpack_fields(data)
+    if set(fields) != {*_TEXT_FIELDS, *_BINARY_FIELDS}:
+        raise RecordError(
+            f"expected the fields {', '.join((*_TEXT_FIELDS, *_BINARY_FIELDS))}, found {', '.join(map(str, fields))}"
+        )
+    for names, types in ((_TEXT_FIELDS, str), (_BINARY_FIELDS, (bytes, type(None)))):
         for name in names:
-            if not isinstance(fields[name], kinds):
-                expected = "text" if kinds is str else "bytes or nothing"
+            if not isinstance(fields[name], types):
+                expected = "text" if types is str else "bytes or nothing"
                 raise RecordError(f"{name}: expected {expected}, found {type(fields[name]).__name__}")
     flac, packed = fields["question_audio"], fields["answer_codes"]
     fields["question_audio"] = None if flac is None or not audio else _from_flac(flac)
@@ -140,35 +131,40 @@ def from_bytes(data: bytes, *, codebook_size: int = 4096, audio: bool = True) ->
 
 @dataclass
 class RecordCounts:
-    """What some exchanges are, in sum."""
+    """Totals over exchanges, as the index states them."""
 
     exchanges: int = 0
     samples: int = 0
-    """Of questions."""
+    """Samples of question audio at 16 kHz."""
     frames: int = 0
-    """Of answers."""
+    """Frames of answer codes."""
     sources: Counter[str] = field(default_factory=Counter)
+    """Exchanges by `Exchange.source`."""
     tasks: Counter[str] = field(default_factory=Counter)
-    """How many can serve each."""
+    """Exchanges that can serve each task; one exchange can serve several."""
 
     def add(self, exchange: Exchange, tasks: Iterable[Task]) -> None:
-        """Count one, and the tasks that it `serves`."""
+        """Count an exchange, and the tasks that it `serves`."""
         self.exchanges += 1
         self.samples += 0 if exchange.question_audio is None else len(exchange.question_audio)
         self.frames += 0 if exchange.answer_codes is None else len(exchange.answer_codes)
         self.sources[exchange.source] += 1
         self.tasks.update(task.value for task in tasks)
 
-    def include(self, other: RecordCounts) -> None:
-        """Count what another has counted."""
+    def merge(self, other: RecordCounts) -> None:
+        """Add the totals of another."""
         self.exchanges += other.exchanges
         self.samples += other.samples
         self.frames += other.frames
         self.sources.update(other.sources)
         self.tasks.update(other.tasks)
 
-    def index(self, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """What `index.json` says of a folder with these shards (`file`, `exchanges`), as `Records` reads it."""
+    def to_index(self, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The contents of `index.json`, as `Records` reads it.
+
+        Args:
+            shards: `{"file": NAME, "exchanges": COUNT}` of each shard, in order.
+        """
         return {
             "version": VERSION,
             "exchanges": self.exchanges,
@@ -181,7 +177,7 @@ class RecordCounts:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
@@ -190,33 +186,33 @@ def write_json(path: Path, values: Any) -> None:
 class RecordWriter:
     """Writes a new folder of exchanges; a context manager.
 
-    A shard is written under a temporary name and gets its own when it is complete; `index.json` comes last, and
-    only when the `with` block ends without an exception.
+    A shard is written under a temporary name and renamed when it is complete. `index.json` is written last, and only
+    if the `with` block ends without an exception.
     """
 
     def __init__(self, folder: str | Path, *, shard_size: int = 2048):
         """Start a folder.
 
         Args:
-            folder: made if need be. May hold what a killed writer left under temporary names, which is removed.
-            shard_size: exchanges per file, at about 100 kB each.
+            folder: created if it does not exist. Temporary files of a killed writer are removed from it.
+            shard_size: exchanges per file, of about 100 kB each.
 
         Raises:
-            RecordError: the folder holds records already, or cannot be written to.
+            RecordError: the folder contains records already, or cannot be written to.
         """
         self.folder = Path(folder)
         self.shard_size = shard_size
         self._shards: list[dict[str, Any]] = []
-        self._tally = RecordCounts()
-        self._open: tuple[Path, ArrayRecordWriter] | None = None
-        self._in_shard = 0
+        self._counts = RecordCounts()
+        self._current: tuple[Path, ArrayRecordWriter] | None = None
+        self._shard_length = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(".*.part"):
-                left.unlink()
+            for partial in self.folder.glob(".*.part"):
+                partial.unlink()
         except OSError as error:
             raise RecordError(f"{self.folder}: expected a folder to write to, found {error.strerror}") from None
-        if any(self.folder.glob(f"*{SUFFIX}")) or (self.folder / INDEX).exists():
+        if any(self.folder.glob(f"*{RECORD_SUFFIX}")) or (self.folder / INDEX).exists():
             raise RecordError(
                 f"{self.folder}: expected a folder without records, found some: choose another or empty it"
             )
@@ -225,62 +221,62 @@ class RecordWriter:
         """Append an exchange.
 
         Raises:
-            RecordError: see `to_bytes`; nothing is written then.
+            RecordError: see `to_bytes`. Nothing is written then, and the folder can still be written to.
         """
         data = to_bytes(exchange)
-        if self._open is None:
-            partial = self.folder / f".{len(self._shards):05d}{SUFFIX}.part"
-            self._open = partial, ArrayRecordWriter(str(partial), WRITER_OPTIONS)
-        self._open[1].write(data)
-        self._in_shard += 1
-        self._tally.add(exchange, serves(exchange))
-        if self._in_shard == self.shard_size:
+        if self._current is None:
+            partial = self.folder / f".{len(self._shards):05d}{RECORD_SUFFIX}.part"
+            self._current = partial, ArrayRecordWriter(str(partial), WRITER_OPTIONS)
+        self._current[1].write(data)
+        self._shard_length += 1
+        self._counts.add(exchange, serves(exchange))
+        if self._shard_length == self.shard_size:
             self._finish_shard()
 
     def close(self) -> None:
-        """Complete the last shard and write the index."""
+        """Finish the last shard and write the index."""
         self._finish_shard()
-        write_json(self.folder / INDEX, self._tally.index(self._shards))
+        write_json(self.folder / INDEX, self._counts.to_index(self._shards))
 
     def __enter__(self) -> RecordWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
+        if error_type is None:
             self.close()
-        elif self._open is not None:
-            partial, writer = self._open
-            self._open = None
+        elif self._current is not None:
+            partial, writer = self._current
+            self._current = None
             writer.close()
             partial.unlink(missing_ok=True)
 
     def _finish_shard(self) -> None:
-        if self._open is None:
+        if self._current is None:
             return
-        partial, writer = self._open
+        partial, writer = self._current
         writer.close()
-        name = f"{len(self._shards):05d}{SUFFIX}"
+        name = f"{len(self._shards):05d}{RECORD_SUFFIX}"
         partial.replace(self.folder / name)
-        self._shards.append({"file": name, "exchanges": self._in_shard})
-        self._open, self._in_shard = None, 0
+        self._shards.append({"file": name, "exchanges": self._shard_length})
+        self._current, self._shard_length = None, 0
 
 
 class Records:
-    """A finished folder of records, read in any order; can be sent to another process.
+    """Random access to the records of a complete folder; can be pickled.
 
     Attributes:
-        folder: where it is.
-        index: what `index.json` says.
+        folder: path of the folder.
+        index: contents of `index.json`.
     """
 
     def __init__(self, folder: str | Path):
         """Open a folder.
 
         Raises:
-            RecordError: there is no such folder, its writer has not finished, a shard is missing, it is of another
-                version, or it is empty.
+            RecordError: there is no such folder, it has no index because its writer has not finished, a shard is
+                missing, its version is another, or it is empty.
         """
         self.folder = Path(folder)
         path = self.folder / INDEX
@@ -291,7 +287,7 @@ class Records:
             self._tasks = {task: int(self.index["tasks"][task.value]) for task in Task}
         except FileNotFoundError:
             raise RecordError(
-                f"{self.folder}: expected a folder of records, found no {INDEX}, which their writer leaves when done"
+                f"{self.folder}: expected a folder of records, found no {INDEX}, which is written last"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RecordError(f"{path}: expected the index of a folder of records, found {error!r}") from None
@@ -303,7 +299,7 @@ class Records:
         if not shards:
             raise RecordError(f"{self.folder}: expected at least one exchange, found none")
         self._shards = shards
-        # The range saves opening every shard only to count its records.
+        # Without the range, the data source opens every shard to count its records.
         self._data = ArrayRecordDataSource([f"{self.folder / name}[0:{count}]" for name, count in shards])
 
     def __len__(self) -> int:
@@ -313,14 +309,14 @@ class Records:
         """The bytes of a record.
 
         Raises:
-            RecordError: the file does not give them back.
+            RecordError: the file is damaged there.
         """
         try:
             return self._data[index]
         except RuntimeError as error:
             raise RecordError(str(error)) from None
 
-    def name(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """File and number of a record, for messages."""
         for file, count in self._shards:
             if index < count:
@@ -329,12 +325,12 @@ class Records:
         raise IndexError(index)
 
     def count(self, task: Task) -> int:
-        """How many of the exchanges can serve a task, by the index."""
+        """The number of exchanges that can serve a task, according to the index."""
         return self._tasks[task]
 
 
-def _open(data: bytes) -> dict[str, Any]:
-    """The fields of a record, after the header's checks."""
+def _unpack_fields(data: bytes) -> dict[str, Any]:
+    """The fields of a record, after checking its header."""
     if len(data) < _HEADER.size:
         raise RecordError(f"truncated: expected at least {_HEADER.size} bytes, found {len(data)}")
     magic, version, length, crc = _HEADER.unpack_from(data)
@@ -371,19 +367,19 @@ def _to_flac(audio: np.ndarray) -> bytes:
 def _from_flac(flac: bytes) -> np.ndarray:
     try:
         with soundfile.SoundFile(io.BytesIO(flac)) as file:
-            kind = (file.format, file.subtype, file.channels, file.samplerate)
-            promised = file.frames
+            encoding = (file.format, file.subtype, file.channels, file.samplerate)
+            declared = file.frames
             audio = file.read(dtype="int16")
     except soundfile.LibsndfileError as error:
         raise RecordError(
             f"question_audio: expected FLAC, found {len(flac)} bytes that cannot be decoded: {error.error_string}"
         ) from None
-    if kind != ("FLAC", "PCM_16", 1, audio_io.SAMPLE_RATE):
+    if encoding != ("FLAC", "PCM_16", 1, audio_io.SAMPLE_RATE):
         raise RecordError(
-            f"question_audio: expected FLAC of 16 bits, one channel, {audio_io.SAMPLE_RATE} Hz, found {kind}"
+            f"question_audio: expected FLAC of 16 bits, one channel, {audio_io.SAMPLE_RATE} Hz, found {encoding}"
         )
-    if len(audio) != promised or not promised:
-        raise RecordError(f"question_audio: expected {promised} samples, at least one, found {len(audio)}")
+    if len(audio) != declared or not declared:
+        raise RecordError(f"question_audio: expected {declared} samples, at least one, found {len(audio)}")
     return audio
 
 
@@ -407,7 +403,8 @@ def _pack_codes(codes: np.ndarray) -> bytes:
 def _unpack_codes(packed: bytes, codebook_size: int) -> np.ndarray:
     if not packed or len(packed) % (2 * NUM_CODEBOOKS):
         raise RecordError(
-            f"answer_codes: expected frames of {NUM_CODEBOOKS} codes, {2 * NUM_CODEBOOKS} bytes each, found {len(packed)} bytes"
+            f"answer_codes: expected frames of {NUM_CODEBOOKS} codes, {2 * NUM_CODEBOOKS} bytes each, "
+            f"found {len(packed)} bytes"
         )
     codes = np.frombuffer(packed, "<u2").reshape(-1, NUM_CODEBOOKS).astype(np.int32)
     if codes.max() >= codebook_size:

@@ -1,4 +1,8 @@
-"""TODO: omni_jax/data/shards.py"""
+"""Writes one shard of a source as a shard of records, and the manifest that says what became of its rows.
+
+A shard of records has its manifest only when it is complete. The manifest's fingerprint says which files, read in
+which way, it was made of: `omni_jax.data.prepare` skips the shards whose fingerprint has not changed.
+"""
 
 from __future__ import annotations
 
@@ -17,32 +21,22 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from omni_jax.config.model import PRESETS, CodecConfig
-from omni_jax.data.records import SUFFIX, WRITER_OPTIONS, RecordCounts, serves, to_bytes, write_json
-from omni_jax.data.sources import PendingExchange, RejectedRow, Source, SourceShard
+from omni_jax.data.records import RECORD_SUFFIX, WRITER_OPTIONS, RecordCounts, serves, to_bytes, write_json
+from omni_jax.data.sources import PendingExchange, RejectedRow, Row, Source, SourceShard
 from omni_jax.errors import RecordError
 
-MANIFEST_SUFFIX = ".note.json"
-
-
-WINDOW = 64
-"""Rows in memory at a time; their answers are sorted by length, so that a batch holds some of like length."""
-
-
-BATCH = 8
+MANIFEST_SUFFIX = ".manifest.json"
+WINDOW_ROWS = 64
+"""Rows in memory at a time. Their answers are sorted by length, so that those of a batch have similar lengths."""
+BATCH_SIZE = 8
 """Answers encoded at once."""
-
-
 FRAME_STEP = 32
-"""Answers are padded to multiples of this many frames before encoding, so that few programs are compiled."""
-
-
-EXAMPLES = 5
-"""Rejected rows of each reason that a note tells of."""
-
+"""Answers are padded to a multiple of this many frames before encoding, so that few shapes are compiled."""
+MAX_EXAMPLES = 5
+"""Rejected rows of each reason that a manifest and the index list."""
 
 Job = tuple[int, SourceShard, str]
-"""A unit to be read: its number, itself, and the mark that its note will have."""
-
+"""A shard to write: its number, the shard of the source, and the fingerprint that its manifest will have."""
 
 Encoder = Callable[..., Any]
 """Audio f32 [B, samples] and `lengths` int32 [B] -> codes int32 [B, F, 7]; see `omni_jax.codec.snac.make_encoder`."""
@@ -50,23 +44,32 @@ Encoder = Callable[..., Any]
 
 @dataclass(frozen=True)
 class CodecSpec:
-    """What answers are encoded by, in whichever process that happens."""
+    """Names the codec that encodes answers; each process loads its own."""
 
     model: str
-    """Whose codec it is: what `Omni.load` takes."""
+    """Model whose codec it is, as `Omni.from_pretrained` takes it."""
 
-    # JAX is imported where sound is encoded: a worker that only reads codes starts in half the time.
+    # `find_release` and the codec import JAX. Workers that read codes, and encode nothing, start in half the time
+    # without it.
 
     @cached_property
     def config(self) -> CodecConfig:
-        """Its shape."""
+        """The codec's shape.
+
+        Raises:
+            CheckpointError: there is no such model.
+        """
         from omni_jax.checkpoint.release import find_release
 
         release = find_release(self.model)
         return (PRESETS[self.model] if release is None else release.config).codec
 
-    def encoder(self) -> Encoder:
-        """Load it."""
+    def load_encoder(self) -> Encoder:
+        """Load the codec.
+
+        Raises:
+            CheckpointError: there is no such model, or its files cannot be used.
+        """
         from flax import nnx
 
         from omni_jax.checkpoint.release import find_release
@@ -78,21 +81,22 @@ class CodecSpec:
 
 @dataclass
 class ShardManifest(RecordCounts):
-    """What became of a unit's rows."""
+    """What became of the rows of a shard."""
 
-    mark: str = ""
-    """Of the unit, and of how it was read."""
+    fingerprint: str = ""
+    """Hash of the files of the source's shard, and of how they were read."""
     source: str = ""
-    """Its name."""
+    """Name of the source."""
     rejected: Counter[str] = field(default_factory=Counter)
+    """Rejected rows by reason."""
     examples: dict[str, list[str]] = field(default_factory=dict)
-    """Of rejected rows: where they stand, and what is wrong."""
+    """Locations and messages of up to `MAX_EXAMPLES` rejected rows of each reason."""
     content: str = ""
     """Hash of the records."""
 
     @classmethod
     def read(cls, path: Path) -> ShardManifest | None:
-        """A note that was written before; None if there is none that can be read."""
+        """Read a manifest; None if there is none, or it is damaged."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             counters = {name: Counter(values[name]) for name in ("sources", "tasks", "rejected")}
@@ -100,111 +104,129 @@ class ShardManifest(RecordCounts):
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def reject(self, place: str, problem: RejectedRow) -> None:
+    def reject(self, location: str, row: RejectedRow) -> None:
         """Count a row that is left out."""
-        self.rejected[problem.reason] += 1
-        examples = self.examples.setdefault(problem.reason, [])
-        if len(examples) < EXAMPLES:
-            examples.append(f"{place}: {problem}")
+        self.rejected[row.reason] += 1
+        examples = self.examples.setdefault(row.reason, [])
+        if len(examples) < MAX_EXAMPLES:
+            examples.append(f"{location}: {row}")
 
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Writes the shards and the notes of a corpus's units, in whichever process that happens."""
+    """Writes the shards of a source, in any process."""
 
     source: Source
     folder: Path
-    """Of the records."""
+    """Folder of the records."""
     codec: CodecSpec | None
-    """See `prepare`."""
+    """Encodes answer audio; None: rows that have some are rejected."""
 
     @cached_property
     def encode(self) -> Encoder | None:
-        """The codec's encoder, loaded once in a process."""
-        return self.codec.encoder() if self.codec is not None else None
+        """The codec's encoder, loaded once per process."""
+        return self.codec.load_encoder() if self.codec is not None else None
 
-    def __call__(self, number: int, unit: SourceShard, mark: str) -> ShardManifest:
-        """Write a unit's shard and, when that is whole, its note, which has this mark."""
-        note, content = ShardManifest(mark=mark, source=self.source.name), hashlib.sha256()
-        shard = shard_path(self.folder, number)
-        # A cluster may begin the same unit twice; the last one whole counts.
-        partial = shard.with_name(f".{shard.name}.{uuid.uuid4().hex}.part")
+    def write(self, number: int, shard: SourceShard, fingerprint: str) -> ShardManifest:
+        """Write a shard of records and then its manifest, which has this fingerprint.
+
+        Raises:
+            ConfigError: the files of the source's shard cannot be read.
+        """
+        manifest, content = ShardManifest(fingerprint=fingerprint, source=self.source.name), hashlib.sha256()
+        path = shard_path(self.folder, number)
+        # A cluster may write the same shard twice at once; the last one that is complete stays.
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
         try:
-            rows = self.source.rows(unit)
-            while window := list(itertools.islice(rows, WINDOW)):
-                for draft, place in _encoded(window, note, self.codec, self.encode):
+            rows = self.source.rows(shard)
+            while window := list(itertools.islice(rows, WINDOW_ROWS)):
+                for location, pending in self._load_window(window, manifest):
+                    exchange = pending.exchange
                     try:
-                        data = to_bytes(draft.exchange)
+                        data = to_bytes(exchange)
                     except RecordError as error:
-                        note.reject(place, RejectedRow("not a record", str(error)))
+                        manifest.reject(location, RejectedRow("invalid record", str(error)))
                         continue
-                    tasks = serves(draft.exchange)
+                    tasks = serves(exchange)
                     if not tasks:
-                        note.reject(place, RejectedRow("serves no task"))
+                        manifest.reject(location, RejectedRow("serves no task"))
                         continue
                     writer.write(data)
                     content.update(data)
-                    note.add(draft.exchange, tasks)
+                    manifest.add(exchange, tasks)
         finally:
             writer.close()
-        if note.exchanges:
-            partial.replace(shard)
+        if manifest.exchanges:
+            partial.replace(path)
         else:
-            # An empty file of records can't be read again.
+            # ArrayRecord cannot read a file without records.
             partial.unlink()
-            shard.unlink(missing_ok=True)
-        note.content = content.hexdigest()
-        write_json(manifest_path(self.folder, number), vars(note))
-        return note
+            path.unlink(missing_ok=True)
+        manifest.content = content.hexdigest()
+        write_json(manifest_path(self.folder, number), vars(manifest))
+        return manifest
 
-
-def _encoded(
-    window: list[Any], note: ShardManifest, codec: CodecSpec | None, encode: Encoder | None
-) -> Iterator[tuple[PendingExchange, str]]:
-    drafts: list[tuple[PendingExchange, str]] = []
-    for place, make in window:
-        try:
-            draft = make()
-            if draft.answer_audio is not None and codec is None:
-                raise RejectedRow("answer is sound, and no codec was given")
-            drafts.append((draft, place))
-        except RejectedRow as problem:
-            note.reject(place, problem)
-    answers: list[np.ndarray | None] = [draft.answer_audio for draft, _ in drafts]
-    if codec is None or encode is None or all(answer is None for answer in answers):
-        yield from drafts
-        return
-    for (draft, place), codes in zip(drafts, encode_answers(answers, encode, codec.config), strict=True):
-        if codes is not None:
-            draft = PendingExchange(replace(draft.exchange, answer_codes=codes))
-        yield draft, place
+    def _load_window(self, window: list[Row], manifest: ShardManifest) -> Iterator[tuple[str, PendingExchange]]:
+        """Location and exchange, with encoded answer, of each row that can be used; counts the others."""
+        loaded: list[tuple[str, PendingExchange]] = []
+        for location, load in window:
+            try:
+                pending = load()
+                if pending.answer_audio is not None and self.codec is None:
+                    raise RejectedRow("answer audio without a codec")
+                loaded.append((location, pending))
+            except RejectedRow as row:
+                manifest.reject(location, row)
+        answers = [pending.answer_audio for _, pending in loaded]
+        if self.codec is None or all(answer is None for answer in answers):
+            yield from loaded
+            return
+        assert self.encode is not None
+        for (location, pending), codes in zip(
+            loaded, encode_answers(answers, self.encode, self.codec.config), strict=True
+        ):
+            if codes is not None:
+                pending = PendingExchange(replace(pending.exchange, answer_codes=codes))
+            yield location, pending
 
 
 def encode_answers(
     answers: Sequence[np.ndarray | None], encode: Encoder, codec: CodecConfig
 ) -> list[np.ndarray | None]:
-    """Codes int [F, 7] of each answer f32 [samples], in batches of one size and few lengths."""
-    spoken: list[np.ndarray | None] = [None] * len(answers)
+    """Encode answers in batches of one size and few lengths.
+
+    Args:
+        answers: f32 [samples] each, at the codec's sample rate; None stays None.
+        encode: the codec's encoder.
+        codec: its shape.
+
+    Returns:
+        Codes int32 [F, 7] of each answer, the same as if it were encoded alone.
+    """
+    encoded: list[np.ndarray | None] = [None] * len(answers)
     order = sorted((len(answer), index) for index, answer in enumerate(answers) if answer is not None)
     step = FRAME_STEP * codec.frame_size
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
-        audio = np.zeros((BATCH, -(-rows[-1][0] // step) * step), np.float32)
-        # Rows that are left over hold a frame of silence: a batch has one size, and one program.
-        lengths = np.full(BATCH, codec.frame_size, np.int32)
+    for start in range(0, len(order), BATCH_SIZE):
+        rows = order[start : start + BATCH_SIZE]
+        longest, _ = rows[-1]
+        audio = np.zeros((BATCH_SIZE, -(-longest // step) * step), np.float32)
+        # Unused rows contain one frame of silence: the batch size stays the same, and so does the program.
+        lengths = np.full(BATCH_SIZE, codec.frame_size, np.int32)
         for row, (length, index) in enumerate(rows):
             audio[row, :length] = answers[index]
             lengths[row] = length
         codes = np.asarray(encode(audio, lengths=lengths))
         for row, (length, index) in enumerate(rows):
-            spoken[index] = codes[row, : -(-length // codec.frame_size)]
-    return spoken
+            encoded[index] = codes[row, : -(-length // codec.frame_size)]
+    return encoded
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}{SUFFIX}"
+    """File of the records of a shard."""
+    return folder / f"{number:05d}{RECORD_SUFFIX}"
 
 
 def manifest_path(folder: Path, number: int) -> Path:
+    """File of the manifest of a shard."""
     return folder / f"{number:05d}{MANIFEST_SUFFIX}"

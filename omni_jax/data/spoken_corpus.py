@@ -1,6 +1,7 @@
-"""Gives a corpus in writing its voices: questions in many, answers in one, as Mini-Omni's own data was made.
+"""A corpus of text made into one of speech: questions in many voices, answers in one.
 
-A text corpus goes in, one of spoken exchanges comes out; `omni_jax.data.prepare` writes it, part by part.
+This is how the data of Mini-Omni was made. `SpokenCorpus` wraps a `Source` of text and is a `Source` itself, so that
+`omni_jax.data.prepare` writes it shard by shard.
 """
 
 from __future__ import annotations
@@ -19,108 +20,116 @@ from omni_jax.data.sources import PendingExchange, RejectedRow, Row, Source, Sou
 from omni_jax.data.synthesizers import SpeechSynthesizer, VoiceSpec
 from omni_jax.errors import SynthesisError
 
-TRIES = 3
-"""How often an engine is asked, each time in another of its voices and at another pace, before a row is given up."""
-SPEED = (0.85, 1.2)
-PITCH = (-2.0, 2.0)
-"""Ranges of questions."""
-SILENCE = (0.1, 0.3)
-"""Seconds on each side of a question."""
+MAX_ATTEMPTS = 3
+"""Attempts at a text, questions each time in another voice and at another speed, before its row is rejected."""
+QUESTION_SPEED = (0.85, 1.2)
+"""Range of the speed of questions, relative to the voice's own."""
+QUESTION_PITCH = (-2.0, 2.0)
+"""Range of the pitch of questions, in semitones relative to the voice's own."""
+QUESTION_SILENCE = (0.1, 0.3)
+"""Range of the silence on each side of a question, in seconds."""
 ANSWER_SILENCE = 0.1
-ANSWER_LEVEL = -20.0
-"""RMS of every answer, in dB of full scale."""
+"""Silence on each side of an answer, in seconds."""
+ANSWER_LEVEL_DB = -20.0
+"""RMS level of answers, relative to full scale."""
 
 
 @dataclass(frozen=True)
 class SpokenCorpus:
-    """A corpus whose questions and answers are spoken."""
+    """A source of text whose questions and answers are synthesized as they are read."""
 
     source: Source
-    questions: tuple[VoiceSpec, ...]
-    """Of which one is drawn for each question; empty: questions stay in writing."""
-    answer: VoiceSpec
-    """The first of its voices says all answers."""
-    rate: int = 24_000
-    """Samples per second of answers, the codec's."""
+    question_voices: tuple[VoiceSpec, ...]
+    """One is drawn for each question. Empty: questions stay text."""
+    answer_voice: VoiceSpec
+    """Its first voice speaks all answers."""
+    answer_sample_rate: int = 24_000
+    """The codec's sample rate."""
     seed: int = 0
-    """Of voices, pace, pitch, rooms and noise."""
-    augment: bool = True
-    """Whether questions sound as if recorded somewhere."""
+    """Decides voice, speed, pitch, room and noise of each question."""
+    augment_questions: bool = True
+    """Whether to add room, noise and a microphone's band to questions; see `omni_jax.audio.augment.augment`."""
     max_question_seconds: float = 30.0
     max_answer_seconds: float = 60.0
 
     @property
     def name(self) -> str:
-        """As the corpus it is made of."""
+        """That of the source of text."""
         return self.source.name
 
     @property
     def license(self) -> str:
-        """As the corpus it is made of."""
+        """That of the source of text."""
         return self.source.license
 
-    def units(self) -> list[SourceShard]:
-        """See `Source.units`."""
-        return self.source.units()
+    def shards(self) -> list[SourceShard]:
+        """Those of the source of text."""
+        return self.source.shards()
 
-    def rows(self, unit: SourceShard) -> Iterator[Row]:
-        """See `Source.rows`."""
-        for place, make in self.source.rows(unit):
-            yield place, partial(self._draft, make)
+    def rows(self, shard: SourceShard) -> Iterator[Row]:
+        """The rows of a shard.
 
-    def _draft(self, make: Callable[[], PendingExchange]) -> PendingExchange:
-        exchange = make().exchange
-        # By the text too: a row that stands elsewhere tomorrow sounds as it does today.
+        Raises:
+            MissingExtraError: a package that a voice needs is not installed.
+        """
+        for location, load in self.source.rows(shard):
+            yield Row(location, partial(self._load, load))
+
+    def _load(self, load: Callable[[], PendingExchange]) -> PendingExchange:
+        exchange = load().exchange
+        # From the text, not from the row's location: rows that move in the source are synthesized as before.
         seed = zlib.crc32(f"{self.seed} {exchange.question_text} {exchange.answer_text}".encode())
-        if self.questions:
-            exchange = replace(exchange, question_audio=self._question(exchange.question_text, seed))
-        voice, audio = self._answer(exchange.answer_text)
+        if self.question_voices:
+            exchange = replace(exchange, question_audio=self._speak_question(exchange.question_text, seed))
+        voice, audio = self._speak_answer(exchange.answer_text)
         return PendingExchange(replace(exchange, voice=voice), audio)
 
-    def _question(self, text: str, seed: int) -> np.ndarray:
-        """int16 [samples] at 16 kHz."""
+    def _speak_question(self, text: str, seed: int) -> np.ndarray:
+        """A question as int16 [samples] at 16 kHz."""
         rng, problems = random.Random(seed), []
-        for _ in range(TRIES):
-            voices = rng.choice(self.questions)
-            engine = _open(voices)
-            voice = rng.choice(voices.only or engine.voices())
+        for _ in range(MAX_ATTEMPTS):
+            spec = rng.choice(self.question_voices)
+            synthesizer = _open_synthesizer(spec)
+            voice = rng.choice(spec.voices or synthesizer.voices())
             try:
-                samples, rate = engine.speak(text, voice, rng.uniform(*SPEED), rng.uniform(*PITCH))
+                samples, rate = synthesizer.speak(
+                    text, voice, rng.uniform(*QUESTION_SPEED), rng.uniform(*QUESTION_PITCH)
+                )
             except SynthesisError as error:
                 problems.append(str(error))
                 continue
-            before, after = rng.uniform(*SILENCE), rng.uniform(*SILENCE)
-            sound = augment.pad_silence(samples, rate, audio_io.SAMPLE_RATE, before, after)
-            if self.augment:
-                sound, _ = augment.augment(sound, audio_io.SAMPLE_RATE, seed)
-            return audio_io.to_pcm16(_not_longer(sound, audio_io.SAMPLE_RATE, self.max_question_seconds, "question"))
-        raise RejectedRow("no voice for the question", problems[-1])
+            before, after = rng.uniform(*QUESTION_SILENCE), rng.uniform(*QUESTION_SILENCE)
+            audio = augment.pad_silence(samples, rate, audio_io.SAMPLE_RATE, before, after)
+            if self.augment_questions:
+                audio, _ = augment.augment(audio, audio_io.SAMPLE_RATE, seed)
+            _check_length(audio, audio_io.SAMPLE_RATE, self.max_question_seconds, "question")
+            return audio_io.to_pcm16(audio)
+        raise RejectedRow("question synthesis failed", problems[-1])
 
-    def _answer(self, text: str) -> tuple[str, np.ndarray]:
-        """Who says it, and f32 [samples] at `rate`."""
-        engine = _open(self.answer)
-        voice = (self.answer.only or tuple(engine.voices()))[0]
+    def _speak_answer(self, text: str) -> tuple[str, np.ndarray]:
+        """Name of the voice, and the answer as f32 [samples] at `answer_sample_rate`."""
+        synthesizer = _open_synthesizer(self.answer_voice)
+        voice = (self.answer_voice.voices or tuple(synthesizer.voices()))[0]
         problem = ""
-        for _ in range(TRIES):
+        for _ in range(MAX_ATTEMPTS):
             try:
-                samples, rate = engine.speak(text, voice)
+                samples, rate = synthesizer.speak(text, voice)
             except SynthesisError as error:
                 problem = str(error)
                 continue
-            sound = augment.pad_silence(samples, rate, self.rate, ANSWER_SILENCE, ANSWER_SILENCE)
-            sound = _not_longer(sound, self.rate, self.max_answer_seconds, "answer")
-            return f"{engine.name} {voice}", augment.set_level(sound, ANSWER_LEVEL)
-        raise RejectedRow("no voice for the answer", problem)
+            audio = augment.pad_silence(samples, rate, self.answer_sample_rate, ANSWER_SILENCE, ANSWER_SILENCE)
+            _check_length(audio, self.answer_sample_rate, self.max_answer_seconds, "answer")
+            return f"{synthesizer.name} {voice}", augment.set_level(audio, ANSWER_LEVEL_DB)
+        raise RejectedRow("answer synthesis failed", problem)
 
 
 @cache
-def _open(voices: VoiceSpec) -> SpeechSynthesizer:
-    """Once in each process: some engines load a model."""
-    return voices.open()
+def _open_synthesizer(spec: VoiceSpec) -> SpeechSynthesizer:
+    """Open a synthesizer once per process: some load a model."""
+    return spec.open()
 
 
-def _not_longer(sound: np.ndarray, rate: int, seconds: float, what: str) -> np.ndarray:
-    if len(sound) > seconds * rate:
-        found = f"expected at most {seconds:g} s, found {len(sound) / rate:.1f} s"
-        raise RejectedRow(f"spoken {what} too long", found)
-    return sound
+def _check_length(audio: np.ndarray, sample_rate: int, max_seconds: float, kind: str) -> None:
+    if len(audio) > max_seconds * sample_rate:
+        found = f"expected at most {max_seconds:g} s, found {len(audio) / sample_rate:.1f} s"
+        raise RejectedRow(f"spoken {kind} too long", found)

@@ -1,8 +1,7 @@
-"""Giving text a voice: text-to-speech engines behind one interface, and what a room and a microphone do to a voice.
+"""Text-to-speech synthesizers behind one interface: programs, Python packages and servers.
 
-An engine turns text into samples in one of its voices. What it needs is looked for when it is first used, so that
-this module can be imported where no engine is installed. `trim` takes out what synthesizers leave of silence,
-`augment` makes one clean recording into one of many.
+A synthesizer looks for the program or package that it needs when it is first used, so that this module can be
+imported without any of them.
 """
 
 from __future__ import annotations
@@ -28,54 +27,55 @@ import soundfile
 
 from omni_jax.audio import io as audio_io
 from omni_jax.audio.augment import change_speed
-from omni_jax.errors import SynthesisError
+from omni_jax.errors import MissingExtraError, SynthesisError
 
 SPEED = (0.5, 2.0)
-"""Slowest and fastest, where 1 is the voice's own pace."""
-
-
+"""Lowest and highest speed, relative to the voice's own."""
 PITCH = (-12.0, 12.0)
-"""Lowest and highest, in semitones from the voice's own pitch."""
+"""Lowest and highest pitch, in semitones relative to the voice's own."""
+MIN_PEAK = 1e-3
+"""Output whose samples are all smaller is silence."""
 
 
 class SpeechSynthesizer(Protocol):
-    """A synthesizer."""
+    """Turns text into speech, in one of several voices."""
 
     name: str
-    """In front of its voices' names wherever voices of several engines are listed."""
+    """Prefix of its error messages, and of the names of its voices in records."""
 
     def voices(self) -> list[str]:
-        """The voices that can speak English, in a fixed order.
+        """The voices that speak English, in a fixed order.
 
         Raises:
-            SynthesisError: what the engine needs is not installed.
+            SynthesisError: a program that it needs is not installed.
+            MissingExtraError: a package that it needs is not installed.
         """
         ...
 
     def speak(self, text: str, voice: str, speed: float = 1.0, pitch: float = 0.0) -> tuple[np.ndarray, int]:
-        """Say a text. The same arguments give the same samples.
+        """Synthesize a text. Equal arguments give equal samples.
 
         Args:
-            text: what to say.
+            text: what to say; not blank.
             voice: one of `voices()`.
-            speed: the pace, within `SPEED`; 2 takes half as long.
-            pitch: semitones up or down, within `PITCH`.
+            speed: pace, within `SPEED`; 2 takes half as long.
+            pitch: shift in semitones, within `PITCH`.
 
         Returns:
-            f32 [samples], within -1..1, and samples per second.
+            f32 [samples] within -1..1, and samples per second.
 
         Raises:
-            SynthesisError: what the engine needs is not installed, there is no such voice, the text is blank, speed
-                or pitch out of range, or no sound comes out.
+            SynthesisError: the text is blank, there is no such voice, speed or pitch is out of range, a program that
+                it needs is not installed, or the result is silent.
+            MissingExtraError: a package that it needs is not installed.
         """
         ...
 
 
 class ESpeak:
-    """espeak-ng, a formant synthesizer: a dozen accents of English times a hundred variants of the voice.
+    """The program espeak-ng, a formant synthesizer: a dozen accents of English times a hundred voice variants.
 
-    A voice is an accent or an accent with a variant, `en-us` or `en-us+f2`. The text goes in and the sound comes
-    out through pipes.
+    A voice is an accent, or an accent with a variant: `en-us`, `en-us+f2`. Text and audio pass through pipes.
     """
 
     name = "espeak"
@@ -84,27 +84,27 @@ class ESpeak:
         """Name the program.
 
         Args:
-            program: looked for on PATH.
+            program: a path, or a name to look up on PATH.
         """
         self.program = program
 
     def voices(self) -> list[str]:
-        """See `Engine.voices`."""
-        return list(self._known)
+        """See `SpeechSynthesizer.voices`."""
+        return list(self._voices)
 
     def speak(self, text: str, voice: str, speed: float = 1.0, pitch: float = 0.0) -> tuple[np.ndarray, int]:
-        """See `Engine.speak`; pitch moves the voice's fundamental and leaves its formants."""
-        _check(self, text, voice, self._known, speed, pitch)
-        # 175 words a minute is its default pace; its pitch scale of 0..99 has an octave to 50 steps, 50 as designed.
+        """See `SpeechSynthesizer.speak`; pitch shifts the fundamental and keeps the formants."""
+        _check(self, text, voice, self._voices, speed, pitch)
+        # Its default pace is 175 words per minute. Its pitch scale is 0..99, 50 steps per octave, 50 the default.
         scale = round(min(max(50 + 50 * pitch / 12, 0), 99))
         command = [self.program, "-v", voice, "-s", str(round(175 * speed)), "-p", str(scale), "--stdin", "--stdout"]
-        return _decoded(self, text, _run(command, text, self.name))
+        return _decode_wav(self, text, _run(command, text, self.name))
 
     @cached_property
-    def _known(self) -> dict[str, None]:
+    def _voices(self) -> dict[str, None]:
         accents = []
         for line in _run([self.program, "--voices=en"], "", self.name).decode(errors="replace").splitlines()[1:]:
-            # Priority, language, age and sex, name, file; files in mb/ need voices of another project.
+            # Columns: priority, language, age and sex, name, file. Files in mb/ need voices of the MBROLA project.
             columns = line.split()
             if len(columns) >= 5 and not columns[4].startswith("mb/") and columns[1] != "variant":
                 accents.append(columns[1])
@@ -115,7 +115,7 @@ class ESpeak:
 
 
 class Flite:
-    """Flite, Carnegie Mellon's small synthesizer, and the voices built into it (kal, awb, rms, slt)."""
+    """The program flite, Carnegie Mellon's small synthesizer, with its built-in voices (kal, awb, rms, slt)."""
 
     name = "flite"
 
@@ -123,38 +123,38 @@ class Flite:
         """Name the program.
 
         Args:
-            program: looked for on PATH.
+            program: a path, or a name to look up on PATH.
         """
         self.program = program
 
     def voices(self) -> list[str]:
-        """See `Engine.voices`."""
-        return list(self._known)
+        """See `SpeechSynthesizer.voices`."""
+        return list(self._voices)
 
     def speak(self, text: str, voice: str, speed: float = 1.0, pitch: float = 0.0) -> tuple[np.ndarray, int]:
-        """See `Engine.speak`; pitch is moved by resampling, which makes another speaker's throat of it, too."""
-        _check(self, text, voice, self._known, speed, pitch)
+        """See `SpeechSynthesizer.speak`; pitch is shifted by resampling, which shifts the formants too."""
+        _check(self, text, voice, self._voices, speed, pitch)
         ratio = 2.0 ** (pitch / 12)
         with tempfile.TemporaryDirectory() as folder:
-            # It seeks in its output, so that a pipe will not do.
+            # It seeks in its output, which a pipe does not allow.
             file = Path(folder) / "speech.wav"
             stretch = f"duration_stretch={ratio / speed:.4f}"
             _run([self.program, "-voice", voice, "--setf", stretch, "-t", text, "-o", str(file)], "", self.name)
-            samples, rate = _decoded(self, text, file.read_bytes() if file.exists() else b"")
+            samples, rate = _decode_wav(self, text, file.read_bytes() if file.exists() else b"")
         return change_speed(samples, ratio), rate
 
     @cached_property
-    def _known(self) -> dict[str, None]:
+    def _voices(self) -> dict[str, None]:
         listing = _run([self.program, "-lv"], "", self.name).decode(errors="replace")
         names = listing.partition(":")[2].split()
-        # awb_time can tell the time and nothing else; kal16 is kal at twice the rate.
+        # awb_time can only tell the time; kal16 is kal at twice the sample rate.
         return dict.fromkeys(sorted(set(names) - {"awb_time", "kal" if "kal16" in names else ""}))
 
 
 class HibariTTS:
-    """hibari-tts, a small neural voice, American and female, that carries its weights; 24 kHz.
+    """The package hibari-tts, a small neural synthesizer; 24 kHz.
 
-    Only voices inside the package are offered: others would have to be downloaded.
+    Only voices whose weights are in the package are listed; others would have to be downloaded.
     """
 
     name = "hibari"
@@ -163,231 +163,233 @@ class HibariTTS:
         self._loaded: dict[str, Any] = {}
 
     def voices(self) -> list[str]:
-        """See `Engine.voices`."""
-        return list(self._known)
+        """See `SpeechSynthesizer.voices`."""
+        return list(self._voices)
 
     def speak(self, text: str, voice: str, speed: float = 1.0, pitch: float = 0.0) -> tuple[np.ndarray, int]:
-        """See `Engine.speak`; pitch is moved by resampling, which makes another speaker's throat of it, too."""
-        _check(self, text, voice, self._known, speed, pitch)
+        """See `SpeechSynthesizer.speak`; pitch is shifted by resampling, which shifts the formants too."""
+        _check(self, text, voice, self._voices, speed, pitch)
         ratio = 2.0 ** (pitch / 12)
         if voice not in self._loaded:
             self._loaded[voice] = self._module.Hibari(voice=voice)
         model = self._loaded[voice]
-        # The seed is of the breath in the voice.
+        # The seed decides the breath noise in the voice.
         samples = np.asarray(model(text, speed=speed / ratio, seed=0), np.float32)
-        return change_speed(_sounding(self, text, samples), ratio), int(model.sample_rate)
+        return change_speed(_check_audible(self, text, samples), ratio), int(model.sample_rate)
 
     @cached_property
     def _module(self) -> Any:
-        return _imported(self, "hibari", "hibari-tts")
+        return _import(self, "hibari", "hibari-tts")
 
     @cached_property
-    def _known(self) -> dict[str, None]:
-        self._module  # noqa: B018 - for its error
+    def _voices(self) -> dict[str, None]:
+        self._module  # noqa: B018 - raises if it is not installed
         from hibari.voices import VOICES
 
         return dict.fromkeys(sorted(name for name, about in VOICES.items() if about["bundled"]))
 
 
 class Pico:
-    """SVOX Pico, which spoke in early Android phones, an American and a British woman; 16 kHz. Carries its voices."""
+    """The package ttspico: SVOX Pico, the synthesizer of early Android phones, with two voices; 16 kHz."""
 
     name = "pico"
 
     def voices(self) -> list[str]:
-        """See `Engine.voices`."""
-        return list(self._known)
+        """See `SpeechSynthesizer.voices`."""
+        return list(self._voices)
 
     def speak(self, text: str, voice: str, speed: float = 1.0, pitch: float = 0.0) -> tuple[np.ndarray, int]:
-        """See `Engine.speak`; pitch moves the voice's fundamental and leaves its formants."""
-        _check(self, text, voice, self._known, speed, pitch)
-        # A second text would sound a little different: what it says depends on what it has said before.
+        """See `SpeechSynthesizer.speak`; pitch shifts the fundamental and keeps the formants."""
+        _check(self, text, voice, self._voices, speed, pitch)
+        # An instance is used once: its output depends on the texts before.
         model = self._module.TtsEngine(voice)
-        # Percent; at its own volume loud vowels are cut off.
+        # In percent. At the default volume, loud vowels clip.
         model.volume, model.rate, model.pitch = 50, round(100 * speed), round(100 * 2 ** (pitch / 12))
         samples = audio_io.from_pcm16(np.frombuffer(model.speak(text), np.int16))
-        return _sounding(self, text, samples), 16_000
+        return _check_audible(self, text, samples), 16_000
 
     @cached_property
     def _module(self) -> Any:
-        return _imported(self, "ttspico", "ttspico")
+        return _import(self, "ttspico", "ttspico")
 
     @cached_property
-    def _known(self) -> dict[str, None]:
-        self._module  # noqa: B018 - for its error
+    def _voices(self) -> dict[str, None]:
+        self._module  # noqa: B018 - raises if it is not installed
         return dict.fromkeys(("en-GB", "en-US"))
 
 
 class Command:
-    """Any program that writes a recording: `piper --text {text} --out {out}`, with `{voice}` if it has several."""
+    """Any program that writes an audio file: `piper --text {text} --out {out}`."""
 
     name = "command"
 
     def __init__(self, template: str, voices: Sequence[str] = ("default",)):
-        """Take a command line.
+        """Parse a command line.
 
         Args:
-            template: with `{text}` and `{out}`, the file to write, and perhaps `{voice}`, `{speed}` and `{pitch}`; no
-                shell sees it.
-            voices: what `{voice}` may be.
+            template: words with `{text}` and `{out}`, the file to write, and optionally `{voice}`, `{speed}` and
+                `{pitch}`. It is run without a shell.
+            voices: the values of `{voice}`.
 
         Raises:
-            SynthesisError: `{text}` or `{out}` is missing.
+            SynthesisError: `{text}` or `{out}` is missing, or a quote is not closed.
         """
-        self.words = shlex.split(template)
+        try:
+            self.words = shlex.split(template)
+        except ValueError as error:
+            raise SynthesisError(f"command: expected a command line, found {template!r}: {error}") from None
         if not all(any(f"{{{name}}}" in word for word in self.words) for name in ("text", "out")):
             raise SynthesisError(f"command: expected {{text}} and {{out}} in it, found {template!r}")
-        self._known = dict.fromkeys(voices)
+        self._voices = dict.fromkeys(voices)
 
     def voices(self) -> list[str]:
-        """See `Engine.voices`."""
-        return list(self._known)
+        """See `SpeechSynthesizer.voices`."""
+        return list(self._voices)
 
     def speak(self, text: str, voice: str, speed: float = 1.0, pitch: float = 0.0) -> tuple[np.ndarray, int]:
-        """See `Engine.speak`; a speed or pitch that the command has no place for is made by resampling."""
-        _check(self, text, voice, self._known, speed, pitch)
+        """See `SpeechSynthesizer.speak`; speed and pitch are made by resampling if the template does not have them."""
+        _check(self, text, voice, self._voices, speed, pitch)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "speech.wav"
             values = {"text": text, "out": str(file), "voice": voice, "speed": f"{speed:g}", "pitch": f"{pitch:g}"}
+            # Words are filled in after splitting: a text with quotes or spaces is one argument.
             words = [re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), word) for word in self.words]
             _run(words, "", self.name)
-            samples, rate = _decoded(self, text, file.read_bytes() if file.exists() else b"")
+            samples, rate = _decode_wav(self, text, file.read_bytes() if file.exists() else b"")
         given = " ".join(self.words)
         ratio = 1.0 if "{pitch}" in given else 2.0 ** (pitch / 12)
         return change_speed(samples, ratio if "{speed}" in given else ratio * speed), rate
 
 
 class OpenAISpeech:
-    """A server that has OpenAI's `/v1/audio/speech`, ours among them; its key is in `OPENAI_API_KEY`."""
+    """A server with OpenAI's `/v1/audio/speech`, such as `omni-jax serve`. Its key is read from `OPENAI_API_KEY`."""
 
     name = "openai"
 
-    def __init__(self, url: str, model: str, voices: Sequence[str] = ("alloy",), *, seconds: float = 60.0):
+    def __init__(self, url: str, model: str, voices: Sequence[str] = ("alloy",), *, timeout: float = 60.0):
         """Name the server.
 
         Args:
-            url: up to and with `/v1`.
-            model: to ask for.
-            voices: it has.
-            seconds: to wait for an answer.
+            url: its base URL, with `/v1`.
+            model: name of the model to request.
+            voices: names of its voices.
+            timeout: seconds to wait for a reply.
         """
-        self.url, self.model, self.seconds = url.rstrip("/"), model, seconds
-        self._known = dict.fromkeys(voices)
+        self.url, self.model, self.timeout = url.rstrip("/"), model, timeout
+        self._voices = dict.fromkeys(voices)
 
     def voices(self) -> list[str]:
-        """See `Engine.voices`."""
-        return list(self._known)
+        """See `SpeechSynthesizer.voices`."""
+        return list(self._voices)
 
     def speak(self, text: str, voice: str, speed: float = 1.0, pitch: float = 0.0) -> tuple[np.ndarray, int]:
-        """See `Engine.speak`; pace and pitch are moved together, by resampling."""
-        _check(self, text, voice, self._known, speed, pitch)
+        """See `SpeechSynthesizer.speak`; speed and pitch are made by resampling."""
+        _check(self, text, voice, self._voices, speed, pitch)
         body = {"model": self.model, "voice": voice, "input": text, "response_format": "wav"}
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(f"{self.url}/audio/speech", json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=self.seconds) as response:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 data = response.read()
         except urllib.error.HTTPError as error:
             with error:
-                said = error.read(500).decode(errors="replace")
-            raise SynthesisError(f"openai: expected sound from {self.url}, found status {error.code}: {said}") from None
+                reply = error.read(500).decode(errors="replace")
+            raise SynthesisError(
+                f"openai: expected audio from {self.url}, found status {error.code}: {reply}"
+            ) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise SynthesisError(f"openai: expected a server at {self.url}, found {error}") from None
-        samples, rate = _decoded(self, text, data)
+        samples, rate = _decode_wav(self, text, data)
         return change_speed(samples, speed * 2.0 ** (pitch / 12)), rate
 
 
-_ENGINES: Mapping[str, type[ESpeak] | type[Flite] | type[HibariTTS] | type[Pico]] = {
+_SYNTHESIZERS: Mapping[str, type[ESpeak] | type[Flite] | type[HibariTTS] | type[Pico]] = {
     kind.name: kind for kind in (ESpeak, Flite, HibariTTS, Pico)
 }
 
 
 def open_synthesizer(name: str) -> SpeechSynthesizer:
-    """An engine by its name: espeak, flite, hibari or pico.
+    """The synthesizer of a name: espeak, flite, hibari or pico.
 
     Raises:
-        SynthesisError: any other name.
+        SynthesisError: there is no such synthesizer.
     """
-    if name not in _ENGINES:
-        raise SynthesisError(f"engine: expected {', '.join(_ENGINES)}, found {name!r}")
-    return _ENGINES[name]()
+    if name not in _SYNTHESIZERS:
+        raise SynthesisError(f"synthesizer: expected {', '.join(_SYNTHESIZERS)}, found {name!r}")
+    return _SYNTHESIZERS[name]()
 
 
 @dataclass(frozen=True)
 class VoiceSpec:
-    """Some voices of an engine, as the command line names them."""
+    """Some voices of a synthesizer, as options of the command line name them."""
 
-    engine: str
+    synthesizer: str
     """espeak, flite, hibari, pico, command or openai."""
-    only: tuple[str, ...] = ()
-    """These; none: all that it has."""
-    detail: str = ""
-    """A command's template; a server's address, a space, and its model."""
+    voices: tuple[str, ...] = ()
+    """Names of the voices; empty: all that it has."""
+    target: str = ""
+    """Template of `command`; URL and model of `openai`, separated by a space."""
 
     @classmethod
     def parse(cls, text: str) -> VoiceSpec:
-        """Read `espeak`, `espeak=en-us+f2,en-gb`, `command=TEMPLATE` or `openai=URL MODEL`.
+        """Parse `espeak`, `espeak=en-us+f2,en-gb`, `command=TEMPLATE` or `openai=URL MODEL`.
 
         The last two may end in ` @VOICE,...`.
 
         Raises:
-            SynthesisError: there is no such engine, or something is missing.
+            SynthesisError: there is no such synthesizer, or the text is incomplete.
         """
         name, _, rest = text.partition("=")
-        if name in _ENGINES:
+        if name in _SYNTHESIZERS:
             return cls(name, tuple(filter(None, rest.split(","))))
-        detail, _, voices = rest.partition(" @")
-        only = tuple(filter(None, voices.split(",")))
+        target, _, names = rest.partition(" @")
+        voices = tuple(filter(None, names.split(",")))
         if name == Command.name:
-            Command(detail)
-        elif name != OpenAISpeech.name or len(detail.split()) != 2:
+            Command(target)
+        elif name != OpenAISpeech.name or len(target.split()) != 2:
             raise SynthesisError(
-                f"voices: expected {', '.join(_ENGINES)} (perhaps with =VOICE,...), command=TEMPLATE or "
-                f"'openai=URL MODEL' (perhaps with ' @VOICE,...'), found {text!r}"
+                f"voices: expected {', '.join(_SYNTHESIZERS)} (optionally with =VOICE,...), command=TEMPLATE or "
+                f"'openai=URL MODEL' (optionally with ' @VOICE,...'), found {text!r}"
             )
-        return cls(name, only, detail)
+        return cls(name, voices, target)
 
     def open(self) -> SpeechSynthesizer:
-        """The engine.
-
-        Raises:
-            SynthesisError: what it needs is not installed.
-        """
-        if self.engine == Command.name:
-            return Command(self.detail, self.only or ("default",))
-        if self.engine == OpenAISpeech.name:
-            url, model = self.detail.split()
-            return OpenAISpeech(url, model, self.only or ("alloy",))
-        return open_synthesizer(self.engine)
+        """The synthesizer, whose program or package need not be installed yet."""
+        if self.synthesizer == Command.name:
+            return Command(self.target, self.voices or ("default",))
+        if self.synthesizer == OpenAISpeech.name:
+            url, model = self.target.split()
+            return OpenAISpeech(url, model, self.voices or ("alloy",))
+        return open_synthesizer(self.synthesizer)
 
 
 def _check(
-    engine: SpeechSynthesizer, text: str, voice: str, known: Mapping[str, None], speed: float, pitch: float
+    synthesizer: SpeechSynthesizer, text: str, voice: str, voices: Mapping[str, None], speed: float, pitch: float
 ) -> None:
-    """What no engine takes; some would fall back to another voice in silence."""
+    """Refuse arguments of `speak` that no synthesizer takes; some would use another voice without saying so."""
+    name = synthesizer.name
     if not text.strip():
-        raise SynthesisError(f"{engine.name}: text: expected something to say, found {text!r}")
-    if voice not in known:
-        raise SynthesisError(f"{engine.name}: voice: expected one of its {len(known)} voices, found {voice!r}")
-    for name, value, (low, high) in (("speed", speed, SPEED), ("pitch", pitch, PITCH)):
+        raise SynthesisError(f"{name}: text: expected something to say, found {text!r}")
+    if voice not in voices:
+        raise SynthesisError(f"{name}: voice: expected one of its {len(voices)} voices, found {voice!r}")
+    for option, value, (low, high) in (("speed", speed, SPEED), ("pitch", pitch, PITCH)):
         if not low <= value <= high:
-            raise SynthesisError(f"{engine.name}: {name}: expected {low:g} to {high:g}, found {value:g}")
+            raise SynthesisError(f"{name}: {option}: expected {low:g} to {high:g}, found {value:g}")
 
 
-def _imported(engine: SpeechSynthesizer, module: str, package: str) -> Any:
-    """A module that an engine needs, or an error that says which package brings it."""
+def _import(synthesizer: SpeechSynthesizer, module: str, package: str) -> Any:
+    """A module that a synthesizer needs, from a package that is not a dependency."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise SynthesisError(
-            f"{engine.name}: expected the package {package}, found none ({error}): pip install {package}"
-        ) from None
+        purpose = f"{synthesizer.name}: expected the package {package}, found none ({error})"
+        raise MissingExtraError(purpose, package=package) from None
 
 
 def _run(command: list[str], text: str, name: str) -> bytes:
-    """What a program writes, or an error in words."""
+    """Run a program with `text` as its input, and return its output; `name` is the prefix of messages."""
     try:
         done = subprocess.run(command, input=text.encode(), capture_output=True, check=False)
     except FileNotFoundError:
@@ -398,23 +400,25 @@ def _run(command: list[str], text: str, name: str) -> bytes:
     except OSError as error:
         raise SynthesisError(f"{name}: expected to run {command[0]}, found {error.strerror}") from None
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["nothing"]
-        raise SynthesisError(f"{name}: expected {command[0]} to succeed, found exit code {done.returncode}: {said[0]}")
+        (last,) = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        raise SynthesisError(f"{name}: expected {command[0]} to succeed, found exit code {done.returncode}: {last}")
     return done.stdout
 
 
-def _decoded(engine: SpeechSynthesizer, text: str, data: bytes) -> tuple[np.ndarray, int]:
-    """A wav's samples, mono, and its rate."""
+def _decode_wav(synthesizer: SpeechSynthesizer, text: str, data: bytes) -> tuple[np.ndarray, int]:
+    """Samples of a wav file, mixed to mono, and its sample rate."""
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise SynthesisError(
-            f"{engine.name}: expected a wav, found {len(data)} bytes that cannot be decoded: {error.error_string}"
+            f"{synthesizer.name}: expected a wav, found {len(data)} bytes that cannot be decoded: {error.error_string}"
         ) from None
-    return _sounding(engine, text, samples.mean(axis=1)), rate
+    return _check_audible(synthesizer, text, samples.mean(axis=1)), rate
 
 
-def _sounding(engine: SpeechSynthesizer, text: str, samples: np.ndarray) -> np.ndarray:
-    if not np.any(np.abs(samples) > 1e-3):
-        raise SynthesisError(f"{engine.name}: expected speech for {text!r}, found {len(samples)} samples of silence")
+def _check_audible(synthesizer: SpeechSynthesizer, text: str, samples: np.ndarray) -> np.ndarray:
+    """The samples, unless they are silent."""
+    if not np.any(np.abs(samples) > MIN_PEAK):
+        found = f"{len(samples)} samples of silence"
+        raise SynthesisError(f"{synthesizer.name}: expected speech for {text!r}, found {found}")
     return samples

@@ -15,7 +15,8 @@ from pathlib import Path
 import pydantic
 
 from omni_jax.config.load import build_config
-from omni_jax.data.sources import corpus_files, librispeech, parquet
+from omni_jax.data.readers import corpus_files, open_parquet
+from omni_jax.data.sources import librispeech
 from omni_jax.errors import ConfigError
 from omni_jax.inference.request import Request
 from omni_jax.tasks import Task
@@ -93,7 +94,7 @@ def voicebench(path: Path) -> Iterator[Case]:
     """
     for file in corpus_files(path, ".parquet"):
         number, group = 0, file.parent.name
-        for batch in parquet(file, ("prompt", "audio")).iter_batches(batch_size=16):
+        for batch in open_parquet(file, ("prompt", "audio")).iter_batches(batch_size=16):
             for row in batch.to_pylist():
                 audio = row["audio"].get("bytes") if isinstance(row["audio"], dict) else None
                 expected = (row["reference"],) if row.get("reference") else ()

@@ -125,5 +125,5 @@ def gather_points(point: dict[str, Any]) -> list[dict[str, Any]]:
     gathered = multihost_utils.process_allgather(padded)
     points = [json.loads(bytes(row).rstrip(b"\0")) for row in gathered]
     # Processes that share rows read the same.
-    order = sorted({p["layout"]["process"]: p for p in points}.items(), key=lambda item: int(item[0].split()[0]))
+    order = sorted({p["layout"]["process_index"]: p for p in points}.items())
     return [p for _, p in order]

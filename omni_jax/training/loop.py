@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from omni_jax.checkpoint import release as checkpoint
 from omni_jax.checkpoint.safetensors_io import LazyTensor
+from omni_jax.checkpoint.tensors import model_tensors
 from omni_jax.config.load import save_config
 from omni_jax.config.run import RunConfig
 from omni_jax.training.batches import shard_batch
@@ -134,7 +135,7 @@ PROFILED = 5
 def release(setup: TrainingSetup, params: Params, folder: Path) -> None:
     """Write the trained model as a release folder."""
     start = setup.start
-    tensors = checkpoint.model_tensors(nnx.merge(setup.graph, params))
+    tensors = model_tensors(nnx.merge(setup.graph, params))
     if start.release is not None:
         codec, files = start.release.codec_tensors(), start.release.tokenizer_files()
         checkpoint.save_release(folder, start.config, tensors, codec, files)

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from omni_jax import sharding
 from omni_jax.checkpoint import release as checkpoint
+from omni_jax.checkpoint.tensors import abstract_model, init_model
 from omni_jax.codec.snac import Snac
 from omni_jax.config.model import PRESETS, ModelConfig
 from omni_jax.config.run import RunConfig
@@ -59,7 +60,7 @@ class InitialModel:
     def model(self, *, stacked: bool, dtype: Any, mesh: Mesh) -> Any:
         """The model with float32 weights on the mesh."""
         if self.release is None:
-            return checkpoint.init_model(self.config, stacked=stacked, dtype=dtype, seed=self.seed, mesh=mesh)
+            return init_model(self.config, stacked=stacked, dtype=dtype, seed=self.seed, mesh=mesh)
         return self.release.load_model(stacked=stacked, dtype=dtype, param_dtype=jnp.float32, mesh=mesh)
 
     def codec(self) -> Snac:
@@ -97,7 +98,7 @@ class TrainingSetup:
         stacked, dtype = default_layout(mesh.devices.flat[0].platform)
         if config.dtype != "auto":
             dtype = jnp.dtype(config.dtype)
-        model = checkpoint.abstract_model(start.config, stacked=stacked, dtype=dtype)
+        model = abstract_model(start.config, stacked=stacked, dtype=dtype)
         model.lay_on(mesh)
         graph, state = nnx.split(model)
         partition(nnx.to_pure_dict(state), config.trainable)

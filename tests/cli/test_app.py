@@ -57,3 +57,26 @@ def test_mistyped_command_suggests_one() -> None:
 
 def test_module_is_a_command() -> None:
     assert shell("--version").stdout == run("--version").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package", "extra"),
+    [
+        (["serve"], "fastapi", "serve"),
+        (["train", "configs/tiny_stage1.yaml"], "grain", "train"),
+        (["prepare", "text", "nowhere.jsonl", "--out", "records"], "array_record", "data"),
+    ],
+)
+def test_missing_extra_is_one_sentence_with_the_command(arguments: list[str], package: str, extra: str) -> None:
+    code = f"""
+import sys
+sys.modules[{package!r}] = None
+from omni_jax.cli import main
+sys.argv = ["omni-jax", *{arguments!r}]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert package in line
+    assert line.endswith(f"pip install 'omni-jax[{extra}]'")

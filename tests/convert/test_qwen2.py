@@ -1,3 +1,5 @@
+"""Qwen2 and Llama folders of transformers to our trunk and back."""
+
 import json
 from dataclasses import replace
 from functools import partial
@@ -55,7 +57,7 @@ def text_logits(model, ids):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_both_ways(name, tiny_parts, tmp_path):
+def test_import_and_export_keep_the_logits(name, tiny_parts, tmp_path):
     family, options = MODELS[name]
     theirs = models.language_model_folder(tmp_path / "lm", family, **options)
     release = make(tmp_path / "lm", tiny_parts, adapter="mlp")
@@ -78,7 +80,7 @@ def test_logits_both_ways(name, tiny_parts, tmp_path):
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (tmp_path / "lm" / "tokenizer.json").read_bytes()
 
 
-def test_shards_and_bfloat16(tiny_parts, tmp_path):
+def test_import_of_bfloat16_shards_is_bit_exact(tiny_parts, tmp_path):
     model = models.language_model("qwen2", tied=False).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "lm", max_shard_size="40KB")
     models.tokenizer_files(tmp_path / "lm")
@@ -95,7 +97,7 @@ def test_shards_and_bfloat16(tiny_parts, tmp_path):
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-def test_new_rows(tiny_parts, tmp_path):
+def test_extend_draws_new_rows_like_the_old(tiny_parts, tmp_path):
     models.language_model_folder(tmp_path / "lm", "qwen2", tied=False)
     release = make(tmp_path / "lm", tiny_parts, seed=1)
     vocab = release.config.vocab
@@ -112,7 +114,7 @@ def test_new_rows(tiny_parts, tmp_path):
     assert np.unique(new["embed.audio"][:, :, 0]).size == 7 * 128
 
 
-def test_the_seed_decides(tiny_parts, tmp_path):
+def test_init_release_depends_on_the_seed(tiny_parts, tmp_path):
     made = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         models.language_model_folder(tmp_path / name / "lm", "llama", tied=True)
@@ -121,7 +123,7 @@ def test_the_seed_decides(tiny_parts, tmp_path):
     for tensor in made["a"]:
         np.testing.assert_array_equal(made["a"][tensor], made["b"][tensor])
     fresh = ("embed.text", "embed.audio", "adapter.map.weight", "tts_adapter.head")
-    for tensor in (*fresh, "tts_adapter.blocks.layers.0.mlp.up"):
+    for tensor in (*fresh, "tts_adapter.blocks.layers.0.mlp.up.weight"):
         assert not np.array_equal(made["a"][tensor], made["c"][tensor])
 
 
@@ -136,7 +138,7 @@ def read_values(values, state=None):
     return qwen2.config_from_json(values, state or {}, "config.json")
 
 
-def test_rope_of_either_transformers():
+def test_rope_config_of_transformers_4_and_5():
     scaling = RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=48)
     new, _ = read_values(values_of(rope_parameters=LLAMA3))
     assert (new.rope_theta, new.rope_scaling) == (5e4, scaling)
@@ -152,7 +154,7 @@ def test_rope_of_either_transformers():
         read_values(values_of(rope_parameters={**LLAMA3, "factor": None}))
 
 
-def test_all_wrong_fields_at_once():
+def test_config_error_lists_all_fields():
     values = values_of(
         model_type="mistral",
         hidden_act="gelu",
@@ -176,7 +178,7 @@ def test_all_wrong_fields_at_once():
     ]
 
 
-def test_biases():
+def test_attention_bias():
     assert read_values(values_of())[0].qkv_bias is False
     assert read_values(values_of(model_type="qwen2"))[0].qkv_bias is True
     assert read_values(values_of(attention_bias=True))[0].qkv_bias is True
@@ -185,21 +187,21 @@ def test_biases():
         read_values(values_of(attention_bias=True), state)
 
 
-def test_the_context_is_a_speech_models():
-    assert read_values(values_of(max_position_embeddings=32768))[0].context == 2048
-    assert read_values(values_of())[0].context == 192
+def test_max_position_is_capped():
+    assert read_values(values_of(max_position_embeddings=32768))[0].max_position == 2048
+    assert read_values(values_of())[0].max_position == 192
 
 
 # Wrong files.
 
 
-def test_all_wrong_tensors_at_once(tiny_parts, tmp_path):
+def test_import_error_lists_all_tensors(tiny_parts, tmp_path):
     models.language_model_folder(tmp_path / "lm", "qwen2", tied=False)
     file = tmp_path / "lm" / "model.safetensors"
     state = safetensors.numpy.load_file(file)
     state["strange"] = state.pop("model.norm.weight")
     state["lm_head.weight"] = state["lm_head.weight"][:5]
-    # A table that follows from the config, which old files have.
+    # Old files hold the frequencies of rope.
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(6, np.float32)
     safetensors.numpy.save_file(state, file)
     with pytest.raises(ConversionError) as error:
@@ -212,7 +214,7 @@ def test_all_wrong_tensors_at_once(tiny_parts, tmp_path):
     ]
 
 
-def test_a_tied_head_in_the_file(tiny_parts, tmp_path):
+def test_tied_head_in_the_file(tiny_parts, tmp_path):
     models.language_model_folder(tmp_path / "lm", "qwen2", tied=True)
     file = tmp_path / "lm" / "model.safetensors"
     state = safetensors.numpy.load_file(file)
@@ -225,7 +227,7 @@ def test_a_tied_head_in_the_file(tiny_parts, tmp_path):
         qwen2.read(tmp_path / "lm")
 
 
-def test_missing_files(tmp_path):
+def test_read_names_missing_files(tmp_path):
     models.language_model_folder(tmp_path / "lm", "qwen2", tied=True)
     (tmp_path / "lm" / "model.safetensors").unlink()
     with pytest.raises(ConversionError, match=r"expected model\.safetensors or .*index\.json, found neither"):
@@ -235,7 +237,7 @@ def test_missing_files(tmp_path):
         qwen2.read(tmp_path / "lm")
 
 
-def test_llama3_keeps_its_own_context():
+def test_export_keeps_the_original_context_of_llama3():
     trunk, rows = read_values(values_of(rope_parameters=LLAMA3))
     values = qwen2.config_to_json(trunk, rows)
     assert values["max_position_embeddings"] == 192

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from flax import nnx
 
-from omni_jax.codec.snac import Snac
+from omni_jax.checkpoint.safetensors_io import write_safetensors
+from omni_jax.codec.snac import FRAME_SLOTS, Snac, make_decoder
 from omni_jax.codec.torch_snac import import_snac
 from omni_jax.config.model import CodecConfig
-from omni_jax.convert.snac import config_from_json, config_to_json, from_torch, read, to_torch
-from omni_jax.errors import ConfigError, ConversionError
+from omni_jax.convert.snac import (
+    config_from_json,
+    config_of_module,
+    config_to_json,
+    from_state,
+    from_torch,
+    read,
+    to_state,
+    to_torch_module,
+    write,
+)
+from omni_jax.errors import CheckpointError, ConfigError, ConversionError
+from tests.lazy import peak_memory, read_all, recorded, to_lazy
 
 CONFIG = CodecConfig(encoder_dim=6, encoder_rates=(3, 5), decoder_dim=16, decoder_rates=(5, 3), codebook_size=20)
 
@@ -30,6 +46,10 @@ def module() -> Any:
             if name.endswith("original0"):
                 parameter.uniform_(0.5, 2)
     return module
+
+
+def to_torch(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return read_all(to_state(to_lazy(params), CONFIG))
 
 
 @pytest.fixture
@@ -50,7 +70,7 @@ def test_folds_weight_norm_as_torch_does(module: Any, state: dict[str, np.ndarra
 
 
 def test_round_trip_from_torch(module: Any, state: dict[str, np.ndarray]):
-    back = to_torch(from_torch(state, CONFIG), CONFIG)
+    back = to_torch(from_torch(state, CONFIG))
     assert {name: value.shape for name, value in back.items()} == {name: value.shape for name, value in state.items()}
     again = import_snac().SNAC(**config_to_json(CONFIG))
     again.load_state_dict({name: torch.from_numpy(value) for name, value in back.items()})
@@ -61,9 +81,9 @@ def test_round_trip_from_torch(module: Any, state: dict[str, np.ndarray]):
 
 def test_round_trip_from_ours(state: dict[str, np.ndarray]):
     params = from_torch(state, CONFIG)
-    # A noise block that never learned anything.
+    # An untrained noise block.
     params["decoder.blocks.0.noise.weight"][:] = 0
-    again = from_torch(to_torch(params, CONFIG), CONFIG)
+    again = from_torch(to_torch(params), CONFIG)
     assert list(again) == list(params)
     for name, value in params.items():
         np.testing.assert_allclose(again[name], value, rtol=1e-6, atol=0, err_msg=name)
@@ -78,6 +98,101 @@ def test_old_names_of_weight_norm(state: dict[str, np.ndarray]):
     params = from_torch(state, CONFIG)
     for name, value in from_torch(old, CONFIG).items():
         np.testing.assert_array_equal(value, params[name])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+def test_half_precision_keeps_its_type_and_is_folded_in_float32(
+    tmp_path: Path, state: dict[str, np.ndarray], dtype: Any, file: str
+):
+    half = {name: array.astype(dtype) for name, array in state.items()}
+    (tmp_path / "config.json").write_text(json.dumps(config_to_json(CONFIG)))
+    if file == "pytorch_model.bin":
+        kind = torch.float16 if dtype == np.float16 else torch.bfloat16
+        torch.save({name: torch.from_numpy(array).to(kind) for name, array in state.items()}, tmp_path / file)
+    else:
+        safetensors.numpy.save_file(half, tmp_path / file)
+    _, tensors = read(tmp_path)
+    exact = from_torch({name: array.astype(np.float32) for name, array in half.items()}, CONFIG)
+    for name, array in read_all(tensors).items():
+        assert array.dtype == dtype
+        assert array.tobytes() == exact[name].astype(dtype).tobytes(), name
+
+
+def test_mixed_precisions_fold_to_float32(state: dict[str, np.ndarray]):
+    exact = from_torch(state, CONFIG)
+    name = "decoder.model.2.block.1.parametrizations.weight.original1"
+    state[name] = state[name].astype(np.float16)
+    mixed = from_torch(state, CONFIG)
+    assert {array.dtype for array in mixed.values()} == {np.dtype(np.float32)}
+    np.testing.assert_allclose(mixed["decoder.blocks.0.up.weight"], exact["decoder.blocks.0.up.weight"], rtol=2e-3)
+
+
+def test_nothing_is_read_before_it_is_asked_for(state: dict[str, np.ndarray]):
+    reads: list[str] = []
+    tensors = from_state(recorded(to_lazy(state), reads), CONFIG, "test")
+    assert reads == []
+    tensors["decoder.project.weight"].read()
+    pair = [f"decoder.model.1.parametrizations.weight.original{part}" for part in (0, 1)]
+    assert reads == pair
+    reads.clear()
+    back = to_state(recorded(tensors, reads), CONFIG)
+    assert reads == []
+    back[pair[0]].read()
+    assert reads == ["decoder.project.weight", *pair]
+
+
+def test_import_holds_few_tensors_in_memory(tmp_path: Path):
+    config = CodecConfig(
+        encoder_dim=64, encoder_rates=(1, 1, 1), decoder_dim=512, decoder_rates=(1, 1, 1), codebook_size=20
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config_to_json(config)))
+    params = {name: np.ones(array.shape, np.float32) for name, array in Snac(config, rngs=nnx.Rngs(0)).params().items()}
+    write_safetensors(tmp_path / "model.safetensors", to_state(to_lazy(params), config))
+    largest, total = (summary(array.nbytes for array in params.values()) for summary in (max, sum))
+    assert total > 5 * largest
+    # The direction, its product with the length, and the product transposed.
+    peak = peak_memory(lambda: write_safetensors(tmp_path / "ours.safetensors", read(tmp_path)[1]))
+    assert peak < 4 * largest
+
+
+def test_write_is_float32(tmp_path: Path, state: dict[str, np.ndarray]):
+    params = from_torch(state, CONFIG)
+    half = {name: array.astype(np.float16) for name, array in params.items()}
+    write(tmp_path, CONFIG, to_lazy(half))
+    config, tensors = read(tmp_path)
+    assert config == CONFIG
+    for name, array in read_all(tensors).items():
+        assert array.dtype == np.float32
+        np.testing.assert_allclose(array, half[name].astype(np.float32), rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_to_torch_module_decodes_as_our_codec():
+    config = replace(CONFIG, noise=False)
+    state = import_snac().SNAC(**config_to_json(config)).state_dict()
+    params = from_torch({name: tensor.numpy() for name, tensor in state.items()}, config)
+    module = to_torch_module(config, params)
+    assert not module.training
+    assert config_of_module(module) == config
+    codes = np.random.default_rng(0).integers(0, config.codebook_size, (1, 6, 7)).astype(np.int32)
+    books = [torch.from_numpy(codes[:, :, slots].reshape(1, -1).astype(np.int64)) for slots in FRAME_SLOTS]
+    with torch.no_grad():
+        expected = module.decode(books)[:, 0].numpy()
+    ours = make_decoder(Snac.from_params(config, params))(codes)
+    np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=0)
+
+
+def test_to_torch_module_takes_the_parameters_of_our_codec(module: Any, state: dict[str, np.ndarray]):
+    """Which are jax arrays; the codec's own are not changed through the module."""
+    params = Snac.from_params(CONFIG, from_torch(state, CONFIG)).params()
+    before = jax.tree.map(np.array, params)
+    again = to_torch_module(CONFIG, params)
+    assert config_of_module(again) == config_of_module(module) == CONFIG
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.zero_()
+    for name, array in params.items():
+        np.testing.assert_array_equal(array, before[name])
 
 
 def test_no_noise(state: dict[str, np.ndarray]):
@@ -108,7 +223,7 @@ def test_one_error_lists_every_parameter(state: dict[str, np.ndarray]):
     params["decoder.snake.beta"] = np.zeros(4, np.float32)
     params["decoder.project.bias"] = np.zeros(4, np.float32)
     with pytest.raises(ConversionError) as error:
-        to_torch(params, CONFIG)
+        to_torch(params)
     assert str(error.value).splitlines() == [
         "codec parameters:",
         "decoder.snake.alpha: missing, expected (4,)",
@@ -169,10 +284,19 @@ def test_read(tmp_path: Path, module: Any, state: dict[str, np.ndarray], file: s
         torch.save(module.state_dict(), tmp_path / file)
     else:
         safetensors.numpy.save_file(state, tmp_path / file)
-    config, params = read(tmp_path)
+    config, tensors = read(tmp_path)
     assert config == CONFIG
-    expected = from_torch(state, CONFIG)
+    expected, params = from_torch(state, CONFIG), read_all(tensors)
+    assert set(params) == set(expected)
     assert all((params[name] == expected[name]).all() for name in expected)
+
+
+def test_read_of_a_file_of_torch_before_zip(tmp_path: Path, module: Any, state: dict[str, np.ndarray]):
+    (tmp_path / "config.json").write_text(json.dumps(config_to_json(CONFIG)))
+    torch.save(module.state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    expected = from_torch(state, CONFIG)
+    for name, array in read_all(read(tmp_path)[1]).items():
+        np.testing.assert_array_equal(array, expected[name])
 
 
 def test_read_says_what_is_missing_or_damaged(tmp_path: Path):
@@ -185,8 +309,8 @@ def test_read_says_what_is_missing_or_damaged(tmp_path: Path):
     with pytest.raises(ConversionError, match=r"expected model\.safetensors or pytorch_model\.bin"):
         read(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"not a checkpoint")
-    with pytest.raises(ConversionError, match="expected tensors saved by torch"):
+    with pytest.raises(ConversionError, match="expected a state dict with tensors only"):
         read(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a checkpoint")
-    with pytest.raises(ConversionError, match="expected safetensors"):
+    with pytest.raises(CheckpointError, match="expected safetensors"):
         read(tmp_path)

@@ -1,24 +1,32 @@
+"""Whisper's encoder from transformers to ours and back."""
+
 import copy
 import json
 
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from safetensors.numpy import save_file
-from transformers import WhisperConfig, WhisperForConditionalGeneration
+from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperModel
+from transformers.models.whisper import modeling_whisper
 
+from omni_jax.checkpoint.safetensors_io import SafetensorsFile, write_safetensors
 from omni_jax.config.model import AudioEncoderConfig
 from omni_jax.convert import whisper
-from omni_jax.errors import ConversionError
+from omni_jax.errors import CheckpointError, ConversionError
+from tests.lazy import peak_memory, read_all, recorded, to_lazy
 
-CONFIG = AudioEncoderConfig(num_mel_bins=20, hidden_size=48, num_layers=2, num_heads=4, intermediate_size=72, max_position=30)
+CONFIG = AudioEncoderConfig(
+    num_mel_bins=20, hidden_size=48, num_layers=2, num_heads=4, intermediate_size=72, max_position=30
+)
 THEIRS = WhisperConfig(
     vocab_size=40,
     num_mel_bins=CONFIG.num_mel_bins,
     d_model=CONFIG.hidden_size,
-    encoder_layers=CONFIG.layers,
-    encoder_attention_heads=CONFIG.heads,
+    encoder_layers=CONFIG.num_layers,
+    encoder_attention_heads=CONFIG.num_heads,
     encoder_ffn_dim=CONFIG.intermediate_size,
     decoder_layers=1,
     decoder_attention_heads=4,
@@ -48,9 +56,17 @@ def state(model):
     return {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
 
 
+def from_arrays(state):
+    return read_all(whisper.from_transformers(to_lazy(state), CONFIG))
+
+
+def to_arrays(params):
+    return read_all(whisper.to_transformers(to_lazy(params), CONFIG))
+
+
 def test_round_trip_is_bit_exact(state):
-    params = whisper.from_transformers(state, CONFIG)
-    back = whisper.to_transformers(params, CONFIG)
+    params = from_arrays(state)
+    back = to_arrays(params)
     encoder = {name: array for name, array in state.items() if name.startswith("model.encoder.")}
     assert set(back) == set(encoder)
     for name, array in back.items():
@@ -60,29 +76,30 @@ def test_round_trip_is_bit_exact(state):
             np.testing.assert_allclose(array, encoder[name], atol=1e-5)
         else:
             np.testing.assert_array_equal(array, encoder[name])
-    again = whisper.from_transformers(back, CONFIG)
+    again = from_arrays(back)
     assert set(again) == set(params)
     for name, array in again.items():
         np.testing.assert_array_equal(array, params[name])
 
 
-def test_layout(state):
-    params = whisper.from_transformers(state, CONFIG)
+def test_tensor_layout(state):
+    params = from_arrays(state)
     q = state["model.encoder.layers.1.self_attn.q_proj.weight"]
     out = state["model.encoder.layers.1.self_attn.out_proj.weight"]
-    # Width 48 in 4 heads of 12: head 2, unit 5 is row 2 * 12 + 5 of q and the same column of out.
-    np.testing.assert_array_equal(params["layers.1.q.kernel"][:, 2, 5], q[29, :])
-    np.testing.assert_array_equal(params["layers.1.out.kernel"][2, 5, :], out[:, 29])
+    # 48 hidden units in 4 heads of 12: head 2, unit 5 is row 2 * 12 + 5 of q and the same column of out.
+    np.testing.assert_array_equal(params["layers.1.q.weight"][2, 5, :], q[29, :])
+    np.testing.assert_array_equal(params["layers.1.out.weight"][:, 2, 5], out[:, 29])
     conv = state["model.encoder.conv1.weight"]
-    np.testing.assert_array_equal(params["conv1.kernel"][2], conv[:, :, 2].T)
+    np.testing.assert_array_equal(params["conv1.weight"][2], conv[:, :, 2].T)
+    np.testing.assert_array_equal(params["layers.0.up.weight"], state["model.encoder.layers.0.fc1.weight"])
 
 
-def test_transformers_loads_what_we_write(model, state):
+def test_transformers_loads_exported_state(model, state):
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.model.encoder.parameters():
             parameter.zero_()
-    back = whisper.to_transformers(whisper.from_transformers(state, CONFIG), CONFIG)
+    back = to_arrays(from_arrays(state))
     left = other.load_state_dict({name: torch.from_numpy(array) for name, array in back.items()}, strict=False)
     assert left.unexpected_keys == []
     assert not [name for name in left.missing_keys if "encoder." in name and "decoder" not in name]
@@ -98,21 +115,99 @@ def test_prefixes_and_precisions(state, prefix, dtype):
     positions = f"{prefix}encoder.embed_positions.weight"
     if dtype == ml_dtypes.bfloat16:
         with pytest.raises(ConversionError, match="expected Whisper's sinusoids"):
-            whisper.from_transformers(half, CONFIG)
+            from_arrays(half)
         half[positions] = state["model.encoder.embed_positions.weight"]
-    params = whisper.from_transformers(half, CONFIG)
-    expected = half[f"{prefix}encoder.layers.0.fc1.bias"].astype(np.float32)
-    np.testing.assert_array_equal(params["layers.0.up.bias"], expected)
+    params = from_arrays(half)
+    np.testing.assert_array_equal(params["layers.0.up.bias"], half[f"{prefix}encoder.layers.0.fc1.bias"])
+    assert {array.dtype for array in params.values()} == {np.dtype(dtype)}
 
 
-def test_one_error_lists_everything(state):
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+def test_half_precision_keeps_its_type_and_bits(state, tmp_path, dtype):
+    positions = "model.encoder.embed_positions.weight"
+    half = {name: array.astype(dtype) for name, array in state.items() if name != positions}
+    half[positions] = state[positions]
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(THEIRS.to_dict()))
+    save_file(half, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
+    config, tensors = whisper.read(tmp_path / "theirs")
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(dtype)}
+
+    (tmp_path / "back").mkdir()
+    whisper.write(tmp_path / "back", config, tensors)
+    back = safetensors.numpy.load_file(tmp_path / "back" / "model.safetensors")
+    assert set(back) == {name for name in half if name.startswith("model.encoder.")}
+    assert back.pop(positions).dtype == np.float32
+    for name, array in back.items():
+        assert array.dtype == half[name].dtype
+        assert array.tobytes() == half[name].tobytes(), name
+    for name, array in read_all(whisper.read(tmp_path / "back")[1]).items():
+        assert array.tobytes() == tensors[name].read().tobytes(), name
+    loaded = WhisperModel.from_pretrained(tmp_path / "back", dtype="auto")
+    assert loaded.dtype == (torch.float16 if dtype == np.float16 else torch.bfloat16)
+
+
+def test_only_the_position_table_is_read_at_once(state):
+    reads = []
+    tensors = whisper.from_transformers(recorded(to_lazy(state), reads), CONFIG)
+    assert reads == ["model.encoder.embed_positions.weight"]
+    tensors["layers.1.q.weight"].read()
+    assert reads[1:] == ["model.encoder.layers.1.self_attn.q_proj.weight"]
+    reads.clear()
+    back = whisper.to_transformers(recorded(tensors, reads), CONFIG)
+    assert reads == []
+    back["model.encoder.conv1.bias"].read()
+    assert reads == ["conv1.bias", "model.encoder.conv1.bias"]
+
+
+def test_read_skips_the_decoder(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+    reads = []
+    real = SafetensorsFile.read
+    monkeypatch.setattr(SafetensorsFile, "read", lambda self, name, *rest: (reads.append(name), real(self, name))[1])
+    _, tensors = whisper.read(tmp_path)
+    read_all(tensors)
+    assert len(reads) == len(tensors) + 1
+    assert all(name.startswith("model.encoder.") for name in reads)
+
+
+def test_conversion_holds_few_tensors_in_memory(tmp_path):
+    config = AudioEncoderConfig(hidden_size=256, num_layers=4, num_heads=4, intermediate_size=1024, max_position=100)
+    encoder = modeling_whisper.WhisperEncoder(
+        WhisperConfig(
+            d_model=256, encoder_layers=4, encoder_attention_heads=4, encoder_ffn_dim=1024, max_source_positions=100
+        )
+    )
+    (tmp_path / "back").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(encoder.config.to_dict()))
+    state = {f"encoder.{name}": tensor.numpy() for name, tensor in encoder.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    largest, total = (summary(array.nbytes for array in state.values()) for summary in (max, sum))
+    assert total > 12 * largest
+
+    def convert():
+        read_config, tensors = whisper.read(tmp_path)
+        assert read_config == config
+        write_safetensors(tmp_path / "ours.safetensors", tensors)
+        whisper.write(tmp_path / "back", config, SafetensorsFile(tmp_path / "ours.safetensors").tensors)
+
+    assert peak_memory(convert) < 3 * largest
+
+
+def test_wrong_types_are_refused(state):
+    state["model.encoder.conv1.bias"] = np.zeros(48, np.int32)
+    with pytest.raises(ConversionError, match=r"conv1\.bias: expected float32, bfloat16, float16, found int32"):
+        from_arrays(state)
+
+
+def test_one_error_lists_every_tensor(state):
     del state["model.encoder.layers.0.fc1.bias"]
     state["model.encoder.conv1.weight"] = np.zeros((48, 20, 5), np.float32)
     state["model.encoder.layers.0.self_attn.k_proj.bias"] = np.zeros(48, np.float32)
     state["head.weight"] = np.zeros(3, np.float32)
     state["model.encoder.embed_positions.weight"][7, 3] += 0.01
     with pytest.raises(ConversionError) as info:
-        whisper.from_transformers(state, CONFIG)
+        from_arrays(state)
     assert str(info.value).splitlines() == [
         "Whisper's tensors:",
         "layers.0.fc1.bias: missing, expected (72,)",
@@ -123,18 +218,18 @@ def test_one_error_lists_everything(state):
     ]
 
 
-def test_writing_checks_too(state):
-    params = whisper.from_transformers(state, CONFIG)
+def test_to_transformers_lists_every_tensor(state):
+    params = from_arrays(state)
     del params["norm.scale"]
-    params["layers.0.q.kernel"] = params["layers.0.q.kernel"].reshape(48, 48)
-    params["layers.2.q.kernel"] = np.zeros(1, np.float32)
+    params["layers.0.q.weight"] = params["layers.0.q.weight"].reshape(48, 48)
+    params["layers.2.q.weight"] = np.zeros(1, np.float32)
     with pytest.raises(ConversionError) as info:
-        whisper.to_transformers(params, CONFIG)
+        to_arrays(params)
     assert str(info.value).splitlines() == [
         "Whisper encoder to transformers:",
         "norm.scale: missing, expected (48,)",
-        "layers.0.q.kernel: expected (48, 4, 12), found (48, 48)",
-        "layers.2.q.kernel: unknown, found (1,)",
+        "layers.0.q.weight: expected (4, 12, 48), found (48, 48)",
+        "layers.2.q.weight: unknown, found (1,)",
     ]
 
 
@@ -149,7 +244,7 @@ def test_config_from_json():
         assert field in message
     assert "activation_function: expected 'gelu', found 'relu'" in message
     assert "scale_embedding: expected False, found True" in message
-    with pytest.raises(ConversionError, match="multiple of heads, found 48 and 5"):
+    with pytest.raises(ConversionError, match="multiple of num_heads, found 48 and 5"):
         whisper.config_from_json(THEIRS.to_dict() | {"encoder_attention_heads": 5})
 
 
@@ -157,22 +252,22 @@ def test_config_from_json():
 def test_read_what_transformers_saves(model, state, tmp_path, shard):
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "40KB")
-    config, params = whisper.read(tmp_path)
+    config, tensors = whisper.read(tmp_path)
     assert config == CONFIG
-    expected = whisper.from_transformers(state, CONFIG)
-    assert set(params) == set(expected)
-    for name, array in params.items():
+    expected = from_arrays(state)
+    assert set(tensors) == set(expected)
+    for name, array in read_all(tensors).items():
         np.testing.assert_array_equal(array, expected[name])
 
 
-def test_read_refuses(state, tmp_path):
+def test_read_names_what_is_missing_or_damaged(state, tmp_path):
     with pytest.raises(ConversionError, match=r"config\.json: expected JSON, found .*No such file"):
         whisper.read(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(THEIRS.to_dict()))
     with pytest.raises(ConversionError, match="found neither"):
         whisper.read(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"{}")
-    with pytest.raises(ConversionError, match=r"model\.safetensors: expected safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: expected safetensors"):
         whisper.read(tmp_path)
     state["adapter.weight"] = np.zeros(3, np.float32)
     save_file({name: np.ascontiguousarray(array) for name, array in state.items()}, tmp_path / "model.safetensors")

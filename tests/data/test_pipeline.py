@@ -1,4 +1,4 @@
-"""Batches: every example arrives intact, in its share, in an order that can be repeated and resumed."""
+"""Batches contain every example unchanged, in exact shares, in an order that can be repeated and resumed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from tokenizers import Tokenizer
 
 from omni_jax.config.model import PRESETS, AdapterConfig
 from omni_jax.config.run import DataConfig, SourceConfig
-from omni_jax.data import pipeline
-from omni_jax.data.pipeline import TASKS, Batch, Batches, batches, held_out, padding
+from omni_jax.data import packing
+from omni_jax.data.examples import TASKS
+from omni_jax.data.packing import Batch, padding
+from omni_jax.data.pipeline import Batches, batches, held_out
 from omni_jax.data.records import Exchange, RecordWriter, serves
 from omni_jax.errors import PipelineError
 from omni_jax.prompts import Example, example, speech_positions, speech_prompt, text_prompt
@@ -37,12 +39,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.from_file(str(models.tokenizer_files(tmp_path_factory.mktemp("tokenizer"))[0]))
 
 
-def exchange(n: int, *, samples: int | None = None, text: str = "so {}", frames: int | None = None) -> Exchange:
-    """The n-th exchange: short, and like no other."""
+def exchange(n: int, *, num_samples: int | None = None, text: str = "so {}", frames: int | None = None) -> Exchange:
+    """The n-th exchange: short, and different from all others."""
     rng = np.random.default_rng(n)
     return Exchange(
         question_text=f"is it {n}?",
-        question_audio=rng.integers(-9999, 9999, samples or rng.integers(400, 9000)).astype(np.int16),
+        question_audio=rng.integers(-9999, 9999, num_samples or rng.integers(400, 9000)).astype(np.int16),
         answer_text=text.format(n),
         answer_codes=rng.integers(0, 64, (frames or rng.integers(5, 25), 7)),
     )
@@ -65,12 +67,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def config(*folders: str, **changes: Any) -> DataConfig:
     sources = tuple(SourceConfig(folder) for folder in folders)
-    values = {"sources": sources, "tasks": EVERY, "batch": 4, "length": 160, "clips": 4, "workers": 0, **changes}
+    values = {
+        "sources": sources,
+        "tasks": EVERY,
+        "batch_size": 4,
+        "max_length": 160,
+        "max_clips": 4,
+        "num_workers": 0,
+        **changes,
+    }
     return DataConfig(**values)
 
 
-def made(task: Task, each: Exchange, tokenizer: Tokenizer) -> Example:
-    """The example of a task, written down once more."""
+def build_example(task: Task, each: Exchange, tokenizer: Tokenizer) -> Example:
+    """The expected example of a task, built without the pipeline."""
 
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
@@ -79,59 +89,59 @@ def made(task: Task, each: Exchange, tokenizer: Tokenizer) -> Example:
         prompt = speech_prompt(task, speech_positions(len(each.question_audio), A), VOCAB)
     else:
         prompt = text_prompt(task, ids(each.answer_text if task is Task.T1A1 else each.question_text), VOCAB)
-    said = each.question_text if task is Task.A1T1 else each.answer_text
+    answer = each.question_text if task is Task.A1T1 else each.answer_text
     return example(
-        prompt, ids(said) if task.outputs_text else [], each.answer_codes if task.outputs_audio else None, VOCAB
+        prompt, ids(answer) if task.outputs_text else [], each.answer_codes if task.outputs_audio else None, VOCAB
     )
 
 
-def key(tokens: np.ndarray, targets: np.ndarray, mask: np.ndarray, sound: np.ndarray) -> tuple[bytes, ...]:
-    arrays = (tokens.astype(np.int32), targets.astype(np.int32), mask.astype(bool), sound.astype(np.int16))
+def key(tokens: np.ndarray, targets: np.ndarray, mask: np.ndarray, audio: np.ndarray) -> tuple[bytes, ...]:
+    arrays = (tokens.astype(np.int32), targets.astype(np.int32), mask.astype(bool), audio.astype(np.int16))
     return tuple(np.ascontiguousarray(array).tobytes() for array in arrays)
 
 
 def expected(tokenizer: Tokenizer, exchanges: Iterable[Exchange] = EXCHANGES) -> dict[tuple[bytes, ...], str]:
-    """What each example should look like in a row -> task and number."""
+    """Map from the contents of each example in a row to its task and number."""
     found = {}
     for n, each in enumerate(exchanges):
         for task in serves(each):
-            want = made(task, each, tokenizer)
-            sound = np.zeros(MODEL.audio_encoder.max_samples if task.takes_audio else 0, np.int16)
-            sound[: len(each.question_audio) if task.takes_audio else 0] = (
+            want = build_example(task, each, tokenizer)
+            audio = np.zeros(MODEL.audio_encoder.max_samples if task.takes_audio else 0, np.int16)
+            audio[: len(each.question_audio) if task.takes_audio else 0] = (
                 each.question_audio if task.takes_audio else 0
             )
-            found[key(want.tokens, want.targets, want.mask, sound)] = f"{task} {n}"
+            found[key(want.tokens, want.targets, want.mask, audio)] = f"{task} {n}"
     return found
 
 
 def unpack(batch: Batch) -> list[tuple[bytes, ...]]:
-    """The examples of a batch, row by row, each with the sound that its speech positions point to."""
+    """The examples of a batch, row by row, each with the recording that its speech positions point to."""
     examples = []
     for row in range(len(batch["tokens"])):
-        segments, heard = batch["segments"][row], batch["speech_index"][row]
+        segments, speech_index = batch["segments"][row], batch["speech_index"][row]
         clips = []
         for segment in range(1, segments.max(initial=0) + 1):
             at = np.flatnonzero(segments == segment)
             assert (np.diff(at) == 1).all()
             np.testing.assert_array_equal(batch["positions"][row, at], np.arange(len(at)))
-            index = heard[at]
-            sound = np.zeros(0, np.int16)
+            index = speech_index[at]
+            audio = np.zeros(0, np.int16)
             if (index >= 0).any():
                 clip = index.max() // A
                 clips.append(clip)
-                # Positions 1.. hear frames 0.. of one clip, then no more.
+                # Positions 1, 2, ... have frames 0, 1, ... of one recording, later positions have none.
                 n = int((index >= 0).sum())
                 assert index[0] == -1
                 np.testing.assert_array_equal(index[1 : n + 1], clip * A + np.arange(n))
-                sound = batch["sound"][row, clip]
-                assert n == speech_positions(len(np.trim_zeros(sound, "b")), A)
+                audio = batch["sound"][row, clip]
+                assert n == speech_positions(len(np.trim_zeros(audio, "b")), A)
             arrays = (batch[name][row][:, at] for name in ("tokens", "targets", "mask"))
-            examples.append(key(*arrays, sound))
+            examples.append(key(*arrays, audio))
         assert sorted(clips) == list(range(batch["clips"][row]))
         assert not batch["sound"][row, len(clips) :].any()
         empty = segments == 0
         assert not batch["mask"][row][:, empty].any()
-        assert (heard[empty] == -1).all()
+        assert (speech_index[empty] == -1).all()
         assert (batch["tokens"][row, :7][:, empty] == VOCAB.pad_a).all()
         assert (batch["tokens"][row, 7, empty] == VOCAB.pad_t).all()
         np.testing.assert_array_equal(batch["targets"][row][:, empty], batch["tokens"][row][:, empty])
@@ -151,21 +161,21 @@ def assert_same(found: list[Batch], wanted: list[Batch]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def small_packings(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_bins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Less work before the first batch."""
-    monkeypatch.setattr(pipeline, "BINS", 8)
+    monkeypatch.setattr(packing, "NUM_BINS", 8)
 
 
 @pytest.fixture
-def in_order(small_packings: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Examples lie in the rows in the order of their turns."""
-    monkeypatch.setattr(pipeline, "BINS", 1)
+def in_order(few_bins: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows contain the examples in the order in which they are drawn."""
+    monkeypatch.setattr(packing, "NUM_BINS", 1)
 
 
-# What is in a batch
+# Contents of a batch
 
 
-def test_every_example_arrives_intact(folder: str, tokenizer: Tokenizer) -> None:
+def test_batches_contain_every_example_unchanged(folder: str, tokenizer: Tokenizer) -> None:
     known = expected(tokenizer)
     assert len(known) == 6 * len(EXCHANGES)
     seen: Counter[str] = Counter()
@@ -189,7 +199,7 @@ def test_every_example_arrives_intact(folder: str, tokenizer: Tokenizer) -> None
     assert set(seen) == set(known.values())
 
 
-def test_joined_frames_take_fewer_positions(folder: str, tokenizer: Tokenizer) -> None:
+def test_stacked_frames_take_fewer_positions(folder: str, tokenizer: Tokenizer) -> None:
     """With `stack` 3 a clip has ceil(100 / 3) = 34 speech positions."""
     model = models.replace(MODEL, adapter=AdapterConfig(intermediate_size=48, stack=3))
     batch = next(batches(config(folder, tasks={"A1T1": 1}), model, tokenizer, seed=0))
@@ -204,64 +214,63 @@ def test_joined_frames_take_fewer_positions(folder: str, tokenizer: Tokenizer) -
     assert batch["speech_index"].max() < 34 * 4
 
 
-def test_no_more_clips_than_a_row_can_hold(folder: str, tokenizer: Tokenizer) -> None:
-    batch = next(batches(config(folder, length=400, clips=2), MODEL, tokenizer, seed=0))
+def test_max_clips_limits_recordings_per_row(folder: str, tokenizer: Tokenizer) -> None:
+    batch = next(batches(config(folder, max_length=400, max_clips=2), MODEL, tokenizer, seed=0))
     assert batch["sound"].shape == (4, 2, 32000)
     assert batch["clips"].max() == 2
 
 
-def test_little_padding(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_wastes_little(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Questions of 2 to 8 s, answers of 20 to 100 frames, rows of 2048."""
     monkeypatch.undo()
     rng = np.random.default_rng(0)
     lengths = [(int(rng.uniform(2, 8) * 16000), int(rng.integers(20, 101))) for _ in range(60)]
     path = folder_of(
         tmp_path / "long",
-        (exchange(n, samples=samples, frames=frames) for n, (samples, frames) in enumerate(lengths)),
+        (exchange(n, num_samples=num_samples, frames=frames) for n, (num_samples, frames) in enumerate(lengths)),
     )
     model = models.replace(PRESETS["mini_omni"], vocab=MODEL.vocab, codec=MODEL.codec)
-    # As many batches as are packed together: the last rows of a packing are the emptiest.
-    iterator = batches(config(path, length=2048, clips=8, tasks={"A1A2": 1}), model, tokenizer, seed=0)
-    wasted = [padding(next(iterator)) for _ in range(pipeline.BINS // 4)]
+    # As many batches as are packed at the same time: their last rows have the most padding.
+    iterator = batches(config(path, max_length=2048, max_clips=8, tasks={"A1A2": 1}), model, tokenizer, seed=0)
+    wasted = [padding(next(iterator)) for _ in range(packing.NUM_BINS // 4)]
     assert 0 < np.mean(wasted) < 0.1
 
 
 # Shares and order
 
 
-def test_exact_shares(folder: str, tmp_path: Path, tokenizer: Tokenizer, in_order: None) -> None:
+def test_mixture_has_exact_shares(folder: str, tmp_path: Path, tokenizer: Tokenizer, in_order: None) -> None:
     """Of tasks, and of sources within a task, although half the records of a source cannot serve it."""
     half = folder_of(tmp_path / "half", (exchange(n, text="so {}" if n % 2 else "") for n in range(100, 140)))
     shares = {"T1T2": 1.0, "A1T1": 1 / 3, "T1A1": 0.77}
     sources = (SourceConfig(folder, weight=0.3), SourceConfig(half, weight=1, tasks=("T1T2", "A1T1")))
     iterator = batches(config(sources=sources, tasks=shares), MODEL, tokenizer, seed=0)
-    known, counts, ours = expected(tokenizer), Counter[str](), Counter[str]()
+    known, counts, first = expected(tokenizer), Counter[str](), Counter[str]()
     for batch in draw(iterator, 60):
         for each in unpack(batch):
-            # The other source's are not among them.
+            # Those of the second source are not in `known`.
             if each in known:
-                ours[known[each].split()[0]] += 1
+                first[known[each].split()[0]] += 1
         counts.update(dict(zip(TASKS, batch["examples"].sum(0).tolist(), strict=True)))
     total = sum(counts.values())
     assert total > 600
     for task, share in shares.items():
         assert counts[task] == pytest.approx(total * share / sum(shares.values()), abs=5)
-    assert ours["T1T2"] == pytest.approx(counts["T1T2"] * 0.3 / 1.3, abs=5)
-    assert ours["T1A1"] == counts["T1A1"]
+    assert first["T1T2"] == pytest.approx(counts["T1T2"] * 0.3 / 1.3, abs=5)
+    assert first["T1A1"] == counts["T1A1"]
     assert iterator.skipped["unsuitable"] > 50
 
 
-def turns(iterator: Batches, tokenizer: Tokenizer, n: int) -> list[str]:
+def draw_names(iterator: Batches, tokenizer: Tokenizer, n: int) -> list[str]:
+    """Task and number of the next n examples."""
     known, found = expected(tokenizer), []
     while len(found) < n:
         found += [known[each] for each in unpack(next(iterator))]
     return found[:n]
 
 
-def test_each_epoch_has_every_record_once_in_an_order_of_its_own(
-    folder: str, tokenizer: Tokenizer, in_order: None
-) -> None:
-    names = turns(batches(config(folder, tasks={"T1T2": 1}), MODEL, tokenizer, seed=3), tokenizer, 120)
+def test_epochs_have_every_record_once_in_different_orders(folder: str, tokenizer: Tokenizer, in_order: None) -> None:
+    names = draw_names(batches(config(folder, tasks={"T1T2": 1}), MODEL, tokenizer, seed=3), tokenizer, 120)
     epochs = [names[start : start + 40] for start in (0, 40, 80)]
     everything = [f"T1T2 {n}" for n in range(40)]
     for epoch in epochs:
@@ -270,9 +279,9 @@ def test_each_epoch_has_every_record_once_in_an_order_of_its_own(
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_streams_of_one_source_have_orders_of_their_own(folder: str, tokenizer: Tokenizer, in_order: None) -> None:
+def test_streams_of_one_source_have_different_orders(folder: str, tokenizer: Tokenizer, in_order: None) -> None:
     tasks = {"T1T2": 1, "T1A1": 1}
-    names = turns(batches(config(folder, tasks=tasks), MODEL, tokenizer, seed=3), tokenizer, 160)
+    names = draw_names(batches(config(folder, tasks=tasks), MODEL, tokenizer, seed=3), tokenizer, 160)
     streams = [[name.split()[1] for name in names if name.startswith(task)] for task in tasks]
     assert streams[0][:40] != streams[1][:40]
     # Nor those of a later epoch.
@@ -280,18 +289,18 @@ def test_streams_of_one_source_have_orders_of_their_own(folder: str, tokenizer: 
     assert streams[0][:40] != streams[1][40:80]
 
 
-def test_two_processes_share_an_epoch(folder: str, tokenizer: Tokenizer, in_order: None) -> None:
+def test_processes_read_disjoint_records(folder: str, tokenizer: Tokenizer, in_order: None) -> None:
     whole = config(folder, tasks={"A1A2": 1})
     halves = []
     for process in range(2):
         iterator = batches(whole, MODEL, tokenizer, seed=5, process_index=process, process_count=2)
-        halves.append(turns(iterator, tokenizer, 20))
+        halves.append(draw_names(iterator, tokenizer, 20))
         assert next(iterator)["tokens"].shape[0] == 2
     assert not set(halves[0]) & set(halves[1])
     assert sorted(halves[0] + halves[1]) == sorted(f"A1A2 {n}" for n in range(40))
 
 
-def test_the_seed_decides(folder: str, tokenizer: Tokenizer) -> None:
+def test_seed_decides_batches(folder: str, tokenizer: Tokenizer) -> None:
     one, two, other = (draw(batches(config(folder), MODEL, tokenizer, seed=seed), 3) for seed in (0, 0, 1))
     assert_same(one, two)
     assert any((a["tokens"] != b["tokens"]).any() for a, b in zip(one, other, strict=True))
@@ -300,10 +309,10 @@ def test_the_seed_decides(folder: str, tokenizer: Tokenizer) -> None:
 # Resuming
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resume(folder: str, tokenizer: Tokenizer, tmp_path: Path, workers: int) -> None:
-    """From JSON, back in the same iterator, and through Orbax; rows in the middle of a packing."""
-    data = config(folder, workers=workers, tasks={"A1A2": 2, "T1T2": 1})
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resume_from_state(folder: str, tokenizer: Tokenizer, tmp_path: Path, num_workers: int) -> None:
+    """From JSON, back in the same iterator, and through Orbax, between rows that are packed at the same time."""
+    data = config(folder, num_workers=num_workers, tasks={"A1A2": 2, "T1T2": 1})
 
     def start() -> Batches:
         return batches(data, MODEL, tokenizer, seed=2)
@@ -325,7 +334,7 @@ def test_resume(folder: str, tokenizer: Tokenizer, tmp_path: Path, workers: int)
     second.close()
 
 
-def test_counts_belong_to_the_state(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_counts_are_part_of_the_state(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = folder_of(tmp_path / "x", (exchange(n, text="so {}" if n else "word " * 90) for n in range(30)))
     spoil(path, 3)
     iterator = batches(config(path, tasks={"T1A2": 1}), MODEL, tokenizer, seed=0)
@@ -346,23 +355,27 @@ def test_counts_belong_to_the_state(tmp_path: Path, tokenizer: Tokenizer) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"workers": 1}, "workers: expected 1, found 0"),
-        ({"batch": 8}, "rows: expected 8, found 4"),
-        ({"length": 200}, "length: expected 200, found 160"),
+        ({"num_workers": 1}, "num_workers: expected 1, found 0"),
+        ({"batch_size": 8}, "rows: expected 8, found 4"),
+        ({"max_length": 200}, "max_length: expected 200, found 160"),
         ({"tasks": {"T1T2": 1}}, "tasks: expected"),
     ],
 )
-def test_a_state_fits_one_layout(folder: str, tokenizer: Tokenizer, changes: dict[str, Any], message: str) -> None:
+def test_state_of_another_layout_is_refused(
+    folder: str, tokenizer: Tokenizer, changes: dict[str, Any], message: str
+) -> None:
     state = batches(config(folder), MODEL, tokenizer, seed=0).get_state()
     with pytest.raises(PipelineError, match=message):
         batches(config(folder, **changes), MODEL, tokenizer, seed=0).set_state(state)
     with pytest.raises(PipelineError, match="seed: expected 1, found 0"):
         batches(config(folder), MODEL, tokenizer, seed=1).set_state(state)
-    with pytest.raises(PipelineError, match="process: expected 1 of 2, found 0 of 1"):
-        batches(config(folder, batch=8), MODEL, tokenizer, seed=0, process_index=1, process_count=2).set_state(state)
+    with pytest.raises(PipelineError, match="process_index: expected 1, found 0"):
+        batches(config(folder, batch_size=8), MODEL, tokenizer, seed=0, process_index=1, process_count=2).set_state(
+            state
+        )
 
 
-# What cannot be used
+# Skipped records
 
 
 def spoil(path: str, shard_record: int) -> None:
@@ -377,7 +390,7 @@ def spoil(path: str, shard_record: int) -> None:
     file.write_bytes(bytes(data))
 
 
-def test_an_unreadable_record_is_counted_once_and_skipped(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_unreadable_record_is_counted_once_and_skipped(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = folder_of(tmp_path / "x", EXCHANGES[:20])
     spoil(path, 7)
     iterator = batches(config(path, max_corrupt=1), MODEL, tokenizer, seed=0)
@@ -388,26 +401,26 @@ def test_an_unreadable_record_is_counted_once_and_skipped(tmp_path: Path, tokeni
     assert iterator.skipped["unreadable"] > 6
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_unreadable_records(tmp_path: Path, tokenizer: Tokenizer, workers: int) -> None:
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_too_many_unreadable_records(tmp_path: Path, tokenizer: Tokenizer, num_workers: int) -> None:
     path = folder_of(tmp_path / "x", EXCHANGES[:20])
     spoil(path, 7)
     spoil(path, 9)
-    iterator = batches(config(path, max_corrupt=1, workers=workers), MODEL, tokenizer, seed=0)
+    iterator = batches(config(path, max_corrupt=1, num_workers=num_workers), MODEL, tokenizer, seed=0)
     with pytest.raises(PipelineError, match=r"at most 1 records .*found 2.*\n.*00000\.array_record, record [79]"):
         draw(iterator, 40)
     iterator.close()
 
 
-def test_a_source_that_is_all_damaged_stops_the_worker(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """No batch would ever come to be counted. The codes are those of a codec with more of them."""
+def test_max_corrupt_applies_before_the_first_batch(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """All records have codes beyond the codebook: no batch is ever complete."""
     path = folder_of(tmp_path / "x", (Exchange(answer_text="a", answer_codes=np.full((9, 7), 70)) for _ in range(9)))
     iterator = batches(config(path, tasks={"T1A1": 1}, max_corrupt=3), MODEL, tokenizer, seed=0)
     with pytest.raises(PipelineError, match=r"record \d: answer_codes: expected codes below 64, found 70"):
         next(iterator)
 
 
-def test_what_is_left_out_is_counted_by_reason(tmp_path: Path, tokenizer: Tokenizer, in_order: None) -> None:
+def test_skipped_records_are_counted_by_reason(tmp_path: Path, tokenizer: Tokenizer, in_order: None) -> None:
     bad = {
         1: exchange(1, text=""),
         2: exchange(2, num_samples=32001),
@@ -423,31 +436,33 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path, tokenizer: Tokeni
     assert sorted(seen[:36]) == sorted(f"A1A2 {n}" for n in range(40) if n not in bad)
     counts = iterator.skipped
     assert counts.pop("unreadable") == 0
-    assert set(counts) == {"unsuitable", "longer_than_ear", "longer_than_row", "refused"}
+    assert set(counts) == {"unsuitable", "longer_than_encoder", "longer_than_row", "refused"}
     assert all(1 <= n <= 2 for n in counts.values()), counts
 
 
-def test_a_recording_as_long_as_the_ear_is_heard_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_recording_of_the_greatest_length_is_used(tmp_path: Path, tokenizer: Tokenizer) -> None:
     each = exchange(0, num_samples=32000)
     path = folder_of(tmp_path / "x", [each])
     batch = next(batches(config(path, tasks={"A1T2": 1}), MODEL, tokenizer, seed=0))
     assert set(unpack(batch)) <= set(expected(tokenizer, [each]))
 
 
-def test_a_source_without_a_usable_example_is_an_error_not_a_wait(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_source_without_usable_example_is_an_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = folder_of(tmp_path / "x", (exchange(n, num_samples=40000) for n in range(5)))
-    with pytest.raises(PipelineError, match="expected examples of A1T1, found none in 5 records: 5 longer_than_ear"):
+    with pytest.raises(
+        PipelineError, match="expected examples of A1T1, found none in 5 records: 5 longer_than_encoder"
+    ):
         next(batches(config(path, tasks={"A1T1": 1}), MODEL, tokenizer, seed=0))
 
 
-def test_what_is_wrong_from_the_start(folder: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_batches_refuses_wrong_sources_rows_and_tokenizer(folder: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
     text = folder_of(tmp_path / "text", [Exchange(question_text="a", answer_text="b")])
     wrong: list[tuple[Callable[[], object], str]] = [
         (lambda: batches(config("/nowhere"), MODEL, tokenizer, seed=0), r"/nowhere: .*found no index\.json"),
         (lambda: batches(config(text), MODEL, tokenizer, seed=0), "text: expected exchanges that can serve A1A2"),
         (
-            lambda: batches(config(folder, batch=3), MODEL, tokenizer, seed=0, process_count=2),
-            "batch: expected a multiple of the 2 processes, found 3",
+            lambda: batches(config(folder, batch_size=3), MODEL, tokenizer, seed=0, process_count=2),
+            "batch_size: expected a multiple of the 2 processes, found 3",
         ),
     ]
     small = models.replace(MODEL, vocab=models.replace(MODEL.vocab, text=270))
@@ -462,10 +477,10 @@ def test_what_is_wrong_from_the_start(folder: str, tmp_path: Path, tokenizer: To
 # Held-out data
 
 
-def test_held_out_has_every_example_once(folder: str, tmp_path: Path, tokenizer: Tokenizer, in_order: None) -> None:
-    """In order, to the last, and the same whatever the number of processes."""
-    spoilt = folder_of(tmp_path / "x", [*EXCHANGES[:3], exchange(0, num_samples=40000)])
-    sources = (SourceConfig(folder), SourceConfig(spoilt, tasks=("A1T1",)))
+def test_held_out_yields_every_example_once(folder: str, tmp_path: Path, tokenizer: Tokenizer, in_order: None) -> None:
+    """In order, and independently of the number of processes."""
+    too_long = folder_of(tmp_path / "x", [*EXCHANGES[:3], exchange(0, num_samples=40000)])
+    sources = (SourceConfig(folder), SourceConfig(too_long, tasks=("A1T1",)))
     data = config(folder, held_out=sources, tasks={"A1T1": 1, "T1A1": 1})
     iterator = held_out(data, MODEL, tokenizer)
     whole = list(iterator)
@@ -474,24 +489,24 @@ def test_held_out_has_every_example_once(folder: str, tmp_path: Path, tokenizer:
     assert found == Counter(
         [f"{task} {n}" for task in ("A1T1", "T1A1") for n in range(40)] + [f"A1T1 {n}" for n in range(3)]
     )
-    assert iterator.skipped["longer_than_ear"] == 1
+    assert iterator.skipped["longer_than_encoder"] == 1
     assert {batch["tokens"].shape for batch in whole} == {(4, 8, 160)}
-    # The tasks come one after the other.
+    # One task after the other.
     per_batch = np.array([batch["examples"].sum(0) for batch in whole])
     first, second = per_batch[:, TASKS.index(Task.A1T1)], per_batch[:, TASKS.index(Task.T1A1)]
     assert first[0] > 0 == second[0]
-    parts = [list(held_out(data, MODEL, tokenizer, process_index=n, process_count=2)) for n in range(2)]
-    joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*parts, strict=True)]
+    shares = [list(held_out(data, MODEL, tokenizer, process_index=n, process_count=2)) for n in range(2)]
+    joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*shares, strict=True)]
     assert_same(joined, whole)
 
 
-def test_what_is_left_out_at_the_very_end_is_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_held_out_counts_records_skipped_at_the_end(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = folder_of(tmp_path / "x", [EXCHANGES[0], exchange(0, num_samples=40000)])
     iterator = held_out(config(path, held_out=(SourceConfig(path),), tasks={"A1T2": 1}), MODEL, tokenizer)
     (batch,) = iterator
     assert batch["examples"].sum() == 1
-    assert iterator.skipped["longer_than_ear"] == 1
+    assert iterator.skipped["longer_than_encoder"] == 1
 
 
-def test_nothing_held_out(folder: str, tokenizer: Tokenizer) -> None:
+def test_held_out_without_sources_is_empty(folder: str, tokenizer: Tokenizer) -> None:
     assert list(held_out(config(folder), MODEL, tokenizer)) == []

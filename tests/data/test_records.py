@@ -1,4 +1,4 @@
-"""Records: every sample and code comes back, and whatever is wrong is said."""
+"""The record format is lossless and detects damage; folders of records are written atomically."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from omni_jax.data.records import INDEX, Exchange, Records, RecordWriter, from_bytes, serves, to_bytes
+from omni_jax.data.records import INDEX, Exchange, RecordCounts, Records, RecordWriter, from_bytes, serves, to_bytes
 from omni_jax.errors import RecordError
 from omni_jax.tasks import Task
 
@@ -35,7 +35,7 @@ FULL = Exchange(
     answer_text="Ich heiße Omni. 🙂",
     answer_codes=np.random.default_rng(1).integers(0, 4096, (5, 7)),
     source="tests",
-    voice="nobody",
+    voice="someone",
 )
 
 
@@ -77,18 +77,18 @@ def flac(samples: np.ndarray, rate: int = 16000, subtype: str = "PCM_16", kind: 
         Exchange(answer_codes=np.array([[0, 4095, 1, 2, 3, 4, 5]], np.uint16)),
     ],
 )
-def test_everything_comes_back(exchange: Exchange) -> None:
+def test_record_round_trip(exchange: Exchange) -> None:
     back = from_bytes(to_bytes(exchange))
     assert_equal(back, exchange)
     assert back.question_audio is None or back.question_audio.dtype == np.int16
     assert back.answer_codes is None or back.answer_codes.dtype == np.int32
 
 
-def test_sound_is_left_encoded_on_request() -> None:
+def test_from_bytes_without_audio() -> None:
     assert_equal(from_bytes(to_bytes(FULL), audio=False), dataclasses.replace(FULL, question_audio=None))
 
 
-def test_compact() -> None:
+def test_record_is_compact() -> None:
     t = np.arange(16000 * 4) / 16000
     tone = (6000 * np.sin(2 * np.pi * 220 * t) * np.sin(3 * t)).astype(np.int16)
     codes = np.zeros((50, 7), int)
@@ -96,12 +96,12 @@ def test_compact() -> None:
     assert size < 0.6 * tone.nbytes + 14 * 50
 
 
-def test_tasks() -> None:
-    heard, codes = np.zeros(9, np.int16), np.zeros((2, 7), int)
+def test_serves() -> None:
+    audio, codes = np.zeros(9, np.int16), np.zeros((2, 7), int)
     assert serves(FULL) == set(Task)
     assert serves(Exchange()) == set()
-    assert serves(Exchange(question_audio=heard, question_text="hi")) == {Task.A1T1}
-    assert serves(Exchange(question_audio=heard, answer_text="hi")) == {Task.A1T2}
+    assert serves(Exchange(question_audio=audio, question_text="hi")) == {Task.A1T1}
+    assert serves(Exchange(question_audio=audio, answer_text="hi")) == {Task.A1T2}
     assert serves(Exchange(question_text="hi", answer_text="ho")) == {Task.T1T2}
     assert serves(Exchange(answer_text="ho", answer_codes=codes)) == {Task.T1A1}
     assert serves(Exchange(question_text="hi", answer_text="ho", answer_codes=codes)) == {
@@ -112,7 +112,7 @@ def test_tasks() -> None:
     assert serves(Exchange(question_text=" ", answer_text="\n", answer_codes=codes)) == set()
 
 
-# What is wrong
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_tasks() -> None:
         (Exchange(answer_codes=np.full((3, 7), 65536)), "answer_codes: .* found 65536"),
     ],
 )
-def test_what_cannot_be_written(exchange: Exchange, message: str) -> None:
+def test_to_bytes_refuses_wrong_fields(exchange: Exchange, message: str) -> None:
     with pytest.raises(RecordError, match=message):
         to_bytes(exchange)
 
@@ -160,12 +160,12 @@ def test_what_cannot_be_written(exchange: Exchange, message: str) -> None:
         (changed(question_audio=flac(noise(0, 99), kind="WAV")), "question_audio: .* found .*WAV"),
     ],
 )
-def test_what_cannot_be_read(data: bytes, message: str) -> None:
+def test_from_bytes_refuses_malformed_records(data: bytes, message: str) -> None:
     with pytest.raises(RecordError, match=message):
         from_bytes(data)
 
 
-def test_any_flipped_bit_and_any_cut_is_noticed() -> None:
+def test_from_bytes_detects_flipped_bits_and_truncation() -> None:
     data = to_bytes(dataclasses.replace(FULL, question_audio=noise(3, 40)))
     for at in range(len(data)):
         with pytest.raises(RecordError):
@@ -176,7 +176,7 @@ def test_any_flipped_bit_and_any_cut_is_noticed() -> None:
             from_bytes(bytes(flipped))
 
 
-def test_codes_of_another_codec() -> None:
+def test_from_bytes_refuses_codes_of_a_larger_codebook() -> None:
     with pytest.raises(RecordError, match="expected codes below 64, found"):
         from_bytes(to_bytes(FULL), codebook_size=64)
 
@@ -188,7 +188,7 @@ def numbered(n: int) -> Exchange:
     return Exchange(question_text=f"question {n}", answer_text="yes", source="odd" if n % 2 else "even")
 
 
-def test_folder(tmp_path: Path) -> None:
+def test_writer_and_records(tmp_path: Path) -> None:
     with RecordWriter(tmp_path / "a" / "b", shard_size=3) as writer:
         for n in range(7):
             writer.write(numbered(n))
@@ -213,19 +213,19 @@ def test_folder(tmp_path: Path) -> None:
     assert len(records) == 8
     assert [from_bytes(records[n]).question_text for n in range(7)] == [f"question {n}" for n in range(7)]
     assert_equal(from_bytes(records[7]), FULL)
-    assert records.name(0) == f"{writer.folder / '00000.array_record'}, record 0"
-    assert records.name(7) == f"{writer.folder / '00002.array_record'}, record 1"
+    assert records.location(0) == f"{writer.folder / '00000.array_record'}, record 0"
+    assert records.location(7) == f"{writer.folder / '00002.array_record'}, record 1"
     assert (records.count(Task.T1T2), records.count(Task.A1A2)) == (8, 1)
 
 
-def test_shard_boundary_leaves_no_empty_shard(tmp_path: Path) -> None:
+def test_writer_leaves_no_empty_shard(tmp_path: Path) -> None:
     with RecordWriter(tmp_path, shard_size=2) as writer:
         for n in range(4):
             writer.write(numbered(n))
     assert names(tmp_path) == ["00000.array_record", "00001.array_record", INDEX]
 
 
-def test_an_exception_leaves_whole_shards_only(tmp_path: Path) -> None:
+def test_writer_exception_leaves_complete_shards_only(tmp_path: Path) -> None:
     def write() -> None:
         with RecordWriter(tmp_path, shard_size=2) as writer:
             for n in range(3):
@@ -241,11 +241,11 @@ def test_an_exception_leaves_whole_shards_only(tmp_path: Path) -> None:
         RecordWriter(tmp_path)
 
 
-def test_a_kill_leaves_nothing_under_a_final_name(tmp_path: Path) -> None:
+def test_killed_writer_leaves_temporary_files_only(tmp_path: Path) -> None:
     code = (
         "import os, sys\n"
-        "from omni_jax.data.records import Exchange, Writer\n"
-        "writer = Writer(sys.argv[1]).__enter__()\n"
+        "from omni_jax.data.records import Exchange, RecordWriter\n"
+        "writer = RecordWriter(sys.argv[1]).__enter__()\n"
         "for n in range(50): writer.write(Exchange(question_text='x' * 9999, answer_text='y'))\n"
         "os._exit(9)\n"
     )
@@ -256,7 +256,7 @@ def test_a_kill_leaves_nothing_under_a_final_name(tmp_path: Path) -> None:
     assert names(tmp_path) == ["00000.array_record", INDEX]
 
 
-def test_a_bad_exchange_does_not_spoil_the_folder(tmp_path: Path) -> None:
+def test_writer_goes_on_after_a_wrong_exchange(tmp_path: Path) -> None:
     with RecordWriter(tmp_path) as writer:
         writer.write(numbered(0))
         with pytest.raises(RecordError):
@@ -265,7 +265,7 @@ def test_a_bad_exchange_does_not_spoil_the_folder(tmp_path: Path) -> None:
     assert len(Records(tmp_path)) == 2
 
 
-def test_what_is_not_a_folder_of_records(tmp_path: Path) -> None:
+def test_records_refuses_other_folders(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"nowhere: .* found no index\.json"):
         Records(tmp_path / "nowhere")
     file = tmp_path / "file"
@@ -293,3 +293,13 @@ def test_what_is_not_a_folder_of_records(tmp_path: Path) -> None:
     (tmp_path / "a" / "00000.array_record").unlink()
     with pytest.raises(RecordError, match=r"expected 1 shards, found 00000\.array_record missing"):
         Records(tmp_path / "a")
+
+
+def test_record_counts_merge() -> None:
+    counts, other = RecordCounts(), RecordCounts()
+    counts.add(FULL, {Task.A1A2, Task.T1T2})
+    other.add(numbered(1), {Task.T1T2})
+    counts.merge(other)
+    assert (counts.exchanges, counts.samples, counts.frames) == (2, 1234, 5)
+    assert counts.sources == {"tests": 1, "odd": 1}
+    assert counts.tasks == {"A1A2": 1, "T1T2": 2}

@@ -1,9 +1,10 @@
-"""Small files in exactly the layouts that the corpora are published in."""
+"""Sources read small files in the layouts that the corpora are published in."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,18 @@ import soundfile
 
 from omni_jax.audio import io as audio_io
 from omni_jax.data import sources
-from omni_jax.data.sources import Manifest, PendingExchange, ReadSpeech, RejectedRow, Source, TextQA, VoiceAssistant
-from omni_jax.errors import ConfigError
+from omni_jax.data.readers import byte_ranges
+from omni_jax.data.sources import (
+    Manifest,
+    PendingExchange,
+    ReadSpeech,
+    RejectedRow,
+    Source,
+    SourceShard,
+    TextQA,
+    VoiceAssistant,
+)
+from omni_jax.errors import AudioTooLongError, ConfigError
 
 
 def tone(seconds: float, rate: int, format: str = "WAV") -> bytes:
@@ -27,17 +38,17 @@ def tone(seconds: float, rate: int, format: str = "WAV") -> bytes:
 
 
 def read(source: Source) -> tuple[list[PendingExchange], list[RejectedRow]]:
-    """Every row of every unit."""
-    drafts, rejected = [], []
-    units = source.units()
-    assert len({unit.name for unit in units}) == len(units)
-    for unit in units:
-        for _, make in source.rows(unit):
+    """Every row of every shard."""
+    pending, rejected = [], []
+    shards = source.shards()
+    assert len({shard.name for shard in shards}) == len(shards)
+    for shard in shards:
+        for _, load in source.rows(shard):
             try:
-                drafts.append(make())
-            except RejectedRow as problem:
-                rejected.append(problem)
-    return drafts, rejected
+                pending.append(load())
+            except RejectedRow as row:
+                rejected.append(row)
+    return pending, rejected
 
 
 def voice_assistant_row(**changes: Any) -> dict[str, Any]:
@@ -65,10 +76,10 @@ def test_voice_assistant(tmp_path: Path) -> None:
         voice_assistant_row(split_name="identity"),
     ]
     voice_assistant(tmp_path, rows, row_group_size=2)
-    assert [unit.part for unit in VoiceAssistant(tmp_path).units()] == [(0,), (1,)]
-    drafts, rejected = read(VoiceAssistant(tmp_path))
-    assert [problem.reason for problem in rejected] == ["persona"]
-    exchange = drafts[0].exchange
+    assert [shard.part for shard in VoiceAssistant(tmp_path).shards()] == [(0,), (1,)]
+    pending, rejected = read(VoiceAssistant(tmp_path))
+    assert [row.reason for row in rejected] == ["persona"]
+    exchange = pending[0].exchange
     assert (exchange.question_text, exchange.answer_text) == ("What is your name?", "Omni.")
     assert exchange.source == "voice_assistant_400k qa_assistant_v1_7k"
     assert exchange.answer_codes is not None
@@ -76,7 +87,7 @@ def test_voice_assistant(tmp_path: Path) -> None:
     assert exchange.question_audio is not None
     expected = audio_io.to_pcm16(audio_io.read_audio(io.BytesIO(tone(0.5, 22_050))))
     np.testing.assert_array_equal(exchange.question_audio, expected)
-    assert len(read(VoiceAssistant(tmp_path, persona=True))[0]) == 3
+    assert len(read(VoiceAssistant(tmp_path, keep_persona=True))[0]) == 3
 
 
 @pytest.mark.parametrize(
@@ -84,39 +95,39 @@ def test_voice_assistant(tmp_path: Path) -> None:
     [
         ({"answer_snac": ""}, "answer without codes"),
         ({"answer_snac": None}, "answer without codes"),
-        ({"answer_snac": "# 1 2 3 4 5 6"}, "codes in disorder"),
-        ({"answer_snac": "# 1 2 3 4 5 6 7 8"}, "codes in disorder"),
-        ({"answer_snac": "1 2 3 4 5 6 7"}, "codes in disorder"),
-        ({"answer_snac": "# 1 2 3 4 5 6 -7"}, "codes in disorder"),
-        ({"answer_snac": "# 1 2 3 4 5 6 7 #"}, "codes in disorder"),
+        ({"answer_snac": "# 1 2 3 4 5 6"}, "malformed codes"),
+        ({"answer_snac": "# 1 2 3 4 5 6 7 8"}, "malformed codes"),
+        ({"answer_snac": "1 2 3 4 5 6 7"}, "malformed codes"),
+        ({"answer_snac": "# 1 2 3 4 5 6 -7"}, "malformed codes"),
+        ({"answer_snac": "# 1 2 3 4 5 6 7 #"}, "malformed codes"),
         ({"answer_snac": "# 1 2 3 4 5 6 4096"}, "code out of range"),
         ({"answer_snac": "# 1 2 3 4 5 6 99999999999"}, "code out of range"),
-        ({"answer_snac": "# 1 2 3 4 5 6 99999999999999999999"}, "codes in disorder"),
+        ({"answer_snac": "# 1 2 3 4 5 6 99999999999999999999"}, "malformed codes"),
         ({"question": "  "}, "question is empty"),
         ({"answer": None}, "answer is empty"),
-        ({"question_audio": None}, "question without sound"),
-        ({"question_audio": {"bytes": b"", "path": ""}}, "question without sound"),
+        ({"question_audio": None}, "question without audio"),
+        ({"question_audio": {"bytes": b"", "path": ""}}, "question without audio"),
         ({"question_audio": {"bytes": b"RIFF junk", "path": ""}}, "recording unusable"),
         ({"question_audio": {"bytes": tone(0.5, 22_050)[:2000], "path": ""}}, "recording unusable"),
         ({"question_audio": {"bytes": tone(15.1, 22_050), "path": ""}}, "recording too long"),
     ],
 )
-def test_rows_of_voice_assistant_that_are_left_out(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+def test_voice_assistant_rejects_rows(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     voice_assistant(tmp_path, [voice_assistant_row(), voice_assistant_row(**change)])
-    drafts, rejected = read(VoiceAssistant(tmp_path))
-    assert len(drafts) == 1
-    assert [problem.reason for problem in rejected] == [reason]
+    pending, rejected = read(VoiceAssistant(tmp_path))
+    assert len(pending) == 1
+    assert [row.reason for row in rejected] == [reason]
 
 
-def test_files_that_are_not_voice_assistant(tmp_path: Path) -> None:
+def test_voice_assistant_refuses_other_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected files that end in"):
-        VoiceAssistant(tmp_path).units()
+        VoiceAssistant(tmp_path).shards()
     pq.write_table(pa.table({"question": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(ConfigError, match=r"expected the columns .* found none named"):
-        VoiceAssistant(tmp_path).units()
+        VoiceAssistant(tmp_path).shards()
     (tmp_path / "a.parquet").write_bytes(b"junk")
     with pytest.raises(ConfigError, match="expected a parquet file"):
-        VoiceAssistant(tmp_path).units()
+        VoiceAssistant(tmp_path).shards()
 
 
 def put(path: Path, content: bytes | str) -> None:
@@ -155,43 +166,42 @@ LAYOUTS = {"librispeech": librispeech, "libritts": libritts, "vctk": vctk, "mls"
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_corpora_of_read_speech(tmp_path: Path, name: str) -> None:
+def test_read_speech_reads_each_corpus(tmp_path: Path, name: str) -> None:
     LAYOUTS[name](tmp_path)
-    listing, license = sources.SPEECH[name]
-    source = ReadSpeech(tmp_path, name, license, listing)
-    # What is made is known again by it, in other processes too.
+    layout, license = sources.SPEECH_CORPORA[name]
+    source = ReadSpeech(tmp_path, name, license, layout)
+    # `prepare` recognizes a source by its repr, in other processes too.
     assert " at 0x" not in repr(source)
-    drafts, rejected = read(source)
+    pending, rejected = read(source)
     assert not rejected
-    said = [draft.exchange.question_text for draft in drafts]
-    spoken = ["Go! Do you hear?", "And I say."] if name in ("libritts", "vctk") else ["Go do you hear.", "And I say."]
-    assert said == spoken
-    for draft in drafts:
-        assert draft.exchange.question_audio is not None
-        assert 0.29 < len(draft.exchange.question_audio) / 16_000 < 0.41
-    aloud, _ = read(ReadSpeech(tmp_path, name, license, listing, as_answer=True, rate=24_000))
-    assert [draft.exchange.answer_text for draft in aloud] == spoken
-    assert all(draft.answer_audio is not None and len(draft.answer_audio) > 0.29 * 24_000 for draft in aloud)
-    assert aloud[0].exchange.voice.startswith(f"{name} ")
+    texts = ["Go! Do you hear?", "And I say."] if name in ("libritts", "vctk") else ["Go do you hear.", "And I say."]
+    assert [each.exchange.question_text for each in pending] == texts
+    for each in pending:
+        assert each.exchange.question_audio is not None
+        assert 0.29 < len(each.exchange.question_audio) / 16_000 < 0.41
+    answers, _ = read(ReadSpeech(tmp_path, name, license, layout, as_answer=True, answer_sample_rate=24_000))
+    assert [each.exchange.answer_text for each in answers] == texts
+    assert all(each.answer_audio is not None and len(each.answer_audio) > 0.29 * 24_000 for each in answers)
+    assert answers[0].exchange.voice.startswith(f"{name} ")
 
 
-def test_speech_that_lacks_something(tmp_path: Path) -> None:
+def test_read_speech_rejects_rows(tmp_path: Path) -> None:
     librispeech(tmp_path)
-    listing, license = sources.SPEECH["librispeech"]
+    layout, license = sources.SPEECH_CORPORA["librispeech"]
     (tmp_path / "dev-clean/84/121123/84-121123-0001.flac").unlink()
     put(tmp_path / "dev-clean/84/2/84-2.trans.txt", "84-2-0000\n84-2-0001 WORDS\n84-2-0002 MORE\n")
     put(tmp_path / "dev-clean/84/2/84-2-0001.flac", b"junk")
     put(tmp_path / "dev-clean/84/2/84-2-0002.flac", tone(31, 16_000, "FLAC"))
-    drafts, rejected = read(ReadSpeech(tmp_path, "librispeech", license, listing))
-    assert len(drafts) == 1
-    assert [problem.reason for problem in rejected] == [
+    pending, rejected = read(ReadSpeech(tmp_path, "librispeech", license, layout))
+    assert len(pending) == 1
+    assert [row.reason for row in rejected] == [
         "recording is missing",
         "text is empty",
         "recording unusable",
         "recording too long",
     ]
     with pytest.raises(ConfigError, match="expected recordings"):
-        ReadSpeech(tmp_path / "txt", "vctk", "", sources.vctk).units()
+        ReadSpeech(tmp_path / "txt", "vctk", "", sources.vctk).shards()
 
 
 LINES = [
@@ -205,34 +215,33 @@ LINES = [
 PAIRS = [("Q1", "A1"), ("Q2", "A2"), ("Q3\nmore", "A3"), ("Q4", "A4"), ("Q6", "A6"), ("Q7", "A7")]
 
 
-def pairs(drafts: list[PendingExchange]) -> list[tuple[str, str]]:
-    return [(draft.exchange.question_text, draft.exchange.answer_text) for draft in drafts]
+def pairs(pending: list[PendingExchange]) -> list[tuple[str, str]]:
+    return [(each.exchange.question_text, each.exchange.answer_text) for each in pending]
 
 
-def test_text(tmp_path: Path) -> None:
+def test_text_qa_reads_jsonl_parquet_and_arrow(tmp_path: Path) -> None:
     put(tmp_path / "qa.jsonl", "\n\n".join(map(json.dumps, LINES)))
-    drafts, rejected = read(TextQA(tmp_path / "qa.jsonl"))
-    assert (pairs(drafts), rejected) == (PAIRS, [])
+    pending, rejected = read(TextQA(tmp_path / "qa.jsonl"))
+    assert (pairs(pending), rejected) == (PAIRS, [])
     (tmp_path / "folder").mkdir()
     pq.write_table(pa.Table.from_pylist(LINES[:1] * 5), tmp_path / "folder" / "a.parquet", row_group_size=2)
     table = pa.Table.from_pylist(LINES[1:3])
     with pa.ipc.new_stream(tmp_path / "folder" / "data-00000-of-00001.arrow", table.schema) as stream:
         stream.write_table(table)
-    drafts, rejected = read(TextQA(tmp_path / "folder"))
-    assert (pairs(drafts), rejected) == ([PAIRS[0]] * 5 + PAIRS[1:3], [])
+    pending, rejected = read(TextQA(tmp_path / "folder"))
+    assert (pairs(pending), rejected) == ([PAIRS[0]] * 5 + PAIRS[1:3], [])
 
 
-def test_lines_are_read_once_wherever_a_file_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_read_once_for_any_byte_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(
         tmp_path / "qa.jsonl",
         "".join(json.dumps({"question": f"Q{n}", "answer": "A" * n}) + "\n" for n in range(1, 60)),
     )
     size = (tmp_path / "qa.jsonl").stat().st_size
-    whole = sources._pieces
-    for piece in (1, 7, 30, 31, 100, size, size + 1):
-        monkeypatch.setattr(sources, "_pieces", lambda path, piece=piece: whole(path, piece))
-        drafts, _ = read(TextQA(tmp_path / "qa.jsonl"))
-        assert [question for question, _ in pairs(drafts)] == [f"Q{n}" for n in range(1, 60)]
+    for length in (1, 7, 30, 31, 100, size, size + 1):
+        monkeypatch.setattr(sources, "byte_ranges", lambda path, length=length: byte_ranges(path, length))
+        pending, _ = read(TextQA(tmp_path / "qa.jsonl"))
+        assert [question for question, _ in pairs(pending)] == [f"Q{n}" for n in range(1, 60)]
 
 
 @pytest.mark.parametrize(
@@ -244,16 +253,16 @@ def test_lines_are_read_once_wherever_a_file_is_cut(tmp_path: Path, monkeypatch:
         ('{"color": "red"}', "unknown columns"),
         ('{"question": "", "answer": "a"}', "question is empty"),
         ('{"question": "q", "answer": 3}', "answer is empty"),
-        ('{"question": "\\ud800", "answer": "a"}', "question is no text"),
-        ('{"plain_text": "Hello"}', "no turn of Moss"),
+        ('{"question": "\\ud800", "answer": "a"}', "question is not text"),
+        ('{"plain_text": "Hello"}', "not in Moss format"),
         (json.dumps({"question": "q" * 2001, "answer": "a"}), "question too long"),
     ],
 )
-def test_text_that_is_left_out(tmp_path: Path, line: str, reason: str) -> None:
+def test_text_qa_rejects_rows(tmp_path: Path, line: str, reason: str) -> None:
     put(tmp_path / "qa.jsonl", f"{line}\n{json.dumps(LINES[4])}\n")
-    drafts, rejected = read(TextQA(tmp_path / "qa.jsonl"))
-    assert pairs(drafts) == [PAIRS[4]]
-    assert [problem.reason for problem in rejected] == [reason]
+    pending, rejected = read(TextQA(tmp_path / "qa.jsonl"))
+    assert pairs(pending) == [PAIRS[4]]
+    assert [row.reason for row in rejected] == [reason]
 
 
 def test_manifest(tmp_path: Path) -> None:
@@ -275,17 +284,17 @@ def test_manifest(tmp_path: Path) -> None:
         json.dumps(good | {"answer_audio": "none.wav"}),
     ]
     put(tmp_path / "m.jsonl", "\n".join(lines))
-    drafts, rejected = read(Manifest(tmp_path / "m.jsonl", rate=24_000))
-    exchange, answer = drafts[0].exchange, drafts[0].answer_audio
+    pending, rejected = read(Manifest(tmp_path / "m.jsonl", answer_sample_rate=24_000))
+    exchange, answer = pending[0].exchange, pending[0].answer_audio
     assert (exchange.question_text, exchange.answer_text, exchange.source, exchange.voice) == ("q", "a", "made", "v")
     assert answer is not None
     assert len(answer) == pytest.approx(0.3 * 24_000, abs=2)
-    assert drafts[1].exchange.source == "manifest"
-    assert [problem.reason for problem in rejected] == [
-        "not JSON", "not an object", "unknown field", "voice is no text", "recording unusable",
+    assert pending[1].exchange.source == "manifest"
+    assert [row.reason for row in rejected] == [
+        "not JSON", "not an object", "unknown field", "voice is not text", "recording unusable",
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="expected a file"):
-        Manifest(tmp_path / "none").units()
+        Manifest(tmp_path / "none").shards()
 
 
 @pytest.mark.parametrize(
@@ -299,3 +308,25 @@ def test_manifest(tmp_path: Path) -> None:
 )
 def test_sentence_case(text: str, expected: str) -> None:
     assert sources.sentence_case(text) == expected
+
+
+def test_shard_fingerprint_changes_with_its_files(tmp_path: Path) -> None:
+    put(tmp_path / "a.jsonl", "{}\n")
+    shard = SourceShard("a", (tmp_path / "a.jsonl",), (0, 3))
+    first = shard.fingerprint()
+    assert shard.fingerprint() == first
+    assert SourceShard("a", shard.files, (0, 2)).fingerprint() != first
+    os.utime(tmp_path / "a.jsonl", (1, 1))
+    assert shard.fingerprint() != first
+
+
+def test_audio_too_long_without_a_declared_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason of a rejection does not depend on the wording of the error."""
+
+    def read_audio(*_: object, max_seconds: float) -> None:
+        raise AudioTooLongError("any words", max_seconds=max_seconds)
+
+    monkeypatch.setattr(audio_io, "read_audio", read_audio)
+    put(tmp_path / "m.jsonl", '{"question_audio": "q.wav"}')
+    _, (row,) = read(Manifest(tmp_path / "m.jsonl"))
+    assert (row.reason, str(row)) == ("recording too long", "recording too long: any words")

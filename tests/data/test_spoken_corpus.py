@@ -1,4 +1,4 @@
-"""Text becomes speech: the same for the same seed, in many voices and in one, and what fails is counted."""
+"""A corpus of text is synthesized: equal for equal seeds, in many voices and in one, and failures are counted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from omni_jax.data.records import Exchange, Records, from_bytes
 from omni_jax.data.sources import RejectedRow, TextQA
 from omni_jax.data.spoken_corpus import SpokenCorpus
 from omni_jax.data.synthesizers import Command, OpenAISpeech, VoiceSpec
-from omni_jax.errors import SynthesisError
+from omni_jax.errors import MissingExtraError, SynthesisError
 from tests.data.test_prepare import CODEC, SmallCodec
 from tests.data.test_sources import put
 
@@ -46,18 +46,18 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"{sys.executable} {script} {{text}} {{out}} {{voice}}"
 
 
-def heard_pitch(sound: np.ndarray, rate: int) -> float:
-    return float(np.argmax(np.abs(np.fft.rfft(sound * np.hanning(len(sound)))))) * rate / len(sound)
+def peak_frequency(audio: np.ndarray, rate: int) -> float:
+    return float(np.argmax(np.abs(np.fft.rfft(audio * np.hanning(len(audio)))))) * rate / len(audio)
 
 
-def test_a_command(template: str) -> None:
+def test_command_synthesizer(template: str) -> None:
     engine = Command(template, ("low", "high"))
     assert engine.voices() == ["low", "high"]
     samples, rate = engine.speak('it\'s {out} "now"; rm $HOME', "high")
     assert rate == 22_050
     assert len(samples) == int(22_050 * 0.35)
-    assert heard_pitch(samples, rate) == pytest.approx(300, abs=5)
-    # Neither place is in the template: the sound is played faster, and higher.
+    assert peak_frequency(samples, rate) == pytest.approx(300, abs=5)
+    # The template has neither {speed} nor {pitch}: the audio is resampled.
     faster, _ = engine.speak("a b", "low", speed=1.25, pitch=12)
     assert len(faster) == pytest.approx(22_050 * 0.2 / 2.5, abs=3)
     with pytest.raises(SynthesisError, match="exit code 1: no voice today"):
@@ -66,10 +66,12 @@ def test_a_command(template: str) -> None:
         engine.speak("a", "none")
     with pytest.raises(SynthesisError, match=r"expected \{text\} and \{out\}"):
         Command("say {text}")
+    with pytest.raises(SynthesisError, match=r"expected a command line, found .* No closing quotation"):
+        Command("say {text} {out} '")
 
 
 class Speaking(BaseHTTPRequestHandler):
-    """A server of speech."""
+    """A server with `/v1/audio/speech`."""
 
     asked: list[Any] = []  # noqa: RUF012
 
@@ -106,7 +108,7 @@ def server() -> Iterator[str]:
         thread.join()
 
 
-def test_a_server(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openai_synthesizer(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     engine = OpenAISpeech(server + "/", "tts", ("alloy", "nova"))
     samples, rate = engine.speak("hello", "nova")
@@ -122,7 +124,7 @@ def test_a_server(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
         OpenAISpeech("http://127.0.0.1:1/v1", "tts").speak("hello", "alloy")
 
 
-def test_names_of_voices(template: str) -> None:
+def test_parse_voice_spec(template: str) -> None:
     assert VoiceSpec.parse("espeak") == VoiceSpec("espeak")
     assert VoiceSpec.parse("espeak=en-us+f2,en-gb") == VoiceSpec("espeak", ("en-us+f2", "en-gb"))
     assert VoiceSpec.parse(f"command={template} @low,high") == VoiceSpec("command", ("low", "high"), template)
@@ -138,79 +140,82 @@ def rows(path: Path, *questions: str) -> TextQA:
     return TextQA(path)
 
 
-def spoken(source: TextQA, template: str, **options: Any) -> list[Any]:
-    asking = (VoiceSpec.parse(f"command={template} @low,high"),)
-    voiced = SpokenCorpus(source, asking, VoiceSpec.parse(f"command={template} @own"), **options)
+def synthesize(source: TextQA, template: str, **options: Any) -> list[Any]:
+    """Pending exchanges and rejected rows."""
+    questions = (VoiceSpec.parse(f"command={template} @low,high"),)
+    corpus = SpokenCorpus(source, questions, VoiceSpec.parse(f"command={template} @own"), **options)
     found = []
-    for unit in voiced.units():
-        for _, make in voiced.rows(unit):
+    for shard in corpus.shards():
+        for _, load in corpus.rows(shard):
             try:
-                found.append(make())
-            except RejectedRow as problem:
-                found.append(problem)
+                found.append(load())
+            except RejectedRow as row:
+                found.append(row)
     return found
 
 
-def test_many_ask_and_one_answers(tmp_path: Path, template: str) -> None:
+def test_questions_have_many_voices_and_answers_one(tmp_path: Path, template: str) -> None:
     source = rows(tmp_path / "qa.jsonl", *(f"question {n}" for n in range(12)))
-    drafts = spoken(source, template, augment=False)
-    pitches = {round(heard_pitch(draft.exchange.question_audio / 32768, 16_000), -1) for draft in drafts}
+    pending = synthesize(source, template, augment_questions=False)
+    pitches = {round(peak_frequency(each.exchange.question_audio / 32768, 16_000), -1) for each in pending}
     assert min(pitches) < 160 < 240 < max(pitches)
     assert len(pitches) > 4
-    for draft in drafts:
-        assert heard_pitch(draft.answer_audio, 24_000) == pytest.approx(200, abs=8)
-        assert np.sqrt(np.mean(draft.answer_audio**2)) == pytest.approx(0.1, rel=0.01)
-        assert draft.exchange.voice == "command own"
-    again, other = spoken(source, template, augment=False), spoken(source, template, augment=False, seed=1)
+    for each in pending:
+        assert peak_frequency(each.answer_audio, 24_000) == pytest.approx(200, abs=8)
+        assert np.sqrt(np.mean(each.answer_audio**2)) == pytest.approx(0.1, rel=0.01)
+        assert each.exchange.voice == "command own"
+    again, other = (
+        synthesize(source, template, augment_questions=False),
+        synthesize(source, template, augment_questions=False, seed=1),
+    )
 
     def alike(one: list[Any], two: list[Any]) -> list[bool]:
-        sounds = [[draft.exchange.question_audio for draft in drafts] for drafts in (one, two)]
-        return [np.array_equal(a, b) for a, b in zip(*sounds, strict=True)]
+        audio = [[each.exchange.question_audio for each in pending] for pending in (one, two)]
+        return [np.array_equal(a, b) for a, b in zip(*audio, strict=True)]
 
-    assert all(alike(drafts, again))
-    assert not all(alike(drafts, other))
-    # Rooms and noise, unless they are not wanted.
-    varied = spoken(source, template)
-    assert not np.array_equal(varied[0].exchange.question_audio, drafts[0].exchange.question_audio)
+    assert all(alike(pending, again))
+    assert not all(alike(pending, other))
+    augmented = synthesize(source, template)
+    assert not np.array_equal(augmented[0].exchange.question_audio, pending[0].exchange.question_audio)
 
 
-def test_what_fails_is_tried_again_and_then_counted(
+def test_failed_synthesis_is_repeated_then_rejected(
     tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = rows(tmp_path / "qa.jsonl", "good one", "must fail", "a " * 30)
-    tries: list[str] = []
-    whole = Command.speak
+    attempts: list[str] = []
+    original = Command.speak
 
     def speak(self: Command, text: str, *args: Any) -> Any:
-        tries.append(text)
-        if tries.count(text) == 1:
+        attempts.append(text)
+        if attempts.count(text) == 1:
             raise SynthesisError("not the first time")
-        return whole(self, text, *args)
+        return original(self, text, *args)
 
     monkeypatch.setattr(Command, "speak", speak)
-    found = spoken(source, template, max_question_seconds=1.0, augment=False)
+    found = synthesize(source, template, max_question_seconds=1.0, augment_questions=False)
     assert isinstance(found[0].exchange, Exchange)
-    assert [problem.reason for problem in found[1:]] == ["no voice for the question", "spoken question too long"]
-    assert tries.count("must fail") == 3
+    assert [row.reason for row in found[1:]] == ["question synthesis failed", "spoken question too long"]
+    assert attempts.count("must fail") == 3
 
 
-def test_records_of_it(tmp_path: Path, template: str) -> None:
+def test_prepare_spoken_corpus(tmp_path: Path, template: str) -> None:
     source = rows(tmp_path / "qa.jsonl", "one", "two", "fail")
-    voiced = SpokenCorpus(
+    corpus = SpokenCorpus(
         source,
         (VoiceSpec.parse(f"command={template} @low"),),
         VoiceSpec.parse(f"command={template} @own"),
         CODEC.sample_rate,
     )
-    index = prepare(voiced, tmp_path / "out", codec=SmallCodec())  # type: ignore[arg-type]
-    assert (index["exchanges"], index["rejected"]) == (2, {"no voice for the question": 1})
+    index = prepare(corpus, tmp_path / "out", codec=SmallCodec())  # type: ignore[arg-type]
+    assert (index["exchanges"], index["rejected"]) == (2, {"question synthesis failed": 1})
     assert index["tasks"]["A1A2"] == 2
     record = from_bytes(Records(tmp_path / "out")[0], codebook_size=CODEC.codebook_size)
     assert record.answer_codes is not None
     assert (record.question_text, record.answer_text, record.voice) == ("one", "It is one", "command own")
 
 
-def test_from_the_shell(tmp_path: Path, template: str) -> None:
+def test_synthesize_command_line(tmp_path: Path, template: str) -> None:
     rows(tmp_path / "qa.jsonl", "one", "two")
     command = ["synthesize", str(tmp_path / "qa.jsonl"), "--out", str(tmp_path / "out"), "--codec", "tiny"]
     voices = ["--questions", f"command={template} @low,high", "--answer", f"command={template} @own"]
@@ -222,3 +227,10 @@ def test_from_the_shell(tmp_path: Path, template: str) -> None:
         refused = CliRunner().invoke(app, [*command, *voices, *wrong])
         assert refused.exit_code == 2
         assert message in refused.output
+
+
+def test_missing_package_stops_instead_of_rejecting_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hibari", None)
+    corpus = SpokenCorpus(rows(tmp_path / "qa.jsonl", "one"), (), VoiceSpec("hibari", ("heart",)))
+    with pytest.raises(MissingExtraError, match="pip install hibari-tts"):
+        prepare(corpus, tmp_path / "out", codec=SmallCodec())  # type: ignore[arg-type]

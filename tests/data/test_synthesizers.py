@@ -15,7 +15,7 @@ import pytest
 from omni_jax.audio.augment import trim_silence
 from omni_jax.data import synthesizers
 from omni_jax.data.synthesizers import ESpeak, Flite, HibariTTS, Pico
-from omni_jax.errors import SynthesisError
+from omni_jax.errors import MissingExtraError, SynthesisError
 
 RATE = 16_000
 
@@ -75,7 +75,7 @@ else:
 
 
 def program(folder: Path, name: str, source: str) -> str:
-    """A program that runs Python source; what it was last asked for is in `asked`."""
+    """A program that runs Python source; `asked` returns its last arguments."""
     (folder / f"{name}.py").write_text(source)
     path = folder / name
     path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{folder / name}.py" "$@"\n')
@@ -83,8 +83,8 @@ def program(folder: Path, name: str, source: str) -> str:
     return str(path)
 
 
-def asked(engine: ESpeak | Flite) -> list:
-    return json.loads(Path(engine.program).with_suffix(".json").read_text())
+def asked(synthesizer: ESpeak | Flite) -> list:
+    return json.loads(Path(synthesizer.program).with_suffix(".json").read_text())
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def flite(tmp_path: Path) -> Flite:
 
 @pytest.fixture
 def hibari(monkeypatch: pytest.MonkeyPatch) -> HibariTTS:
-    """The engine over a package that sings: 300 Hz, a tenth of a second a word at speed 1."""
+    """The synthesizer with a fake package: 300 Hz, a tenth of a second per word at speed 1."""
     package, voices = ModuleType("hibari"), ModuleType("hibari.voices")
 
     class Hibari:
@@ -122,7 +122,7 @@ def hibari(monkeypatch: pytest.MonkeyPatch) -> HibariTTS:
 
 @pytest.fixture
 def pico(monkeypatch: pytest.MonkeyPatch) -> Pico:
-    """The engine over a package that hums: 200 Hz and a fifth of a second a word as it is; later texts differ."""
+    """The synthesizer with a fake package: 200 Hz, a fifth of a second per word by default; later texts differ."""
     package = ModuleType("ttspico")
 
     class TtsEngine:
@@ -153,17 +153,17 @@ def highest(audio: np.ndarray, rate: int) -> float:
     return float(np.fft.rfftfreq(size, 1 / rate)[np.abs(np.fft.rfft(audio, size)).argmax()])
 
 
-# Engines.
+# Synthesizers.
 
 
-def test_espeak_lists_accents_and_their_variants(espeak: ESpeak):
-    # Neither the voices of another project nor the variant that is listed among the accents.
+def test_espeak_lists_accents_and_variants(espeak: ESpeak):
+    # Without the MBROLA voices, and without the variant that is listed among the accents.
     variants = ["Mr serious", "Storm", "f2"]
     expected = [f"{accent}+{variant}" for accent in ("en-us", "en-gb-x-rp") for variant in variants]
     assert espeak.voices() == ["en-us", "en-gb-x-rp", *expected]
 
 
-def test_espeak_is_given_text_voice_pace_and_pitch(espeak: ESpeak):
+def test_espeak_passes_text_voice_speed_and_pitch(espeak: ESpeak):
     plain, rate = espeak.speak("Two words.", "en-us+Mr serious")
     assert asked(espeak) == [["-v", "en-us+Mr serious", "-s", "175", "-p", "50", "--stdin", "--stdout"], "Two words."]
     assert rate == 22_050
@@ -179,14 +179,14 @@ def test_espeak_is_given_text_voice_pace_and_pitch(espeak: ESpeak):
         assert asked(espeak)[0][5] == scale
 
 
-def test_flite_lists_voices_that_can_say_anything(flite: Flite, tmp_path: Path):
+def test_flite_lists_general_voices(flite: Flite, tmp_path: Path):
     assert flite.voices() == ["awb", "kal16", "rms", "slt"]
     older = FLITE.replace("kal16 ", "")
     assert Flite(program(tmp_path, "older", older)).voices() == ["awb", "kal", "rms", "slt"]
 
 
 @pytest.mark.parametrize(("speed", "pitch"), [(1.0, 0.0), (2.0, 0.0), (1.0, 12.0), (0.8, -5.0)])
-def test_flite_moves_pitch_and_keeps_the_pace(flite: Flite, speed: float, pitch: float):
+def test_flite_shifts_pitch_at_constant_speed(flite: Flite, speed: float, pitch: float):
     samples, rate = flite.speak("Two words.", "slt", speed, pitch)
     (command,) = asked(flite)
     assert command[:2] == ["-voice", "slt"]
@@ -197,14 +197,14 @@ def test_flite_moves_pitch_and_keeps_the_pace(flite: Flite, speed: float, pitch:
 
 
 @pytest.mark.parametrize(("speed", "pitch"), [(1.0, 0.0), (1.5, 0.0), (1.0, -12.0), (1.25, 3.0)])
-def test_hibari_moves_pitch_and_keeps_the_pace(hibari: HibariTTS, speed: float, pitch: float):
+def test_hibari_shifts_pitch_at_constant_speed(hibari: HibariTTS, speed: float, pitch: float):
     samples, rate = hibari.speak("Three more words.", "heart", speed, pitch)
     assert (rate, samples.dtype) == (24_000, np.float32)
     assert len(samples) / rate == pytest.approx(0.3 / speed, rel=1e-3)
     assert highest(samples, rate) == pytest.approx(300 * 2 ** (pitch / 12), rel=0.01)
 
 
-def test_hibari_offers_what_it_carries_and_loads_a_voice_once(hibari: HibariTTS):
+def test_hibari_lists_bundled_voices_and_loads_each_once(hibari: HibariTTS):
     assert hibari.voices() == ["ember", "heart"]
     for voice in ("heart", "heart", "ember"):
         hibari.speak("Hello.", voice)
@@ -212,7 +212,7 @@ def test_hibari_offers_what_it_carries_and_loads_a_voice_once(hibari: HibariTTS)
 
 
 @pytest.mark.parametrize(("speed", "pitch"), [(1.0, 0.0), (2.0, 0.0), (1.0, -12.0), (0.8, 5.0)])
-def test_pico_is_given_pace_and_pitch(pico: Pico, speed: float, pitch: float):
+def test_pico_passes_speed_and_pitch(pico: Pico, speed: float, pitch: float):
     samples, rate = pico.speak("Two words.", "en-GB", speed, pitch)
     assert (rate, samples.dtype) == (16_000, np.float32)
     assert len(samples) / rate == pytest.approx(0.4 / speed, rel=1e-3)
@@ -220,10 +220,10 @@ def test_pico_is_given_pace_and_pitch(pico: Pico, speed: float, pitch: float):
     assert np.abs(samples).max() == pytest.approx(20_000 / 32_768, rel=0.01)
 
 
-def test_pico_says_a_text_the_same_again(pico: Pico):
+def test_pico_is_deterministic(pico: Pico):
     first, _ = pico.speak("Hello.", "en-US")
     np.testing.assert_array_equal(pico.speak("Hello.", "en-US")[0], first)
-    assert [engine.language for engine in sys.modules["ttspico"].__dict__["opened"]] == ["en-US", "en-US"]
+    assert [synthesizer.language for synthesizer in sys.modules["ttspico"].__dict__["opened"]] == ["en-US", "en-US"]
     with pytest.raises(SynthesisError, match=r"^pico: expected speech for 'Hm\.', found 3200 samples of silence$"):
         pico.speak("Hm.", "en-US")
 
@@ -233,18 +233,18 @@ def test_pico_says_a_text_the_same_again(pico: Pico):
     ("arguments", "words"),
     [
         ((" \n", "VOICE"), r"text: expected something to say, found ' \\n'"),
-        (("Hello.", "nobody"), r"voice: expected one of its \d voices, found 'nobody'"),
+        (("Hello.", "unknown"), r"voice: expected one of its \d voices, found 'unknown'"),
         (("Hello.", "VOICE", 2.01), r"speed: expected 0.5 to 2, found 2.01"),
         (("Hello.", "VOICE", 0.49), r"speed: expected 0.5 to 2, found 0.49"),
         (("Hello.", "VOICE", float("nan")), r"speed: expected 0.5 to 2, found nan"),
         (("Hello.", "VOICE", 1.0, -13.0), r"pitch: expected -12 to 12, found -13"),
     ],
 )
-def test_what_no_engine_takes(name: str, arguments: tuple, words: str, request: pytest.FixtureRequest):
-    engine = request.getfixturevalue(name)
-    given = tuple(engine.voices()[0] if value == "VOICE" else value for value in arguments)
+def test_speak_refuses_wrong_arguments(name: str, arguments: tuple, words: str, request: pytest.FixtureRequest):
+    synthesizer = request.getfixturevalue(name)
+    given = tuple(synthesizer.voices()[0] if value == "VOICE" else value for value in arguments)
     with pytest.raises(SynthesisError, match=f"^{name}: {words}$"):
-        engine.speak(*given)
+        synthesizer.speak(*given)
 
 
 @pytest.mark.parametrize(
@@ -255,29 +255,29 @@ def test_what_no_engine_takes(name: str, arguments: tuple, words: str, request: 
         ("Hush.", r"expected speech for 'Hush\.', found 4410 samples of silence$"),
     ],
 )
-def test_a_program_that_fails(espeak: ESpeak, text: str, words: str):
+def test_espeak_reports_failing_program(espeak: ESpeak, text: str, words: str):
     with pytest.raises(SynthesisError, match=f"^espeak: {words}"):
         espeak.speak(text, "en-us")
 
 
-def test_a_program_that_writes_no_file(flite: Flite):
+def test_flite_reports_missing_output(flite: Flite):
     with pytest.raises(SynthesisError, match=r"^flite: expected a wav, found 0 bytes"):
         flite.speak("Nothing.", "slt")
 
 
-def test_silence_from_a_package(hibari: HibariTTS, monkeypatch: pytest.MonkeyPatch):
+def test_hibari_reports_silence(hibari: HibariTTS, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys.modules["hibari"].__dict__["Hibari"], "__call__", lambda *_, **__: np.zeros(7))
     with pytest.raises(SynthesisError, match=r"^hibari: expected speech for 'Hm\.', found 7 samples of silence$"):
         hibari.speak("Hm.", "heart")
 
 
 @pytest.mark.parametrize("kind", [ESpeak, Flite])
-def test_what_is_not_installed_is_missed_when_it_is_used(kind: type[ESpeak | Flite], tmp_path: Path):
-    engine = kind("no-such-program")
+def test_missing_program_is_reported_on_first_use(kind: type[ESpeak | Flite], tmp_path: Path):
+    synthesizer = kind("no-such-program")
     with pytest.raises(
         SynthesisError, match=rf"^{kind.name}: expected the program no-such-program on PATH, found none.*"
     ):
-        engine.speak("Hello.", "en-us")
+        synthesizer.speak("Hello.", "en-us")
     (tmp_path / "text").write_text("not to be run")
     with pytest.raises(SynthesisError, match=rf"^{kind.name}: expected to run .*text, found \w"):
         kind(str(tmp_path / "text")).voices()
@@ -286,19 +286,19 @@ def test_what_is_not_installed_is_missed_when_it_is_used(kind: type[ESpeak | Fli
 @pytest.mark.parametrize(
     ("name", "module", "package"), [("hibari", "hibari", "hibari-tts"), ("pico", "ttspico", "ttspico")]
 )
-def test_a_missing_package_is_missed_when_it_is_used(
+def test_missing_package_is_reported_on_first_use(
     name: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SynthesisError, match=f"^{name}: expected the package {package}.*pip install {package}$"):
-        synthesizers.engine(name).voices()
+    with pytest.raises(MissingExtraError, match=f"^{name}: expected the package {package}.*pip install {package}$"):
+        synthesizers.open_synthesizer(name).voices()
 
 
-def test_engines_by_name():
+def test_open_synthesizer_by_name():
     for name, kind in {"espeak": ESpeak, "flite": Flite, "hibari": HibariTTS, "pico": Pico}.items():
-        assert type(synthesizers.engine(name)) is kind
-    with pytest.raises(SynthesisError, match=r"^engine: expected espeak, flite, hibari, pico, found 'festival'$"):
-        synthesizers.engine("festival")
+        assert type(synthesizers.open_synthesizer(name)) is kind
+    with pytest.raises(SynthesisError, match=r"^synthesizer: expected espeak, flite, hibari, pico, found 'festival'$"):
+        synthesizers.open_synthesizer("festival")
 
 
 INSTALLED = {
@@ -321,23 +321,23 @@ INSTALLED = {
         )
     ],
 )
-def test_real_engines(name: str, voice: str, rate: int):
-    engine = synthesizers.engine(name)
-    assert voice in engine.voices()
-    plain, found = engine.speak("The weather is fine today.", voice)
+def test_installed_synthesizers(name: str, voice: str, rate: int):
+    synthesizer = synthesizers.open_synthesizer(name)
+    assert voice in synthesizer.voices()
+    plain, found = synthesizer.speak("The weather is fine today.", voice)
     assert found == rate
     assert plain.dtype == np.float32
     assert 0.5 < len(plain) / rate < 4
     assert 0.05 < np.abs(plain).max() <= 1
-    np.testing.assert_array_equal(engine.speak("The weather is fine today.", voice)[0], plain)
+    np.testing.assert_array_equal(synthesizer.speak("The weather is fine today.", voice)[0], plain)
 
     def length(audio: np.ndarray) -> int:
-        # Pico ends in a click, 47 dB below its vowels, after a silence: sometimes trimming finds it.
+        # Pico ends in a click, 47 dB below its vowels, after a silence: trimming sometimes keeps it.
         return len(audio if name == "pico" else trim_silence(audio, rate))
 
-    # Each at both ends of its range, and pitch leaves the length.
+    # Each at both ends of its range; pitch keeps the length.
     lengths = {
-        (speed, pitch): length(engine.speak("The weather is fine today.", voice, speed, pitch)[0])
+        (speed, pitch): length(synthesizer.speak("The weather is fine today.", voice, speed, pitch)[0])
         for speed, pitch in ((0.5, 0.0), (1.0, -12.0), (1.0, 0.0), (1.0, 12.0), (2.0, 0.0))
     }
     assert lengths[2.0, 0.0] < 0.75 * lengths[1.0, 0.0] < 0.55 * lengths[0.5, 0.0]

@@ -11,6 +11,7 @@ from omni_jax.config.model import AudioEncoderConfig
 from omni_jax.convert.whisper import from_transformers
 from omni_jax.model import attention
 from omni_jax.model.whisper_encoder import WhisperEncoder, sinusoids
+from tests.lazy import read_all, to_lazy
 
 # 160 positions, where attention is in blocks, are one and a bit; every dimension differs from every other.
 CONFIG = AudioEncoderConfig(
@@ -46,7 +47,7 @@ def mel():
 def filled(reference, *, stacked, dtype=jnp.float32):
     """Our encoder with the reference's weights."""
     state = {f"encoder.{name}": tensor.numpy() for name, tensor in reference.state_dict().items()}
-    params = from_transformers(state, CONFIG)
+    params = read_all(from_transformers(to_lazy(state), CONFIG))
     if stacked:
         first = [name.removeprefix("layers.0.") for name in params if name.startswith("layers.0.")]
         for name in first:

@@ -120,7 +120,7 @@ def test_a_run_leaves_metrics_checkpoints_and_a_release(finished: Path):
 
 
 def test_the_ear_and_the_text_rows_are_bit_identical_after_training(finished: Path):
-    from omni_jax.checkpoint.release import init_model, model_tensors
+    from omni_jax.checkpoint.tensors import init_model, model_tensors
 
     stacked, dtype = loop.default_layout()
     mesh = loop.sharding.make_mesh(8)

@@ -34,13 +34,18 @@ def test_three_stages_learn_eight_exchanges_by_heart(tiny_parts: Path, tmp_path:
     start = tmp_path / "start"
     assert run("import", tiny_parts / "mini_omni", start, *parts(tiny_parts)).exit_code == 0
     codec = CodecSpec(str(start))
-    source = Manifest(EXCHANGES / "exchanges.jsonl", rate=codec.config.sample_rate)
+    source = Manifest(EXCHANGES / "exchanges.jsonl", answer_sample_rate=codec.config.sample_rate)
     assert prepare(source, tmp_path / "records", codec=codec)["exchanges"] == 8
     # Programs that run hundreds of times are worth optimizing; one device is enough.
     environment = {**os.environ, "XLA_FLAGS": ""}
     for stage, steps in STEPS.items():
         out = tmp_path / f"stage{stage}"
-        changes = [f"out={out}", f"start={start}", f"data.sources=[{{path: {tmp_path / 'records'}}}]", "data.batch_size=4"]
+        changes = [
+            f"out={out}",
+            f"start={start}",
+            f"data.sources=[{{path: {tmp_path / 'records'}}}]",
+            "data.batch_size=4",
+        ]
         changes += [f"optimizer.steps={steps}", "checkpoint.save_interval_steps=1000", "log_interval_steps=50"]
         command = [sys.executable, "train.py", f"configs/tiny_stage{stage}.yaml", *changes]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx, traverse_util
 
-from omni_jax.checkpoint.release import abstract_model
+from omni_jax.checkpoint.tensors import abstract_model
 from omni_jax.config.run import MODULES
 from omni_jax.errors import ConfigError
 from omni_jax.training.stages import combine, module_of, partition

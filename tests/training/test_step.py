@@ -18,7 +18,7 @@ from flax import nnx, traverse_util
 
 from omni_jax import config as configs
 from omni_jax import sharding
-from omni_jax.checkpoint.release import init_model
+from omni_jax.checkpoint.tensors import init_model
 from omni_jax.config.run import LossConfig, RunConfig
 from omni_jax.model.omni import OmniModel
 from omni_jax.training import loss, step

@@ -20,7 +20,14 @@ ROOT = Path(__file__).parents[2]
 
 def sent() -> tuple[dict[str, float], report.Program]:
     """Bytes by kind of collective, and the program they were counted in."""
-    fields = ["data.batch_size=8", "data.max_length=128", "start=preset:tiny", "mesh.fsdp=4", "mesh.data=2", "loss.chunk_size=64"]
+    fields = [
+        "data.batch_size=8",
+        "data.max_length=128",
+        "start=preset:tiny",
+        "mesh.fsdp=4",
+        "mesh.data=2",
+        "loss.chunk_size=64",
+    ]
     config = load_config(RunConfig, ROOT / "configs" / "mini_omni_stage3.yaml", fields)
     _, program = report._train(config, jax.devices())
     compiled = program.function.lower(*program.arguments, **program.keywords).compile()

@@ -1,0 +1,172 @@
+"""Makes training examples of records: reads a record, checks that it can serve a task, and applies the prompts."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from omni_jax.config.model import ModelConfig
+from omni_jax.config.run import DataConfig
+from omni_jax.data.records import Exchange, Records, from_bytes, serves
+from omni_jax.errors import PipelineError, RecordError
+from omni_jax.prompts import Example, example, speech_positions, speech_prompt, text_prompt
+from omni_jax.tasks import Task
+from omni_jax.vocab import NUM_STREAMS, Vocab
+
+TASKS = tuple(Task)
+"""The order of the tasks in `examples` of a batch."""
+REASONS = ("unreadable", "unsuitable", "longer_than_encoder", "longer_than_row", "refused")
+"""Why a record is skipped: it is damaged; it lacks what the task needs, although its source is configured to serve
+it; its question is longer than the audio encoder's input; its example is longer than a row; or `omni_jax.prompts`
+refuses it (its text is empty, or takes longer than its speech)."""
+
+_NO_AUDIO = np.zeros(0, np.int16)
+
+
+@dataclass(frozen=True)
+class DrawnRecord:
+    """The bytes of a record, and the task that it was drawn for."""
+
+    task: Task
+    source: int
+    """Index of its source."""
+    record: int
+    """Index of the record in its source."""
+    data: bytes | RecordError
+    """An error if the record could not be read."""
+
+
+class RecordsOfTask:
+    """The records of a source, drawn for a task; a random access source of Grain.
+
+    A record that cannot be read gives an error as its data, because an exception would end the Grain iterator.
+    """
+
+    def __init__(self, records: Records, task: Task, source: int):
+        self.records = records
+        self.task = task
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> DrawnRecord:
+        data: bytes | RecordError
+        try:
+            data = self.records[index]
+        except RecordError as error:
+            data = error
+        return DrawnRecord(self.task, self.source, index, data)
+
+
+class SkippedRecord(Exception):  # noqa: N818 - an outcome, not an error
+    """A record that cannot be used.
+
+    Attributes:
+        reason: one of `REASONS`.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class ExampleBuilder:
+    """Makes an example of a drawn record.
+
+    Raises:
+        PipelineError: the tokenizer has more tokens than the model.
+    """
+
+    data: DataConfig
+    model: ModelConfig
+    tokenizer: Tokenizer
+
+    def __post_init__(self) -> None:
+        size, limit = self.tokenizer.get_vocab_size(), self.model.vocab.text
+        if size > limit:
+            raise PipelineError(f"tokenizer: expected at most the model's {limit} tokens, found {size}")
+
+    @functools.cached_property
+    def vocab(self) -> Vocab:
+        """The model's token layout."""
+        return Vocab(self.model.vocab)
+
+    @property
+    def max_speech_positions(self) -> int:
+        """Speech positions of a recording of the greatest length (A)."""
+        return -(-self.model.audio_encoder.max_position // self.model.adapter.stack)
+
+    def build(self, drawn: DrawnRecord) -> dict[str, Any]:
+        """The features of an example, as the packer takes them.
+
+        Returns:
+            `tokens`, `targets` int32 [T, 8] and `mask` bool [T, 8]; `speech_frame` int32 [T], the speech position
+            (0..A-1) whose embedding replaces the tokens' at each position, -1 for none; `clip` int8 [1], or [0] for a
+            text task; `task` int, index in `TASKS`; `sound` int16 [samples], empty for a text task.
+
+        Raises:
+            SkippedRecord: the record cannot be used.
+        """
+        if isinstance(drawn.data, RecordError):
+            raise SkippedRecord("unreadable", str(drawn.data))
+        task = drawn.task
+        try:
+            exchange = from_bytes(drawn.data, codebook_size=self.model.vocab.audio, audio=task.takes_audio)
+        except RecordError as error:
+            raise SkippedRecord("unreadable", str(error)) from None
+        if task not in serves(exchange):
+            raise SkippedRecord("unsuitable", f"it cannot serve {task}")
+        audio = _NO_AUDIO if exchange.question_audio is None else exchange.question_audio
+        if len(audio) > self.model.audio_encoder.max_samples:
+            raise SkippedRecord("longer_than_encoder", f"its question has {len(audio)} samples")
+        built = self._apply_prompt(task, exchange, len(audio))
+        length, max_length = built.tokens.shape[1], self.data.max_length
+        if length > max_length:
+            raise SkippedRecord("longer_than_row", f"its example takes {length} positions of {max_length}")
+        speech_frame = np.full(length, -1, np.int32)
+        speech_frame[1 : 1 + built.speech_positions] = np.arange(built.speech_positions)
+        return {
+            "tokens": built.tokens.T,
+            "targets": built.targets.T,
+            "mask": built.mask.T,
+            "speech_frame": speech_frame,
+            "clip": np.ones(int(task.takes_audio), np.int8),
+            "task": TASKS.index(task),
+            "sound": audio,
+        }
+
+    def empty(self) -> dict[str, Any]:
+        """An example without positions, which carries the counts of records skipped at the end of the data."""
+        tokens = np.zeros((0, NUM_STREAMS), np.int32)
+        return {
+            "tokens": tokens,
+            "targets": tokens,
+            "mask": tokens.astype(bool),
+            "speech_frame": np.zeros(0, np.int32),
+            "clip": np.zeros(0, np.int8),
+            "task": -1,
+            "sound": _NO_AUDIO,
+        }
+
+    def _apply_prompt(self, task: Task, exchange: Exchange, samples: int) -> Example:
+        max_frames, stack = self.model.audio_encoder.max_position, self.model.adapter.stack
+        try:
+            if task.takes_audio:
+                prompt = speech_prompt(task, speech_positions(samples, max_frames, stack), self.vocab)
+            else:
+                question = exchange.answer_text if task is Task.T1A1 else exchange.question_text
+                prompt = text_prompt(task, self._encode(question), self.vocab)
+            answer = exchange.question_text if task is Task.A1T1 else exchange.answer_text
+            text = self._encode(answer) if task.outputs_text else []
+            return example(prompt, text, exchange.answer_codes if task.outputs_audio else None, self.vocab)
+        except ValueError as error:
+            raise SkippedRecord("refused", str(error)) from None
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids

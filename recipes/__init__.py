@@ -1,0 +1,1 @@
+"""Recipes that make models with the commands and the library of omni_jax."""

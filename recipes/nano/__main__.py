@@ -1,0 +1,223 @@
+"""Makes nano: runs the steps of the recipe that have not been done, one after the other.
+
+    python -m recipes.nano                          # start, or continue
+    python -m recipes.nano --from-scratch           # also train tokenizer, codec and audio encoder
+    python -m recipes.nano --until stage1           # stop after a step
+    python -m recipes.nano --force stage3           # run a step and all after it again
+
+Each step is a command, printed before it runs. A step whose output exists is not run again, even if its inputs have
+changed. Everything is written under build/nano of the current folder; the last step, `ship`, changes the project.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+BUILD = Path("build/nano")
+ROOT = Path(__file__).parents[2]
+OMNI_JAX = str(Path(sys.executable).with_name("omni-jax"))
+WRITTEN = (
+    "numbers", "products", "larger_products", "further_counts", "knowledge", "smalltalk", "repeat", "held_out",
+)  # fmt: skip
+"""Sets of texts that are not synthesized; see texts.py."""
+EVALUATIONS = {
+    "seen": ("seen",),
+    "unseen": ("unseen",),
+    "seen_no_batch_parallel": ("seen", "--no-batch-parallel"),
+    "unseen_no_batch_parallel": ("unseen", "--no-batch-parallel"),
+    "dictation": ("dictation",),
+    "text": ("text",),
+    "read": ("read",),
+}
+"""Suite and options of `omni-jax evaluate`, by name of the folder of results."""
+AVERAGED = ("stage3_together", "stage3_last")
+"""Phases whose mean is shipped."""
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""A training step on CPUs allocates hundreds of megabytes; with small pages much of its time goes there."""
+TRIAL_TRAINING = (
+    "optimizer.steps=2", "optimizer.warmup_steps=1", "checkpoint.save_interval_steps=2", "log_interval_steps=1",
+    "eval_interval_steps=2", "num_samples=0", "data.num_workers=0",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and the file or folder that exists once it has been run."""
+
+    name: str
+    command: tuple[str, ...]
+    output: Path | None = None
+    """None: the command itself finds out what is done."""
+
+    @property
+    def done(self) -> bool:
+        """Whether its output exists."""
+        return self.output is not None and self.output.exists()
+
+
+def script(name: str, *arguments: str | Path) -> tuple[str, ...]:
+    """The command of a script of the recipe."""
+    return sys.executable, "-m", f"recipes.nano.{name}", *map(str, arguments)
+
+
+def training_step(name: str, run: str, *, trial: bool = False) -> Step:
+    """A stage of training."""
+    config = ROOT / "configs" / f"nano_{name}.yaml"
+    overrides = TRIAL_TRAINING if trial else ()
+    return Step(name, (sys.executable, str(ROOT / "train.py"), str(config), *overrides), BUILD / run / "release")
+
+
+def steps(*, from_scratch: bool = False, trial: bool = False) -> list[Step]:
+    """All steps, in order.
+
+    Args:
+        from_scratch: train tokenizer, codec and audio encoder instead of taking those of the shipped release.
+        trial: with little data, two training steps, and espeak-ng as the only synthesizer.
+    """
+    return [
+        *data_steps(from_scratch=from_scratch, trial=trial),
+        *stage_steps(from_scratch=from_scratch, trial=trial),
+        *release_steps(),
+    ]
+
+
+def data_steps(*, from_scratch: bool, trial: bool) -> list[Step]:
+    """Texts, tokenizer, codec, trunk and records."""
+    texts, tokenizer, codec = BUILD / "texts", BUILD / "tokenizer", BUILD / "codec" / "codec.safetensors"
+    untrained, records = BUILD / "untrained", BUILD / "records"
+    limit, steps, espeak = (("--limit", "24"), ("--steps", "2"), ("--trial",)) if trial else ((), (), ())
+    modules = ("--codec", codec, "--tokenizer", tokenizer) if from_scratch else ()
+    making = [
+        Step("tokenizer", script("tokenizer", "--out", tokenizer), tokenizer),
+        Step("codec", script("codec", "--texts", texts, "--out", codec.parent, *steps, *espeak), codec),
+    ]
+    return [
+        Step("texts", script("texts", "--out", texts, *limit), texts),
+        *(making if from_scratch else ()),
+        Step("untrained", script("assemble", "untrained", untrained, *modules), untrained),
+        *(prepare_step(name) for name in WRITTEN),
+        training_step("text", "text_run", trial=trial),
+        Step("speech", script("speech", "--texts", texts, "--codec", untrained, "--out", records, *espeak)),
+    ]
+
+
+def prepare_step(name: str) -> Step:
+    """A written set as records."""
+    manifest, out = BUILD / "texts" / "written" / f"{name}.jsonl", BUILD / "text" / name
+    command = (OMNI_JAX, "prepare", "manifest", str(manifest), "--out", str(out))
+    return Step(f"prepare_{name}", command, out / "index.json")
+
+
+def stage_steps(*, from_scratch: bool, trial: bool) -> list[Step]:
+    """The audio encoder, the three stages, and the further phases of the third."""
+    encoder, start = BUILD / "audio_encoder" / "audio_encoder.safetensors", BUILD / "start"
+    command = script("audio_encoder", "--records", BUILD / "records", "--out", encoder.parent)
+    option = ("--audio-encoder", encoder) if from_scratch else ()
+    stages = ("stage1", "stage2", "stage3", "stage3_voice", *AVERAGED)
+    return [
+        *([Step("audio_encoder", (*command, *(("--steps", "2") if trial else ())), encoder)] if from_scratch else ()),
+        Step("start", script("assemble", "start", BUILD / "text_run", start, *option), start),
+        *(training_step(name, name, trial=trial) for name in stages),
+    ]
+
+
+def release_steps() -> list[Step]:
+    """The mean of two phases, in eight bits, evaluated and put into the package."""
+    mean, packaged, suites = BUILD / "mean", BUILD / "packaged", BUILD / "suites"
+    averaged = (BUILD / name for name in AVERAGED)
+    return [
+        Step("mean", script("assemble", "average", *averaged, "--out", mean), mean),
+        Step("package", script("assemble", "package", mean, packaged), packaged),
+        Step("suites", script("suites", "--out", suites), suites),
+        *(evaluation_step(name, packaged, suites) for name in EVALUATIONS),
+        Step("ship", script("ship", packaged)),
+    ]
+
+
+def evaluation_step(name: str, model: Path, suites: Path) -> Step:
+    """One of `EVALUATIONS`."""
+    suite, *options = EVALUATIONS[name]
+    out = BUILD / "evaluated" / name
+    command = (OMNI_JAX, "evaluate", str(suites / f"{suite}.jsonl"), "--model", str(model), "--out", str(out))
+    return Step(f"evaluate_{name}", (*command, *options), out / "report.html")
+
+
+def run(step: Step) -> None:
+    """Run a step unless its output exists.
+
+    Raises:
+        SystemExit: the command failed, with its exit code; or it stopped early and can continue.
+    """
+    if step.done:
+        return
+    typer.echo(f"{step.name}: {' '.join(step.command)}")
+    start = time.monotonic()
+    code = subprocess.run(step.command, env=environment(), check=False).returncode
+    if code:
+        raise SystemExit(code)
+    if step.output is not None and not step.done:
+        raise SystemExit(f"{step.name}: stopped before its end; the same command continues")
+    typer.echo(f"{step.name}: {(time.monotonic() - start) / 60:.1f} minutes")
+
+
+def environment() -> dict[str, str]:
+    """Environment variables of the commands."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return HUGE_PAGES | dict(os.environ) | {"PYTHONPATH": path}
+
+
+def check_outdated(step: Step, later: Sequence[Step]) -> None:
+    """Refuse to run a step if outputs of later steps exist: they would be of other inputs.
+
+    Raises:
+        SystemExit: there are some; says how to make them again.
+    """
+    outdated = [other for other in later if other.done]
+    if step.output is not None and not step.done and outdated:
+        names = ", ".join(str(other.output) for other in outdated)
+        raise SystemExit(f"{step.name}: expected no output of later steps, found {names}: --force {step.name}")
+
+
+def remove(step: Step) -> None:
+    """Remove the output of a step, with the folder that it is in."""
+    if step.output is None:
+        return
+    shutil.rmtree(step.output if step.output.parent == BUILD else step.output.parent, ignore_errors=True)
+
+
+def main(
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Train tokenizer, codec and audio encoder, too.")
+    ] = False,
+    until: Annotated[str | None, typer.Option(help="Stop after this step.")] = None,
+    force: Annotated[str | None, typer.Option(help="Remove the outputs of this step and all later ones first.")] = None,
+    trial: Annotated[bool, typer.Option("--trial", help="A few rows and steps, to see that all commands run.")] = False,
+) -> None:
+    """Make nano."""
+    every = steps(from_scratch=from_scratch, trial=trial)
+    names = [step.name for step in every]
+    for option, name in (("--until", until), ("--force", force)):
+        if name is not None and name not in names:
+            raise typer.BadParameter(f"{option}: expected one of {', '.join(names)}, found {name}")
+    if force is not None:
+        for step in every[names.index(force) :]:
+            remove(step)
+    for index, step in enumerate(every):
+        check_outdated(step, every[index + 1 :])
+        run(step)
+        if step.name == until:
+            break
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,191 @@
+"""Synthesizes the spoken data sets and writes them as records: questions in many voices, answers in nano's voice.
+
+    python -m recipes.nano.speech --texts build/nano/texts --codec build/nano/untrained --out build/nano/records
+
+A folder of records for each manifest in `spoken` of the texts, by `SpokenCorpus` and `prepare` of the library: run
+again, it continues where it stopped, and writes again what is of other texts or another codec.
+
+Needs the Debian packages espeak-ng, flite, festival and festvox-kdlpc16k, and hibari-tts and ttspico from PyPI.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from tqdm import tqdm
+
+from omni_jax.audio import augment
+from omni_jax.audio import io as audio_io
+from omni_jax.config.model import PRESETS
+from omni_jax.data.prepare import prepare
+from omni_jax.data.shards import CodecSpec
+from omni_jax.data.sources import Manifest
+from omni_jax.data.spoken_corpus import SpokenCorpus
+from omni_jax.data.synthesizers import SpeechSynthesizer, VoiceSpec
+
+CONFIG = PRESETS["nano"]
+SPEED = (0.9, 1.15)
+AUGMENTATION = augment.Augmentation(
+    stretch=(0.97, 1.03),
+    room_chance=0.3,
+    rt60=(0.1, 0.35),
+    drr_db=(6.0, 18.0),
+    noise_chance=0.6,
+    snr_db=(15.0, 40.0),
+    band_chance=0.2,
+    low_cut=(50.0, 250.0),
+    high_cut=(3500.0, 7000.0),
+    level=(-32.0, -16.0),
+)
+"""Of questions: milder than the default, which so small an audio encoder does not learn in an evening."""
+SHARD_BYTES = 64_000
+"""Of a manifest, about 500 rows."""
+
+ACCENTS = ("en-us", "en-gb", "en-gb-x-rp", "en-us-nyc", "en-gb-x-gbclan")
+UNSEEN_ACCENT = "en-gb-scotland"
+VARIANTS = """
+    Alex Andrea Andy Annie Denis Diogo Gene Henrique Jacky Lee Mario Michael Mike Nguyen Storm adam anika antonio boris
+    caleb david ed edward f1 f2 f4 f5 gustave iven john m1 m2 m3 m4 m7 m8 marcelo max michel miguel pablo rob robert
+    sandro shelby
+""".split()  # noqa: SIM905 - shorter than a list
+UNSEEN_VARIANTS = "Hugo Marco belinda benjamin f3 linda m6 quincy steph steph2 steph3 travis victor".split()  # noqa: SIM905
+"""Those of espeak-ng that an independent recognizer understands; no whisperers, robots and croakers."""
+FESTIVAL = """festival --heap 1000000 -b '(voice_{voice})' "(Parameter.set 'Duration_Stretch (/ 1 {speed}))"
+    '(utt.save.wave (utt.synth (Utterance Text "{text}")) "{out}" (quote riff))'"""
+"""Command of `omni_jax.data.synthesizers`; with a larger heap it takes three times as long to start."""
+
+ANSWER_VOICE = VoiceSpec("hibari", ("heart",))
+TRIAL_VOICE = VoiceSpec("espeak", ("en-us",))
+
+
+def espeak(pitch: float) -> VoiceSpec:
+    """Formant voices: accents times variants."""
+    voices = tuple(f"{accent}+{variant}" for accent in ACCENTS for variant in VARIANTS)
+    return VoiceSpec("espeak", voices, speed=SPEED, pitch=(-pitch, pitch))
+
+
+def flite(pitch: float, *voices: str) -> VoiceSpec:
+    """Voices made from recordings."""
+    return VoiceSpec("flite", voices or ("awb", "kal16", "slt"), speed=SPEED, pitch=(-pitch, pitch))
+
+
+def hibari(pitch: float) -> VoiceSpec:
+    """Nano's own voice at other pitches."""
+    return VoiceSpec("hibari", ("heart",), speed=SPEED, pitch=(-pitch, pitch))
+
+
+def recorded() -> tuple[VoiceSpec, ...]:
+    """Mostly voices made from recordings; a spec that is listed four times is drawn four times as often."""
+    pico = VoiceSpec("pico", ("en-GB", "en-US"), speed=SPEED, pitch=(-4.0, 4.0))
+    festival = VoiceSpec("command", ("ked_diphone",), FESTIVAL, speed=SPEED, pitch=(-1.5, 1.5))
+    return (pico,) * 4 + (flite(3.0),) * 3 + (festival,) * 2 + (hibari(3.0),)
+
+
+def many(*, wide: bool = False) -> tuple[VoiceSpec, ...]:
+    """Mostly formant voices, shifted in pitch a little or widely."""
+    if wide:
+        return (espeak(4.0),) * 5 + (flite(3.0),) * 3 + (hibari(3.0),) * 2
+    return (espeak(2.0),) * 5 + (flite(1.5),) * 3 + (hibari(1.5),) * 2
+
+
+def unseen() -> tuple[VoiceSpec, ...]:
+    """Voices that training does not have: other variants, half of them in another accent, and another voice."""
+    accents = (UNSEEN_ACCENT,) * len(ACCENTS) + ACCENTS
+    voices = tuple(f"{accent}+{variant}" for accent in accents for variant in UNSEEN_VARIANTS)
+    return (VoiceSpec("espeak", voices, speed=SPEED, pitch=(-2.0, 2.0)),) * 2 + (flite(1.5, "rms"),)
+
+
+QUESTION_VOICES: dict[str, tuple[VoiceSpec, ...]] = {
+    # In proportion: 30,000 questions by `many`, 24,000 by the same widely shifted, 24,000 by `recorded`.
+    "train": many() * 5 + many(wide=True) * 4 + recorded() * 4,
+    "dictation_train": many(),
+    "dictation_free": many() + recorded(),
+    "held_out_seen": many(),
+    "dictation_seen": many(),
+    "held_out_unseen": unseen(),
+    "dictation_unseen": unseen(),
+}
+"""By set; a set that is not here has no spoken questions."""
+
+
+def corpus(texts: Path, name: str, *, trial: bool = False) -> SpokenCorpus:
+    """A spoken set.
+
+    Args:
+        texts: what `recipes.nano.texts` wrote.
+        name: of the set.
+        trial: all speech by espeak-ng.
+    """
+    voices = QUESTION_VOICES.get(name, ())
+    return SpokenCorpus(
+        Manifest(texts / "spoken" / f"{name}.jsonl", name="nano", license="Apache-2.0", range_bytes=SHARD_BYTES),
+        (espeak(2.0),) if trial and voices else voices,
+        TRIAL_VOICE if trial else ANSWER_VOICE,
+        CONFIG.codec.sample_rate,
+        augmentation=AUGMENTATION,
+        max_question_seconds=CONFIG.audio_encoder.max_samples / audio_io.SAMPLE_RATE,
+        # Audio that begins elsewhere in a frame has other codes. With one version of each, the model memorizes codes.
+        max_answer_shift=CONFIG.codec.frame_size / CONFIG.codec.sample_rate,
+    )
+
+
+def answer_texts(texts: Path, name: str) -> list[str]:
+    """The distinct answers of a spoken set, in random order."""
+    lines = (texts / "spoken" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    distinct = list(dict.fromkeys(json.loads(line)["answer_text"] for line in lines))
+    return random.Random(0).sample(distinct, len(distinct))
+
+
+def synthesize_answers(texts: Sequence[str], *, trial: bool = False, workers: int = 2) -> list[np.ndarray]:
+    """Texts in nano's voice, int16 [samples] each at the codec's rate."""
+    voice = TRIAL_VOICE if trial else ANSWER_VOICE
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        spoken = pool.map(synthesize_answer, texts, [voice] * len(texts), chunksize=20)
+        return list(tqdm(spoken, total=len(texts), unit="text", desc="synthesis"))
+
+
+def synthesize_answer(text: str, voice: VoiceSpec) -> np.ndarray:
+    """A text as int16 [samples] at the codec's rate."""
+    samples, rate = _synthesizer(voice).speak(text, voice.voices[0])
+    return audio_io.to_pcm16(augment.pad_silence(samples, rate, CONFIG.codec.sample_rate, 0.1, 0.1, decibels=-20.0))
+
+
+@cache
+def _synthesizer(voice: VoiceSpec) -> SpeechSynthesizer:
+    return voice.open()
+
+
+def main(
+    texts: Annotated[Path, typer.Option(help="What recipes.nano.texts wrote.")] = Path("build/nano/texts"),
+    codec: Annotated[str, typer.Option(help="Release whose codec encodes the answers.")] = "nano",
+    out: Annotated[Path, typer.Option(help="Folder of the folders of records.")] = Path("build/nano/records"),
+    only: Annotated[list[str] | None, typer.Option(help="A set, e.g. held_out_seen; may be repeated.")] = None,
+    trial: Annotated[bool, typer.Option("--trial", help="All speech by espeak-ng.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+) -> None:
+    """Synthesize the spoken sets."""
+    names = sorted(path.stem for path in (texts / "spoken").glob("*.jsonl"))
+    for name in only or names:
+        with tqdm(desc=name, unit="shard") as bar:
+
+            def progress(done: int, shards: int, bar: tqdm = bar) -> None:
+                bar.total = shards
+                bar.update(done - bar.n)
+
+            index = prepare(
+                corpus(texts, name, trial=trial), out / name, codec=CodecSpec(codec), workers=workers, progress=progress
+            )
+        typer.echo(f"{out / name}: {index['exchanges']} exchanges, rejected {index['rejected']}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

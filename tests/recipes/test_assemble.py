@@ -1,0 +1,139 @@
+"""Releases made of modules that were trained separately."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from omni_jax.checkpoint.release import FILES, MODEL, Release, open_release, parameter_shapes
+from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile, write_safetensors
+from omni_jax.codec.snac import Snac
+from omni_jax.config.model import PRESETS
+from omni_jax.errors import CheckpointError
+from recipes.nano import assemble, training
+from tests.models import tokenizer_files
+
+TINY = PRESETS["tiny"]
+
+
+@pytest.fixture
+def audio_encoder(tmp_path: Path) -> Path:
+    """As recipes.nano.audio_encoder writes it, in float16."""
+    rng = np.random.default_rng(0)
+    shapes = {name: shape for name, shape in parameter_shapes(TINY).items() if name.startswith("audio_encoder.")}
+    tensors = {name: LazyTensor.of(rng.normal(size=shape).astype(np.float16)) for name, shape in shapes.items()}
+    path = tmp_path / "audio_encoder.safetensors"
+    write_safetensors(path, tensors)
+    return path
+
+
+@pytest.fixture
+def codec(tmp_path: Path) -> Path:
+    """As recipes.nano.codec writes it."""
+    _, variables = nnx.split(Snac(TINY.codec, rngs=nnx.Rngs(7)))
+    training.export(tmp_path / "codec.safetensors", nnx.to_pure_dict(variables))
+    return tmp_path / "codec.safetensors"
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    return tokenizer_files(tmp_path / "tokenizer")[0].parent
+
+
+def test_assemble_start_takes_each_tensor_from_its_module(
+    audio_encoder: Path, codec: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    untrained = tmp_path / "untrained"
+    assemble.assemble_untrained(untrained, codec=codec, tokenizer=tokenizer, preset="tiny", seed=1)
+    run = open_release(untrained)
+    assemble.assemble_start(run, tmp_path / "start", audio_encoder=audio_encoder, preset="tiny", seed=2)
+    start = open_release(tmp_path / "start")
+    assert start.config == TINY
+    before, after = (
+        {name: tensor.read() for name, tensor in release.model_tensors().items()} for release in (run, start)
+    )
+    encoder = SafetensorsFile(audio_encoder)
+    for name, tensor in after.items():
+        assert tensor.dtype == np.float32, name
+        if name.startswith("audio_encoder."):
+            np.testing.assert_array_equal(tensor, encoder.read(name))
+        else:
+            # Norms and biases are the same for every seed.
+            assert np.array_equal(tensor, before[name]) == (name.startswith(assemble.TRUNK) or tensor.ndim == 1), name
+    expected = SafetensorsFile(codec)
+    for name, tensor in start.codec_tensors().items():
+        np.testing.assert_array_equal(tensor.read(), expected.read(name))
+    assert start.tokenizer().get_vocab_size() == run.tokenizer().get_vocab_size()
+
+
+def test_assemble_defaults_are_modules_of_the_shipped_release(tmp_path: Path) -> None:
+    assemble.assemble_untrained(tmp_path / "untrained")
+    run, shipped = open_release(tmp_path / "untrained"), open_release("nano")
+    assemble.assemble_start(run, tmp_path / "start")
+    start = open_release(tmp_path / "start")
+    assert start.config == shipped.config
+    found, expected = start.model_tensors(), shipped.model_tensors()
+    for name in ("audio_encoder.conv1.weight", "audio_encoder.layers.3.down.weight"):
+        np.testing.assert_array_equal(found[name].read(), expected[name].read())
+    assert not np.array_equal(found["embed.text"].read(), expected["embed.text"].read())
+    for name, tensor in start.codec_tensors().items():
+        np.testing.assert_array_equal(tensor.read(), shipped.codec_tensors()[name].read())
+    for ours, theirs in zip(start.tokenizer_files(), shipped.tokenizer_files(), strict=True):
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_assemble_start_rejects_another_shape(
+    audio_encoder: Path, codec: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    assemble.assemble_untrained(tmp_path / "untrained", codec=codec, tokenizer=tokenizer, preset="tiny")
+    wrong = {"audio_encoder.conv1.weight": LazyTensor.of(np.zeros((3, 3), np.float16))}
+    write_safetensors(audio_encoder, wrong)
+    run = open_release(tmp_path / "untrained")
+    with pytest.raises(CheckpointError, match=r"audio_encoder\.conv1\.weight: expected .* found \(3, 3\)"):
+        assemble.assemble_start(run, tmp_path / "start", audio_encoder=audio_encoder, preset="tiny")
+    assert not (tmp_path / "start").exists()
+
+
+def untrained_releases(folder: Path, codec: Path, tokenizer: Path, count: int) -> list[Release]:
+    for seed in range(count):
+        assemble.assemble_untrained(folder / str(seed), codec=codec, tokenizer=tokenizer, preset="tiny", seed=seed)
+    return [open_release(folder / str(seed)) for seed in range(count)]
+
+
+def test_average_releases_is_the_mean_of_every_tensor(codec: Path, tokenizer: Path, tmp_path: Path) -> None:
+    runs = untrained_releases(tmp_path, codec, tokenizer, 3)
+    assemble.average_releases(runs, tmp_path / "mean")
+    mean = open_release(tmp_path / "mean")
+    assert mean.config == TINY
+    tensors = [run.model_tensors() for run in runs]
+    assert mean.model_tensors().keys() == tensors[0].keys()
+    for name, tensor in mean.model_tensors().items():
+        expected = sum(each[name].read() for each in tensors) / 3
+        assert tensor.dtype == np.float32
+        np.testing.assert_allclose(tensor.read(), expected, rtol=1e-5, atol=1e-7)
+    for name, tensor in mean.codec_tensors().items():
+        np.testing.assert_array_equal(tensor.read(), runs[0].codec_tensors()[name].read())
+    with pytest.raises(CheckpointError, match="mean"):
+        assemble.average_releases(runs, tmp_path / "mean")
+    with pytest.raises(CheckpointError, match=r"expected the shape of .*, found another"):
+        assemble.average_releases([runs[0], open_release("nano")], tmp_path / "never")
+
+
+def test_package_writes_eight_bits(
+    codec: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run,) = untrained_releases(tmp_path, codec, tokenizer, 1)
+    size = assemble.package(run.folder, tmp_path / "packaged")
+    files = list((tmp_path / "packaged").iterdir())
+    assert size == sum(file.stat().st_size for file in files)
+    assert {file.name for file in files} == set(FILES)
+    packaged = open_release(tmp_path / "packaged")
+    assert packaged.fingerprint() != run.fingerprint()
+    matrix = SafetensorsFile(packaged.folder / MODEL).read("embed.text")
+    assert max(len(np.unique(row)) for row in matrix) <= 255
+    monkeypatch.setattr(assemble, "MAX_BYTES", size - 1)
+    with pytest.raises(CheckpointError, match="expected at most"):
+        assemble.package(run.folder, tmp_path / "large")

@@ -1,0 +1,66 @@
+"""Held-out records as suites of `omni-jax evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from omni_jax.data.records import Exchange, RecordWriter
+from omni_jax.evaluation.suites import manifest
+from omni_jax.tasks import Task
+from recipes.nano import suites
+
+AUDIO = np.arange(-8000, 8000, dtype=np.int16)
+QUESTION = Exchange("What is one plus one?", AUDIO, "One plus one is two.", np.zeros((2, 7), int), "nano sum pair")
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """Two records of every held-out set."""
+    sets = {
+        "held_out_seen": QUESTION,
+        "held_out_unseen": QUESTION,
+        "dictation_seen": Exchange("The cat is red.", AUDIO, source="nano sentence"),
+        "dictation_unseen": Exchange("The cat is red.", AUDIO, source="nano sentence"),
+        "read_held_out": Exchange("", None, "The dog is blue.", np.zeros((2, 7), int), source="nano sentence"),
+        "held_out": Exchange("What is your name?", None, "My name is Nano.", source="nano name phrasing"),
+    }
+    for name, exchange in sets.items():
+        with RecordWriter(tmp_path / "records" / name) as writer:
+            for _ in range(2):
+                writer.write(exchange)
+    return tmp_path / "records"
+
+
+def test_main_writes_suites_that_evaluation_reads(folders: Path, tmp_path: Path) -> None:
+    suites.main(folders, folders, tmp_path / "suites")
+    cases = {name: list(manifest(tmp_path / "suites" / f"{name}.jsonl")) for name in suites.SUITES}
+    tasks = {name: [case.task for case in found[::2]] for name, found in cases.items()}
+    assert tasks == {
+        "seen": [Task.A1A2, Task.A1T1, Task.A1T2],
+        "unseen": [Task.A1A2, Task.A1T1, Task.A1T2],
+        "dictation": [Task.A1T1, Task.A1T1],
+        "text": [Task.T1A2, Task.T1T2],
+        "read": [Task.T1A1],
+    }
+    for found in cases.values():
+        assert len({case.id for case in found}) == len(found)
+    answered, transcribed = cases["seen"][0], cases["seen"][2]
+    assert (answered.expected, answered.question, answered.group) == (
+        ("One plus one is two.",),
+        "What is one plus one?",
+        "sum",
+    )
+    assert transcribed.expected == ("What is one plus one?",)
+    assert answered.audio is not None
+    assert Path(answered.audio).is_file()
+    assert [case.group for case in cases["dictation"]] == ["dictation_seen"] * 2 + ["dictation_unseen"] * 2
+    assert [case.text for case in cases["text"][::2]] == ["What is one plus one?", "What is your name?"]
+    assert cases["read"][0].text == "The dog is blue."
+
+
+def test_main_limit(folders: Path, tmp_path: Path) -> None:
+    suites.main(folders, folders, tmp_path / "suites", limit=1)
+    assert len(list(manifest(tmp_path / "suites" / "seen.jsonl"))) == 3

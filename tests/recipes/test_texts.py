@@ -1,0 +1,151 @@
+"""The texts of all data sets, and the tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from omni_jax.checkpoint.release import TOKENIZER_FILES
+from recipes.nano import texts, tokenizer
+from recipes.nano.questions import KINDS, all_questions
+from recipes.nano.sentences import pattern_sentences
+from recipes.nano.texts import Row, Sizes
+
+FINGERPRINTS = {
+    "written/numbers": "645da700b1fc91aa",
+    "written/products": "55f98b93e8b64908",
+    "written/larger_products": "d9963ac85758794f",
+    "written/further_counts": "4b9eeec86677c18b",
+    "written/knowledge": "643c54fc0fc886b6",
+    "written/smalltalk": "7bb10399e6b182a6",
+    "written/repeat": "bc763a18d3a5422e",
+    "written/held_out": "3d49f0756de41b98",
+    "spoken/train": "7766afd81ec6ea15",
+    "spoken/typed_train": "1b94b1e24c57a07b",
+    "spoken/held_out_seen": "3d49f0756de41b98",
+    "spoken/held_out_unseen": "5ebd8b1594d64bbd",
+    "spoken/read_train": "ce576e4794fb1dbb",
+    "spoken/read_free": "38633f578b16ae67",
+    "spoken/read_answer_like": "b574d7882b539225",
+    "spoken/read_held_out": "67f93771a0e641ea",
+    "spoken/dictation_train": "fbd4c5d3335af941",
+    "spoken/dictation_free": "e332488a485a32de",
+    "spoken/dictation_seen": "1249c2d2600e3988",
+    "spoken/dictation_unseen": "9bd43a760f0ea769",
+}
+"""Of the sorted rows of each set."""
+
+
+def fingerprint(rows: list[Row]) -> str:
+    lines = sorted(f"{row.question_text}\t{row.answer_text}\t{row.source}" for row in rows)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@pytest.fixture(scope="module")
+def written() -> dict[str, list[Row]]:
+    """The written sets; only `repeat` and `held_out` are smaller than in the recipe."""
+    sets = texts.written_sets(Sizes(repeated=50, held_out_text=100))
+    return {name: list(rows) for name, rows in sets.items()}
+
+
+@pytest.mark.slow
+def test_texts_do_not_change() -> None:
+    """The shipped model was trained on these."""
+    sizes = Sizes()
+    found = {f"written/{name}": fingerprint(list(rows)) for name, rows in texts.written_sets(sizes).items()}
+    found |= {f"spoken/{name}": fingerprint(rows) for name, rows in texts.spoken_sets(sizes).items()}
+    assert found == FINGERPRINTS
+
+
+def test_written_sets_do_not_change(written: dict[str, list[Row]]) -> None:
+    full = set(written) - {"repeat", "held_out"}
+    assert {name: fingerprint(written[name]) for name in full} == {n: FINGERPRINTS[f"written/{n}"] for n in full}
+
+
+def test_written_sets_have_every_training_question_once(written: dict[str, list[Row]]) -> None:
+    training = {name: written[name] for name in ("numbers", "products", "knowledge", "smalltalk")}
+    rows = [row for found in training.values() for row in found]
+    asked = {row.question_text: row.answer_text for row in rows}
+    assert len(asked) == len(rows)
+    assert asked == {item.question: item.answer for item in all_questions("train", further=True)}
+    assert len(written["held_out"]) == 100
+    assert not {row.question_text for row in written["held_out"]} & set(asked)
+    kinds = {name: {row.source.split()[1] for row in found} for name, found in training.items()}
+    assert kinds["numbers"] | kinds["products"] == set(texts.NUMBERS)
+    assert kinds["products"] == {"product"}
+    assert kinds["smalltalk"] == set(texts.SMALLTALK)
+    assert "joke" in kinds["smalltalk"]
+    assert not kinds["knowledge"] & {*texts.NUMBERS, *texts.SMALLTALK}
+
+
+def assert_nothing_held_out(found: list[Row], kind: str, **asked: str) -> None:
+    """Neither a held-out question, nor one of a kind about `asked` in a held-out phrasing."""
+    questions = {row.question_text.lower() for row in found}
+    assert not questions & {item.question.lower() for item in all_questions("held_out")}
+    phrasings = KINDS[kind].held_out_phrasings
+    assert not questions & {phrasing.format(**asked).lower() for phrasing in phrasings}
+
+
+def test_larger_products_have_both_orders_and_none_that_is_asked(written: dict[str, list[Row]]) -> None:
+    larger = written["larger_products"]
+    answers = {row.answer_text for row in larger}
+    assert "Seven times thirty is two hundred ten." in answers
+    assert "Thirty times seven is two hundred ten." in answers
+    assert len(answers) == 2 * 10 * 90
+    asked = {item.answer for split in ("train", "held_out") for item in all_questions(split, ["product"])}
+    assert not answers & asked
+    assert_nothing_held_out(larger, "product", a="seven", b="thirty")
+
+
+def test_further_counts_have_both_directions_and_none_that_is_asked(written: dict[str, list[Row]]) -> None:
+    further = written["further_counts"]
+    answers = {row.answer_text for row in further}
+    assert {"Forty, forty-one, forty-two.", "Forty-two, forty-one, forty.", "Seven, six.", "Zero, one."} <= answers
+    # From each of 101 numbers to its five neighbors on either side, but for those beyond the ends.
+    neighbors = 2 * sum(101 - distance for distance in range(1, 6))
+    asked = {item.answer for split in ("train", "held_out") for item in all_questions(split, ["count"])}
+    assert len(answers) == neighbors - len(asked)
+    assert not answers & asked
+    assert_nothing_held_out(further, "count", a="forty", b="forty-two")
+
+
+def test_repeat_has_nothing_held_out(written: dict[str, list[Row]]) -> None:
+    held_out = {item.question for item in all_questions("held_out")} | set(pattern_sentences("held_out", 300, 0))
+    for row in written["repeat"]:
+        assert row.question_text.endswith(f": {row.answer_text}")
+        assert row.answer_text not in held_out
+    assert len({row.question_text.partition(":")[0] for row in written["repeat"]}) == len(texts.REPEAT)
+
+
+def test_main_writes_limited_manifests(tmp_path: Path) -> None:
+    texts.main(tmp_path / "texts", limit=8)
+    files = sorted((tmp_path / "texts").rglob("*.jsonl"))
+    assert [str(file.relative_to(tmp_path / "texts").with_suffix("")) for file in files] == sorted(FINGERPRINTS)
+    for file in files:
+        rows = [Row(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+        assert 4 <= len(rows) <= 60
+        asked, answered = ({bool(getattr(row, name)) for row in rows} for name in ("question_text", "answer_text"))
+        assert asked == {not file.stem.startswith("read_")}
+        assert answered == {not file.stem.startswith("dictation_")}
+
+
+def test_by_answer_groups_rows() -> None:
+    rows = texts.by_answer([Row("b", "y"), Row("c", "x"), Row("a", "y")])
+    assert [row.question_text for row in rows] == ["c", "a", "b"]
+
+
+def test_train_tokenizer_encodes_any_text() -> None:
+    made = tokenizer.train_tokenizer(["What is seven plus nine?", "Seven plus nine is sixteen."] * 5, 300)
+    assert made.get_vocab_size() <= 300
+    for text in ("What is seven plus nine?", "naïve Zürich \N{SNOWMAN}"):
+        assert made.decode(made.encode(text).ids) == text
+    assert len(made.encode(" plus").ids) == 1
+
+
+def test_tokenizer_main_writes_files_of_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "corpus", lambda: ["Seven plus nine is sixteen."])
+    tokenizer.main(tmp_path / "new")
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == sorted(TOKENIZER_FILES)
