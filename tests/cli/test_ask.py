@@ -107,8 +107,8 @@ def test_ask_truncates_only_if_asked(loads: list[str], tmp_path: Path) -> None:
     assert refused.exit_code == 2
     assert f"{long}: expected a recording of at most 2.00 s, found 3.00 s" in refused.stderr
     assert "truncate" in refused.stderr
-    heard = run("ask", long, "--model", "tiny", "--task", "A1T1", "--max-steps", 3, "--truncate", "--json")
-    assert json.loads(heard.stdout)["question_seconds"] == 3
+    truncated = run("ask", long, "--model", "tiny", "--task", "A1T1", "--max-steps", 3, "--truncate", "--json")
+    assert json.loads(truncated.stdout)["question_seconds"] == 3
 
 
 @pytest.fixture

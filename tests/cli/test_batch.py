@@ -24,10 +24,10 @@ def test_batch_answers_in_order(tiny: Omni, loads: list[str], tmp_path: Path) ->
     (tmp_path / "sounds" / "q.wav").write_bytes(NAME.read_bytes())
     (tmp_path / "broken.wav").write_text("this is no sound")
     rows: list[Any] = [
-        {"id": "heard", "audio": "sounds/q.wav"},
+        {"id": "spoken", "audio": "sounds/q.wav"},
         {"id": "broken", "audio": "broken.wav"},
         {"id": "typed/1", "text": "What is your name?", "max_steps": 4, "temperature": 1, "seed": 9},
-        {"id": "heard", "text": "Again?"},
+        {"id": "spoken", "text": "Again?"},
         {"id": "both", "text": "x", "audio": "sounds/q.wav"},
         {"id": "written", "audio": "sounds/q.wav", "task": "A1T2", "batch_parallel": False},
         {"id": "misfit", "text": "x", "task": "A1T2"},
@@ -50,13 +50,13 @@ def test_batch_answers_in_order(tiny: Omni, loads: list[str], tmp_path: Path) ->
 
     lines = read_lines(out / "answers.jsonl")
     assert [line["id"] for line in lines] == [
-        "heard", "broken", "typed/1", "heard", "both", "written", "misfit", "unknown", "range", None, None, "aloud",
+        "spoken", "broken", "typed/1", "spoken", "both", "written", "misfit", "unknown", "range", None, None, "aloud",
         "surrogate", "unnamed", "no path", None,
     ]  # fmt: skip
     errors = {index: line["error"] for index, line in enumerate(lines) if "error" in line}
     assert errors.keys() == {1, 3, 4, 6, 7, 8, 9, 10, 12, 13, 14, 15}
     assert "broken.wav: expected audio" in errors[1]
-    assert errors[3] == "rows.jsonl line 4: id 'heard' was used before, by rows.jsonl line 1"
+    assert errors[3] == "rows.jsonl line 4: id 'spoken' was used before, by rows.jsonl line 1"
     assert "expected either audio or text, found both" in errors[4]
     assert "task A1T2: expected audio, found text" in errors[6]
     assert "tusk" in errors[7]
@@ -69,27 +69,27 @@ def test_batch_answers_in_order(tiny: Omni, loads: list[str], tmp_path: Path) ->
     assert "line 15: audio: expected the path of a file, found 'a\\x00b.wav'" in errors[14]
     assert "line 17: expected a JSON object" in errors[15]
 
-    heard = tiny.reply(NAME, max_steps=STEPS)
+    spoken = tiny.reply(NAME, max_steps=STEPS)
     assert lines[0] == {
-        "id": "heard",
+        "id": "spoken",
         "task": "A1A2",
-        "text": heard.text,
-        "audio": "heard.wav",
-        "seconds": round(heard.seconds, 4),
+        "text": spoken.text,
+        "audio": "spoken.wav",
+        "seconds": round(spoken.seconds, 4),
         "finish_reason": "length",
-        "num_invalid_codes": heard.num_invalid_codes,
+        "num_invalid_codes": spoken.num_invalid_codes,
         "request": lines[0]["request"],
     }
     assert lines[2]["text"] == tiny.reply(text=rows[2]["text"], max_steps=4, temperature=1, seed=9).text
     assert lines[5]["text"] == tiny.answer(NAME, max_steps=STEPS).text
     assert (lines[5]["audio"], lines[5]["seconds"]) == (None, None)
     names = {line["audio"] for line in lines if line.get("audio")}
-    assert names == {path.name for path in out.glob("*.wav")} == {"heard.wav", "aloud.wav", lines[2]["audio"]}
+    assert names == {path.name for path in out.glob("*.wav")} == {"spoken.wav", "aloud.wav", lines[2]["audio"]}
     assert lines[2]["audio"].startswith("typed_1-")
-    assert heard.audio is not None
-    assert soundfile.info(out / "heard.wav").frames == len(heard.audio)
+    assert spoken.audio is not None
+    assert soundfile.info(out / "spoken.wav").frames == len(spoken.audio)
 
-    # Once the bad rows are mended, only they are asked, and take their places.
+    # After the bad rows are corrected, only they are answered, in their places.
     made = {path: path.stat().st_mtime_ns for path in out.glob("*.wav")}
     (tmp_path / "broken.wav").write_bytes(SUM.read_bytes())
     write_lines(manifest, [rows[0], rows[1], rows[2], rows[5], rows[11]])
@@ -97,11 +97,11 @@ def test_batch_answers_in_order(tiny: Omni, loads: list[str], tmp_path: Path) ->
     assert result.exit_code == 0, result.output
     assert "5 rows: 1 answered, 4 from an earlier run, 0 failed" in result.stderr
     again = read_lines(out / "answers.jsonl")
-    assert [line["id"] for line in again] == ["heard", "broken", "typed/1", "written", "aloud"]
+    assert [line["id"] for line in again] == ["spoken", "broken", "typed/1", "written", "aloud"]
     assert [again[0], *again[2:]] == [lines[0], lines[2], lines[5], lines[11]]
     assert {path: path.stat().st_mtime_ns for path in made} == made
 
-    # With nothing to do the model is not even loaded; a row that changed or lost its wav is asked again.
+    # The model is not loaded if no row needs it; a row that changed or whose wav is missing is answered again.
     loads.clear()
     assert run(*args).exit_code == 0
     assert not loads
@@ -147,9 +147,9 @@ def test_batch_answers_again_if_the_recording_or_the_release_changed(
 def test_batch_answers_again_with_int8(tiny: Omni, loads: list[str], tmp_path: Path) -> None:
     manifest = tmp_path / "m.jsonl"
     manifest.write_text('{"id": "a", "text": "hello", "task": "T1T2"}\n')
-    asked = ("batch", manifest, "--out", tmp_path / "out", "--model", "tiny", "--max-steps", STEPS)
+    args = ("batch", manifest, "--out", tmp_path / "out", "--model", "tiny", "--max-steps", STEPS)
     for more in ((), ("--int8",), ("--int8",)):
-        result = run(*asked, *more)
+        result = run(*args, *more)
         assert result.exit_code == 0, result.output
     # The second run in eight bits has nothing to do.
     assert loads == ["tiny", "tiny"]
@@ -217,7 +217,7 @@ def test_batch_that_cannot_start(
 def test_batch_is_shared_by_processes_of_several_devices(loads: list[str], tmp_path: Path) -> None:
     """One of two processes fails and is started again; each has four devices, of which two share a row."""
     rows = [{"id": f"q{number}", "text": f"question {number}", "task": "T1A2"} for number in range(9)]
-    rows[4] = {"id": "heard", "audio": str(NAME)}
+    rows[4] = {"id": "spoken", "audio": str(NAME)}
     rows[7] = {"id": "q0", "text": "not mine"}
     manifest, out, whole = write_lines(tmp_path / "rows.jsonl", rows), tmp_path / "out", tmp_path / "whole"
     options = ("--model", "tiny", "--max-steps", STEPS, "--max-batch-size", 4)
