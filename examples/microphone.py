@@ -1,4 +1,4 @@
-"""Ask a question through the microphone and hear the answer while it is decoded.
+"""Ask a question through the microphone and play the answer while it is decoded.
 
     pip install sounddevice
     python examples/microphone.py              # press Enter, speak, press Enter again; Ctrl-C ends

@@ -97,7 +97,7 @@ class MiniOmni(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
 
     def forward(self, tokens, features=None):
-        """Tokens int [B, 8, T] local to their stream, features [B, A, E] heard at positions 1..A, or None.
+        """Tokens int [B, 8, T] local to their stream, features [B, A, E] of speech at positions 1..A, or None.
 
         Text logits [B, T, text] and audio logits [B, T, 7, audio].
         """
@@ -105,9 +105,9 @@ class MiniOmni(nn.Module):
         text, audio = c["text_vocab_size"], c["audio_vocab_size"]
         streams = [part["wte"](tokens[:, k] + text + k * audio) for k in range(7)]
         if features is not None:
-            heard = self.whisper_adapter(features)
+            speech = self.whisper_adapter(features)
             for stream in streams:
-                stream[:, 1 : 1 + heard.shape[1]] = heard
+                stream[:, 1 : 1 + speech.shape[1]] = speech
         x = sum([*streams, part["wte"](tokens[:, 7])]) / 8
         for block in part["h"]:
             x = block(x)

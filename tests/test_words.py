@@ -38,7 +38,7 @@ REPLACED = {
 }
 """Patterns, and what to write instead."""
 
-QUOTED = ("Models Can Hear", "models can hear", "EventListener", "EventListeners", "licenceplate")
+QUOTED = ("Models Can Hear", "models can hear", "EventListener", "Do you hear", "do you hear", "I can hear and talk")
 """Phrases of others."""
 
 EXCLUDED = ("tests/test_words.py", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "constraints.txt")

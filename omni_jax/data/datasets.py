@@ -29,7 +29,7 @@ class ExampleDataset(grain.IterDataset):
             parent: dataset of `DrawnRecord`.
             builder: makes the examples.
             folders: the sources, by their index.
-            endless: whether the parent repeats its records for ever. If so, as many skipped records in a row as its
+            endless: whether the parent repeats its records endlessly. If so, as many skipped records in a row as its
                 source has are an error.
         """
         super().__init__(parent)

@@ -20,7 +20,7 @@ def test_evaluate_command(tmp_path: Path) -> None:
     again = run(*command, tmp_path / "two", "--against", tmp_path / "one")
     assert "## Against tiny" in again.stdout
     for wrong, message in (
-        (["--asr-judge", "ears"], "ASR judge: expected"),
+        (["--asr-judge", "unknown"], "ASR judge: expected"),
         (["--suite", "librispeech"], "found no case"),
     ):
         refused = run(*command, tmp_path / "three", *wrong)

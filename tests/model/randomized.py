@@ -46,7 +46,7 @@ def _draw_order(path: Path) -> Path:
     if path[0] in ("encoder", "decoder", "quantizers"):
         return path
     if path[0] == "audio_encoder":
-        return ("ear", *("ffn_norm" if part == "mlp_norm" else part for part in path[1:]))
+        return tuple("final_norm" if part == "mlp_norm" else part for part in path)
     if len(path) > 1 and path[-2] in ("q", "k", "v", "out", "gate", "up", "down"):
         return path[:-1] if path[-1] == "weight" else (*path[:-2], f"{path[-2]}_bias")
     return path
