@@ -236,7 +236,8 @@ def case(stacked: bool) -> tuple[OmniModel, list[PreparedRequest], list[Answer]]
         random_request(model.config, task, i, max_steps=14, **options) for i, (task, options) in enumerate(settings)
     ]
     with quick_compile():
-        reference = ReferenceDecoder(model, ModelRunner(model).encode_audio)
+        runner = ModelRunner(model)
+        reference = ReferenceDecoder(model, lambda audio: runner.encode_audio(jnp.asarray(audio)))
         expected = [reference(request) for request in requests]
     assert all(tokens.shape[1] == 14 for tokens, _ in expected)
     return model, requests, expected

@@ -150,8 +150,11 @@ def _report(name: str, model: str, topology: Topology, batch: int, program: Prog
     start = time.perf_counter()
     traced, compiled = program.compile()
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    cost = hlo.parse(compiled.as_text(), unknown_trips=program.steps).cost
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    # The TPU compiler gives both.
+    assert memory is not None
+    assert text is not None
+    cost = hlo.parse(text, unknown_trips=program.steps).cost
     chip = topology.chip
     work = flops.count(traced.jaxpr, program.steps) / topology.num_chips / program.steps
     hbm_traffic = cost.hbm / program.steps

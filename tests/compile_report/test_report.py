@@ -192,7 +192,7 @@ def test_compile_report_refuses_arguments(options: dict[str, object], field: str
 
 
 def test_compile_command_prints_json() -> None:
-    command = [Path(sys.executable).with_name("omni-jax"), "compile", "prefill", "--model", "tiny"]
+    command = [str(Path(sys.executable).with_name("omni-jax")), "compile", "prefill", "--model", "tiny"]
     env = {**os.environ, "XLA_FLAGS": ""}
     done = subprocess.run([*command, "--topology", ONE, "--json"], capture_output=True, text=True, env=env, check=True)
     report = json.loads(done.stdout)
