@@ -88,16 +88,18 @@ class Ours:
         """Seconds to the first audio and to the last."""
         start, first = time.perf_counter(), None
         state = self.prefill()
-        slot, none, yes = jnp.zeros(1, jnp.int32), jnp.zeros(0, jnp.int32), jnp.ones(1, bool)
+        slot, none = jnp.zeros(1, jnp.int32), jnp.zeros(0, jnp.int32)
         routing = Routing(companion_slot=slot, text_slot=slot, text_row=jnp.ones(1, jnp.int32), audio_slot=slot)
         stream = StreamDecoder(self.decode, self.config.codec)
-        tokens, frames, done, text_pending = np.zeros((NUM_STREAMS, 0), np.int32), 0, 0, yes
+        tokens, frames, done = np.zeros((NUM_STREAMS, 0), np.int32), 0, 0
         for steps in CHUNKS:
-            if done > TEXT_TOKENS:
+            text_pending = done <= TEXT_TOKENS
+            if not text_pending:
                 # The text has ended: no text head, no companion row.
-                routing, text_pending = Routing(none, none, none, audio_slot=slot), ~yes
+                routing = Routing(none, none, none, audio_slot=slot)
                 state = dataclasses.replace(state, companions=None)
-            state = dataclasses.replace(state, running=yes, text_pending=text_pending)
+            # Arrays of their own: the state is donated.
+            state = dataclasses.replace(state, running=jnp.ones(1, bool), text_pending=jnp.full(1, text_pending))
             state, new, _ = self.runner.decode_chunk(state, routing, jnp.int32(steps))
             tokens = np.concatenate([tokens, np.asarray(new)[:steps, 0].T], axis=1)
             done += steps

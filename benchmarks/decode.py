@@ -63,22 +63,25 @@ class Batch:
     """A batch in which every row outputs text and audio and never ends."""
 
     def __init__(self, runner: ModelRunner, max_batch_size: int):
-        self.runner = runner
+        self.runner, self.max_batch_size = runner, max_batch_size
         state = runner.init_state(max_batch_size, MAX_LEN)
-        self.yes = jnp.ones(max_batch_size, bool)
         max_steps = jnp.full(max_batch_size, MAX_LEN, jnp.int32)
         self.state: DecodeState = dataclasses.replace(
             state,
             positions=jnp.full(max_batch_size, POSITION, jnp.int32),
-            params=dataclasses.replace(state.params, outputs_audio=self.yes, max_steps=max_steps),
+            params=dataclasses.replace(state.params, outputs_audio=self._all(), max_steps=max_steps),
         )
         rows = jnp.arange(max_batch_size, dtype=jnp.int32)
         self.routing = Routing(jnp.zeros(0, jnp.int32), text_slot=rows, text_row=rows, audio_slot=rows)
 
+    def _all(self) -> jax.Array:
+        """True for every slot; a new array each time, as a state is donated."""
+        return jnp.ones(self.max_batch_size, bool)
+
     def decode(self) -> None:
         """Decode STEPS steps."""
         # Random weights may sample an end at any time.
-        state = dataclasses.replace(self.state, running=self.yes, text_pending=self.yes)
+        state = dataclasses.replace(self.state, running=self._all(), text_pending=self._all())
         self.state, tokens, _ = self.runner.decode_chunk(state, self.routing, jnp.int32(STEPS))
         tokens.block_until_ready()
 
