@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from omni_jax.cli import serve
+from omni_jax.serve import app, sessions
+from tests.cli.shell import run
+
+
+@pytest.fixture
+def served(loads: list[str], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Name of the model, settings, host and port of each server that was run."""
+    found: list[Any] = []
+
+    class Server:
+        def __init__(self, service: tuple[str, sessions.Settings], host: str, port: int):
+            self.given = (*service, host, port)
+
+        def run(self) -> None:
+            found.append(self.given)
+
+    monkeypatch.setattr(sessions, "Service", lambda omni, name, settings: (name, settings))
+    monkeypatch.setattr(app, "make_server", Server)
+    monkeypatch.setattr(serve, "limit_heap_growth", lambda: None)
+    return found
+
+
+def test_serve_passes_every_option(served: list[Any], tmp_path: Path) -> None:
+    keys = tmp_path / "keys.txt"
+    keys.write_text("one\n\n two \n")
+    options = {
+        "--max-batch-size": 3,
+        "--max-queue-size": 5,
+        "--max-audio-seconds": 1.5,
+        "--max-body-bytes": 2048,
+        "--request-timeout": 7,
+        "--idle-timeout": 6,
+        "--api-key-file": keys,
+        "--host": "0.0.0.0",
+        "--port": 0,
+    }
+    result = run("serve", "--model", "tiny", *[word for option in options.items() for word in option])
+    assert result.exit_code == 0, result.output
+    settings = sessions.Settings(
+        max_batch_size=3,
+        max_queue_size=5,
+        max_audio_seconds=1.5,
+        max_body_bytes=2048,
+        request_timeout=7,
+        idle_timeout=6,
+        api_keys=("one", "two"),
+    )
+    assert served == [("tiny", settings, "0.0.0.0", 0)]
+    assert "without a key" not in result.stderr
+
+
+def test_serve_defaults(served: list[Any]) -> None:
+    result = run("serve", "--model", "tiny")
+    assert result.exit_code == 0, result.output
+    assert served == [("tiny", sessions.Settings(), "127.0.0.1", 8000)]
+    assert "without a key" not in result.stderr
+
+
+def test_serve_warns_if_the_network_needs_no_key(served: list[Any]) -> None:
+    result = run("serve", "--model", "tiny", "--host", "0.0.0.0")
+    assert "0.0.0.0:8000 accepts requests from the network without a key" in result.stderr
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "expected a readable text file"), ("\n", "found none")])
+def test_serve_refuses_a_bad_key_file_before_loading(
+    content: str | None, message: str, served: list[Any], loads: list[str], tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "keys.txt").write_text(content)
+    result = run("serve", "--model", "tiny", "--api-key-file", tmp_path / "keys.txt")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not served
+    assert not loads
