@@ -556,12 +556,16 @@ def test_generate_takes_task_config_and_options(omni: Omni) -> None:
 
 
 def test_reply_chunk_and_omni_print_short(omni: Omni) -> None:
-    chunks = list(omni.stream(text="Hi there", task="T1A1", max_steps=30))
-    assert repr(chunks[-1].reply) == "<Reply T1A1 '', 0.06 s of audio, length after 30 steps>"
-    assert repr(chunks[-1]).endswith("s of audio, last>")
-    assert repr(chunks[-1]).startswith("<Chunk '', ")
+    last = list(omni.stream(text="Hi there", task="T1A1", max_steps=30))[-1]
+    reply = last.reply
+    assert reply is not None
+    steps = reply.tokens.shape[1]
+    assert repr(reply) == f"<Reply T1A1 '', {reply.seconds:.2f} s of audio, {reply.finish_reason} after {steps} steps>"
+    assert repr(last) == f"<Chunk '', {len(last.audio) / 24000:.2f} s of audio, last>"
+    text_only = omni.answer(text="Hi", max_steps=2)
+    steps = text_only.tokens.shape[1]
+    assert repr(text_only) == f"<Reply T1T2 {text_only.text!r}, {text_only.finish_reason} after {steps} steps>"
     assert repr(omni) == "<Omni, trunk of 2 layers x 32, 0.4 s in, 24000 Hz out>"
-    assert repr(omni.answer(text="Hi", max_steps=2)).endswith(", length after 2 steps>")
 
 
 def test_warm_up_compiles_everything_for_streams(codec: DecodeFn, caplog: pytest.LogCaptureFixture) -> None:

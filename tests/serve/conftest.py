@@ -118,7 +118,7 @@ def run_server(omni: Omni, *, ready: bool = True, **settings: Any) -> Iterator[R
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600
         while not (server.started and (service.ready or not ready)):
             assert thread.is_alive()
             assert time.monotonic() < until
