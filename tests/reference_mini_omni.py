@@ -29,7 +29,7 @@ class Gated(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.heads, self.groups, self.size = c["n_head"], c["n_query_groups"], c["head_dim"]
+        self.heads, self.groups, self.size = c["n_head"], c["n_query_groups"], c["head_size"]
         self.base = c["rope_base"]
         rows = (self.heads + 2 * self.groups) * self.size
         self.attn = nn.Linear(c["n_embd"], rows, bias=c["add_qkv_bias"])

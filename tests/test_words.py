@@ -38,8 +38,17 @@ REPLACED = {
 }
 """Patterns, and what to write instead."""
 
-QUOTED = ("Models Can Hear", "models can hear", "EventListener", "Do you hear", "do you hear", "I can hear and talk")
-"""Phrases of others."""
+# The last is a field of LitGPT's config.
+QUOTED = (
+    "Models Can Hear",
+    "models can hear",
+    "EventListener",
+    "Do you hear",
+    "do you hear",
+    "I can hear and talk",
+    '"head_size"',
+)
+"""Phrases and names of others."""
 
 EXCLUDED = ("tests/test_words.py", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "constraints.txt")
 

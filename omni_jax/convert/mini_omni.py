@@ -66,7 +66,7 @@ _FIXED: dict[str, tuple[Any, Any]] = {
 
 _OPTIONAL: dict[str, Any] = {
     "n_query_groups": None,
-    "head_dim": None,
+    "head_size": None,
     "add_qkv_bias": None,
     "norm_eps": 1e-5,
     "rope_base": 10000,
@@ -155,7 +155,7 @@ def _trunk_values(field: Mapping[str, Any]) -> dict[str, Any]:
         "num_layers": field["n_layer"],
         "num_heads": field["n_head"],
         "num_kv_heads": field["n_query_groups"] or field["n_head"],
-        "head_dim": field["head_dim"] or field["n_embd"] // field["n_head"],
+        "head_dim": field["head_size"] or field["n_embd"] // field["n_head"],
         "intermediate_size": field["intermediate_size"],
         "rope_theta": field["rope_base"],
         "norm_eps": field["norm_eps"],
@@ -231,7 +231,7 @@ def config_to_yaml(config: ModelConfig) -> dict[str, Any]:
         "n_head": trunk.num_heads,
         "n_query_groups": trunk.num_kv_heads,
         "n_embd": trunk.hidden_size,
-        "head_dim": trunk.head_dim,
+        "head_size": trunk.head_dim,
         "intermediate_size": trunk.intermediate_size,
         "add_qkv_bias": trunk.qkv_bias,
         "norm_eps": trunk.norm_eps,

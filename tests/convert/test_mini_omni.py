@@ -187,7 +187,7 @@ def test_published_config_gives_the_preset():
         "n_head": 14,
         "n_query_groups": 2,
         "n_embd": 896,
-        "head_dim": 64,
+        "head_size": 64,
         "intermediate_size": 4864,
         "padded_vocab_size": 181120,
         "text_vocab_size": 152000,
@@ -231,7 +231,7 @@ def test_announced_tts_adapter_without_weights_is_left_out(tiny_config):
 
 def test_absent_fields_have_the_published_defaults(tiny_config):
     values = mini_omni.config_to_yaml(tiny_config)
-    del values["rotary_percentage"], values["n_query_groups"], values["head_dim"], values["add_qkv_bias"]
+    del values["rotary_percentage"], values["n_query_groups"], values["head_size"], values["add_qkv_bias"]
     with pytest.raises(ConversionError, match=r"rotary_percentage: expected 1.0, found 0.25 \(default\)"):
         read_values(values, tiny_config)
     trunk = read_values({**values, "rotary_percentage": 1}, tiny_config).trunk
