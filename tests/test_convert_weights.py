@@ -100,9 +100,10 @@ def test_export_to_whisper_and_snac_and_import_again(tmp_path):
     assert encoders[0].keys() == encoders[1].keys()
     for name, tensor in encoders[0].items():
         np.testing.assert_array_equal(encoders[1][name].read(), tensor.read().astype(np.float32))
+    codec = back.codec_tensors()
     for name, tensor in nano.codec_tensors().items():
         # Lengths and directions are float32, the shipped codec float16.
-        np.testing.assert_allclose(back.codec_tensors()[name].read(), tensor.read(), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(codec[name].read(), tensor.read(), rtol=1e-5, atol=1e-7)
 
 
 def test_inspect(tiny_parts, tiny_release):

@@ -145,9 +145,9 @@ def test_export_of_an_adapter_that_stacks_frames_and_is_narrow(kind, tmp_path):
     assert again.config == (
         config if kind == "llamamlp" else replace(config, adapter=replace(config.adapter, intermediate_size=96))
     )
+    found = {**again.model_tensors(), **again.codec_tensors()}
     for name, tensor in {**release.model_tensors(), **release.codec_tensors()}.items():
-        found = {**again.model_tensors(), **again.codec_tensors()}[name]
-        assert found.read().tobytes() == tensor.read().tobytes(), name
+        assert found[name].read().tobytes() == tensor.read().tobytes(), name
 
 
 def test_layout_of_fused_attention_and_token_table(tiny_config):

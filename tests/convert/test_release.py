@@ -123,8 +123,9 @@ def test_release_as_a_source_of_encoder_and_codec(tiny_release, tmp_path):
     old, new = open_release(tiny_release), open_release(tmp_path / "new")
     assert new.config.audio_encoder == old.config.audio_encoder
     assert new.config.codec == old.config.codec
+    model, codec = new.model_tensors(), new.codec_tensors()
     for name, tensor in old.model_tensors().items():
         if name.startswith("audio_encoder."):
-            assert new.model_tensors()[name].read().tobytes() == tensor.read().tobytes(), name
+            assert model[name].read().tobytes() == tensor.read().tobytes(), name
     for name, tensor in old.codec_tensors().items():
-        assert new.codec_tensors()[name].read().tobytes() == tensor.read().tobytes(), name
+        assert codec[name].read().tobytes() == tensor.read().tobytes(), name

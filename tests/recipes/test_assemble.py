@@ -79,8 +79,9 @@ def test_assemble_defaults_are_modules_of_the_shipped_release(tmp_path: Path) ->
     for name in ("audio_encoder.conv1.weight", "audio_encoder.layers.3.down.weight"):
         np.testing.assert_array_equal(found[name].read(), expected[name].read())
     assert not np.array_equal(found["embed.text"].read(), expected["embed.text"].read())
+    codec = shipped.codec_tensors()
     for name, tensor in start.codec_tensors().items():
-        np.testing.assert_array_equal(tensor.read(), shipped.codec_tensors()[name].read())
+        np.testing.assert_array_equal(tensor.read(), codec[name].read())
     for ours, theirs in zip(start.tokenizer_files(), shipped.tokenizer_files(), strict=True):
         assert ours.read_bytes() == theirs.read_bytes()
 
@@ -114,8 +115,9 @@ def test_average_releases_is_the_mean_of_every_tensor(codec: Path, tokenizer: Pa
         expected = sum(each[name].read() for each in tensors) / 3
         assert tensor.dtype == np.float32
         np.testing.assert_allclose(tensor.read(), expected, rtol=1e-5, atol=1e-7)
+    codec = runs[0].codec_tensors()
     for name, tensor in mean.codec_tensors().items():
-        np.testing.assert_array_equal(tensor.read(), runs[0].codec_tensors()[name].read())
+        np.testing.assert_array_equal(tensor.read(), codec[name].read())
     with pytest.raises(CheckpointError, match="mean"):
         assemble.average_releases(runs, tmp_path / "mean")
     with pytest.raises(CheckpointError, match=r"expected the shape of .*, found another"):
