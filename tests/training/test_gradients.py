@@ -16,8 +16,8 @@ from flax import nnx
 from torch.nn import functional
 
 from omni_jax.audio.features import log_mel
-from omni_jax.checkpoint.release import model_tensors, parameter_shapes
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
+from omni_jax.checkpoint.tensors import model_tensors, parameter_shapes
 from omni_jax.config.model import ModelConfig
 from omni_jax.convert import qwen2
 from omni_jax.model.omni import OmniModel

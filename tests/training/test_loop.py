@@ -17,7 +17,8 @@ import yaml
 from jax.experimental import topologies
 
 from omni_jax import sharding
-from omni_jax.checkpoint.release import init_model, model_tensors, open_release
+from omni_jax.checkpoint.release import open_release
+from omni_jax.checkpoint.tensors import init_model, model_tensors
 from omni_jax.compile_report.topology import Topology
 from omni_jax.config.load import build_config
 from omni_jax.config.model import PRESETS

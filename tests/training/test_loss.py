@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from omni_jax.checkpoint.release import init_model
+from omni_jax.checkpoint.tensors import init_model
 from omni_jax.config.run import LossConfig
 from omni_jax.training.loss import batch_loss
 from tests.training.test_step import LENGTH, MODEL, ROWS, batch

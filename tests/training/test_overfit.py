@@ -18,7 +18,7 @@ from omni_jax.data.shards import CodecSpec
 from omni_jax.data.sources import Manifest
 from omni_jax.delay import fill_invalid_codes, undelay
 from omni_jax.inference.answer import Reply
-from tests.test_convert_weights import parts, run
+from tests.test_convert_weights import run, sources
 
 ROOT = Path(convert_weights.__file__).parent
 EXCHANGES = ROOT / "tests" / "assets" / "exchanges"
@@ -32,7 +32,7 @@ def codes(reply: Reply, omni: Omni) -> np.ndarray:
 @pytest.mark.slow
 def test_three_stages_overfit_eight_exchanges(tiny_parts: Path, tmp_path: Path):
     start = tmp_path / "start"
-    assert run("import", tiny_parts / "mini_omni", start, *parts(tiny_parts)).exit_code == 0
+    assert run("import", tiny_parts / "mini_omni", start, *sources(tiny_parts)).exit_code == 0
     codec = CodecSpec(str(start))
     source = Manifest(EXCHANGES / "exchanges.jsonl", rate=codec.config.sample_rate)
     assert prepare(source, tmp_path / "records", codec=codec)["exchanges"] == 8
@@ -68,7 +68,7 @@ def test_three_stages_overfit_eight_exchanges(tiny_parts: Path, tmp_path: Path):
 
     # The trained weights survive export and import.
     assert run("export", start, tmp_path / "published").exit_code == 0
-    assert run("import", tmp_path / "published", tmp_path / "again", *parts(tiny_parts)).exit_code == 0
+    assert run("import", tmp_path / "published", tmp_path / "again", *sources(tiny_parts)).exit_code == 0
     trained, again = (open_release(folder).model_tensors() for folder in (start, tmp_path / "again"))
     for name, tensor in trained.items():
         np.testing.assert_array_equal(again[name].read(), tensor.read(), err_msg=name)

@@ -18,7 +18,7 @@ from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
 from omni_jax import sharding
-from omni_jax.checkpoint.release import init_model
+from omni_jax.checkpoint.tensors import init_model
 from omni_jax.config.load import build_config
 from omni_jax.config.run import RunConfig
 from omni_jax.model.omni import OmniModel
