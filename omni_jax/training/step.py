@@ -140,7 +140,7 @@ def apply_gradient(
         Trainable parameters, optimizer state, and the norms of the update and of the parameters before it, float32 [];
         NaN in a step that is not logged.
     """
-    updates, opt_state = adamw(config.optimizer).update(
+    _, opt_state = adamw(config.optimizer).update(
         gradient, state.opt_state, state.trainable, grad_norm=grad_norm, is_finite=is_finite
     )
 
@@ -156,6 +156,10 @@ def apply_gradient(
     norms = jax.lax.cond(is_logged, norms_of, lambda *_: unknown, opt_state, state.trainable)
     # The parameters are overwritten after their norm has been computed, so that no copy is needed.
     norms, trainable = jax.lax.optimization_barrier((norms, state.trainable))
+    # From here, not from above the barrier: otherwise every parameter would be read twice.
+    updates = param_updates(config.optimizer, opt_state, trainable)
+    # Adding minus zero changes no number.
+    updates = jax.tree.map(lambda u: jnp.where(is_finite, u, -0.0), updates)
     return optax.apply_updates(trainable, updates), opt_state, *norms
 
 
