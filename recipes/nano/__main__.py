@@ -58,6 +58,8 @@ class Step:
     command: tuple[str, ...]
     output: Path | None = None
     """None: the command itself finds out what is done."""
+    folder: Path | None = None
+    """What `--force` removes, where it is not the output with its folder."""
 
     @property
     def done(self) -> bool:
@@ -101,13 +103,14 @@ def data_steps(*, from_scratch: bool, trial: bool) -> list[Step]:
         Step("tokenizer", script("tokenizer", "--out", tokenizer), tokenizer),
         Step("codec", script("codec", "--texts", texts, "--out", codec.parent, *steps, *espeak), codec),
     ]
+    synthesize = script("speech", "--texts", texts, "--codec", untrained, "--out", records, *espeak)
     return [
         Step("texts", script("texts", "--out", texts, *limit), texts),
         *(making if from_scratch else ()),
         Step("untrained", script("assemble", "untrained", untrained, *modules), untrained),
         *(prepare_step(name) for name in WRITTEN),
         training_step("text", "text_run", trial=trial),
-        Step("speech", script("speech", "--texts", texts, "--codec", untrained, "--out", records, *espeak)),
+        Step("speech", synthesize, folder=records),
     ]
 
 
@@ -189,10 +192,10 @@ def check_outdated(step: Step, later: Sequence[Step]) -> None:
 
 
 def remove(step: Step) -> None:
-    """Remove the output of a step, with the folder that it is in."""
-    if step.output is None:
-        return
-    shutil.rmtree(step.output if step.output.parent == BUILD else step.output.parent, ignore_errors=True)
+    """Remove what a step has written."""
+    path = step.folder or step.output
+    if path is not None:
+        shutil.rmtree(path if path.parent == BUILD else path.parent, ignore_errors=True)
 
 
 def main(

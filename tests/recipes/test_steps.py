@@ -97,12 +97,14 @@ def test_main_refuses_outputs_of_later_steps(
     assert ran == []
 
 
-def test_remove_deletes_the_folder_of_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remove_deletes_what_a_step_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "BUILD", tmp_path)
-    for path in ("mean/model", "stage1/release/model", "stage1/checkpoints/1", "texts/a"):
+    for path in ("mean/model", "stage1/release/model", "stage1/checkpoints/1", "records/train", "texts/a"):
         (tmp_path / path).mkdir(parents=True)
     recipe.remove(Step("mean", (), tmp_path / "mean"))
     recipe.remove(Step("stage1", (), tmp_path / "stage1" / "release"))
+    recipe.remove(Step("speech", (), folder=tmp_path / "records"))
+    recipe.remove(Step("ship", ()))
     assert [path.name for path in tmp_path.iterdir()] == ["texts"]
 
 
