@@ -108,13 +108,19 @@ def test_remove_deletes_what_a_step_has_written(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in tmp_path.iterdir()] == ["texts"]
 
 
-@pytest.mark.parametrize(("from_scratch", "trial"), list(itertools.product([False, True], repeat=2)))
-def test_steps_begin_with_what_earlier_ones_make(from_scratch: bool, trial: bool) -> None:
-    """Configurations, folders of records and commands agree with each other."""
+@pytest.fixture(scope="module")
+def folders() -> set[str]:
+    """Of all records that the recipe makes."""
     sizes = texts.Sizes.limited(8)
-    spoken, written = texts.spoken_sets(sizes), texts.written_sets(sizes)
+    written = texts.written_sets(sizes)
     assert set(recipe.WRITTEN) == set(written)
-    folders = {f"build/nano/records/{name}" for name in spoken} | {f"build/nano/text/{name}" for name in written}
+    spoken = {f"build/nano/records/{name}" for name in texts.spoken_sets(sizes)}
+    return spoken | {f"build/nano/text/{name}" for name in written}
+
+
+@pytest.mark.parametrize(("from_scratch", "trial"), list(itertools.product([False, True], repeat=2)))
+def test_steps_begin_with_what_earlier_ones_make(folders: set[str], from_scratch: bool, trial: bool) -> None:
+    """Configurations, folders of records and commands agree with each other."""
     made = set()
     for step in recipe.steps(from_scratch=from_scratch, trial=trial):
         used = {word for word in step.command if word.startswith("build/nano/")}
