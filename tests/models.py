@@ -58,12 +58,11 @@ def perturb(module, scale: float = 0.1) -> None:
                 parameter.add_(scale * torch.randn_like(parameter))
 
 
-def whisper_folder(folder: Path, encoder: AudioEncoderConfig) -> None:
-    import torch
-    from transformers import WhisperConfig, WhisperModel
+def whisper_config(encoder: AudioEncoderConfig):
+    """Whisper's config with this encoder and a small decoder."""
+    from transformers import WhisperConfig
 
-    torch.manual_seed(1)
-    config = WhisperConfig(
+    return WhisperConfig(
         vocab_size=40,
         num_mel_bins=encoder.num_mel_bins,
         d_model=encoder.hidden_size,
@@ -80,7 +79,14 @@ def whisper_folder(folder: Path, encoder: AudioEncoderConfig) -> None:
         eos_token_id=2,
         decoder_start_token_id=3,
     )
-    model = WhisperModel(config)
+
+
+def whisper_folder(folder: Path, encoder: AudioEncoderConfig) -> None:
+    import torch
+    from transformers import WhisperModel
+
+    torch.manual_seed(1)
+    model = WhisperModel(whisper_config(encoder))
     perturb(model)
     model.save_pretrained(folder)
 

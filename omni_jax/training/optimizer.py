@@ -72,8 +72,7 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     ) -> tuple[Params, AdamWState]:
         assert params is not None, "weight decay needs the parameters"
         state = _update_moments(config, state, gradient, grad_norm, is_finite)
-        # Adding minus zero changes no number; adding plus zero would change -0.0.
-        return jax.tree.map(lambda u: jnp.where(is_finite, u, -0.0), param_updates(config, state, params)), state
+        return zero_unless(is_finite, param_updates(config, state, params)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -107,3 +106,8 @@ def param_updates(config: OptimizerConfig, state: AdamWState, params: Params) ->
         return -rate * (direction + config.weight_decay * param if decays else direction)
 
     return jax.tree.map(update, state.mu, state.nu, params, decay_mask(params))
+
+
+def zero_unless(is_finite: Array, updates: Params) -> Params:
+    """The updates, or minus zero; adding that changes no number, while plus zero would change -0.0."""
+    return jax.tree.map(lambda u: jnp.where(is_finite, u, -0.0), updates)

@@ -20,7 +20,7 @@ from omni_jax.config.run import RunConfig, SpecAugmentConfig
 from omni_jax.model.omni import OmniModel
 from omni_jax.tasks import Task
 from omni_jax.training.loss import Sums, batch_loss
-from omni_jax.training.optimizer import AdamWState, adamw, learning_rate, param_updates
+from omni_jax.training.optimizer import AdamWState, adamw, learning_rate, param_updates, zero_unless
 from omni_jax.training.stages import Params, combine
 from omni_jax.vocab import TEXT_STREAM
 
@@ -157,9 +157,7 @@ def apply_gradient(
     # The parameters are overwritten after their norm has been computed, so that no copy is needed.
     norms, trainable = jax.lax.optimization_barrier((norms, state.trainable))
     # From here, not from above the barrier: otherwise every parameter would be read twice.
-    updates = param_updates(config.optimizer, opt_state, trainable)
-    # Adding minus zero changes no number.
-    updates = jax.tree.map(lambda u: jnp.where(is_finite, u, -0.0), updates)
+    updates = zero_unless(is_finite, param_updates(config.optimizer, opt_state, trainable))
     return optax.apply_updates(trainable, updates), opt_state, *norms
 
 

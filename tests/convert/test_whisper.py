@@ -17,27 +17,12 @@ from omni_jax.config.model import AudioEncoderConfig
 from omni_jax.convert import whisper
 from omni_jax.errors import CheckpointError, ConversionError
 from tests.lazy import peak_memory, read_all, recorded, to_lazy
+from tests.models import whisper_config
 
 CONFIG = AudioEncoderConfig(
     num_mel_bins=20, hidden_size=48, num_layers=2, num_heads=4, intermediate_size=72, max_position=30
 )
-THEIRS = WhisperConfig(
-    vocab_size=40,
-    num_mel_bins=CONFIG.num_mel_bins,
-    d_model=CONFIG.hidden_size,
-    encoder_layers=CONFIG.num_layers,
-    encoder_attention_heads=CONFIG.num_heads,
-    encoder_ffn_dim=CONFIG.intermediate_size,
-    decoder_layers=1,
-    decoder_attention_heads=4,
-    decoder_ffn_dim=16,
-    max_source_positions=CONFIG.max_position,
-    max_target_positions=8,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-    decoder_start_token_id=3,
-)
+THEIRS = whisper_config(CONFIG)
 
 
 @pytest.fixture(scope="module")

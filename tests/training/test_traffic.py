@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from omni_jax import sharding
 from omni_jax.compile_report import hlo
+from omni_jax.compile_report.programs import train_program
 from omni_jax.config.load import load_config
 from omni_jax.config.run import RunConfig
 from omni_jax.training import setup as training_setup
-from omni_jax.training.setup import TrainingSetup, compile_step
-from omni_jax.vocab import NUM_STREAMS
+from omni_jax.training.setup import TrainingSetup
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,28 +32,10 @@ def run(monkeypatch: pytest.MonkeyPatch) -> TrainingSetup:
 
 def sent(run: TrainingSetup, *, in_mesh: bool) -> dict[str, float]:
     """Bytes by kind of collective of a step that is traced within the mesh or without one."""
-    shapes, shardings = run.state_shapes()
-    frozen = abstract(run.split(run.shapes)[1], run.split(run.shardings)[1])
-    data, model = run.config.data, run.start.config
-    B, T = data.batch_size, data.max_length
-    arrays = {
-        "tokens": ((B, NUM_STREAMS, T), jnp.int32),
-        "targets": ((B, NUM_STREAMS, T), jnp.int32),
-        "mask": ((B, NUM_STREAMS, T), jnp.bool_),
-        "positions": ((B, T), jnp.int32),
-        "segments": ((B, T), jnp.int32),
-        "speech_index": ((B, T), jnp.int32),
-        "sound": ((B, data.max_clips, model.audio_encoder.max_samples), jnp.int16),
-    }
-    rows = sharding.rows(run.mesh)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in arrays.items()}
+    program = train_program(run.config, jax.devices())
     with jax.set_mesh(run.mesh) if in_mesh else nullcontext():
-        lowered = compile_step(run, shardings).lower(abstract(shapes, shardings), frozen, batch)
+        lowered = program.function.lower(*program.arguments)
     return hlo.parse(lowered.compile().as_text()).cost.collectives
-
-
-def abstract(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def test_train_step_sends_weights_and_no_activations(run: TrainingSetup, capfd: pytest.CaptureFixture[str]) -> None:
