@@ -6,13 +6,14 @@ VENV := .venv$(if $(filter python3,$(PYTHON)),,-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 # Processes that share the tests.
 WORKERS ?= 2
+FAST := not slow and not nightly
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Python 3.11 gets the pinned versions; others the newest that pip resolves.
 CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" * (sys.version_info[:2] == (3, 11)))')
 # Debian packages for `make nano`: the synthesizers, and a compiler for one from PyPI.
 SYNTHESIZERS := espeak-ng flite festival festvox-kdlpc16k gcc
 
-.PHONY: help demo smoke test test-slow coverage lint format docs bench nano synthesizers
+.PHONY: help demo smoke test test-slow test-nightly coverage lint format docs bench nano synthesizers
 # Two targets at once would install into the same environment.
 .NOTPARALLEL:
 
@@ -20,6 +21,7 @@ help:
 	@echo 'make demo       answer three recorded questions; the spoken answers go to demo/'
 	@echo 'make test       the tests, about 12 minutes on two cores'
 	@echo 'make test-slow  the long tests: TPU compilations, large files, kill tests, fuzzing, browser'
+	@echo 'make test-nightly  the longest: programs of a pod, a trial of the recipe, the optimized numeric tests'
 	@echo 'make coverage   line and branch coverage of make test'
 	@echo 'make lint       ruff, mypy and the import contract'
 	@echo 'make format     format the code with ruff'
@@ -33,7 +35,7 @@ demo: $(VENV)/.base
 	@echo 'Listen to demo/*.wav. Now ask your own: $(BIN)/omni-jax ask my.wav'
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m '$(FAST)' -n $(WORKERS) --dist loadfile
 
 # A quick check of a Python with the core packages alone, without PyTorch.
 smoke: $(VENV)/.base
@@ -41,16 +43,19 @@ smoke: $(VENV)/.base
 	$(BIN)/omni-jax demo --out build/smoke
 	$(BIN)/python -m pytest -q tests/config tests/test_delay.py tests/test_prompts.py tests/inference/test_engine.py
 
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
+
 # What `make test` compiles without optimization, once more as users run it.
 NUMERIC := tests/model tests/codec tests/inference/test_engine.py tests/training/test_gradients.py
 
-test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
-	OMNI_JAX_TEST_OPTIMIZED=1 $(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile $(NUMERIC)
+test-nightly: $(VENV)/.dev
+	$(BIN)/python -m pytest -m nightly
+	OMNI_JAX_TEST_OPTIMIZED=1 $(BIN)/python -m pytest -m '$(FAST)' -n $(WORKERS) --dist loadfile $(NUMERIC)
 
 coverage: $(VENV)/.dev
 	rm -f .coverage .coverage.*
-	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile --cov --cov-report=term
+	$(BIN)/python -m pytest -m '$(FAST)' -n $(WORKERS) --dist loadfile --cov --cov-report=term
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

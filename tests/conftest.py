@@ -4,7 +4,7 @@ from pathlib import Path
 
 # Before anything imports jax. Eight devices, so that sharded code can be tested on any machine; no network.
 # Tests compile hundreds of programs and run each a few times: optimizing them would take twice as long as all the
-# rest. `make test-slow` sets OMNI_JAX_TEST_OPTIMIZED to run the numeric tests at XLA's default level too.
+# rest. `make test-nightly` sets OMNI_JAX_TEST_OPTIMIZED to run the numeric tests at XLA's default level too.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),

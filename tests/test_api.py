@@ -508,7 +508,7 @@ def test_from_pretrained_prefers_folder_to_preset(
         assert not Omni.from_pretrained("tiny").trained
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_mini_omni_preset_answers() -> None:
     with pytest.warns(UntrainedWarning):
         omni = Omni.untrained("mini_omni")

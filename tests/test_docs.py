@@ -31,7 +31,7 @@ NOT_OFFLINE = {
     r"\b(Qwen|openai|hubertsiuzdak|gpt-omni)/": "downloads from the Hugging Face Hub",
     r"VoiceAssistant-400K|LibriSpeech|LibriTTS|OpenOrca|OpenAudioBench": "needs a public corpus",
     r"faster-whisper": "needs a speech recognizer",
-    r"hibari": "needs a speech synthesizer of an extra",
+    r"hibari|omni-jax synthesize qa\.jsonl": "needs a speech synthesizer of an extra",
     r"\b[A-Z_]{4,}\b": "has a placeholder",
     r"train.* configs/mini_omni_stage\d\.yaml(?!.*--dry-run)": "trains the published size",
     r"compile train": "takes minutes; tests/compile_report compiles train steps",
@@ -143,8 +143,10 @@ def run(words: list[str], folder: Path) -> None:
         server.communicate()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page == "README.md" else pytest.mark.nightly) for page in PAGES],
+)
 def test_documented_commands_run_as_printed(page: str, folder: Path) -> None:
     """In the order of the page, as later commands use what earlier ones wrote."""
     for words in commands(page):

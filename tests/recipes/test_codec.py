@@ -116,7 +116,7 @@ def test_k_means_finds_directions():
     np.testing.assert_allclose(np.max(directions @ best.T, axis=1), 1.5, atol=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("small")
 def test_train_reduces_loss_resumes_and_exports(
     voice: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

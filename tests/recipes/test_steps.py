@@ -152,7 +152,7 @@ def test_steps_are_commands_of_the_project() -> None:
             assert arguments[0] in ("prepare", "evaluate")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_trial_runs_every_step(tmp_path: Path) -> None:
     """All commands but `ship`, with 24 rows of each set, two training steps, and espeak-ng."""
     command = [sys.executable, "-m", "recipes.nano", "--from-scratch", "--trial", "--until", "evaluate_read"]
