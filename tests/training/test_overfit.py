@@ -18,6 +18,7 @@ from omni_jax.data.shards import CodecSpec
 from omni_jax.data.sources import Manifest
 from omni_jax.delay import fill_invalid_codes, undelay
 from omni_jax.inference.answer import Reply
+from omni_jax.vocab import Vocab
 from tests.test_convert_weights import run, sources
 
 ROOT = Path(convert_weights.__file__).parent
@@ -26,7 +27,8 @@ STEPS = {1: 60, 2: 60, 3: 400}
 
 
 def codes(reply: Reply, omni: Omni) -> np.ndarray:
-    return fill_invalid_codes(undelay(reply.tokens[:7], omni.vocab), omni.vocab)
+    vocab = Vocab(omni.config.vocab)
+    return fill_invalid_codes(undelay(reply.tokens[:7], vocab), vocab)
 
 
 @pytest.mark.slow
@@ -34,7 +36,7 @@ def test_three_stages_overfit_eight_exchanges(tiny_parts: Path, tmp_path: Path):
     start = tmp_path / "start"
     assert run("import", tiny_parts / "mini_omni", start, *sources(tiny_parts)).exit_code == 0
     codec = CodecSpec(str(start))
-    source = Manifest(EXCHANGES / "exchanges.jsonl", rate=codec.config.sample_rate)
+    source = Manifest(EXCHANGES / "exchanges.jsonl", answer_sample_rate=codec.config.sample_rate)
     assert prepare(source, tmp_path / "records", codec=codec)["exchanges"] == 8
     # Programs that run hundreds of times are worth optimizing; one device suffices.
     environment = {**os.environ, "XLA_FLAGS": ""}
