@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,8 +243,8 @@ def _read_folder(folder: Path, out: Path, defaults: Request) -> list[Row]:
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in RECORDING_SUFFIXES and path.is_file())
     if not files:
         raise ConfigError(f"{folder}: expected recordings ({', '.join(RECORDING_SUFFIXES)}), found none")
-    stems = [path.stem for path in files]
-    ids = [path.name if stems.count(path.stem) > 1 else path.stem for path in files]
+    stems = Counter(path.stem for path in files)
+    ids = [path.name if stems[path.stem] > 1 else path.stem for path in files]
     return [_to_row(id, path.name, path, None, defaults) for id, path in zip(ids, files, strict=True)]
 
 

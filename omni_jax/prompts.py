@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from omni_jax.config.model import ModelConfig
 from omni_jax.delay import delay
 from omni_jax.tasks import Task
 from omni_jax.vocab import NUM_CODEBOOKS, NUM_STREAMS, TEXT_STREAM, Vocab
@@ -61,6 +62,12 @@ def speech_positions(samples: int, max_position: int, stack: int = 1) -> int:
     return -(-frames // stack)
 
 
+def max_speech_positions(config: ModelConfig) -> int:
+    """Speech positions of a recording of the greatest length."""
+    encoder = config.audio_encoder
+    return speech_positions(encoder.max_samples, encoder.max_position, config.adapter.stack)
+
+
 def speech_prompt(task: Task, positions: int, vocab: Vocab) -> Prompt:
     """The prompt of a task with speech as input, which takes `positions` positions.
 
@@ -71,8 +78,7 @@ def speech_prompt(task: Task, positions: int, vocab: Vocab) -> Prompt:
         raise ValueError(f"task {task} takes text, not speech")
     if positions < 1:
         raise ValueError(f"speech must take at least 1 position, found {positions}")
-    tokens = np.full((NUM_STREAMS, positions + 3), vocab.pad_a, np.int32)
-    tokens[TEXT_STREAM] = vocab.pad_t
+    tokens = np.tile(vocab.padding[:, None], (1, positions + 3))
     tokens[:TEXT_STREAM, 0], tokens[TEXT_STREAM, 0] = vocab.input_a, vocab.input_t
     tokens[:TEXT_STREAM, -2], tokens[TEXT_STREAM, -2] = vocab.eoa, vocab.eot
     tokens[:TEXT_STREAM, -1] = vocab.answer_a if task.outputs_audio else vocab.pad_a
@@ -145,8 +151,7 @@ def example(prompt: Prompt, text: Sequence[int], codes: np.ndarray | None, vocab
     """
     answer_tokens, answer_mask = answer(prompt.task, text, codes, vocab)
     before = len(prompt) - 1
-    padding = np.full((NUM_STREAMS, before), vocab.pad_a, np.int32)
-    padding[TEXT_STREAM] = vocab.pad_t
+    padding = np.tile(vocab.padding[:, None], (1, before))
     return Example(
         tokens=np.concatenate([prompt.tokens, answer_tokens[:, :-1]], axis=1),
         targets=np.concatenate([padding, answer_tokens], axis=1),

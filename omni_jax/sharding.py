@@ -169,6 +169,11 @@ def of_state(state: Any, mesh: Mesh) -> Any:
     return nnx.to_pure_dict(shardings)
 
 
+def abstract(shapes: Any, shardings: Any) -> Any:
+    """A tree of `jax.ShapeDtypeStruct` with the shapes and dtypes of one tree and the shardings of another."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
 def mesh_of(array: jax.Array) -> Mesh:
     """The mesh an array is sharded over; a mesh of one device for an array that lives on one."""
     sharding = array.sharding

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from omni_jax.config.model import VocabConfig
 
 NUM_CODEBOOKS = 7
@@ -83,6 +85,11 @@ class Vocab:
     def pad_a(self) -> int:
         """Audio padding, local to a codebook."""
         return self.config.audio + 1
+
+    @property
+    def padding(self) -> np.ndarray:
+        """A position of padding in every stream, int32 [8]."""
+        return np.array([self.pad_a] * NUM_CODEBOOKS + [self.pad_t], np.int32)
 
     @property
     def input_a(self) -> int:

@@ -27,7 +27,14 @@ from omni_jax import sharding
 from omni_jax.checkpoint.folders import new_folder, require_files
 from omni_jax.checkpoint.hub import fetch
 from omni_jax.checkpoint.quantize import quantize_tensors
-from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile, Tensors, aligned_empty, write_safetensors
+from omni_jax.checkpoint.safetensors_io import (
+    LazyTensor,
+    SafetensorsFile,
+    Tensors,
+    aligned_empty,
+    slice_shape,
+    write_safetensors,
+)
 from omni_jax.checkpoint.tensors import (
     ParamPath,
     abstract_model,
@@ -185,7 +192,7 @@ class Release:
             names = tensor_names(path, shape)
 
             def read(index: tuple[slice, ...]) -> np.ndarray:
-                out = aligned_empty(_shard_shape(index, shape), param_dtype)
+                out = aligned_empty(slice_shape(index, shape), param_dtype)
                 if is_stacked(path):
                     for name, layer in zip(names[index[0]], out, strict=True):
                         file.read_into(name, layer, index[1:])
@@ -304,10 +311,6 @@ def _shardings(state: nnx.State, mesh: Mesh | None) -> dict[ParamPath, Sharding]
         device = SingleDeviceSharding(jax.local_devices()[0])
         return {path: device for path, _ in nnx.to_flat_state(state)}
     return traverse_util.flatten_dict(sharding.of_state(state, mesh))
-
-
-def _shard_shape(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(len(range(*axis.indices(size))) for axis, size in zip(index, shape, strict=True))
 
 
 def _memoize_shards(read: Callable[[tuple[slice, ...]], np.ndarray]) -> Callable[[Any], np.ndarray]:

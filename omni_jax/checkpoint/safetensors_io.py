@@ -67,6 +67,12 @@ class LazyTensor:
 Tensors = Mapping[str, LazyTensor]
 
 
+def slice_shape(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a slice; axes that `index` leaves out are whole."""
+    picked = tuple(len(range(*axis.indices(size))) for axis, size in zip(index, shape, strict=False))
+    return picked + shape[len(index) :]
+
+
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     """`np.empty` in memory that JAX on CPU uses without a copy."""
     size = math.prod(shape) * dtype.itemsize
@@ -162,8 +168,7 @@ class SafetensorsFile:
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A tensor, or its slice at `index`, in memory of its own."""
         stored = self._stored[name]
-        picked = tuple(len(range(*axis.indices(size))) for axis, size in zip(index, stored.shape, strict=False))
-        out = aligned_empty(picked + stored.shape[len(index) :], stored.read_dtype)
+        out = aligned_empty(slice_shape(index, stored.shape), stored.read_dtype)
         self.read_into(name, out, index)
         return out
 

@@ -451,35 +451,27 @@ class DecodeFn(Protocol):
 
 def make_decoder(codec: Snac) -> DecodeFn:
     """The compiled `codec.decode`, with a snapshot of the parameters; one compilation per shape."""
+    return _compiled(codec, Snac.decode)
+
+
+def make_encoder(codec: Snac) -> Callable[..., Array]:
+    """The compiled `codec.encode(audio, lengths=None)`, with a snapshot of the parameters."""
+    return _compiled(codec, Snac.encode)
+
+
+def _compiled(codec: Snac, method: Callable[..., Array]) -> Callable[..., Array]:
     graph, _ = nnx.split(codec)
     # A plain dict of arrays is dispatched several times faster than a module.
     params = _pure_dict(codec)
 
     @jax.jit
-    def run(params: Any, codes: Array, lengths: Array | None) -> Array:
-        module: Snac = nnx.merge(graph, params)
-        return module.decode(codes, lengths=lengths)
+    def run(params: Any, x: Array, lengths: Array | None) -> Array:
+        return method(nnx.merge(graph, params), x, lengths=lengths)
 
-    def decode(codes: ArrayLike, *, lengths: ArrayLike | None = None) -> Array:
-        return run(params, codes, lengths)
+    def call(x: ArrayLike, *, lengths: ArrayLike | None = None) -> Array:
+        return run(params, x, lengths)
 
-    return decode
-
-
-def make_encoder(codec: Snac) -> Callable[..., Array]:
-    """The compiled `codec.encode(audio, lengths=None)`, with a snapshot of the parameters."""
-    graph, _ = nnx.split(codec)
-    params = _pure_dict(codec)
-
-    @jax.jit
-    def run(params: Any, audio: Array, lengths: Array | None) -> Array:
-        module: Snac = nnx.merge(graph, params)
-        return module.encode(audio, lengths=lengths)
-
-    def encode(audio: ArrayLike, *, lengths: ArrayLike | None = None) -> Array:
-        return run(params, audio, lengths)
-
-    return encode
+    return call
 
 
 def _dotted(path: tuple[Any, ...]) -> str:

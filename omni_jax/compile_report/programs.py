@@ -15,14 +15,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from omni_jax import sharding
-from omni_jax.checkpoint.release import abstract_model
+from omni_jax.checkpoint.tensors import abstract_model
 from omni_jax.codec.snac import Snac
 from omni_jax.config.model import ModelConfig
 from omni_jax.config.run import RunConfig
 from omni_jax.inference.decode import MAX_CHUNK_STEPS, Routing
 from omni_jax.inference.runner import CACHE_AXES, ModelRunner, quantize_weights
 from omni_jax.model.layers import Int8
-from omni_jax.prompts import speech_positions
+from omni_jax.prompts import max_speech_positions
 from omni_jax.training.setup import TrainingSetup, compile_step
 from omni_jax.vocab import NUM_CODEBOOKS, NUM_STREAMS
 
@@ -60,9 +60,7 @@ def train_program(config: RunConfig, devices: Sequence[jax.Device]) -> Program:
         ConfigError: the run does not fit the devices.
     """
     setup = TrainingSetup.of(config, devices)
-    shapes, shardings = setup.state_shapes()
-    _, frozen = setup.split(setup.shapes)
-    _, frozen_shardings = setup.split(setup.shardings)
+    state, frozen = setup.abstract()
     model, data = setup.start.config, config.data
     B, T = data.batch_size, data.max_length
     arrays = {
@@ -76,10 +74,9 @@ def train_program(config: RunConfig, devices: Sequence[jax.Device]) -> Program:
     }
     rows = sharding.rows(setup.mesh)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in arrays.items()}
-    state, frozen = _with_shardings(shapes, shardings), _with_shardings(frozen, frozen_shardings)
     # Trained parameters and their two moments are read and written; frozen parameters are read.
     ideal = 2 * _bytes_per_chip(state) + _bytes_per_chip(frozen)
-    return Program(compile_step(setup, shardings), setup.mesh, (state, frozen, batch), ideal)
+    return Program(compile_step(setup), setup.mesh, (state, frozen, batch), ideal)
 
 
 def decode_program(
@@ -124,8 +121,8 @@ def decode_program(
 
 def prefill_program(config: ModelConfig, mesh: Mesh, batch: int, *, int8: bool = False) -> Program:
     """Prefill of `batch` prompts of `PROMPT_LENGTH` positions with speech."""
-    encoder, rows = config.audio_encoder, sharding.rows(mesh)
-    positions = speech_positions(encoder.max_samples, encoder.max_position, config.adapter.stack)
+    rows = sharding.rows(mesh)
+    positions = max_speech_positions(config)
     tokens = jax.ShapeDtypeStruct((batch, NUM_STREAMS, PROMPT_LENGTH), jnp.int32, sharding=rows)
     speech = jax.ShapeDtypeStruct((batch, positions, config.trunk.hidden_size), jnp.bfloat16, sharding=rows)
     count = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows)
@@ -165,7 +162,7 @@ def _abstract_runner(config: ModelConfig, mesh: Mesh, *, int8: bool) -> ModelRun
     """A runner as for a loaded model in bfloat16, with shapes and shardings in place of weights."""
     graph, state = nnx.split(abstract_model(config, stacked=True, dtype=jnp.bfloat16))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), nnx.to_pure_dict(state))
-    nnx.update(model := nnx.merge(graph, state), _with_shardings(shapes, sharding.of_state(state, mesh)))
+    nnx.update(model := nnx.merge(graph, state), sharding.abstract(shapes, sharding.of_state(state, mesh)))
     runner = ModelRunner(model)
     if int8:
         runner.weights = quantize_weights(runner.weights, _abstract_int8)
@@ -179,10 +176,6 @@ def _abstract_int8(weight: jax.ShapeDtypeStruct, inputs: int) -> Int8:
     values: Any = jax.ShapeDtypeStruct(weight.shape, jnp.int8, sharding=full)
     scale: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(full.mesh, PartitionSpec(*spec)))
     return Int8(values, scale)
-
-
-def _with_shardings(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def _bytes(tree: Any) -> float:

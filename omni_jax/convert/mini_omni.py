@@ -22,14 +22,12 @@ from omni_jax.config.model import AudioEncoderConfig, CodecConfig, ModelConfig, 
 from omni_jax.convert.files import open_state_dict, write_state_dict
 from omni_jax.convert.table import (
     Entry,
-    check,
-    is_identical,
     pad,
     rename,
     reshape,
-    their_shapes,
     to_ours,
     to_theirs,
+    without_tied_head,
 )
 from omni_jax.errors import ConfigError, ConversionError
 from omni_jax.vocab import NUM_CODEBOOKS, Vocab
@@ -130,7 +128,10 @@ def config_from_yaml(
         "audio_encoder": audio_encoder,
         "adapter": {
             "kind": field["asr_adapter"],
-            "intermediate_size": hints.get("adapter_intermediate_size", field["intermediate_size"]),
+            # Before 0.2 the hint had another name.
+            "intermediate_size": hints.get(
+                "adapter_intermediate_size", hints.get("adapter_ffn", field["intermediate_size"])
+            ),
             "stack": stack,
         },
         "trunk": _trunk_values(field),
@@ -257,13 +258,7 @@ def from_state(state: Tensors, config: ModelConfig, source: str) -> dict[str, La
     """
     table = _table(config)
     if config.trunk.tie_word_embeddings:
-        expected = their_shapes(table)
-        check(state, {**expected, HEAD: expected[EMBEDDING]}, source)
-        if not is_identical(state[EMBEDDING], state[HEAD]):
-            raise ConversionError(
-                f"{source}: {HEAD}: expected the values of {EMBEDDING}, as tie_word_embeddings says, found others"
-            )
-        state = {name: tensor for name, tensor in state.items() if name != HEAD}
+        state = without_tied_head(table, state, source, head=HEAD, embedding=EMBEDDING)
     return to_ours(table, state, source)
 
 

@@ -19,13 +19,11 @@ from omni_jax.config.model import RopeScaling, TrunkConfig
 from omni_jax.convert.files import CONFIG, WEIGHTS, common_dtype, open_safetensors, read_json, write_json
 from omni_jax.convert.table import (
     Entry,
-    check,
-    is_identical,
     rename,
     reshape,
-    their_shapes,
     to_ours,
     to_theirs,
+    without_tied_head,
 )
 from omni_jax.errors import ConfigError, ConversionError
 
@@ -179,13 +177,7 @@ def from_state(state: Tensors, trunk: TrunkConfig, rows: int, source: str) -> di
     """
     table = _table(trunk, rows)
     if trunk.tie_word_embeddings and _HEAD in state:
-        expected = their_shapes(table)
-        check(state, {**expected, _HEAD: expected[_EMBEDDING]}, source)
-        if not is_identical(state[_EMBEDDING], state[_HEAD]):
-            raise ConversionError(
-                f"{source}: {_HEAD}: expected the values of {_EMBEDDING}, as tie_word_embeddings says, found others"
-            )
-        state = {name: tensor for name, tensor in state.items() if name != _HEAD}
+        state = without_tied_head(table, state, source, head=_HEAD, embedding=_EMBEDDING)
     return to_ours(table, state, source)
 
 

@@ -111,34 +111,6 @@ def to_torch_module(config: CodecConfig, params: Mapping[str, ArrayLike]) -> Any
     return module
 
 
-def config_of_module(module: Any) -> CodecConfig:
-    """The config of a `snac.SNAC`. It does not keep all its arguments; its layers show the others.
-
-    Raises:
-        ConversionError: our codec does not support it.
-    """
-    from omni_jax.codec.torch_snac import import_snac
-
-    noise_block = import_snac().layers.NoiseBlock
-    return config_from_json(
-        {
-            "sampling_rate": module.sampling_rate,
-            "encoder_dim": module.encoder_dim,
-            "encoder_rates": module.encoder_rates,
-            "latent_dim": module.latent_dim,
-            "decoder_dim": module.decoder_dim,
-            "decoder_rates": module.decoder_rates,
-            "attn_window_size": module.attn_window_size,
-            "codebook_size": module.codebook_size,
-            "codebook_dim": module.codebook_dim,
-            "vq_strides": module.vq_strides,
-            "noise": any(isinstance(layer, noise_block) for layer in module.modules()),
-            "depthwise": module.decoder.model[0].groups > 1,
-        },
-        "the module's config",
-    )
-
-
 def config_from_json(values: Mapping[str, Any], source: str = "config.json") -> CodecConfig:
     """The content of snac's config.json to a CodecConfig; `source` is the file's name for errors.
 

@@ -136,6 +136,23 @@ def _result(function: Function, sources: Sequence[LazyTensor], index: int, shape
     return LazyTensor(shape, dtype, read)
 
 
+def without_tied_head(
+    table: Sequence[Entry], state: Tensors, source: str, *, head: str, embedding: str
+) -> dict[str, LazyTensor]:
+    """Their tensors without the head, which is the embedding.
+
+    Raises:
+        ConversionError: lists every tensor that is missing, unknown or misshapen; or the head has other values.
+    """
+    expected = their_shapes(table)
+    check(state, {**expected, head: expected[embedding]}, source)
+    if not is_identical(state[embedding], state[head]):
+        raise ConversionError(
+            f"{source}: {head}: expected the values of {embedding}, as tie_word_embeddings says, found others"
+        )
+    return {name: tensor for name, tensor in state.items() if name != head}
+
+
 def check(found: Tensors, expected: Mapping[str, Shape], source: str) -> None:
     """Compare tensors with those that a layout needs.
 

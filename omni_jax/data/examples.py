@@ -13,7 +13,7 @@ from omni_jax.config.model import ModelConfig
 from omni_jax.config.run import DataConfig
 from omni_jax.data.records import Exchange, Records, from_bytes, serves
 from omni_jax.errors import PipelineError, RecordError
-from omni_jax.prompts import Example, example, speech_positions, speech_prompt, text_prompt
+from omni_jax.prompts import Example, example, max_speech_positions, speech_positions, speech_prompt, text_prompt
 from omni_jax.tasks import Task
 from omni_jax.vocab import NUM_STREAMS, Vocab
 
@@ -100,7 +100,7 @@ class ExampleBuilder:
     @property
     def max_speech_positions(self) -> int:
         """Speech positions of a recording of the greatest length (A)."""
-        return -(-self.model.audio_encoder.max_position // self.model.adapter.stack)
+        return max_speech_positions(self.model)
 
     def build(self, drawn: DrawnRecord) -> dict[str, Any]:
         """The features of an example, as the packer takes them.

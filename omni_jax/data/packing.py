@@ -13,7 +13,7 @@ import numpy as np
 
 from omni_jax.config.run import DataConfig
 from omni_jax.data.examples import TASKS, ExampleBuilder
-from omni_jax.vocab import NUM_STREAMS, TEXT_STREAM
+from omni_jax.vocab import NUM_STREAMS
 
 Batch = dict[str, np.ndarray]
 
@@ -75,9 +75,7 @@ def _empty_batch(builder: ExampleBuilder, B: int, shared: bool) -> Batch:
     # Audio is most of a batch, and most of it zeros: pages that are never written cost no time. In a worker, it is
     # allocated where the training process reads it.
     zeros = grain.multiprocessing.SharedMemoryArray if shared else np.zeros
-    vocab, T = builder.vocab, builder.data.max_length
-    pads = np.full((NUM_STREAMS, 1), vocab.pad_a, np.int32)
-    pads[TEXT_STREAM] = vocab.pad_t
+    pads, T = builder.vocab.padding[:, None], builder.data.max_length
     return {
         "tokens": np.tile(pads, (B, 1, T)),
         "targets": np.tile(pads, (B, 1, T)),

@@ -116,8 +116,7 @@ def decode_step(model: OmniModel, state: DecodeState, routing: Routing) -> tuple
     new_caches = {"trunk": caches[0]} | ({} if tts_cache is None else {"tts_adapter": tts_cache})
 
     tokens = jnp.concatenate([audio, text[:, None]], axis=1)
-    padding = jnp.full((NUM_STREAMS,), vocab.pad_a, jnp.int32).at[TEXT_STREAM].set(vocab.pad_t)
-    tokens = jnp.where(state.running[:, None], tokens, padding)
+    tokens = jnp.where(state.running[:, None], tokens, vocab.padding)
     ended = jnp.where(params.outputs_audio, audio[:, -1] == vocab.eoa, text == vocab.eot)
     moved = state.running.astype(jnp.int32)
     last_position = cache_length(state.caches["trunk"]) - 1
@@ -250,9 +249,7 @@ def insert(
 
     def place(old: Any, new: Any, rows: Array) -> Any:
         # A stacked cache has its layers in front of the rows.
-        where = (slice(None), rows) if isinstance(old, jax.Array) and old.ndim == 5 else (rows,)
-        prompt = slice(0, new.shape[-2])
-        return old.at[(*where, slice(None), prompt)].set(new.astype(old.dtype), mode="drop")
+        return old.at[..., rows, :, : new.shape[-2], :].set(new.astype(old.dtype), mode="drop")
 
     caches = dict(state.caches)
     for name, prompt in prefilled.items():
@@ -278,7 +275,7 @@ def init_state(model: OmniModel, max_batch_size: int, max_len: int) -> DecodeSta
         caches["tts_adapter"] = model.tts_adapter.blocks.init_cache(B, max_len)
     zeros, false = partial(jnp.zeros, (B,), jnp.int32), partial(jnp.zeros, (B,), bool)
     return DecodeState(
-        tokens=jnp.full((B, NUM_STREAMS), vocab.pad_a, jnp.int32).at[:, TEXT_STREAM].set(vocab.pad_t),
+        tokens=jnp.tile(vocab.padding, (B, 1)),
         positions=zeros(),
         step=zeros(),
         running=false(),
@@ -301,5 +298,4 @@ def init_state(model: OmniModel, max_batch_size: int, max_len: int) -> DecodeSta
 
 def take_rows(cache: Cache, rows: Array) -> Cache:
     """The cache of `rows` alone."""
-    axis = 0 if isinstance(cache["k"], tuple) else 1
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis=axis, mode="clip"), cache)
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=-4, mode="clip"), cache)

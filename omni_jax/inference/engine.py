@@ -23,7 +23,7 @@ from omni_jax.inference.decode import MAX_CHUNK_STEPS, DecodeState, Routing, Slo
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.runner import ModelRunner
 from omni_jax.inference.sampling import Sampling
-from omni_jax.prompts import Prompt, speech_positions, speech_prompt, text_prompt
+from omni_jax.prompts import Prompt, max_speech_positions, speech_prompt, text_prompt
 from omni_jax.tasks import Task
 from omni_jax.vocab import NUM_STREAMS, TEXT_STREAM, Vocab
 
@@ -230,8 +230,7 @@ class Engine:
 
     def _warm_up_prefill(self) -> None:
         config = self.runner.config
-        encoder = config.audio_encoder
-        longest = speech_positions(encoder.max_samples, encoder.max_position, config.adapter.stack)
+        longest = max_speech_positions(config)
         max_rows = min(self.max_batch_size, MAX_PREFILL_ROWS)
         rows = sorted({next_power_of_2(count) for count in range(1, max_rows + 1)})
         # Without a TTS adapter prefill does not depend on what is output.
@@ -281,7 +280,7 @@ class Engine:
         if not count:
             return 0
         quarter = self.max_batch_size // 4
-        return quarter if 0 < count <= quarter else self.max_batch_size
+        return quarter if count <= quarter else self.max_batch_size
 
     def _route(self) -> Routing:
         running = [(slot, active) for slot, active in enumerate(self.active) if active is not None and active.running]
@@ -290,9 +289,6 @@ class Engine:
         paired = [(slot, active) for slot, active in text if active.companion is not None]
         self._resize_companions([active for _, active in paired], self._bucket_rows(len(paired)))
 
-        def fill(values: Sequence[int], size: int) -> jax.Array:
-            return jnp.asarray(np.array([*values, *[self.max_batch_size] * (size - len(values))], np.int32))
-
         texts, audios = self._bucket_rows(len(text)), self._bucket_rows(len(audio))
         companion_slot = np.full(self.companion_rows, self.max_batch_size, np.int32)
         for slot, active in paired:
@@ -300,9 +296,9 @@ class Engine:
         rows = [slot if active.companion is None else self.max_batch_size + active.companion for slot, active in text]
         return Routing(
             companion_slot=jnp.asarray(companion_slot),
-            text_slot=fill([slot for slot, _ in text], texts),
-            text_row=fill(rows, texts),
-            audio_slot=fill(audio, audios),
+            text_slot=_column([slot for slot, _ in text], texts, np.int32, self.max_batch_size),
+            text_row=_column(rows, texts, np.int32, self.max_batch_size),
+            audio_slot=_column(audio, audios, np.int32, self.max_batch_size),
         )
 
     def _resize_companions(self, kept: Sequence[ActiveRequest], size: int) -> None:
@@ -382,8 +378,7 @@ class Engine:
         count = len(group)
         rows = next_power_of_2(count)
         requests = [active.request for _, active in group]
-        tokens = np.full((rows, NUM_STREAMS, length), self.vocab.pad_a, np.int32)
-        tokens[:, TEXT_STREAM] = self.vocab.pad_t
+        tokens = np.tile(self.vocab.padding[:, None], (rows, 1, length))
         for row, request in enumerate(requests):
             prompt = request.prompt.tokens[:, :-1]
             tokens[row, :, : prompt.shape[1]] = prompt

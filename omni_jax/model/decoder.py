@@ -166,12 +166,12 @@ class Decoder(nnx.Module):
 
 def cache_rows(cache: Cache) -> int:
     """Rows of a cache (R)."""
-    return cache["k"][0].shape[0] if isinstance(cache["k"], tuple) else cache["k"].shape[1]
+    return jax.tree.leaves(cache)[0].shape[-4]
 
 
 def cache_length(cache: Cache) -> int:
     """Positions of a row of a cache (S)."""
-    return cache["k"][0].shape[-2] if isinstance(cache["k"], tuple) else cache["k"].shape[-2]
+    return jax.tree.leaves(cache)[0].shape[-2]
 
 
 def write_cache(cache: Cache, layer: Any, positions: Array, key: Array, value: Array) -> tuple[Cache, Array, Array]:

@@ -74,16 +74,12 @@ def _init(setup: TrainingSetup) -> tuple[TrainState, Params, None]:
 def _restore(
     setup: TrainingSetup, manager: ocp.CheckpointManager, step: int
 ) -> tuple[TrainState, Params, DataPosition]:
-    def abstract(shapes: Any, shardings: Any) -> Any:
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-    _, frozen_shapes = setup.split(setup.shapes)
-    _, frozen_shardings = setup.split(setup.shardings)
+    state, frozen = setup.abstract()
     restored = manager.restore(
         step,
         args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract(*setup.state_shapes())),
-            frozen=ocp.args.StandardRestore(abstract(frozen_shapes, frozen_shardings)),
+            state=ocp.args.StandardRestore(state),
+            frozen=ocp.args.StandardRestore(frozen),
             data=ocp.args.JsonRestore(),
         ),
     )

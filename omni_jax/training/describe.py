@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from flax import traverse_util
 
+from omni_jax import sharding
 from omni_jax.config.run import RunConfig
 from omni_jax.training.setup import TrainingSetup
 from omni_jax.training.stages import module_of
@@ -56,7 +57,7 @@ def _step_estimate(setup: TrainingSetup) -> str:
     """Rows of a step, and roughly the memory of its activations and logits."""
     config, model = setup.config, setup.start.config
     micro_batches = config.optimizer.gradient_accumulation_steps
-    rows = config.data.batch_size / micro_batches / (setup.mesh.shape["data"] * setup.mesh.shape["fsdp"])
+    rows = config.data.batch_size / micro_batches / sharding.num_shards("batch", setup.mesh)
     hidden = rows * config.data.max_length * model.trunk.hidden_size * np.dtype(setup.dtype).itemsize
     # The trunk's residual stream at every layer, and about eight arrays of its size within a layer.
     activations = hidden * (model.trunk.num_layers + 8) / 2**30

@@ -57,8 +57,7 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
         return out / RELEASE
     if jax.process_index() == 0:
         save_config(config, out / "run.yaml")
-    _, shardings = setup.state_shapes()
-    step_fn, evaluate, last_step = compile_step(setup, shardings), HeldOutEvaluation(setup), config.optimizer.steps
+    step_fn, evaluate, last_step = compile_step(setup), HeldOutEvaluation(setup), config.optimizer.steps
     with StopSignal() as stop, closing(checkpoint_manager(config, out)) as manager:
         state, frozen, position = restore_or_init(setup, manager)
         step = int(state.step)

@@ -150,6 +150,11 @@ class TrainingSetup:
             TrainState(replicated, shardings, opt_shardings, replicated, replicated),
         )
 
+    def abstract(self) -> tuple[TrainState, Params]:
+        """The train state and the frozen parameters, as `jax.ShapeDtypeStruct` with shardings."""
+        frozen, frozen_shardings = (self.split(params)[1] for params in (self.shapes, self.shardings))
+        return sharding.abstract(*self.state_shapes()), sharding.abstract(frozen, frozen_shardings)
+
 
 def make_run_mesh(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh that a run asks for, over all devices of all processes, or those given.
@@ -197,16 +202,13 @@ def row_share(mesh: Mesh, process: int) -> tuple[int, int]:
     return shares.index(frozenset(rows[process])), len(shares)
 
 
-def compile_step(setup: TrainingSetup, shardings: TrainState) -> Any:
+def compile_step(setup: TrainingSetup) -> Any:
     """The jitted step of (state, frozen, batch), to be called or lowered within `jax.set_mesh(setup.mesh)`.
-
-    Args:
-        setup: of the run.
-        shardings: of the train state, from `TrainingSetup.state_shapes`.
 
     Returns:
         A function that returns what `omni_jax.training.step.train_step` does; the state is donated.
     """
+    _, shardings = setup.state_shapes()
     return jax.jit(
         partial(train_step, setup.graph, setup.config),
         donate_argnums=0,

@@ -21,7 +21,6 @@ from omni_jax.codec.torch_snac import import_snac
 from omni_jax.config.model import CodecConfig
 from omni_jax.convert.snac import (
     config_from_json,
-    config_of_module,
     config_to_json,
     from_state,
     from_torch,
@@ -173,7 +172,6 @@ def test_to_torch_module_decodes_as_our_codec():
     params = from_torch({name: tensor.numpy() for name, tensor in state.items()}, config)
     module = to_torch_module(config, params)
     assert not module.training
-    assert config_of_module(module) == config
     codes = np.random.default_rng(0).integers(0, config.codebook_size, (1, 6, 7)).astype(np.int32)
     books = [torch.from_numpy(codes[:, :, slots].reshape(1, -1).astype(np.int64)) for slots in FRAME_SLOTS]
     with torch.no_grad():
@@ -187,7 +185,6 @@ def test_to_torch_module_takes_the_parameters_of_our_codec(module: Any, state: d
     params = Snac.from_params(CONFIG, from_torch(state, CONFIG)).params()
     before = jax.tree.map(np.array, params)
     again = to_torch_module(CONFIG, params)
-    assert config_of_module(again) == config_of_module(module) == CONFIG
     with torch.no_grad():
         for parameter in again.parameters():
             parameter.zero_()

@@ -17,7 +17,7 @@ from omni_jax.config.model import AudioEncoderConfig
 from omni_jax.convert import whisper
 from omni_jax.errors import CheckpointError, ConversionError
 from tests.lazy import peak_memory, read_all, recorded, to_lazy
-from tests.models import whisper_config
+from tests.models import perturb, whisper_config
 
 CONFIG = AudioEncoderConfig(
     num_mel_bins=20, hidden_size=48, num_layers=2, num_heads=4, intermediate_size=72, max_position=30
@@ -29,10 +29,7 @@ THEIRS = whisper_config(CONFIG)
 def model():
     torch.manual_seed(0)
     model = WhisperForConditionalGeneration(THEIRS).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name != "model.encoder.embed_positions.weight":
-                parameter.add_(0.2 * torch.randn_like(parameter))
+    perturb(model, 0.2)
     return model
 
 

@@ -1,4 +1,4 @@
-"""The decoding runner on their own: state, routing, donation, and what each routing computes."""
+"""The decoding programs on their own: state, routing, donation, and what each routing computes."""
 
 from __future__ import annotations
 

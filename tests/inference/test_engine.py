@@ -31,7 +31,7 @@ Answer = tuple[np.ndarray, str]
 
 
 def mixed_requests(config: ModelConfig) -> list[PreparedRequest]:
-    """Every task greedy and sampled, with every setting that changes what is tokens_out; short ones and long ones."""
+    """Every task greedy and sampled, with every setting that changes what is output; short ones and long ones."""
 
     def ask(task: Task, content: int, length: int | None = None, **settings: Any) -> PreparedRequest:
         return random_request(config, task, content, length, **settings)
