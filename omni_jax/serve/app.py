@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 
 from omni_jax.errors import OmniError
 from omni_jax.serve import mini_omni, openai, websocket
-from omni_jax.serve.errors import RETRY_SECONDS, RequestRefusedError, describe_validation_error, error_body, kind_of
+from omni_jax.serve.errors import RETRY_SECONDS, describe_validation_error, error_body, kind_of
 from omni_jax.serve.limits import LimitsMiddleware
 from omni_jax.serve.sessions import Service
 from omni_jax.serve.streaming import service_of
@@ -129,29 +129,28 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(OmniError)
     async def omni_error(request: Request, error: OmniError) -> Response:
-        status, code, outcome = kind_of(error)
-        if not (isinstance(error, RequestRefusedError) and error.counted):
-            _count(request, outcome)
+        status, code, _ = kind_of(error)
+        service_of(request).metrics.count_error(_endpoint(request), error)
         headers = {"retry-after": str(RETRY_SECONDS)} if status in (429, 503) else {}
         body = error_body(str(error), status=status, field=getattr(error, "field", None), code=code)
         return JSONResponse(body, status, headers=headers)
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:
-        _count(request, "refused")
+        service_of(request).metrics.count(_endpoint(request), "refused")
         field, message = describe_validation_error(error.errors())
         return JSONResponse(error_body(message, status=400, field=field), 400)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        _count(request, "refused")
+        service_of(request).metrics.count(_endpoint(request), "refused")
         message = f"{request.method} {request.url.path}: {error.detail!s}"
         return JSONResponse(error_body(message, status=error.status_code), error.status_code, headers=error.headers)
 
 
-def _count(request: Request, outcome: str) -> None:
-    path = getattr(request.scope.get("route"), "path", "")
-    service_of(request).metrics.count(path or "other", outcome)
+def _endpoint(request: Request) -> str:
+    """The path of the request's route, as metrics name it."""
+    return getattr(request.scope.get("route"), "path", "") or "other"
 
 
 def make_server(service: Service, host: str, port: int) -> uvicorn.Server:

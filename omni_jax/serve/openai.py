@@ -90,12 +90,13 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     headers = {"x-omni-jax-ignored-messages": str(ignored)} if ignored else {}
     prompt_length = len(prepared.prompt)
     if body.stream:
+        head = response_head("chat.completion.chunk", body.model)
         if outputs_audio:
-            events = _chat_audio_events(answer, body.model, format, service.omni.sample_rate)
+            events = _chat_audio_events(answer, head, format, service.omni.sample_rate)
         else:
-            events = _chat_text_events(answer, body.model)
+            events = _chat_text_events(answer, head)
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        lines = _chat_event_lines(events, answer, body.model, prompt_length if with_usage else None)
+        lines = _chat_event_lines(events, answer, head, prompt_length if with_usage else None)
         return StreamedAnswer(answer, lines, media_type="text/event-stream", headers=headers)
     reply = await whole_answer(request, answer)
     message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
@@ -154,9 +155,8 @@ def _last_message(messages: list[Message]) -> tuple[bytes | None, str | None]:
     return (decode_base64(recordings[0], "input_audio.data") if recordings else None), text or None
 
 
-async def _chat_text_events(answer: AnswerStream, model: str) -> AsyncIterator[dict[str, Any]]:
+async def _chat_text_events(answer: AnswerStream, head: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     """The events of a text answer."""
-    head = response_head("chat.completion.chunk", model)
     yield _chat_event(head, {"role": "assistant", "content": ""})
     async for chunk in answer:
         if chunk.text:
@@ -165,9 +165,11 @@ async def _chat_text_events(answer: AnswerStream, model: str) -> AsyncIterator[d
         yield _chat_event(head, {}, finish_reason(answer.reply))
 
 
-async def _chat_audio_events(answer: AnswerStream, model: str, format: str, rate: int) -> AsyncIterator[dict[str, Any]]:
+async def _chat_audio_events(
+    answer: AnswerStream, head: dict[str, Any], format: str, rate: int
+) -> AsyncIterator[dict[str, Any]]:
     """The events of an answer in text and audio."""
-    head, audio = response_head("chat.completion.chunk", model), audio_head()
+    audio = audio_head()
 
     def event(**delta: Any) -> dict[str, Any]:
         return _chat_event(head, {"audio": {"id": audio["id"], **delta}})
@@ -190,14 +192,14 @@ def _chat_event(head: dict[str, Any], delta: dict[str, Any], finish: str | None 
 
 
 async def _chat_event_lines(
-    events: AsyncIterator[dict[str, Any]], answer: AnswerStream, model: str, prompt_length: int | None
+    events: AsyncIterator[dict[str, Any]], answer: AnswerStream, head: dict[str, Any], prompt_length: int | None
 ) -> AsyncIterator[str]:
     """Events as lines. A complete answer ends with [DONE], any other with an error.
 
     Args:
         events: of the answer.
         answer: being sent.
-        model: its name.
+        head: of every event.
         prompt_length: in positions, if the usage is to be sent; else None.
     """
     async for event in events:
@@ -208,7 +210,6 @@ async def _chat_event_lines(
         yield _failure_line(answer)
         return
     if prompt_length is not None:
-        head = response_head("chat.completion.chunk", model)
         yield server_sent_event({**head, "choices": [], "usage": usage(prompt_length, answer.reply)})
     yield "data: [DONE]\n\n"
 

@@ -16,12 +16,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from omni_jax.api import Omni, Request
 from omni_jax.audio import io as audio_io
-from omni_jax.errors import ConfigError
+from omni_jax.errors import ConfigError, OmniError
 from omni_jax.inference.answer import Chunk, Reply
 from omni_jax.inference.async_engine import AsyncEngine, Outcome, RequestHandle
 from omni_jax.inference.engine import PreparedRequest
 from omni_jax.inference.generation import GenerationConfig
-from omni_jax.serve.errors import RequestRefusedError
+from omni_jax.serve.errors import RequestRefusedError, kind_of
 from omni_jax.tasks import Task
 
 MAX_CHARACTERS_PER_POSITION = 16
@@ -83,6 +83,11 @@ class Metrics:
     def count(self, endpoint: str, outcome: str) -> None:
         """Count a request."""
         self.requests.labels(endpoint, outcome).inc()
+
+    def count_error(self, endpoint: str, error: OmniError) -> None:
+        """Count a request that ended with an error, unless its answer stream has counted it."""
+        if not (isinstance(error, RequestRefusedError) and error.counted):
+            self.count(endpoint, kind_of(error).outcome)
 
     def observe(self, reply: Reply) -> None:
         """Record a complete answer."""

@@ -39,7 +39,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from omni_jax.audio.io import SAMPLE_RATE, pcm_bytes
 from omni_jax.errors import OmniError
 from omni_jax.inference.generation import GenerationConfig
-from omni_jax.serve.errors import RequestRefusedError, describe_validation_error, kind_of
+from omni_jax.serve.errors import describe_validation_error, kind_of
 from omni_jax.serve.limits import is_known_key
 from omni_jax.serve.sessions import AnswerStream, Service
 from omni_jax.tasks import Task
@@ -227,8 +227,7 @@ class LiveSession:
                 finish_reason = await self._answer(turn, inputs)
             except OmniError as error:
                 outcome = kind_of(error).outcome
-                if not (isinstance(error, RequestRefusedError) and error.counted):
-                    self.service.metrics.count(ENDPOINT, outcome)
+                self.service.metrics.count_error(ENDPOINT, error)
                 await self._send_error(str(error), turn)
             await self._send(type="end", turn=turn, outcome=outcome, finish_reason=finish_reason)
         except DISCONNECTED:

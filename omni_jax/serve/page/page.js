@@ -4,8 +4,8 @@
 const byId = (id) => document.getElementById(id);
 const seconds = (value) => `${value.toFixed(2)} s`;
 
-// For tests: the samples that were played, per turn, and how many were late.
-const playback = { turns: [], gap: 0 };
+// For tests: the samples that were played, per turn.
+const playback = { turns: [] };
 window.omni = playback;
 
 const state = {
@@ -167,7 +167,6 @@ async function openPlayer() {
       addToWaveform(data.played);
       turn?.played.push(data.played);
     }
-    if (data.gap) playback.gap += data.gap;
     if (data.ended && turn) turn.ended = true;
   };
   await state.context.resume();

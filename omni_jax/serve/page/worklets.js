@@ -37,11 +37,9 @@ class Player extends AudioWorkletProcessor {
       this.playing = true;
       this.port.postMessage({ played: out.slice(0, filled) });
     }
-    if (this.playing && filled < out.length) {
-      // Either the end of the answer, or audio that did not arrive in time.
-      this.port.postMessage(this.complete ? { ended: true } : { gap: out.length - filled });
-      this.playing = !this.complete;
-      if (this.complete) this.complete = false;
+    if (this.playing && this.complete && filled < out.length) {
+      this.port.postMessage({ ended: true });
+      this.playing = this.complete = false;
     }
     return true;
   }
