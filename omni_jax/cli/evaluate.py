@@ -71,6 +71,5 @@ def evaluate(
             max_batch_size=max_batch_size,
             progress=progress,
         )
-    report.write(evaluation, out, other)
-    typer.echo(report.markdown(evaluation, other), nl=False)
+    typer.echo(report.write(evaluation, out, other), nl=False)
     echo_err(f"the report is {out / 'report.html'}")

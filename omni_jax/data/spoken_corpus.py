@@ -105,7 +105,7 @@ class SpokenCorpus:
         rng, problems = random.Random(seed), []
         for _ in range(MAX_ATTEMPTS):
             spec = rng.choice(self.question_voices)
-            synthesizer = _open_synthesizer(spec)
+            synthesizer = open_synthesizer(spec)
             voice = rng.choice(spec.voices or synthesizer.voices())
             try:
                 speed = rng.uniform(*(spec.speed or QUESTION_SPEED))
@@ -131,7 +131,7 @@ class SpokenCorpus:
 
 
 @cache
-def _open_synthesizer(spec: VoiceSpec) -> SpeechSynthesizer:
+def open_synthesizer(spec: VoiceSpec) -> SpeechSynthesizer:
     """Open a synthesizer once per process: some load a model."""
     return spec.open()
 
@@ -143,7 +143,7 @@ def _synthesize_answer(spec: VoiceSpec, text: str) -> tuple[str, np.ndarray, int
     Raises:
         RejectedRow: the synthesizer failed.
     """
-    synthesizer = _open_synthesizer(spec)
+    synthesizer = open_synthesizer(spec)
     voice = (spec.voices or tuple(synthesizer.voices()))[0]
     problem = ""
     for _ in range(MAX_ATTEMPTS):

@@ -11,7 +11,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -30,6 +30,7 @@ def _normalizer() -> Callable[[str], str]:
     return EnglishTextNormalizer()
 
 
+@lru_cache(maxsize=4096)
 def normalize(text: str) -> str:
     """A text as it is compared.
 

@@ -9,7 +9,7 @@ from omni_jax.evaluation.run import Evaluation
 from omni_jax.evaluation.tables import Table, difference_table, notes, results_table
 
 
-def write(evaluation: Evaluation, folder: Path, other: Evaluation | None = None) -> None:
+def write(evaluation: Evaluation, folder: Path, other: Evaluation | None = None) -> str:
     """Write `report.md` and `report.html`.
 
     Args:
@@ -17,11 +17,16 @@ def write(evaluation: Evaluation, folder: Path, other: Evaluation | None = None)
         folder: where the spoken answers are, and the reports go.
         other: another evaluation of the same suite, to compare with.
 
+    Returns:
+        The report as Markdown.
+
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    (folder / "report.md").write_text(markdown(evaluation, other), encoding="utf-8")
+    text = markdown(evaluation, other)
+    (folder / "report.md").write_text(text, encoding="utf-8")
     (folder / "report.html").write_text(html_page(evaluation, folder, other), encoding="utf-8")
+    return text
 
 
 def markdown(evaluation: Evaluation, other: Evaluation | None = None) -> str:

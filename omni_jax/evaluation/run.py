@@ -173,7 +173,7 @@ def evaluate(
         for result, case in zip(results, cases, strict=True):
             if result.audio:
                 result.asr_text = judge.transcribe(out / result.audio)
-                result.scores = score(result, case)
+                result.scores |= _asr_scores(result, case)
         evaluation.save(out)
     return evaluation
 
@@ -218,12 +218,15 @@ def score(result: Result, case: Case) -> dict[str, float]:
         scores["answer_words"] = len(result.text.split())
     if case.task.outputs_audio:
         scores["answer_seconds"] = result.seconds
-        # T1A1 outputs no text: its reference is the text to be read.
-        reference = result.text if case.task.outputs_text else case.text
-        if result.asr_text is not None:
-            errors = metrics.word_errors(reference, result.asr_text)
-            scores |= {"asr_wer_edits": errors.edits, "asr_wer_length": errors.length}
     return scores
+
+
+def _asr_scores(result: Result, case: Case) -> dict[str, float]:
+    """The scores of what the judge understood of a spoken answer."""
+    assert result.asr_text is not None, "the judge has transcribed it"
+    # T1A1 outputs no text: its reference is the text to be read.
+    errors = metrics.word_errors(result.text if case.task.outputs_text else case.text, result.asr_text)
+    return {"asr_wer_edits": errors.edits, "asr_wer_length": errors.length}
 
 
 def measure_speed(

@@ -14,7 +14,6 @@ import json
 import random
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
@@ -29,8 +28,8 @@ from omni_jax.config.model import PRESETS
 from omni_jax.data.prepare import prepare
 from omni_jax.data.shards import CodecSpec
 from omni_jax.data.sources import Manifest
-from omni_jax.data.spoken_corpus import SpokenCorpus
-from omni_jax.data.synthesizers import SpeechSynthesizer, VoiceSpec
+from omni_jax.data.spoken_corpus import ANSWER_LEVEL_DB, ANSWER_SILENCE, SpokenCorpus, open_synthesizer
+from omni_jax.data.synthesizers import VoiceSpec
 
 CONFIG = PRESETS["nano"]
 SPEED = (0.9, 1.15)
@@ -155,13 +154,12 @@ def synthesize_answers(texts: Sequence[str], *, trial: bool = False, workers: in
 
 def synthesize_answer(text: str, voice: VoiceSpec) -> np.ndarray:
     """A text as int16 [samples] at the codec's rate."""
-    samples, rate = _synthesizer(voice).speak(text, voice.voices[0])
-    return audio_io.to_pcm16(augment.pad_silence(samples, rate, CONFIG.codec.sample_rate, 0.1, 0.1, decibels=-20.0))
-
-
-@cache
-def _synthesizer(voice: VoiceSpec) -> SpeechSynthesizer:
-    return voice.open()
+    samples, rate = open_synthesizer(voice).speak(text, voice.voices[0])
+    return audio_io.to_pcm16(
+        augment.pad_silence(
+            samples, rate, CONFIG.codec.sample_rate, ANSWER_SILENCE, ANSWER_SILENCE, decibels=ANSWER_LEVEL_DB
+        )
+    )
 
 
 def main(

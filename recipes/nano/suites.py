@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from omni_jax.audio import io as audio_io
-from omni_jax.checkpoint.release import new_folder
+from omni_jax.checkpoint.folders import new_folder
 from omni_jax.data.records import Exchange, Records, from_bytes
 from omni_jax.tasks import Task
 

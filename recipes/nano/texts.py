@@ -34,7 +34,7 @@ from typing import Annotated
 
 import typer
 
-from omni_jax.checkpoint.release import new_folder
+from omni_jax.checkpoint.folders import new_folder
 from recipes.nano.questions import (
     KINDS,
     Item,

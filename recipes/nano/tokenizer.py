@@ -14,7 +14,8 @@ import tokenizers
 import typer
 from tokenizers import Tokenizer
 
-from omni_jax.checkpoint.release import TOKENIZER_FILES, new_folder
+from omni_jax.checkpoint.folders import new_folder
+from omni_jax.checkpoint.release import TOKENIZER_FILES
 from omni_jax.config.model import PRESETS
 from recipes.nano.questions import sample
 from recipes.nano.sentences import pattern_sentences
