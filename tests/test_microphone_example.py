@@ -65,6 +65,7 @@ class FakeSoundDevice(types.ModuleType):
         self.InputStream, self.OutputStream = InputStream, OutputStream
 
 
+@pytest.mark.slow
 def test_microphone_example_plays_the_answer(
     microphone: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

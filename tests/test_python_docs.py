@@ -21,6 +21,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 QUESTION = Path(__file__).parents[1] / "omni_jax" / "assets" / "questions" / "name.wav"
 
 
+@pytest.mark.slow
 def test_python_docs_run_as_printed(tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(QUESTION, "question.wav")

@@ -276,7 +276,7 @@ def run(engine: Engine, requests: list[PreparedRequest], steps: int) -> list[Ans
         pytest.param((2, 2, 2), False, marks=pytest.mark.slow),
         ((8, 1, 1), False),
         ((1, 4, 2), True),
-        ((1, 1, 8), True),
+        pytest.param((1, 1, 8), True, marks=pytest.mark.slow),
     ],
 )
 def test_engine_on_mesh_gives_the_same_tokens(sizes: tuple[int, int, int], stacked: bool) -> None:

@@ -196,6 +196,7 @@ def test_ask_does_not_hide_bugs(loads: list[str], monkeypatch: pytest.MonkeyPatc
     assert isinstance(run("ask", "--text", "hello").exception, ZeroDivisionError)
 
 
+@pytest.mark.slow
 def test_ask_in_a_process(tiny: Omni, tmp_path: Path) -> None:
     out = tmp_path / "answer.wav"
     result = shell("ask", NAME, "--model", "tiny", "--max-steps", STEPS, "--out", out, "--json")

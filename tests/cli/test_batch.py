@@ -214,6 +214,7 @@ def test_batch_that_cannot_start(
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_batch_is_shared_by_processes_of_several_devices(loads: list[str], tmp_path: Path) -> None:
     """One of two processes fails and is started again; each has four devices, of which two share a row."""
     rows = [{"id": f"q{number}", "text": f"question {number}", "task": "T1A2"} for number in range(9)]
@@ -250,6 +251,7 @@ def test_batch_is_shared_by_processes_of_several_devices(loads: list[str], tmp_p
         assert message in refused.stderr
 
 
+@pytest.mark.slow
 def test_batch_resumes_after_a_kill(tiny: Omni, loads: list[str], tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = []
     for number in range(18):

@@ -9,6 +9,7 @@ from tests.cli.shell import run, write_lines
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
+@pytest.mark.slow
 def test_evaluate_command(tmp_path: Path) -> None:
     rows = [{"id": "a", "text": "hello", "expected": "x"}, {"id": "b", "text": "again"}]
     manifest = write_lines(tmp_path / "m.jsonl", rows)

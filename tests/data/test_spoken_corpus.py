@@ -156,6 +156,7 @@ def synthesize(source: Source, template: str, **options: Any) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 def test_questions_have_many_voices_and_answers_one(tmp_path: Path, template: str) -> None:
     source = rows(tmp_path / "qa.jsonl", *(f"question {n}" for n in range(12)))
     pending = synthesize(source, template, augment_questions=False)

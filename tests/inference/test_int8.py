@@ -69,7 +69,7 @@ def decode(runner: ModelRunner, config: ModelConfig, requests: list[PreparedRequ
 
 @pytest.mark.parametrize(
     ("shape", "stacked"),
-    [({}, False), ({"tied": False, "tts_adapter_layers": 1}, True)],
+    [({}, False), pytest.param({"tied": False, "tts_adapter_layers": 1}, True, marks=pytest.mark.nightly)],
     ids=["tied, unstacked", "tts adapter, stacked"],
 )
 def test_int8_decoding_equals_decoding_with_dequantized_weights(shape: dict[str, Any], stacked: bool) -> None:

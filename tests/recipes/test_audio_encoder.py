@@ -128,6 +128,7 @@ def test_muon_axes_are_inputs_and_outputs() -> None:
     assert encoder["norm"] == {"scale": None, "bias": None}
 
 
+@pytest.mark.nightly
 def test_train_reduces_loss_resumes_and_exports(
     clips: list[encoders.Clip], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

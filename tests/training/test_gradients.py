@@ -143,8 +143,15 @@ def their_gradient(
     return total.item(), found
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("tts_adapter_layers", [0, 2])
+@pytest.mark.parametrize(
+    ("tts_adapter_layers", "tied"),
+    [
+        (0, True),
+        (2, False),
+        pytest.param(0, False, marks=pytest.mark.nightly),
+        pytest.param(2, True, marks=pytest.mark.nightly),
+    ],
+)
 def test_forward_gradient_equals_torch(tied: bool, tts_adapter_layers: int, tmp_path: Path):
     config = models.tiny_config(tts_adapter_layers=tts_adapter_layers)
     config = replace(config, trunk=replace(config.trunk, num_layers=2, tie_word_embeddings=tied))

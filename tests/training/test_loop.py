@@ -319,6 +319,7 @@ def test_train_skips_a_sample_that_cannot_be_answered(tmp_path: Path, caplog: py
     assert (out / "release").is_dir()
 
 
+@pytest.mark.slow
 def test_train_resumes_on_another_mesh(finished: Path, records: Path, tmp_path: Path):
     out = tmp_path / "moved"
     shutil.copytree(finished, out, ignore=shutil.ignore_patterns("release", "6", "tensorboard"))
@@ -334,6 +335,7 @@ def test_train_resumes_on_another_mesh(finished: Path, records: Path, tmp_path: 
         np.testing.assert_allclose(moved.read(), whole.read(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_train_profiles_a_resumed_run(finished: Path, records: Path, tmp_path: Path):
     out = tmp_path / "resumed"
     shutil.copytree(finished, out, ignore=shutil.ignore_patterns("release", "6", "tensorboard"))

@@ -153,7 +153,10 @@ def test_corrupt_codes_replaces_a_share_of_codes_only():
     assert abs(agree) < 0.1, "each code on its own"
 
 
-@pytest.mark.parametrize("augmentation", [{"spec_augment": {"max_warp": 0.2}}, {"audio_token_noise": 0.3}])
+@pytest.mark.parametrize(
+    "augmentation",
+    [{"spec_augment": {"max_warp": 0.2}}, pytest.param({"audio_token_noise": 0.3}, marks=pytest.mark.nightly)],
+)
 def test_augmentation_differs_by_step_and_not_by_mesh(augmentation: dict):
     data = {"sources": [{"path": "unused"}], "tasks": {"A1A2": 1}, "batch_size": ROWS, "max_length": LENGTH}
     augmented = run_config(data={**data, **augmentation}, log_interval_steps=1)
