@@ -12,7 +12,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
 
@@ -99,7 +99,7 @@ def decode(
     if str(getattr(file, "name", "")).endswith((".ul", ".al")):
         options["sample_rate"] = "8000"
     try:
-        with av.open(file, metadata_errors="ignore", options=options) as container:
+        with av.open(file, "r", metadata_errors="ignore", options=options) as container:
             stream = _audio_stream(container, name)
             num_channels = stream.codec_context.channels
             if max_seconds is not None and num_channels > MAX_CHANNELS:
@@ -137,7 +137,7 @@ def _audio_stream(container: InputContainer, name: str) -> AudioStream:
         # FFmpeg would drop too much of the end: of CAF what the last frame lacks already, of Ogg as much as at the
         # beginning.
         codec.options = {"flags2": "skip_manual"}
-    return stream
+    return cast("AudioStream", stream)
 
 
 @dataclass
@@ -322,10 +322,10 @@ class _Piece:
             self._convert()
 
     def _convert(self) -> None:
-        _, channels, is_planar = self.form
+        is_planar = self.form[2]
         if self.pending:
             samples = scale(np.concatenate(self.pending, axis=1))
-            self.data += memoryview(np.ascontiguousarray(samples.T if is_planar else samples.reshape(-1, channels)))
+            self.data += (samples.T if is_planar else samples).tobytes()
             self.pending.clear()
 
     def drop(self, num_samples: int) -> None:

@@ -216,7 +216,7 @@ def _open_path(path: Path, name: str) -> BinaryIO:
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
         raise AudioError(f"{name}: expected a recording, found {kinds.get(stat.S_IFMT(mode), 'a device')}")
     # FFmpeg looks at the name's suffix, which must not matter where the content says what it is.
-    file.name = f"recording.{HEADERLESS.get(path.suffix.lower(), 'media')}"  # type: ignore[misc]
+    file.name = f"recording.{HEADERLESS.get(path.suffix.lower(), 'media')}"
     return io.BufferedReader(file)
 
 
