@@ -358,24 +358,8 @@ class Omni:
     def _prompt(self, task: Task, request: Request) -> tuple[Prompt, np.ndarray | None]:
         if request.text is not None:
             return text_prompt(task, self._tokenize(request.text), self._vocab), None
-        source: Any = request.audio
-        if isinstance(source, (str, Path)) or hasattr(source, "read"):
-            name = audio_io.source_name(source)
-            if request.sample_rate is not None:
-                raise ConfigError(
-                    f"sample_rate: expected none, as {name} has its own, found {request.sample_rate}",
-                    field="sample_rate",
-                )
-            audio = audio_io.read_audio(source)
-        else:
-            name = request.name
-            if request.sample_rate is None:
-                raise ConfigError(
-                    "sample_rate: expected the samples per second of the array, found none", field="sample_rate"
-                )
-            audio = audio_io.to_mono(source, request.sample_rate, name=name)
         encoder = self.config.audio_encoder
-        audio = audio_io.check_duration(audio, encoder.max_samples, truncate=request.truncate, name=name)
+        audio = _samples(request, encoder.max_samples)
         positions = speech_positions(len(audio), encoder.max_position, self.config.adapter.stack)
         return speech_prompt(task, positions, self._vocab), audio
 
@@ -417,3 +401,35 @@ def _decoder(codec: Snac, name: str) -> DecodeFn:
     from omni_jax.convert.snac import to_torch_module
 
     return TorchSnac(to_torch_module(codec.config, codec.params()), codec.config).decode
+
+
+def _samples(request: Request, max_samples: int) -> np.ndarray:
+    """The recording of a request, f32 [samples] at 16 kHz."""
+    source: Any = request.audio
+    rate = request.sample_rate
+    is_file = isinstance(source, (str, Path, bytes, bytearray, memoryview)) or hasattr(source, "read")
+    name = audio_io.source_name(source) if is_file else request.name
+    if rate is not None and (is_file or isinstance(source, tuple)):
+        raise ConfigError(f"sample_rate: expected none, as {name} has its own, found {rate}", field="sample_rate")
+    if is_file:
+        max_seconds = max_samples / audio_io.SAMPLE_RATE
+        audio = audio_io.read_audio(source, max_seconds=max_seconds, truncate=request.truncate)
+    else:
+        if isinstance(source, tuple):
+            rate, source = _rate_and_array(source)
+        if rate is None:
+            raise ConfigError(
+                "sample_rate: expected the samples per second of the array, found none", field="sample_rate"
+            )
+        audio = audio_io.to_mono(source, rate, name=name)
+    return audio_io.check_duration(audio, max_samples, truncate=request.truncate, name=name)
+
+
+def _rate_and_array(source: tuple[Any, ...]) -> tuple[int, Any]:
+    """The two things of a tuple: SciPy and Gradio have the rate first, soundfile and librosa the samples."""
+    if len(source) == 2:
+        for rate, array in (source, source[::-1]):
+            if isinstance(rate, (int, np.integer)) and np.ndim(array):
+                return int(rate), array
+    found = ", ".join(type(value).__name__ for value in source)
+    raise ConfigError(f"audio: expected a tuple of a rate and an array, found ({found})", field="audio")

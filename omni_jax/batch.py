@@ -44,8 +44,12 @@ if TYPE_CHECKING:
 
 ANSWERS = "answers.jsonl"
 """The output file. Of several processes, each writes one of its own, such as `answers-00000-of-00002.jsonl`."""
-RECORDING_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
-"""Files of a folder that are recordings. A manifest may name files of any suffix."""
+_SUFFIXES = (
+    "3g2 3gp aac aif aiff amr ape au avi caf flac flv g722 gsm m4a m4b m4v mka mkv mov mp2 mp3 mp4 mpeg mpg oga ogg "
+    "ogv opus spx ts w64 wav webm wma wmv wv"
+)
+RECORDING_SUFFIXES = tuple(f".{suffix}" for suffix in _SUFFIXES.split())
+"""Files of a folder that are recordings, or videos with sound. A manifest may name files of any suffix."""
 WINDOW = 8
 """Rows in memory, and rows that a kill loses at most, per row of the running batch."""
 
@@ -188,7 +192,7 @@ class Row:
             return None
         assert self.request.config is not None
         try:
-            audio = hashlib.sha256(self.audio.read_bytes()).hexdigest() if self.audio else None
+            audio = _hash_file(self.audio) if self.audio else None
         except OSError:
             audio = None
         request = {
@@ -200,6 +204,14 @@ class Row:
             "model": model_id,
         }
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _hash_file(path: Path) -> str | None:
+    """The SHA-256 of a file; None if it is a pipe or a device, which may have no end."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))

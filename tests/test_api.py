@@ -212,6 +212,10 @@ def test_prepare_accepts_files_arrays_and_paths(omni: Omni, tmp_path: Path) -> N
         lambda: omni.prepare(str(tmp_path / "q.wav"), **options),
         lambda: omni.prepare({"audio": data}, **options),
         lambda: omni.prepare(Request(jnp.asarray(pcm), sample_rate=16000), **options),
+        lambda: omni.prepare(Request((tmp_path / "q.wav").read_bytes()), **options),
+        lambda: omni.prepare(Request((16000, pcm)), **options),
+        lambda: omni.prepare(Request((pcm, np.int64(16000))), **options),
+        lambda: omni.prepare(Request(pcm[None].repeat(2, axis=0), sample_rate=16000), **options),
     ]
     first = forms[0]()
     assert len(first.prompt) == 3000 // 320 + 1 + 3
@@ -419,6 +423,8 @@ AUDIO = {"audio": recording(), "sample_rate": 16000}
         ({"audio": QUESTION}, AudioTooLongError, r"name\.wav: expected a recording of at most 0\.40 s, found 1\.06 s"),
         ({"audio": QUESTION, "sample_rate": 8000}, ConfigError, r"sample_rate: .*name\.wav has its own, found 8000"),
         ({"audio": object(), "sample_rate": 16000}, AudioError, "found"),
+        ({"audio": (16000, recording()), "sample_rate": 8000}, ConfigError, "has its own, found 8000"),
+        ({"audio": (recording(), recording())}, ConfigError, r"a tuple of a rate and an array, found \(ndarray, nd"),
         ({"text": 7}, ConfigError, "text: expected a string, found int"),
         ({"text": "Hi \ud83d"}, ConfigError, "text: expected whole characters, found half of one at 3"),
         (

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 import omni_jax
+from omni_jax.audio.encoding import FILE_FORMATS, file_format
 from omni_jax.audio.io import SAMPLE_RATE, read_audio
 from omni_jax.cli.console import echo_err, printable
 from omni_jax.cli.loading import load_model
 from omni_jax.cli.options import Codec, Json, Model, TaskName, Truncate, takes_generation_config
-from omni_jax.errors import ConfigError
+from omni_jax.errors import AudioError, ConfigError
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.request import Request
 from omni_jax.tasks import Task
@@ -29,12 +32,16 @@ FINISH_REASONS = {
 @takes_generation_config
 def ask(
     question: Annotated[
-        Path | None, typer.Argument(help="A recording: wav, flac, ogg, mp3; any sample rate.", show_default=False)
+        Path | None,
+        typer.Argument(help="A recording or video in any common format; - reads standard input.", show_default=False),
     ] = None,
     text: Annotated[str | None, typer.Option(help="Ask this instead of a recording.", show_default=False)] = None,
     task: TaskName = None,
     out: Annotated[
-        Path | None, typer.Option(help="File for the spoken answer. Default: answer.wav.", show_default=False)
+        Path | None,
+        typer.Option(
+            help=f"File for the spoken answer: {', '.join(FILE_FORMATS)}. Default: answer.wav.", show_default=False
+        ),
     ] = None,
     model: Model = "nano",
     codec: Codec = "jax",
@@ -45,13 +52,13 @@ def ask(
 ) -> None:
     """Answer one recording or text.
 
-    The text is printed while it is decoded; the audio is written to a wav file.
+    The text is printed while it is decoded; the audio is written to a file in the format of its suffix.
     """
     request = Request(question, text, task, truncate=truncate, config=config)
     out = _check_out(out, request.resolve_task(), question)
     if question is not None:
         # Read before the model is loaded, so that a bad file is reported at once.
-        audio = read_audio(question)
+        audio = _read_question(question)
         request = replace(request, audio=audio, sample_rate=SAMPLE_RATE, name=str(question))
     question_seconds = None if question is None else len(audio) / SAMPLE_RATE
 
@@ -72,6 +79,15 @@ def ask(
         echo_err(_summary(reply, question_seconds, out))
 
 
+def _read_question(question: Path) -> np.ndarray:
+    """The recording at a path, or on standard input."""
+    if str(question) != "-":
+        return read_audio(question)
+    if sys.stdin.isatty():
+        raise ConfigError("question -: expected a recording on standard input, found a terminal")
+    return read_audio(sys.stdin.buffer)
+
+
 def _check_out(out: Path | None, task: Task, question: Path | None) -> Path | None:
     """The file to write to, which is refused before the answer is decoded if it cannot be written."""
     if not task.outputs_audio:
@@ -81,6 +97,10 @@ def _check_out(out: Path | None, task: Task, question: Path | None) -> Path | No
     out = out or Path("answer.wav")
     if out.is_dir():
         raise ConfigError(f"--out {out}: expected a file to write to, found a folder")
+    try:
+        file_format(out)
+    except AudioError as error:
+        raise ConfigError(f"--out {error}") from None
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: expected a file in an existing folder, found no folder {out.parent}")
     if question is not None and out.exists() and question.exists() and out.samefile(question):

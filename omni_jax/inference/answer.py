@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from omni_jax.audio import io as audio_io
+from omni_jax.audio.encoding import write_audio
 from omni_jax.codec.snac import DecodeFn
 from omni_jax.codec.stream import StreamDecoder
 from omni_jax.config.model import ModelConfig
@@ -67,15 +67,18 @@ class Reply:
         return f"<Reply {self.task} {self.text!r}{audio}, {self.finish_reason} after {self.tokens.shape[1]} steps>"
 
     def save(self, path: str | Path) -> None:
-        """Write the audio as a 16-bit wav file.
+        """Write the audio in the format that the file's suffix names.
+
+        Args:
+            path: ends in .wav, .flac, .mp3, .ogg or .opus (both Opus), .aac or .m4a.
 
         Raises:
             ValueError: the task outputs text only.
-            AudioError: the file cannot be written.
+            AudioError: the suffix names none of these formats, or the file cannot be written.
         """
         if self.audio is None:
             raise ValueError(f"task {self.task} outputs text only: there is no audio to save")
-        audio_io.write_wav(path, self.audio, self.sample_rate)
+        write_audio(path, self.audio, self.sample_rate)
 
 
 @dataclass(frozen=True)

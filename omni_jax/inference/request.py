@@ -16,8 +16,11 @@ from omni_jax.tasks import Task
 if TYPE_CHECKING:
     import jax
 
-Audio: TypeAlias = "str | Path | BinaryIO | np.ndarray | jax.Array"
-"""A file in any common format, or samples: float within -1..1 or int16, [samples] or [samples, channels]."""
+Audio: TypeAlias = "str | Path | bytes | BinaryIO | np.ndarray | jax.Array | tuple[int, np.ndarray]"
+"""A recording: the path of a file, its bytes, a binary file object; or samples, alone or as `(rate, samples)`.
+
+Samples are float within -1..1, uint8, int16 or int32; [samples], [samples, channels] or [channels, samples].
+"""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Request:
     text: str | None = None
     task: Task | str | None = None
     sample_rate: int | None = None
-    """Samples per second, when `audio` is an array; a file has its own."""
+    """Samples per second, when `audio` is an array without its rate; a file has its own."""
     truncate: bool = False
     """Use only the beginning of a recording that is too long for the audio encoder, instead of refusing it."""
     config: GenerationConfig | None = None

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from omni_jax.audio.io import MEDIA_TYPES
+from omni_jax.audio.encoding import MEDIA_TYPES
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.serve.errors import client_fields
 from omni_jax.serve.sessions import decode_base64

@@ -7,6 +7,7 @@ change the answer in a way this model cannot is refused, and so is a field of th
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
@@ -14,7 +15,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, File, Form, Request, Response, UploadFile
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from omni_jax.audio.io import MEDIA_TYPES, SAMPLE_RATE, encode, pcm_bytes, streaming_wav_header
+from omni_jax.audio.encoding import MEDIA_TYPES, encode, streaming_wav_header
+from omni_jax.audio.io import SAMPLE_RATE, pcm_bytes
 from omni_jax.errors import ConfigError
 from omni_jax.serve.errors import RequestRefusedError, client_fields, error_body
 from omni_jax.serve.openai_schema import (
@@ -101,7 +103,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     reply = await whole_answer(request, answer)
     message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
     if reply.audio is not None:
-        data = base64.b64encode(encode(reply.audio, reply.sample_rate, format)).decode()
+        data = base64.b64encode(await asyncio.to_thread(encode, reply.audio, reply.sample_rate, format)).decode()
         message |= {"content": None, "audio": {**audio_head(), "data": data, "transcript": reply.text}}
     choice = {"index": 0, "finish_reason": finish_reason(reply), "message": message, "logprobs": None}
     content = {
@@ -274,4 +276,4 @@ async def speech(request: Request, body: SpeechRequest) -> Response:
         return StreamedAnswer(answer, stream_audio(answer, rate, format), media_type=MEDIA_TYPES[format])
     reply = await whole_answer(request, answer)
     assert reply.audio is not None
-    return Response(encode(reply.audio, rate, format), media_type=MEDIA_TYPES[format])
+    return Response(await asyncio.to_thread(encode, reply.audio, rate, format), media_type=MEDIA_TYPES[format])

@@ -20,7 +20,7 @@ from omni_jax.serve.errors import client_fields
 AUDIO_LIFETIME = 3600
 """Seconds after which an answer's audio expires, which clients require. The server stores no audio."""
 
-Format = Literal["wav", "mp3", "flac", "opus", "pcm", "pcm16"]
+Format = Literal["wav", "mp3", "flac", "ogg", "opus", "aac", "m4a", "pcm", "pcm16"]
 Temperature = Annotated[float, Field(le=2)]
 """2 is the limit of OpenAI's API."""
 

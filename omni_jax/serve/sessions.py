@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import io
 import queue
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -177,7 +176,7 @@ class Service:
 
     def _samples(self, audio: bytes | np.ndarray, sample_rate: int | None) -> np.ndarray:
         if isinstance(audio, bytes):
-            samples = audio_io.read_audio(io.BytesIO(audio), max_seconds=self.max_audio_seconds)
+            samples = audio_io.read_audio(audio, max_seconds=self.max_audio_seconds)
         else:
             assert sample_rate is not None
             samples = audio_io.to_mono(audio, sample_rate, name="recording")

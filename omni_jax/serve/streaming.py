@@ -10,7 +10,8 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from omni_jax.audio.io import pcm_bytes, streaming_wav_header
+from omni_jax.audio.encoding import streaming_wav_header
+from omni_jax.audio.io import pcm_bytes
 from omni_jax.inference.answer import Reply
 from omni_jax.serve.errors import RequestRefusedError
 from omni_jax.serve.sessions import AnswerStream, Service

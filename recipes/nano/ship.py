@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from omni_jax import Omni
 from omni_jax.audio import io as audio_io
+from omni_jax.audio.encoding import write_audio
 from omni_jax.data.records import Exchange
 from omni_jax.evaluation.plots import draw_spectrogram
 from omni_jax.inference.answer import Reply
@@ -67,7 +68,7 @@ def write_sample(omni: Omni, exchange: Exchange, path: Path) -> str:
     question = audio_io.from_pcm16(exchange.question_audio)
     reply = omni.reply(question, sample_rate=audio_io.SAMPLE_RATE)
     assert reply.audio is not None
-    audio_io.write_wav(path.with_name(f"{path.name}-question.wav"), question, audio_io.SAMPLE_RATE)
+    write_audio(path.with_name(f"{path.name}-question.wav"), question, audio_io.SAMPLE_RATE)
     reply.save(path.with_name(f"{path.name}-answer.wav"))
     draw_spectrograms([(question, audio_io.SAMPLE_RATE), (reply.audio, reply.sample_rate)], path.with_suffix(".png"))
     verdict = "right" if reply.text == exchange.answer_text else f"expected: {exchange.answer_text}"

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from omni_jax.audio import io as audio_io
+from omni_jax.audio.encoding import write_audio
 from omni_jax.checkpoint.folders import new_folder
 from omni_jax.data.records import Exchange, Records, from_bytes
 from omni_jax.tasks import Task
@@ -69,9 +70,7 @@ def main(
                 for number, exchange in enumerate(exchanges(source, limit)):
                     audio = f"audio/{name}-{number:04d}.wav"
                     if exchange.question_audio is not None:
-                        audio_io.write_wav(
-                            folder / audio, audio_io.from_pcm16(exchange.question_audio), audio_io.SAMPLE_RATE
-                        )
+                        write_audio(folder / audio, audio_io.from_pcm16(exchange.question_audio), audio_io.SAMPLE_RATE)
                     cases += [case(exchange, task, number, name, audio) for task in tasks]
             lines = [
                 json.dumps(values, ensure_ascii=False) for values in sorted(cases, key=lambda values: values["id"])

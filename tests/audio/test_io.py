@@ -93,18 +93,18 @@ BAD = {
     "no samples": (encode(np.zeros(0, np.float32)), "at least 20 ms of sound, found no samples"),
     "text": (
         b"certainly not sound\n" * 50,
-        r"expected audio .* found 1000 bytes that libsndfile cannot decode",
+        r"expected audio .* found 1000 bytes that cannot be decoded .*another kind of file",
     ),
-    "zeros": (bytes(1000), "cannot decode"),
-    "cut in the header": (encode(sine(16_000))[:30], "cannot decode"),
-    "wav cut in the data": (encode(sine(16_000), subtype="PCM_16")[:8000], "ends early"),
-    "flac cut in the data": (FLAC[: len(FLAC) // 2], "cannot decode"),
-    "mp3 cut in the data": (MP3[: len(MP3) // 2], "ends early"),
-    "vorbis cut within a page": (VORBIS[:-100], "damaged or ends early"),
-    "vorbis cut in a page's header": (VORBIS[: VORBIS.rindex(b"OggS") + 20], "damaged or ends early"),
-    "opus cut within a page": (OPUS[:-100], "damaged or ends early"),
-    "vorbis with a hole": (damaged(VORBIS, 0.5), "damaged or ends early"),
-    "opus with a hole in its last page": (damaged(OPUS, 0.99), "damaged or ends early"),
+    "zeros": (bytes(1000), "cannot be decoded"),
+    "cut in the header": (encode(sine(16_000))[:30], "cannot be decoded"),
+    "flac cut in the data": (FLAC[: len(FLAC) // 2], "damaged or cut"),
+    "flac with a hole": (damaged(FLAC, 0.5), "damaged or cut"),
+    "mp3 cut in the data": (MP3[: len(MP3) // 2], r"found \d+ of 16 frames \(damaged or cut\)"),
+    "vorbis cut within a page": (VORBIS[:-100], "damaged or cut"),
+    "vorbis cut in a page's header": (VORBIS[: VORBIS.rindex(b"OggS") + 20], "damaged or cut"),
+    "opus cut within a page": (OPUS[:-100], "damaged or cut"),
+    "vorbis with a hole": (damaged(VORBIS, 0.5), "damaged or cut"),
+    "opus with a hole in its last page": (damaged(OPUS, 0.99), "damaged or cut"),
     "1 Hz": (encode(sine(16_000), 1), "sample rate of at least 1000 Hz, found 1"),
     "NaN": (encode(broken(sine(16_000), np.nan)), "expected finite samples, found NaN or infinity"),
     "infinity": (encode(broken(sine(16_000), -np.inf)), "expected finite samples, found NaN or infinity"),
@@ -112,10 +112,6 @@ BAD = {
     "nearly silent": (encode(sine(16_000, peak=0.9e-4)), "expected sound, found silence"),
     "silent below 8 kHz": (
         encode(sine(48_000, frequency=15_000.0) * np.hanning(24_000), 48_000),
-        "expected sound, found silence",
-    ),
-    "opposite channels": (
-        encode(np.stack([sine(16_000), -sine(16_000)], axis=1)),
         "expected sound, found silence",
     ),
     "too short": (
@@ -144,7 +140,7 @@ def test_read_audio_rejects_bad_recordings(tmp_path, name):
 def test_read_audio_of_missing_or_unreadable_file(tmp_path):
     with pytest.raises(AudioError, match=r"absent\.wav: expected a recording, there is no such file"):
         audio_io.read_audio(tmp_path / "absent.wav")
-    with pytest.raises(AudioError, match="found a directory"):
+    with pytest.raises(AudioError, match="found a folder"):
         audio_io.read_audio(tmp_path)
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(AudioError, match="expected a readable file, found Not a directory"):
@@ -180,7 +176,7 @@ def test_read_mp3_without_xing_table():
     tag = b"ID3\4\0\0" + bytes([0, 0, 2, 3]) + b"Xing".ljust(2 * 128 + 3, b"\0")
     assert len(audio_io.read_audio(io.BytesIO(tag + bare))) >= len(sound)
     assert len(audio_io.read_audio(io.BytesIO(tag + whole))) == len(sound)
-    with pytest.raises(AudioError, match="ends early"):
+    with pytest.raises(AudioError, match="damaged or cut"):
         audio_io.read_audio(io.BytesIO(tag + whole[: len(whole) // 2]))
 
 
@@ -206,8 +202,9 @@ def test_to_mono_takes_arrays_and_lists():
             r"expected \[samples\] or \[samples, channels\], found shape",
         ),
         (np.float32(0.5), 16_000, r"expected \[samples\] or \[samples, channels\], found shape \(\)"),
-        (np.ones((2, 8000), np.float32), 16_000, "found more channels than samples"),
-        (np.ones(8000, np.int32), 16_000, "expected floating point or int16 samples, found int32"),
+        (np.ones((33, 8000), np.float32), 16_000, r"at most 32 channels, found shape \(33, 8000\)"),
+        (np.ones(8000, np.int64), 16_000, "expected floating point, uint8, int16 or int32 samples, found int64"),
+        (np.ones(8000, bool), 16_000, "found bool"),
         (np.ones(8000, np.complex64), 16_000, "found complex64"),
         (sine(16_000), 0, "expected a sample rate of at least 1000 Hz, found 0"),
         (sine(16_000), 999, "expected a sample rate of at least 1000 Hz, found 999"),
@@ -240,42 +237,6 @@ def test_to_pcm16_clips_and_rounds():
         audio_io.to_pcm16(np.array([np.nan], np.float32))
 
 
-def test_write_wav_and_read_back(tmp_path):
-    path = tmp_path / "out.wav"
-    path.write_bytes(b"previous content")
-    audio_io.write_wav(path, sine(24_000, peak=1.5), 24_000)
-    assert soundfile.info(path).subtype == "PCM_16"
-    assert soundfile.info(path).samplerate == 24_000
-    np.testing.assert_allclose(
-        audio_io.read_audio(path, 24_000), np.clip(sine(24_000, peak=1.5), -1, 32767 / 32768), atol=1e-4
-    )
-    assert [file.name for file in tmp_path.iterdir()] == ["out.wav"]
-
-
-def test_interrupted_write_wav_leaves_nothing(tmp_path, monkeypatch):
-    path = tmp_path / "out.wav"
-    path.write_bytes(b"previous content")
-
-    def interrupted(self, data):
-        with self.open("wb") as file:
-            file.write(data[:100])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(type(path), "write_bytes", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        audio_io.write_wav(path, sine(24_000), 24_000)
-    assert [file.name for file in tmp_path.iterdir()] == ["out.wav"]
-    assert path.read_bytes() == b"previous content"
-
-
-def test_write_wav_rejects(tmp_path):
-    with pytest.raises(AudioError, match="expected a writable path, found No such file or directory"):
-        audio_io.write_wav(tmp_path / "absent" / "out.wav", sine(24_000), 24_000)
-    with pytest.raises(AudioError, match=r"as \[samples\], found shape \(2, 3\)"):
-        audio_io.write_wav(tmp_path / "out.wav", np.zeros((2, 3), np.float32), 24_000)
-    assert list(tmp_path.iterdir()) == []
-
-
 def encoded(seconds: float, format: str, subtype: str | None = None, channels: int = 1) -> io.BytesIO:
     file = io.BytesIO()
     sound = 0.1 * np.sin(np.arange(int(seconds * 16_000)) / 9)
@@ -301,26 +262,3 @@ def test_read_audio_with_too_many_channels():
     wide.seek(0)
     with pytest.raises(AudioError, match="expected at most 32 channels, found 33"):
         audio_io.read_audio(wide, max_seconds=1.0)
-
-
-@pytest.mark.parametrize("format", audio_io.MEDIA_TYPES)
-def test_encode(format):
-    audio = sine(24_000, seconds=1.0)
-    data = audio_io.encode(audio, 24_000, format)
-    if format in ("pcm", "pcm16"):
-        assert data == audio_io.pcm_bytes(audio)
-        np.testing.assert_array_equal(np.frombuffer(data, "<i2"), audio_io.to_pcm16(audio))
-        return
-    found, rate = soundfile.read(io.BytesIO(data), dtype="float32")
-    lossy = format in ("mp3", "opus")
-    assert rate == 24_000
-    assert len(found) >= len(audio) if lossy else len(found) == len(audio)
-    np.testing.assert_allclose(found[2000:20_000], audio[2000:20_000], atol=0.1 if lossy else 1 / 32768, rtol=0)
-
-
-def test_streaming_wav_header():
-    pcm = audio_io.pcm_bytes(sine(24_000))
-    data = audio_io.streaming_wav_header(24_000) + pcm
-    np.testing.assert_array_equal(
-        audio_io.to_pcm16(audio_io.read_audio(io.BytesIO(data), 24_000)), np.frombuffer(pcm, "<i2")
-    )

@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from typer.testing import CliRunner
 
 from omni_jax.api import Omni
+from omni_jax.audio.encoding import encode
+from omni_jax.cli.app import app
 from omni_jax.cli.console import printable
 from tests.cli.shell import NAME, QUESTIONS, ROOT, STEPS, SUM, command, run, shell
 
@@ -117,7 +120,7 @@ def bad_files(tmp_path: Path) -> Path:
     (tmp_path / "text.wav").write_text("no sound at all " * 50)
     soundfile.write(tmp_path / "silent.wav", np.zeros(16000, np.float32), 16000)
     soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
-    (tmp_path / "cut_off.wav").write_bytes(NAME.read_bytes()[:5000])
+    (tmp_path / "cut_off.flac").write_bytes(encode(np.sin(np.arange(16000)) / 2, 16000, "flac")[:12_000])
     return tmp_path
 
 
@@ -125,12 +128,12 @@ def bad_files(tmp_path: Path) -> Path:
     ("file", "message"),
     [
         ("none.wav", "there is no such file"),
-        (".", "found a directory"),
+        (".", "found a folder"),
         ("empty.wav", "empty file"),
-        ("text.wav", "libsndfile cannot decode"),
+        ("text.wav", "cannot be decoded"),
         ("silent.wav", "found silence"),
         ("nan.wav", "NaN or infinity"),
-        ("cut_off.wav", "ends early"),
+        ("cut_off.flac", "damaged or cut"),
     ],
 )
 def test_ask_refuses_a_bad_recording_before_loading(file: str, message: str, bad_files: Path, loads: list[str]) -> None:
@@ -157,6 +160,8 @@ def test_ask_refuses_a_bad_recording_before_loading(file: str, message: str, bad
         (["--text", "hello", "--out", "no/such/folder/a.wav"], "found no folder"),
         (["--text", "hello", "--out", "."], "found a folder"),
         ([NAME, "--out", NAME], "another file than the question"),
+        (["--text", "hello", "--out", "a.midi"], "ends in .wav, .flac, .mp3, .ogg, .opus, .aac, .m4a, found .midi"),
+        (["--text", "hello", "--out", "a"], "found no suffix"),
         (["--text", "hello", "--max-steps", 0], "Invalid value for '--max-steps'"),
         (["--text", "hello", "--temperature", -1], "Invalid value for '--temperature'"),
         (["--text", "hello", "--temperature", "nan"], "Invalid value for '--temperature'"),
@@ -176,6 +181,16 @@ def test_ask_refuses_bad_usage(args: list[object], message: str, loads: list[str
     assert result.stdout == ""
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_ask_reads_standard_input_and_writes_by_suffix(tiny: Omni, tmp_path: Path) -> None:
+    out = tmp_path / "answer.mp3"
+    args = ["ask", "-", "--model", "tiny", "--max-steps", str(STEPS), "--out", str(out), "--json"]
+    result = CliRunner().invoke(app, args, input=NAME.read_bytes())
+    assert result.exit_code == 0, result.output
+    expected = run("ask", NAME, "--model", "tiny", "--max-steps", STEPS, "--out", tmp_path / "a.wav", "--json")
+    assert json.loads(result.stdout)["tokens"] == json.loads(expected.stdout)["tokens"]
+    assert soundfile.info(out).format == "MP3"
 
 
 def test_ask_names_a_missing_extra(loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

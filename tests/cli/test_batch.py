@@ -65,7 +65,7 @@ def test_batch_answers_in_order(tiny: Omni, loads: list[str], tmp_path: Path) ->
     assert "line 10: id" in errors[9]
     assert "line 11" in errors[10]
     assert errors[12] == "text: expected whole characters, found half of one at 0"
-    assert "expected a recording, found a directory" in errors[13]
+    assert "expected a recording, found a folder" in errors[13]
     assert "line 15: audio: expected the path of a file, found 'a\\x00b.wav'" in errors[14]
     assert "line 17: expected a JSON object" in errors[15]
 

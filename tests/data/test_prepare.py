@@ -22,6 +22,7 @@ import soundfile
 from flax import nnx
 
 from omni_jax.audio import io as audio_io
+from omni_jax.audio.encoding import write_audio
 from omni_jax.codec.snac import Snac, make_encoder
 from omni_jax.config.model import PRESETS, CodecConfig
 from omni_jax.data import sources
@@ -87,7 +88,7 @@ def test_batched_encoding_equals_single(tmp_path: Path) -> None:
     rows = []
     for number, seconds in enumerate((0.05, 0.08, 0.04)):
         sound = 0.1 * np.random.default_rng(number).standard_normal(int(seconds * 24_000))
-        audio_io.write_wav(tmp_path / f"a{number}.wav", sound.astype(np.float32), 24_000)
+        write_audio(tmp_path / f"a{number}.wav", sound.astype(np.float32), 24_000)
         rows.append({"answer_text": f"a {number}", "answer_audio": f"a{number}.wav"})
     rows.insert(1, {"question_text": "only", "answer_text": "text"})
     put(tmp_path / "m.jsonl", "\n".join(map(json.dumps, rows)))

@@ -15,6 +15,7 @@ import pytest
 
 from omni_jax.api import Omni
 from omni_jax.audio import io as audio_io
+from omni_jax.audio.encoding import write_audio
 from omni_jax.errors import ConfigError
 from omni_jax.evaluation import asr_judge, report
 from omni_jax.evaluation.run import Evaluation, evaluate, measure_speed
@@ -48,7 +49,7 @@ class ConstantJudge:
 def cases(omni: Omni, tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
     folder = tmp_path_factory.mktemp("questions")
     sound = np.random.default_rng(0).normal(size=3000).astype(np.float32) / 10
-    audio_io.write_wav(folder / "q.wav", sound, 16_000)
+    write_audio(folder / "q.wav", sound, 16_000)
     said = omni.transcribe(folder / "q.wav").text
     answered = omni.reply(folder / "q.wav").text
     return [
@@ -157,7 +158,7 @@ def test_parse_judge(tmp_path: Path) -> None:
     program = f"{sys.executable} -c \"import sys; print(open(sys.argv[1], 'rb').read(4).decode())\" {{audio}}"
     judge = asr_judge.parse_judge(f"command={program}")
     assert judge is not None
-    audio_io.write_wav(tmp_path / "a b.wav", np.ones(100, np.float32) / 2, 16_000)
+    write_audio(tmp_path / "a b.wav", np.ones(100, np.float32) / 2, 16_000)
     assert judge.transcribe(tmp_path / "a b.wav") == "RIFF"
     with pytest.raises(ConfigError, match="exit code 1"):
         judge.transcribe(tmp_path / "none.wav")

@@ -18,6 +18,7 @@ import pytest
 
 from omni_jax.api import Omni
 from omni_jax.audio import io as audio_io
+from omni_jax.audio.encoding import encode
 from omni_jax.serve.app import make_server
 from omni_jax.serve.sessions import Service, Settings
 from tests.inference.reference_decoder import small_omni
@@ -151,7 +152,7 @@ def samples() -> np.ndarray:
 @pytest.fixture(scope="session")
 def recording(samples: np.ndarray) -> bytes:
     """A wav file."""
-    return audio_io.encode_wav(samples, 16_000)
+    return encode(samples, 16_000, "wav")
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from omni_jax.api import Omni
-from omni_jax.audio import io as audio_io
+from omni_jax.audio.encoding import encode
 from omni_jax.errors import AudioTooLongError, BusyError, CheckpointError, ClosedError, ConfigError, OmniError
 from omni_jax.inference.engine import Engine
 from omni_jax.inference.generation import GenerationConfig
@@ -214,7 +214,7 @@ def test_max_audio_seconds_refuses_before_decoding(omni: Omni, tmp_path: Any) ->
         hours = base64.b64encode(buffer.getvalue()).decode()
         status, message = server.refused("/chat", {"audio": hours})
         assert (status, message) == (400, "recording: expected a recording of at most 0.10 s, found 1800.00 s")
-        long = base64.b64encode(audio_io.encode_wav(np.ones(2000, np.float32) / 2, 16_000)).decode()
+        long = base64.b64encode(encode(np.ones(2000, np.float32) / 2, 16_000, "wav")).decode()
         assert "at most 0.10 s, found 0.12 s" in server.refused("/chat", {"audio": long})[1]
 
 

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 
 from omni_jax.audio import io as audio_io
+from omni_jax.audio.encoding import streaming_wav_header
 from tests.serve.conftest import RunningServer, assert_same_audio
 
 
@@ -42,7 +43,7 @@ def test_chat_streams_wav_by_default(server: RunningServer, recording: bytes, re
     assert expected.audio is not None
     data, kind = stream_chat(server, audio=recording_base64)
     assert kind == "audio/wav"
-    assert data.startswith(audio_io.streaming_wav_header(expected.sample_rate))
+    assert data.startswith(streaming_wav_header(expected.sample_rate))
     read, rate = soundfile.read(io.BytesIO(data), dtype="int16")
     assert rate == expected.sample_rate
     assert_same_audio(read, expected.audio)

@@ -12,6 +12,7 @@ import pytest
 import soundfile
 
 from omni_jax.audio import io as audio_io
+from omni_jax.audio.encoding import streaming_wav_header
 from tests.serve.conftest import RunningServer, assert_same_audio
 
 HEADER = 44
@@ -35,7 +36,7 @@ def test_models(client: Any) -> None:
         client.models.retrieve("gpt-4o")
 
 
-@pytest.mark.parametrize("format", ["wav", "pcm16", "flac", "mp3", "opus"])
+@pytest.mark.parametrize("format", ["wav", "pcm16", "flac", "mp3", "opus", "aac", "m4a"])
 def test_chat_with_audio_in_and_out(
     client: Any, server: RunningServer, recording: bytes, recording_base64: str, format: str
 ) -> None:
@@ -53,6 +54,8 @@ def test_chat_with_audio_in_and_out(
     data = base64.b64decode(choice.message.audio.data)
     if format == "pcm16":
         received, rate = np.frombuffer(data, "<i2"), expected.sample_rate
+    elif format in ("aac", "m4a"):
+        received, rate = audio_io.read_audio(data, expected.sample_rate), expected.sample_rate
     else:
         received, rate = soundfile.read(io.BytesIO(data), dtype="int16")
     if format in ("wav", "pcm16", "flac"):
@@ -90,7 +93,7 @@ def test_chat_stream_equals_whole_answer(
     assert "".join(part.get("transcript") or "" for part in audio) == expected.text
     data = b"".join(base64.b64decode(part["data"]) for part in audio if part.get("data"))
     if format == "wav":
-        assert data[:HEADER] == audio_io.streaming_wav_header(expected.sample_rate)
+        assert data[:HEADER] == streaming_wav_header(expected.sample_rate)
         data = data[HEADER:]
     assert_same_audio(np.frombuffer(data, "<i2"), expected.audio)
     assert len({part["id"] for part in audio}) == 1
@@ -156,6 +159,7 @@ def test_speech(client: Any, server: RunningServer, format: str) -> None:
     [
         ({"model": "gpt-4o"}, "model: expected 'small', found 'gpt-4o'"),
         ({"n": 2}, "n: not supported by this model"),
+        ({"modalities": ["text", "audio"], "audio": {"voice": "a", "format": "midi"}}, "'flac', 'ogg', 'opus'"),
         ({"stop": ["."]}, "stop: not supported by this model"),
         ({"temperature": 3}, "temperature: input should be less than or equal to 2, found 3"),
         ({"messages": []}, "messages: list should have at least 1 item"),

@@ -14,6 +14,7 @@ import pytest
 
 from omni_jax.api import Omni
 from omni_jax.audio import io as audio_io
+from omni_jax.audio.encoding import write_audio
 from tests.serve.conftest import HeldBatch, RunningServer, assert_same_audio, eventually, run_server
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
@@ -31,9 +32,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     # Input of the microphone: a tone that rises and falls, repeated.
     t = np.arange(48_000) / 16_000
     microphone = tmp_path_factory.mktemp("microphone") / "tone.wav"
-    audio_io.write_wav(
-        microphone, (0.3 * np.sin(2 * np.pi * 300 * t) * np.sin(2 * np.pi * t)).astype(np.float32), 16_000
-    )
+    write_audio(microphone, (0.3 * np.sin(2 * np.pi * 300 * t) * np.sin(2 * np.pi * t)).astype(np.float32), 16_000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM,
@@ -121,7 +120,7 @@ def test_page_hold_to_talk(page: Any, server: RunningServer, hold: str) -> None:
 
 def test_page_sends_audio_file(page: Any, server: RunningServer, samples: np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / "question.wav"
-    audio_io.write_wav(path, samples, 16_000)
+    write_audio(path, samples, 16_000)
     page.set_input_files("#file", path)
     # 16 kHz, mono: the browser does not change it.
     expected = server.omni.reply(audio_io.to_pcm16(samples), sample_rate=16_000)

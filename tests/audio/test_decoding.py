@@ -1,0 +1,383 @@
+"""Reading of every kind of recording, of headers that lie, and of files that are damaged."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import struct
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+
+from omni_jax.audio import io as audio_io
+from omni_jax.errors import AudioError, AudioTooLongError
+from tests.audio.recordings import SECONDS, Kind, correlation, encode, voice
+
+RECORDINGS = Path(__file__).parents[1] / "assets" / "recordings"
+
+PCM = ("pcm_u8", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le", "pcm_f64le", "pcm_mulaw", "pcm_alaw")
+KINDS = [
+    *(Kind("wav", "pcm_s16le", rate, channels) for rate in (8000, 16_000, 44_100, 48_000) for channels in (1, 2)),
+    *(Kind("wav", codec, 8000) for codec in PCM),
+    Kind("wav", "pcm_s16le", 48_000, 6),
+    *(Kind("wav", codec, 8000, padding=0.07) for codec in ("adpcm_ima_wav", "adpcm_ms", "adpcm_yamaha")),
+    Kind("wav", "g722", 16_000),
+    Kind("wav", "g726", 8000),
+    Kind("wav", "libmp3lame", 44_100, 2, padding=0.03),
+    Kind("wav", "libmp3lame", 8000, padding=0.15),
+    Kind("wav", "ac3", 48_000),
+    Kind("w64", "pcm_s16le", 16_000),
+    Kind("aiff", "pcm_s16be", 44_100, 2),
+    Kind("aiff", "pcm_s24be", 44_100),
+    Kind("au", "pcm_s16be", 8000),
+    Kind("au", "pcm_mulaw", 8000),
+    Kind("caf", "pcm_s16le", 44_100),
+    Kind("caf", "alac", 44_100, 2),
+    Kind("voc", "pcm_s16le", 16_000),
+    Kind("flac", "flac", 16_000),
+    Kind("flac", "flac", 44_100, 2),
+    Kind("tta", "tta", 44_100, 2),
+    Kind("wv", "wavpack", 44_100, 2),
+    Kind("mp3", "libmp3lame", 8000),
+    Kind("mp3", "libmp3lame", 16_000),
+    Kind("mp3", "libmp3lame", 44_100, 2),
+    Kind("mp2", "mp2", 48_000, 2),
+    Kind("ogg", "libopus", 16_000),
+    Kind("ogg", "libopus", 48_000, 2),
+    Kind("ogg", "vorbis", 44_100, 2),
+    Kind("oga", "flac", 16_000),
+    Kind("adts", "aac", 44_100, 2, padding=0.03),
+    Kind("adts", "aac", 16_000, padding=0.1),
+    Kind("adts", "aac", 48_000, 8, padding=0.03),
+    Kind("mp4", "aac", 48_000, 8),
+    Kind("ac3", "ac3", 48_000, 2),
+    Kind("eac3", "eac3", 48_000, 2),
+    Kind("amr", "libopencore_amrnb", 8000, bit_rate=12_200),
+    Kind("g722", "g722", 16_000, suffix=".g722"),
+    Kind("mulaw", "pcm_mulaw", 8000, suffix=".ul"),
+    Kind("alaw", "pcm_alaw", 8000, suffix=".alaw"),
+    Kind("ipod", "aac", 44_100),
+    Kind("ipod", "alac", 44_100, 2),
+    Kind("mp4", "aac", 48_000, 2),
+    Kind("mp4", "libopus", 48_000),
+    Kind("mp4", "flac", 48_000),
+    Kind("mp4", "libmp3lame", 44_100),
+    Kind("ismv", "aac", 44_100),
+    Kind("3gp", "aac", 16_000),
+    Kind("3gp", "libopencore_amrnb", 8000, bit_rate=12_200),
+    Kind("3g2", "aac", 22_050),
+    Kind("mov", "pcm_s16le", 48_000, 2),
+    Kind("webm", "libopus", 48_000),
+    Kind("webm", "vorbis", 44_100, 2),
+    Kind("matroska", "flac", 44_100),
+    Kind("matroska", "pcm_s16le", 48_000),
+    Kind("matroska", "ac3", 48_000, 6),
+    Kind("asf", "wmav2", 44_100, 2, bit_rate=64_000, padding=0.1),
+    Kind("asf", "wmav1", 22_050, bit_rate=32_000, padding=0.1),
+    Kind("avi", "pcm_s16le", 22_050),
+    Kind("mpegts", "aac", 48_000, 2),
+    Kind("vob", "ac3", 48_000, 2),
+    Kind("mp4", "aac", 44_100, 2, video="mpeg4"),
+    Kind("mp4", "aac", 48_000, video="libx264"),
+    Kind("mov", "alac", 44_100, 2, video="libx264"),
+    Kind("mov", "pcm_s16le", 44_100, 2, video="mjpeg"),
+    Kind("matroska", "aac", 44_100, 2, video="libx264"),
+    Kind("webm", "libopus", 48_000, video="libvpx"),
+    Kind("avi", "libmp3lame", 44_100, 2, video="mpeg4", padding=0.03),
+    Kind("flv", "libmp3lame", 44_100, 2, video="flv", padding=0.03),
+    Kind("mpegts", "mp2", 44_100, 2, video="mpeg2video"),
+    Kind("mpeg", "mp2", 44_100, 2, video="mpeg1video"),
+    Kind("asf", "wmav2", 44_100, 2, video="wmv2", bit_rate=64_000, padding=0.1),
+]
+KINDS = list(dict.fromkeys(KINDS))
+
+
+def source(kind: Kind, data: bytes, folder: Path) -> bytes | Path:
+    """What is read: bytes, or a file where the suffix says what it is."""
+    if not kind.suffix:
+        return data
+    path = folder / f"recording{kind.suffix}"
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_read_audio_of_kind(kind: Kind, tmp_path: Path) -> None:
+    found = audio_io.read_audio(source(kind, encode(kind), tmp_path))
+    seconds = len(found) / 16_000
+    assert seconds + kind.padding >= SECONDS - 0.03
+    assert seconds <= SECONDS + 0.03 + kind.padding
+    lossless = kind.codec.startswith("pcm_s") or kind.codec in ("flac", "alac", "tta")
+    assert correlation(found, 16_000, 0.03 + kind.padding) > (0.9999 if lossless else 0.9)
+
+
+@pytest.mark.parametrize(
+    ("container", "subtype"), [("WAV", "GSM610"), ("AU", "G721_32"), ("AIFF", "IMA_ADPCM"), ("WAV", "IMA_ADPCM")]
+)
+def test_read_audio_of_kind_that_libsndfile_writes(container: str, subtype: str) -> None:
+    file = io.BytesIO()
+    soundfile.write(file, voice(8000), 8000, format=container, subtype=subtype)
+    found = audio_io.read_audio(file.getvalue())
+    assert -0.03 < len(found) / 16_000 - SECONDS < 0.13
+    assert correlation(found, 16_000, 0.1) > 0.9
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("rate", [8000, 16_000, 44_100])
+@pytest.mark.parametrize(
+    ("container", "subtype"),
+    [
+        *(("WAV", subtype) for subtype in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")),
+        *(("FLAC", subtype) for subtype in ("PCM_S8", "PCM_16", "PCM_24")),
+        *(("AIFF", "PCM_16"), ("AU", "PCM_24"), ("CAF", "FLOAT"), ("W64", "PCM_16"), ("RF64", "PCM_16")),
+    ],
+)
+def test_samples_equal_those_of_libsndfile(container: str, subtype: str, rate: int, channels: int) -> None:
+    """An independent reader; models answer a wav file as they did when it was the only one."""
+    sound = 0.2 * np.random.default_rng(0).standard_normal((rate // 2 + 17, channels))
+    file = io.BytesIO()
+    soundfile.write(file, sound, rate, format=container, subtype=subtype)
+    file.seek(0)
+    samples, _ = soundfile.read(file, dtype="float32", always_2d=True)
+    np.testing.assert_array_equal(audio_io.read_audio(file.getvalue(), rate), samples.mean(axis=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds"),
+    [("chrome.webm", 1.965), ("iphone.m4a", 1.965), ("vbr_noxing.mp3", 2.052), ("mulaw8k.wav", 1.965)],
+)
+def test_read_audio_of_recordings_as_people_have_them(name: str, seconds: float) -> None:
+    for given in (RECORDINGS / name, (RECORDINGS / name).read_bytes()):
+        assert len(audio_io.read_audio(given)) / 16_000 == pytest.approx(seconds, abs=0.001)
+
+
+def wav(size: int | None = None, riff: int | None = None, after: bytes = b"") -> bytes:
+    """A wav file whose header gives other sizes than the true ones."""
+    data = encode(Kind("wav", "pcm_s16le", 16_000))
+    at = data.index(b"data") + 4
+    size = int.from_bytes(data[at : at + 4], "little") if size is None else size
+    riff = len(data) - 8 if riff is None else riff
+    return data[:4] + struct.pack("<I", riff) + data[8:at] + struct.pack("<I", size) + data[at + 4 :] + after
+
+
+NUM_BYTES = round(SECONDS * 16_000) * 2
+CHUNK = b"LIST" + struct.pack("<I", 12) + b"INFOISFT" + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("data", "warns"),
+    [
+        (wav(0), False),
+        (wav(0, riff=0), False),
+        (wav(NUM_BYTES + 8), False),
+        (wav(NUM_BYTES - 8), False),
+        (wav(NUM_BYTES + 320_000), True),
+        (wav(2_000_000_000), False),
+        (wav(0x7FFFFFFF), False),
+        (wav(0xFFFFFFFF, riff=0xFFFFFFFF), False),
+        (wav(0xFFFFFFF0), False),
+        # A recorder that is killed leaves the size of an earlier moment.
+        (wav(4096), False),
+        (wav(NUM_BYTES // 2), False),
+        (wav(after=CHUNK), False),
+        (wav(after=CHUNK + b"id3 " + struct.pack("<I", 3) + b"abc"), False),
+    ],
+)
+def test_wav_header_that_lies(data: bytes, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
+    np.testing.assert_array_equal(audio_io.read_audio(data), audio_io.read_audio(wav()))
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * warns
+
+
+def test_wav_header_without_sound() -> None:
+    data = wav()[: -NUM_BYTES - 4] + bytes(4)
+    for following in (b"", CHUNK):
+        with pytest.raises(AudioError, match="at least 20 ms"):
+            audio_io.read_audio(data + following)
+
+
+def test_header_that_claims_gigabytes() -> None:
+    """libsndfile would allocate 48 GB for this GSM file."""
+    file = io.BytesIO()
+    soundfile.write(file, voice(8000, 1.0), 8000, format="WAV", subtype="GSM610")
+    data = file.getvalue()
+    at, fact = data.index(b"data") + 4, data.index(b"fact") + 8
+    data = data[:fact] + b"\xff\xff\xff\x7f" + data[fact + 4 : at] + b"\xff\xff\xff\x7f" + data[at + 4 :]
+    assert len(audio_io.read_audio(data)) == pytest.approx(16_000, abs=1000)
+
+
+STREAMS = {"mp2", "adts", "ac3", "eac3", "amr", "g722", "mulaw", "alaw", "mpegts", "mpeg", "vob", "voc"}
+"""Containers that do not say how long they are."""
+WARNED = {"wav", "w64", "aiff", "au", "caf-pcm", "avi-pcm"}
+"""Those that are read to the end of what is there."""
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.6, 0.95])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.container not in (*STREAMS, "flv")], ids=str)
+def test_cut_file_is_not_shortened_in_silence(kind: Kind, fraction: float, caplog: pytest.LogCaptureFixture) -> None:
+    data = encode(kind)
+    data = data[: int(len(data) * fraction)]
+    codec = "-pcm" if kind.codec.startswith("pcm") else ""
+    if kind.container not in WARNED and kind.container + codec not in WARNED:
+        with pytest.raises(AudioError, match="cut"):
+            audio_io.read_audio(data)
+        return
+    found = audio_io.read_audio(data)
+    assert "read to the end" in caplog.text
+    assert abs(len(found) / 16_000 - SECONDS * fraction) < 0.2 + kind.padding
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.container in STREAMS], ids=str)
+def test_cut_stream_is_read_to_its_end(kind: Kind, tmp_path: Path) -> None:
+    data = encode(kind)
+    found = audio_io.read_audio(source(kind, data[: int(len(data) * 0.7)], tmp_path))
+    assert len(found) / 16_000 == pytest.approx(SECONDS * 0.7, abs=0.3)
+
+
+def test_mp3_that_begins_and_ends_within_a_frame() -> None:
+    """As a recorder of a radio stream writes it."""
+    whole = encode(Kind("mp3", "libmp3lame", 44_100, 2), seconds=3.0)
+    found = audio_io.read_audio(whole[len(whole) // 3 + 100 : -100])
+    assert len(found) / 16_000 == pytest.approx(2.0, abs=0.15)
+
+
+def test_concatenated_mp3_is_read_whole() -> None:
+    first, second = (encode(Kind("mp3", "libmp3lame", 16_000), seconds) for seconds in (1.0, 2.0))
+    assert len(audio_io.read_audio(first + second)) / 16_000 == pytest.approx(3.0, abs=0.2)
+
+
+def test_mpegts_whose_format_changes() -> None:
+    """A television recorder crosses the border of two programs."""
+    first = encode(Kind("mpegts", "mp2", 48_000, 2), 1.0)
+    second = encode(Kind("mpegts", "mp2", 32_000, 1), 1.0)
+    assert len(audio_io.read_audio(first + second)) / 16_000 == pytest.approx(2.0, abs=0.15)
+
+
+def test_webm_with_a_hole_is_refused_or_whole() -> None:
+    data = encode(Kind("webm", "libopus", 48_000), 3.0)
+    with pytest.raises(AudioError, match="damaged or cut"):
+        audio_io.read_audio(data[: len(data) // 2])
+
+
+def many_streams(*levels: float, video: bool = True) -> bytes:
+    """A Matroska file with a stream of sound per level."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        streams = [container.add_stream("pcm_s16le", rate=16_000, layout="mono") for _ in levels]
+        if video:
+            pictures = container.add_stream("mpeg4", rate=25)
+            pictures.width, pictures.height, pictures.pix_fmt = 64, 48, "yuv420p"
+            picture = av.VideoFrame.from_ndarray(np.zeros((72, 64), np.uint8), format="yuv420p")
+            container.mux(pictures.encode(picture))
+            container.mux(pictures.encode(None))
+        for stream, level in zip(streams, levels, strict=True):
+            pcm = np.rint(voice(16_000) * level * 32767).astype(np.int16)
+            frame = av.AudioFrame.from_ndarray(pcm[None], format="s16", layout="mono")
+            frame.sample_rate = 16_000
+            container.mux(stream.encode(frame))
+    return file.getvalue()
+
+
+def test_video_without_sound() -> None:
+    with pytest.raises(AudioError, match=r"recording: expected a recording, found a video without a stream of sound"):
+        audio_io.read_audio(many_streams())
+
+
+def test_first_of_several_streams() -> None:
+    found = audio_io.read_audio(many_streams(1.0, 0.1))
+    assert np.abs(found).max() > 0.3
+    assert correlation(found, 16_000) > 0.999
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "ffconcat version 1.0\nfile 'a.wav'\n", "v=0\no=- 0 0 IN IP4 1\n"],
+)
+def test_playlists_are_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFmpeg would open the files and addresses in them."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.wav").write_bytes(wav())
+    for name in ("list.m3u8", "list.ffconcat", "list.sdp"):
+        Path(name).write_text(text)
+        with pytest.raises(AudioError, match="cannot be decoded"):
+            audio_io.read_audio(name)
+
+
+def test_opposite_phase_takes_one_channel() -> None:
+    sound = voice(16_000)
+    for right in (-sound, -0.9 * sound, -1.1 * sound):
+        louder = sound if np.abs(right).max() <= np.abs(sound).max() else right
+        np.testing.assert_array_equal(audio_io.to_mono(np.stack([sound, right], axis=1), 16_000), louder)
+    found = audio_io.read_audio(encode(Kind("wav", "pcm_s16le", 16_000, 2), sound=np.stack([sound, -sound])))
+    assert correlation(found, 16_000) > 0.9999
+    # Different sounds, and sound on one side only, are averaged.
+    other = np.random.default_rng(0).standard_normal(len(sound)).astype(np.float32) / 5
+    for right in (other, 0 * sound, -0.5 * sound):
+        np.testing.assert_allclose(
+            audio_io.to_mono(np.stack([sound, right], axis=1), 16_000), (sound + right) / 2, atol=1e-6
+        )
+
+
+def test_read_audio_truncates() -> None:
+    kind = Kind("wav", "pcm_s16le", 44_100, 2)
+    whole = audio_io.read_audio(encode(kind, 3.0))
+    beginning = audio_io.read_audio(encode(kind, 3.0), max_seconds=1.0, truncate=True)
+    np.testing.assert_array_equal(beginning, whole[:16_000])
+    np.testing.assert_array_equal(audio_io.read_audio(encode(kind, 3.0), max_seconds=4.0, truncate=True), whole)
+    # Only the beginning is decoded: the end may be missing.
+    opus = encode(Kind("ogg", "libopus", 48_000), 20.0)
+    assert len(audio_io.read_audio(opus[:-100], max_seconds=1.0, truncate=True)) == 16_000
+
+
+@pytest.mark.parametrize("container", ["ogg", "webm", "mp4"])
+def test_read_audio_longer_than_max_seconds_of_small_file(container: str) -> None:
+    """Silence takes a few bytes per second: 90 minutes must not be decoded to refuse them."""
+    data = encode(Kind(container, "libopus", 48_000, bit_rate=6000), sound=np.zeros(48_000 * 300, np.float32))
+    assert len(data) < 400_000
+    with pytest.raises(AudioTooLongError, match=r"at most 30\.00 s, found 300\.\d\d s: .*\(truncate\)"):
+        audio_io.read_audio(data, max_seconds=30.0)
+
+
+def test_read_audio_refuses_what_is_not_an_ordinary_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.wav")
+    for path, found in ((tmp_path / "pipe.wav", "a pipe"), (Path("/dev/zero"), "a device"), (tmp_path, "a folder")):
+        with pytest.raises(AudioError, match=f"expected a recording, found {found}$"):
+            audio_io.read_audio(path)
+    with pytest.raises(AudioError, match="zero byte"):
+        audio_io.read_audio("a\0.wav")
+
+
+def test_read_audio_of_endless_or_text_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audio_io, "MAX_STREAM_BYTES", 1 << 20)
+    with Path("/dev/zero").open("rb") as file, pytest.raises(AudioError, match="at most 1048576 bytes, found more"):
+        audio_io.read_audio(file)
+    with pytest.raises(AudioError, match="opened in binary mode"):
+        audio_io.read_audio(io.StringIO("text"))  # type: ignore[arg-type]
+
+
+def test_read_audio_of_bytes_like_objects() -> None:
+    data = wav()
+    for given in (data, bytearray(data), memoryview(data), io.BytesIO(data)):
+        np.testing.assert_array_equal(audio_io.read_audio(given), audio_io.read_audio(data))
+
+
+def test_to_mono_scales_integers_and_takes_channels_first() -> None:
+    sound = voice(16_000)
+    for dtype, scale, zero in ((np.uint8, 127, 128), (np.int16, 32767, 0), (np.int32, 2**31 - 128, 0)):
+        found = audio_io.to_mono(np.rint(sound.astype(np.float64) * scale + zero).astype(dtype), 16_000)
+        np.testing.assert_allclose(found, sound, atol=0.015 if dtype == np.uint8 else 1e-4)
+    for channels in (1, 2, 32):
+        array = np.stack([sound] * channels)
+        np.testing.assert_allclose(audio_io.to_mono(array, 16_000), sound, atol=1e-6)
+
+
+def test_importing_audio_io_does_not_import_ffmpeg() -> None:
+    """It takes a tenth of a second, which only who reads a file should wait for."""
+    import subprocess
+    import sys
+
+    code = "import sys, omni_jax.audio.io, omni_jax.audio.encoding; sys.exit('av' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
