@@ -468,7 +468,7 @@ def test_text_is_normalized_for_every_task(omni: Omni) -> None:
 @pytest.fixture(scope="module")
 def reader(codec: DecodeFn) -> Omni:
     """Reads three words at once."""
-    config = replace(CONFIG, text=TextConfig(spoken_english=True, max_words=3))
+    config = replace(CONFIG, text=TextConfig(max_words=3))
     return Omni(random_model(config, seed=SEED, eot=EOT, eoa=3.0), codec, byte_tokenizer())
 
 
@@ -476,11 +476,11 @@ def reader(codec: DecodeFn) -> Omni:
 def test_read_aloud_speaks_sentence_by_sentence(reader: Omni, count: int) -> None:
     """Each as it is spoken alone, with pauses between them; streamed and whole are the same."""
     sentences = ["Hi there.", "Is it five?", "No, six,", "I did."]
-    text = " ".join(sentences[index % 4] for index in range(count)).replace("five", "5")
+    text = " ".join(sentences[index % 4] for index in range(count))
     options = {"max_steps": 400}
     alone = [reader.read_aloud(sentences[index % 4], **options) for index in range(count)]
     whole = reader.read_aloud(text, **options)
-    assert whole.text == text.replace("5", "five")
+    assert whole.text == text
     np.testing.assert_array_equal(whole.tokens, np.concatenate([reply.tokens for reply in alone], axis=1))
     assert whole.num_invalid_codes == sum(reply.num_invalid_codes for reply in alone)
     assert whole.finish_reason == next((r.finish_reason for r in alone if r.finish_reason != "stop"), "stop")
