@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import tokenizers
 from flax import nnx
 
@@ -28,8 +27,10 @@ from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.request import Audio, Request
 from omni_jax.inference.runner import ModelRunner
 from omni_jax.model.omni import OmniModel
-from omni_jax.prompts import Prompt, speech_positions, speech_prompt, text_prompt
+from omni_jax.prompts import speech_positions, speech_prompt, text_prompt
 from omni_jax.tasks import Task
+from omni_jax.text.normalize import normalize_text
+from omni_jax.text.sentences import split_sentences
 from omni_jax.tokenizer import byte_tokenizer
 from omni_jax.vocab import Vocab
 
@@ -225,7 +226,7 @@ class Omni:
         return self.generate(Request(audio, None, Task.A1T1, sample_rate, truncate), **options)
 
     def read_aloud(self, text: str, **options: Any) -> Reply:
-        """Speak a text (T1A1)."""
+        """Speak a text (T1A1); what is too long for the model is spoken sentence by sentence."""
         return self.generate(Request(None, text, Task.T1A1), **options)
 
     def generate(
@@ -246,7 +247,8 @@ class Omni:
 
         Raises:
             AudioError: the recording cannot be used.
-            ConfigError: the task does not fit the input, an option is out of range, or the text is too long.
+            ConfigError: the task does not fit the input, an option is out of range, or the text is too long or has no
+                letter or digit.
         """
         return self.run([self.prepare(inputs, task=task, config=config, **options)])[0]
 
@@ -302,17 +304,18 @@ class Omni:
         config: GenerationConfig | None = None,
         **options: Any,
     ) -> PreparedRequest:
-        """Validate a request and make it ready to run: reads the file, tokenizes the text. See `generate`."""
+        """Validate a request and make it ready to run: reads the file, prepares the text. See `generate`."""
         request = Request.of(inputs)
         if task is not None:
             request = replace(request, task=task)
         task = request.resolve_task()
         settings = (request.config or config or GenerationConfig()).replace(**options)
-        prompt, speech = self._prompt(task, request)
+        prepare = self._prepare_audio if request.text is None else self._prepare_text
+        prepared = prepare(task, request)
         context = self.config.trunk.max_position
-        if len(prompt) > context:
-            raise ConfigError(f"the prompt takes {len(prompt)} positions; expected at most the context of {context}")
-        return PreparedRequest(prompt, speech, settings)
+        if (longest := prepared.longest_prompt) > context:
+            raise ConfigError(f"the prompt takes {longest} positions; expected at most the context of {context}")
+        return replace(prepared, config=settings)
 
     def run(self, requests: Sequence[PreparedRequest], max_batch_size: int = 8) -> list[Reply]:
         """Answer prepared requests, up to `max_batch_size` at a time in one running batch; in their order."""
@@ -324,15 +327,19 @@ class Omni:
         answers = [AnswerBuilder(self.outputs, request, streaming=False) for request in requests]
         replies: dict[int, Reply] = {}
         while engine.busy:
-            finished = []
+            ended, finished = [], []
             for progress in engine.advance():
                 answers[progress.key].add(progress)
+                if progress.finish or progress.sentence_finish:
+                    ended.append(progress.key)
                 if progress.finish:
                     finished.append(progress.key)
-            # The audio of all that finished in this chunk, in one call of the codec.
-            speaking = [key for key in finished if requests[key].prompt.task.outputs_audio]
-            audio = dict(zip(speaking, self.outputs.decode_audio([answers[k].tokens for k in speaking]), strict=True))
-            replies |= {key: answers[key].reply(audio.get(key)) for key in finished}
+            # The audio of all that ended in this chunk, in one call of the codec.
+            speaking = [answers[key] for key in ended if requests[key].prompt.task.outputs_audio]
+            audio = self.outputs.decode_audio([answer.sentence_tokens for answer in speaking])
+            for answer, samples in zip(speaking, audio, strict=True):
+                answer.add_audio(samples)
+            replies |= {key: answers[key].reply() for key in finished}
         return [replies[key] for key in range(len(requests))]
 
     def stream_prepared(self, request: PreparedRequest) -> Iterator[Chunk]:
@@ -355,24 +362,22 @@ class Omni:
         Engine(self.runner, max_batch_size, self.config.trunk.max_position).warm_up()
         StreamDecoder(self.outputs.codec, self.config.codec).warm_up()
 
-    def _prompt(self, task: Task, request: Request) -> tuple[Prompt, np.ndarray | None]:
-        if request.text is not None:
-            return text_prompt(task, self._tokenize(request.text), self._vocab), None
+    def _prepare_text(self, task: Task, request: Request) -> PreparedRequest:
+        settings = self.config.text
+        text = normalize_text(request.text, settings)
+        if task is not Task.T1A1:
+            return PreparedRequest(text_prompt(task, self._tokenize(text), self._vocab))
+        sentences = [text] if settings.max_words is None else split_sentences(text, settings.max_words)
+        first, *later = [text_prompt(task, self._tokenize(sentence), self._vocab) for sentence in sentences]
+        return PreparedRequest(first, sentences=tuple(sentences), next_prompts=tuple(later))
+
+    def _prepare_audio(self, task: Task, request: Request) -> PreparedRequest:
         encoder = self.config.audio_encoder
         audio = _samples(request, encoder.max_samples)
         positions = speech_positions(len(audio), encoder.max_position, self.config.adapter.stack)
-        return speech_prompt(task, positions, self._vocab), audio
+        return PreparedRequest(speech_prompt(task, positions, self._vocab), audio)
 
-    def _tokenize(self, text: Any) -> list[int]:
-        if not isinstance(text, str):
-            raise ConfigError(f"text: expected a string, found {type(text).__name__}", field="text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            # JSON and the shell can make a lone surrogate, which tokenizers do not accept.
-            raise ConfigError(
-                f"text: expected whole characters, found half of one at {error.start}", field="text"
-            ) from None
+    def _tokenize(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         if not ids:
             raise ConfigError("text: expected some text, found none", field="text")

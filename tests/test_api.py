@@ -22,9 +22,10 @@ from omni_jax.api import Omni, Request
 from omni_jax.checkpoint import tensors
 from omni_jax.checkpoint.release import MODEL, open_release
 from omni_jax.codec.snac import DecodeFn, Snac, make_decoder
+from omni_jax.config.model import TextConfig
 from omni_jax.delay import delay, fill_invalid_codes, undelay
 from omni_jax.errors import AudioError, AudioTooLongError, CheckpointError, ConfigError, UntrainedWarning
-from omni_jax.inference.answer import Chunk, Reply
+from omni_jax.inference.answer import SENTENCE_PAUSE, Chunk, Reply
 from omni_jax.inference.engine import PreparedRequest, Progress
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.prompts import speech_positions, speech_prompt, text_prompt
@@ -73,7 +74,8 @@ def check(reply: Reply, codec: DecodeFn, expected: tuple[np.ndarray, str], task:
     text = tokens[7].tolist()
     text = text[: text.index(260)] if 260 in text else text
     as_bytes = "".join(alphabet()[token] for token in text if token < 256)
-    assert reply.text == byte_tokenizer().decoder.decode([as_bytes] if as_bytes else [])
+    if task is not Task.T1A1:
+        assert reply.text == byte_tokenizer().decoder.decode([as_bytes] if as_bytes else [])
     assert 0 < reply.timing.first_token <= reply.timing.total
     assert reply.timing.steps_per_second == pytest.approx(tokens.shape[1] / reply.timing.total)
     if not task.outputs_audio:
@@ -426,6 +428,12 @@ AUDIO = {"audio": recording(), "sample_rate": 16000}
         ({"audio": (16000, recording()), "sample_rate": 8000}, ConfigError, "has its own, found 8000"),
         ({"audio": (recording(), recording())}, ConfigError, r"a tuple of a rate and an array, found \(ndarray, nd"),
         ({"text": 7}, ConfigError, "text: expected a string, found int"),
+        ({"text": " "}, ConfigError, "text: expected some text with a letter or a digit, found ' '"),
+        (
+            {"text": "!!!", "task": "T1A1"},
+            ConfigError,
+            "text: expected some text with a letter or a digit, found '!!!'",
+        ),
         ({"text": "Hi \ud83d"}, ConfigError, "text: expected whole characters, found half of one at 3"),
         (
             {"text": "Hi", "config": []},
@@ -454,6 +462,62 @@ def test_every_method_validates_its_input(omni: Omni) -> None:
         omni.transcribe(recording(), sample_rate=16000, seed=-1)
     with pytest.raises(ConfigError, match="expected some text"):
         omni.stream(text="")  # at once, not when the first chunk is read
+
+
+def test_text_is_normalized_for_every_task(omni: Omni) -> None:
+    for task in (Task.T1A2, Task.T1T2, Task.T1A1):
+        plain, typographic = (omni.prepare({"text": text, "task": task}) for text in ("It's so", " It’s\r\n\u200bso "))  # noqa: RUF001
+        np.testing.assert_array_equal(typographic.prompt.tokens, plain.prompt.tokens)
+        np.testing.assert_array_equal(plain.prompt.tokens, text_request(task, "It's so").prompt.tokens)
+
+
+@pytest.fixture(scope="module")
+def reader(codec: DecodeFn) -> Omni:
+    """Reads three words at once."""
+    config = replace(CONFIG, text=TextConfig(max_words=3))
+    return Omni(random_model(config, seed=SEED, eot=EOT, eoa=3.0), codec, byte_tokenizer())
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_read_aloud_speaks_sentence_by_sentence(reader: Omni, count: int) -> None:
+    """Each as it is spoken alone, with pauses between them; streamed and whole are the same."""
+    sentences = ["Hi there.", "Is it five?", "No, six,", "I did."]
+    text = " ".join(sentences[index % 4] for index in range(count))
+    options = {"max_steps": 400}
+    alone = [reader.read_aloud(sentences[index % 4], **options) for index in range(count)]
+    whole = reader.read_aloud(text, **options)
+    assert whole.text == text
+    np.testing.assert_array_equal(whole.tokens, np.concatenate([reply.tokens for reply in alone], axis=1))
+    assert whole.num_invalid_codes == sum(reply.num_invalid_codes for reply in alone)
+    assert whole.finish_reason == next((r.finish_reason for r in alone if r.finish_reason != "stop"), "stop")
+    pause = np.zeros(int(SENTENCE_PAUSE * 24000), np.float32)
+    expected: list[np.ndarray] = []
+    for index, reply in enumerate(alone):
+        assert reply.audio is not None
+        expected += [reply.audio, *([pause] if index + 1 < count and not reply.text.endswith(",") else [])]
+    assert whole.audio is not None
+    np.testing.assert_allclose(whole.audio, np.concatenate(expected), atol=1e-5, rtol=0)
+    chunks = list(reader.stream(text=text, task="T1A1", **options))
+    np.testing.assert_allclose(np.concatenate([chunk.audio for chunk in chunks]), whole.audio, atol=1e-5, rtol=0)
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert chunks[0].text == alone[0].text
+    assert chunks[-1].reply is not None
+    np.testing.assert_array_equal(chunks[-1].reply.tokens, whole.tokens)
+
+
+def test_read_aloud_max_steps_counts_all_sentences(reader: Omni) -> None:
+    first = reader.read_aloud("Hi there.").tokens.shape[1]
+    reply = reader.read_aloud("Hi there. Hi there.", max_steps=first + 2)
+    assert (reply.tokens.shape[1], reply.finish_reason) == (first + 2, "length")
+    reply = reader.read_aloud("Hi there. Hi there.", max_steps=first)
+    assert (reply.tokens.shape[1], reply.finish_reason, reply.text) == (first, "length", "Hi there.")
+
+
+def test_read_aloud_refuses_long_clause(reader: Omni) -> None:
+    with pytest.raises(ConfigError, match=r"text: expected at most 3 words .*found 4: 'This is too long\.'"):
+        reader.read_aloud("Hi. This is too long.")
+    # A question is one input.
+    assert len(reader.prepare({"text": "Hi. Hi there.", "task": "T1T2"}).prompt) == len("Hi. Hi there.") + 3
 
 
 def test_truncate(omni: Omni) -> None:
@@ -566,7 +630,10 @@ def test_reply_chunk_and_omni_print_short(omni: Omni) -> None:
     reply = last.reply
     assert reply is not None
     steps = reply.tokens.shape[1]
-    assert repr(reply) == f"<Reply T1A1 '', {reply.seconds:.2f} s of audio, {reply.finish_reason} after {steps} steps>"
+    assert (
+        repr(reply)
+        == f"<Reply T1A1 'Hi there', {reply.seconds:.2f} s of audio, {reply.finish_reason} after {steps} steps>"
+    )
     assert repr(last) == f"<Chunk '', {len(last.audio) / 24000:.2f} s of audio, last>"
     text_only = omni.answer(text="Hi", max_steps=2)
     steps = text_only.tokens.shape[1]

@@ -156,6 +156,26 @@ class CodecConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class TextConfig:
+    """How the text of a request is prepared. Unicode is cleaned up always; see `omni_jax.text`."""
+
+    spoken_english: bool = False
+    """Whether numbers, symbols, abbreviations and Markdown become English words, for models that know only words."""
+    names: tuple[str, ...] = ()
+    """With `spoken_english`: words that have a capital letter wherever they stand, such as `Paris`."""
+    max_words: int | None = Field(default=None, gt=0)
+    """Words that are read aloud at once (T1A1): longer texts are read sentence by sentence. None: any number."""
+
+    @model_validator(mode="after")
+    def _names_need_spoken_english(self) -> TextConfig:
+        if self.names and not self.spoken_english:
+            raise ValueError("names need spoken_english")
+        if not all(name.strip() for name in self.names):
+            raise ValueError("names must not be empty")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     """The whole model. Defaults: Mini-Omni as published."""
 
@@ -164,6 +184,7 @@ class ModelConfig:
     trunk: TrunkConfig = TrunkConfig()
     vocab: VocabConfig = VocabConfig()
     codec: CodecConfig = CodecConfig()
+    text: TextConfig = TextConfig()
     tts_adapter_layers: int = Field(default=0, ge=0)
     """Blocks after the trunk that serve the audio heads only; 0 means no TTS adapter."""
 

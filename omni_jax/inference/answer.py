@@ -17,12 +17,16 @@ from omni_jax.config.model import ModelConfig
 from omni_jax.delay import fill_invalid_codes, undelay
 from omni_jax.inference.engine import FinishReason, PreparedRequest, Progress, next_power_of_2
 from omni_jax.tasks import Task
+from omni_jax.text.sentences import ends_sentence
 from omni_jax.vocab import TEXT_STREAM, Vocab
 
 MIN_DECODE_FRAMES = 8
 """Frames the codec decodes at least; longer answers are padded to 1, 1.5, 2, 3, 4, ... times as many."""
 MAX_STREAM_CHUNK_STEPS = 16
 """Most decode steps between two chunks of a stream."""
+SENTENCE_PAUSE = 0.2
+"""Seconds between two sentences that are read aloud one after the other, besides the silence at their ends. Between two
+parts of a sentence there is only the latter."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,13 @@ class Reply:
 
     task: Task
     text: str
-    """What the model wrote; empty for T1A1."""
+    """What the model wrote; T1A1: what it read aloud."""
     audio: np.ndarray | None
     """float32 [samples]; None for tasks that output text only."""
     sample_rate: int
     """Samples per second of `audio`."""
     tokens: np.ndarray
-    """int32 [8, steps], the streams as decoded (delayed), text last."""
+    """int32 [8, steps], the streams as decoded (delayed), text last; those of several sentences one after another."""
     finish_reason: FinishReason
     num_invalid_codes: int
     """Tokens in the place of a code that are none; each was replaced by the code before it."""
@@ -155,10 +159,11 @@ class AnswerBuilder:
     """Collects what the engine reports of one request.
 
     Streaming, text and audio are decoded as they become complete. Otherwise the caller decodes the audio of several
-    finished answers together (`OutputDecoder.decode_audio`) and passes each to `reply`.
+    answers together (`OutputDecoder.decode_audio`), whenever a sentence has ended, and passes it to `add_audio`.
 
     Attributes:
-        tokens: int32 [8, steps], the streams so far.
+        sentence_tokens: int32 [8, steps], the streams of the sentence being spoken. All of them, unless a text is read
+            aloud sentence by sentence.
         next_steps: how many steps the next chunk should take for this answer: few until its first audio is out, which
             is latency, then more and more, which is cheaper.
     """
@@ -166,63 +171,86 @@ class AnswerBuilder:
     def __init__(self, outputs: OutputDecoder, request: PreparedRequest, *, streaming: bool):
         self._outputs, self._request = outputs, request
         self.next_steps = 2
-        self.tokens = np.zeros((TEXT_STREAM + 1, 0), np.int32)
         self._clock = _Clock()
         self._streaming = streaming
-        audio = streaming and request.prompt.task.outputs_audio
-        self._stream = StreamDecoder(outputs.codec, outputs.config.codec) if audio else None
-        self._audio: list[np.ndarray] = []
-        self._num_frames = 0
         self._text = ""
+        self._audio: list[np.ndarray] = []
+        self._ended: list[np.ndarray] = []
+        self._num_invalid_codes = 0
         self._finish: FinishReason | None = None
+        self._sentence_ended = False
+        self._begin_sentence()
+
+    def _begin_sentence(self) -> None:
+        outputs = self._outputs
+        self.sentence_tokens = np.zeros((TEXT_STREAM + 1, 0), np.int32)
+        self._num_frames = 0
+        audio = self._streaming and self._request.prompt.task.outputs_audio
+        self._stream = StreamDecoder(outputs.codec, outputs.config.codec) if audio else None
 
     def add(self, progress: Progress) -> Chunk | None:
         """Take new tokens; streaming, the new text and audio, or None if there is none yet."""
+        if self._sentence_ended:
+            self._ended.append(self.sentence_tokens)
+            self._begin_sentence()
         if self._stream is None or self._clock.first_audio is not None:
             self.next_steps = min(self.next_steps * 2, MAX_STREAM_CHUNK_STEPS)
         self._clock.mark_tokens(progress.tokens)
-        self.tokens = np.concatenate([self.tokens, progress.tokens], axis=1)
-        self._finish = progress.finish
+        self.sentence_tokens = np.concatenate([self.sentence_tokens, progress.tokens], axis=1)
+        end = progress.finish or progress.sentence_finish
+        self._sentence_ended = end is not None
+        # Of several sentences, one that did not end by itself is what the caller should know of.
+        self._finish = end if self._finish in (None, "stop") else self._finish
         if not self._streaming:
             return None
-        text = self._outputs.decode_text(self.tokens[TEXT_STREAM])
+        text = self._text_so_far()
         # An unfinished character decodes to U+FFFD: hold it back until its last byte is there.
         ready = text if progress.finish else text.rstrip("\ufffd")
         new_text, self._text = ready[len(self._text) :], ready
         audio = self._push_frames() if self._stream is not None else np.zeros(0, np.float32)
-        reply = None
-        if progress.finish:
-            reply = self.reply(np.concatenate(self._audio) if self._stream is not None else None)
+        reply = self.reply() if progress.finish else None
         if not (new_text or len(audio) or reply):
             return None
         return Chunk(new_text, audio, self._outputs.sample_rate, reply)
 
-    def _push_frames(self) -> np.ndarray:
-        assert self._stream is not None
-        codes = fill_invalid_codes(self._outputs.frames(self.tokens), self._outputs.vocab)
-        audio = self._stream.push(codes[self._num_frames :], last=self._finish is not None)
-        self._num_frames = len(codes)
+    def add_audio(self, audio: np.ndarray) -> np.ndarray:
+        """Take new audio of the sentence, float32 [samples]; after its end the pause before the next one is added."""
+        number = len(self._ended)
+        if self._sentence_ended:
+            frames = self._outputs.frames(self.sentence_tokens)
+            self._num_invalid_codes += int((frames >= self._outputs.config.vocab.audio).sum())
+            if number < len(self._request.next_prompts) and ends_sentence(self._request.sentences[number]):
+                audio = np.concatenate([audio, np.zeros(int(SENTENCE_PAUSE * self._outputs.sample_rate), np.float32)])
         self._clock.mark_audio(audio)
         self._audio.append(audio)
         return audio
 
-    def reply(self, audio: np.ndarray | None) -> Reply:
+    def _text_so_far(self) -> str:
+        if self._request.prompt.task.outputs_text:
+            return self._outputs.decode_text(self.sentence_tokens[TEXT_STREAM])
+        return " ".join(self._request.sentences[: len(self._ended) + 1])
+
+    def _push_frames(self) -> np.ndarray:
+        assert self._stream is not None
+        codes = fill_invalid_codes(self._outputs.frames(self.sentence_tokens), self._outputs.vocab)
+        audio = self._stream.push(codes[self._num_frames :], last=self._sentence_ended)
+        self._num_frames = len(codes)
+        return self.add_audio(audio)
+
+    def reply(self) -> Reply:
         """The whole answer, once it has finished."""
         assert self._finish is not None, "the answer has not finished"
-        self._clock.mark_audio(audio)
-        outputs = self._outputs
-        invalid = 0
-        if audio is not None:
-            invalid = int((outputs.frames(self.tokens) >= outputs.config.vocab.audio).sum())
+        tokens = np.concatenate([*self._ended, self.sentence_tokens], axis=1)
+        audio = np.concatenate(self._audio) if self._request.prompt.task.outputs_audio else None
         return Reply(
             task=self._request.prompt.task,
-            text=outputs.decode_text(self.tokens[TEXT_STREAM]),
+            text=self._text_so_far(),
             audio=audio,
-            sample_rate=outputs.sample_rate,
-            tokens=self.tokens,
+            sample_rate=self._outputs.sample_rate,
+            tokens=tokens,
             finish_reason=self._finish,
-            num_invalid_codes=invalid,
-            timing=self._clock.timing(self.tokens.shape[1], audio, outputs.sample_rate),
+            num_invalid_codes=self._num_invalid_codes,
+            timing=self._clock.timing(tokens.shape[1], audio, self._outputs.sample_rate),
         )
 
 

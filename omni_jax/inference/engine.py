@@ -57,6 +57,10 @@ class PreparedRequest:
     speech: np.ndarray | None = None
     """float32 [samples] at 16 kHz, at most what the audio encoder takes at once; None for text input."""
     config: GenerationConfig = field(default_factory=GenerationConfig)
+    sentences: tuple[str, ...] = ()
+    """T1A1: what is read aloud, one for each prompt."""
+    next_prompts: tuple[Prompt, ...] = ()
+    """Of the sentences after the first; they are spoken one after another, in one answer."""
 
     def __post_init__(self) -> None:
         if (self.speech is not None) != self.prompt.task.takes_audio:
@@ -67,15 +71,29 @@ class PreparedRequest:
         """Whether it is decoded batch-parallel, with a companion row."""
         return self.config.batch_parallel and self.prompt.task is Task.A1A2
 
+    @property
+    def longest_prompt(self) -> int:
+        """Positions of the longest prompt."""
+        return max(map(len, (self.prompt, *self.next_prompts)))
+
     def max_steps(self, context: int) -> int:
-        """Steps it may take: the last step's tokens are never an input, so one more than the room left."""
+        """Steps after the first prompt: the last step's tokens are never an input, so one more than the room left."""
         room = context - len(self.prompt) + 1
         return room if self.config.max_steps is None else min(self.config.max_steps, room)
 
     def cache_len(self, context: int) -> int:
         """Positions its cache needs, rounded up so that few shapes are compiled."""
-        needed = len(self.prompt) - 1 + self.max_steps(context)
+        needed = context
+        if self.config.max_steps is not None:
+            needed = min(context, self.longest_prompt - 1 + self.config.max_steps)
         return min(context, -(-needed // CACHE_LEN_STEP) * CACHE_LEN_STEP)
+
+    def after_first(self, steps: int) -> PreparedRequest:
+        """What is left once the first sentence is spoken, which took so many steps."""
+        max_steps = self.config.max_steps
+        config = self.config if max_steps is None else self.config.replace(max_steps=max_steps - steps)
+        prompt, *later = self.next_prompts
+        return PreparedRequest(prompt, None, config, self.sentences[1:], tuple(later))
 
 
 @dataclass(frozen=True)
@@ -87,6 +105,8 @@ class Progress:
     """int32 [8, n]."""
     finish: FinishReason | None
     """None while it goes on."""
+    sentence_finish: FinishReason | None = None
+    """How a sentence ended that others follow; `finish` is None then."""
 
 
 @dataclass
@@ -139,9 +159,9 @@ class Engine:
         Raises:
             ConfigError: its prompt does not fit the context, or it needs a longer cache than this batch has.
         """
-        if len(request.prompt) > self.context:
+        if request.longest_prompt > self.context:
             raise ConfigError(
-                f"the prompt takes {len(request.prompt)} positions; expected at most the context of {self.context}"
+                f"the prompt takes {request.longest_prompt} positions; expected at most the context of {self.context}"
             )
         if request.cache_len(self.context) > self.max_len:
             raise ConfigError(
@@ -259,12 +279,23 @@ class Engine:
             new = chunk[: steps[slot] - active.step, slot].T
             active.step, active.running = int(steps[slot]), bool(running[slot])
             active.text_pending = bool(text_pending[slot])
-            finish = None
-            if not active.running:
-                finish = self._finish_reason(active, new)
-                self.active[slot] = None
-            progress.append(Progress(active.key, new, finish))
+            if active.running:
+                progress.append(Progress(active.key, new, None))
+                continue
+            self.active[slot] = None
+            progress.append(self._end_sentence(active, new))
         return progress
+
+    def _end_sentence(self, active: ActiveRequest, new: np.ndarray) -> Progress:
+        """The last tokens of a sentence; the next one, if any, is queued."""
+        finish = self._finish_reason(active, new)
+        if not active.request.next_prompts:
+            return Progress(active.key, new, finish)
+        if active.step == active.request.config.max_steps:
+            return Progress(active.key, new, "length")
+        # In front of the queue, so that the next sentence follows at once.
+        self.queue.appendleft((active.key, active.request.after_first(active.step)))
+        return Progress(active.key, new, None, finish)
 
     def _finish_reason(self, active: ActiveRequest, new: np.ndarray) -> FinishReason:
         if active.request.prompt.task.outputs_audio:

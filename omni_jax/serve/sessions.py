@@ -25,6 +25,8 @@ from omni_jax.tasks import Task
 
 MAX_CHARACTERS_PER_POSITION = 16
 """Texts of more characters per position of the trunk's context are refused before they are tokenized."""
+MAX_READ_CHARACTERS = 65_536
+"""The same for texts that are read aloud sentence by sentence, whatever the context."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,8 @@ class Service:
             AudioError, ConfigError: as `Omni.prepare`; or the recording or the text exceeds the server's limit.
         """
         limit = MAX_CHARACTERS_PER_POSITION * self.omni.config.trunk.max_position
+        if task is Task.T1A1 and self.omni.config.text.max_words is not None:
+            limit = max(limit, MAX_READ_CHARACTERS)
         if text is not None and len(text) > limit:
             raise ConfigError(f"text: expected at most {limit} characters, found {len(text)}", field="text")
         request = Request(text=text, task=task, config=config)

@@ -9,6 +9,7 @@ python -m recipes.nano.assemble package build/nano/mean build/nano/packaged     
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,8 +26,10 @@ from omni_jax.checkpoint.release import (
 )
 from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile, Tensors
 from omni_jax.checkpoint.tensors import init_model, model_tensors
-from omni_jax.config.model import PRESETS
+from omni_jax.config.model import PRESETS, ModelConfig, TextConfig
 from omni_jax.errors import CheckpointError
+from recipes.nano.questions import TABLES
+from recipes.nano.sentences import MAX_FREE_WORDS
 
 PRESET = "nano"
 SHIPPED = "nano"
@@ -57,7 +60,7 @@ def assemble_untrained(
     shipped = open_release(SHIPPED)
     codec_tensors = shipped.codec_tensors() if codec is None else SafetensorsFile(codec).tensors
     files = shipped.tokenizer_files() if tokenizer is None else [tokenizer / name for name in TOKENIZER_FILES]
-    save_release(out, PRESETS[preset], _random_tensors(preset, seed), codec_tensors, files)
+    save_release(out, _config(preset), _random_tensors(preset, seed), codec_tensors, files)
 
 
 def assemble_start(
@@ -80,7 +83,7 @@ def assemble_start(
     tensors |= {name: tensor for name, tensor in encoder.items() if name.startswith("audio_encoder.")}
     tensors |= {name: tensor for name, tensor in text_run.model_tensors().items() if name.startswith(TRUNK)}
     tensors = {name: tensor.cast(np.float32) for name, tensor in tensors.items()}
-    save_release(out, PRESETS[preset], tensors, text_run.codec_tensors(), text_run.tokenizer_files())
+    save_release(out, _config(preset), tensors, text_run.codec_tensors(), text_run.tokenizer_files())
 
 
 def average_releases(releases: Sequence[Release], out: Path) -> None:
@@ -125,6 +128,19 @@ def package(model: str | Path, out: Path) -> int:
     if size > MAX_BYTES:
         raise CheckpointError(f"{out}: expected at most {MAX_BYTES} bytes, found {size}")
     return size
+
+
+def text_config() -> TextConfig:
+    """How the model needs the text of requests: it is trained on words, names in capitals, and single sentences."""
+    capitals = TABLES["capitals"]
+    names = {name.removeprefix("the ") for name in (*capitals, *capitals.values(), "Nano")}
+    # In lower case it is the bird.
+    names.discard("Turkey")
+    return TextConfig(spoken_english=True, names=tuple(sorted(names)), max_words=MAX_FREE_WORDS)
+
+
+def _config(preset: str) -> ModelConfig:
+    return replace(PRESETS[preset], text=text_config())
 
 
 def _random_tensors(preset: str, seed: int) -> Tensors:
