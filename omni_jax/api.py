@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import tokenizers
 from flax import nnx
 
