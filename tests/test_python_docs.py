@@ -48,5 +48,6 @@ def test_python_docs_run_as_printed(tiny_release: Path, tmp_path: Path, monkeypa
 
 
 def test_python_docs_list_every_option() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", PAGE.read_text(), re.MULTILINE)
+    section = PAGE.read_text().split("## Options")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", section, re.MULTILINE)
     assert rows == [(field.name, repr(field.default)) for field in dataclasses.fields(GenerationConfig)]

@@ -154,7 +154,7 @@ def test_ask_refuses_a_bad_recording_before_loading(file: str, message: str, bad
         ([NAME, "--task", "T1A2"], "task T1A2: expected text, found audio"),
         (["--text", "hello", "--task", "A1A2"], "task A1A2: expected audio, found text"),
         (["--text", "hello", "--task", "T2A1"], "Invalid value for '--task'"),
-        (["--text", "", "--model", "tiny"], "text: expected some text, found none"),
+        (["--text", "", "--model", "tiny"], "text: expected some text with a letter or a digit, found none"),
         (["--text", "hello " * 100, "--model", "tiny"], "at most the context of 192"),
         (["--text", "hello", "--task", "T1T2", "--out", "a.wav"], "answers in text only"),
         (["--text", "hello", "--out", "no/such/folder/a.wav"], "found no folder"),

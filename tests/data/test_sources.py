@@ -108,7 +108,7 @@ def test_voice_assistant(tmp_path: Path) -> None:
         ({"question_audio": None}, "question without audio"),
         ({"question_audio": {"bytes": b"", "path": ""}}, "question without audio"),
         ({"question_audio": {"bytes": b"RIFF junk", "path": ""}}, "recording unusable"),
-        ({"question_audio": {"bytes": tone(0.5, 22_050)[:2000], "path": ""}}, "recording unusable"),
+        ({"question_audio": {"bytes": tone(0.5, 22_050, "FLAC")[:-2000], "path": ""}}, "recording unusable"),
         ({"question_audio": {"bytes": tone(15.1, 22_050), "path": ""}}, "recording too long"),
     ],
 )
