@@ -188,7 +188,8 @@ def test_train_step_fits_a_batch():
 
 
 @pytest.mark.parametrize(
-    "sizes", [(2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in [(8, 1, 1), (1, 8, 1), (1, 4, 2)])]
+    "sizes",
+    [(2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.nightly) for sizes in [(8, 1, 1), (1, 8, 1), (1, 4, 2)])],
 )
 def test_train_step_on_eight_devices_equals_one(one_device, sizes):
     assert len(jax.devices()) == 8
@@ -226,7 +227,7 @@ def test_train_step_in_two_processes_of_four_devices_equals_one_device(one_devic
                 np.testing.assert_allclose(found[f"{name}/{key}"], value, atol=1e-5, err_msg=f"{name} {key}")
 
 
-@pytest.mark.parametrize("changes", [{"remat": "full"}, pytest.param({"remat": "dots"}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("changes", [{"remat": "full"}, pytest.param({"remat": "dots"}, marks=pytest.mark.nightly)])
 def test_remat_gives_the_same_losses(one_device, changes):
     _, metrics = Trainer(run_config(**changes)).run(2)
     for mine, theirs in zip(metrics, one_device[1], strict=False):
