@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import tokenizers
 from flax import nnx
 
@@ -374,7 +373,7 @@ class Omni:
 
     def _prepare_audio(self, task: Task, request: Request) -> PreparedRequest:
         encoder = self.config.audio_encoder
-        audio = _samples(request, encoder.max_samples)
+        audio = request.samples(encoder.max_samples)
         positions = speech_positions(len(audio), encoder.max_position, self.config.adapter.stack)
         return PreparedRequest(speech_prompt(task, positions, self._vocab), audio)
 
@@ -407,35 +406,3 @@ def _decoder(codec: Snac, name: str) -> DecodeFn:
     from omni_jax.convert.snac import to_torch_module
 
     return TorchSnac(to_torch_module(codec.config, codec.params()), codec.config).decode
-
-
-def _samples(request: Request, max_samples: int) -> np.ndarray:
-    """The recording of a request, f32 [samples] at 16 kHz."""
-    source: Any = request.audio
-    rate = request.sample_rate
-    is_file = isinstance(source, (str, Path, bytes, bytearray, memoryview)) or hasattr(source, "read")
-    name = audio_io.source_name(source) if is_file else request.name
-    if rate is not None and (is_file or isinstance(source, tuple)):
-        raise ConfigError(f"sample_rate: expected none, as {name} has its own, found {rate}", field="sample_rate")
-    if is_file:
-        max_seconds = max_samples / audio_io.SAMPLE_RATE
-        audio = audio_io.read_audio(source, max_seconds=max_seconds, truncate=request.truncate)
-    else:
-        if isinstance(source, tuple):
-            rate, source = _rate_and_array(source)
-        if rate is None:
-            raise ConfigError(
-                "sample_rate: expected the samples per second of the array, found none", field="sample_rate"
-            )
-        audio = audio_io.to_mono(source, rate, name=name)
-    return audio_io.check_duration(audio, max_samples, truncate=request.truncate, name=name)
-
-
-def _rate_and_array(source: tuple[Any, ...]) -> tuple[int, Any]:
-    """The two things of a tuple: SciPy and Gradio have the rate first, soundfile and librosa the samples."""
-    if len(source) == 2:
-        for rate, array in (source, source[::-1]):
-            if isinstance(rate, (int, np.integer)) and np.ndim(array):
-                return int(rate), array
-    found = ", ".join(type(value).__name__ for value in source)
-    raise ConfigError(f"audio: expected a tuple of a rate and an array, found ({found})", field="audio")

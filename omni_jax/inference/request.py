@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 
+from omni_jax.audio import io as audio_io
 from omni_jax.errors import ConfigError
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.tasks import Task
@@ -92,3 +93,42 @@ class Request:
             expected, found = ("audio", "text") if task.takes_audio else ("text", "audio")
             raise ConfigError(f"task {task}: expected {expected}, found {found}", field="task")
         return task
+
+    def samples(self, max_samples: int) -> np.ndarray:
+        """The recording, f32 [samples] at 16 kHz.
+
+        Args:
+            max_samples: the limit, which `truncate` applies to.
+
+        Raises:
+            AudioError: it cannot be used, or is too long.
+            ConfigError: its sample rate is missing or given twice.
+        """
+        source: Any = self.audio
+        rate = self.sample_rate
+        is_file = isinstance(source, (str, Path, bytes, bytearray, memoryview)) or hasattr(source, "read")
+        name = audio_io.source_name(source) if is_file else self.name
+        if rate is not None and (is_file or isinstance(source, tuple)):
+            raise ConfigError(f"sample_rate: expected none, as {name} has its own, found {rate}", field="sample_rate")
+        if is_file:
+            max_seconds = max_samples / audio_io.SAMPLE_RATE
+            audio = audio_io.read_audio(source, max_seconds=max_seconds, truncate=self.truncate)
+        else:
+            if isinstance(source, tuple):
+                rate, source = _rate_and_array(source)
+            if rate is None:
+                raise ConfigError(
+                    "sample_rate: expected the samples per second of the array, found none", field="sample_rate"
+                )
+            audio = audio_io.to_mono(source, rate, name=name)
+        return audio_io.check_duration(audio, max_samples, truncate=self.truncate, name=name)
+
+
+def _rate_and_array(source: tuple[Any, ...]) -> tuple[int, Any]:
+    """The two things of a tuple: SciPy and Gradio have the rate first, soundfile and librosa the samples."""
+    if len(source) == 2:
+        for rate, array in (source, source[::-1]):
+            if isinstance(rate, (int, np.integer)) and np.ndim(array):
+                return int(rate), array
+    found = ", ".join(type(value).__name__ for value in source)
+    raise ConfigError(f"audio: expected a tuple of a rate and an array, found ({found})", field="audio")

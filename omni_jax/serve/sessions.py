@@ -7,7 +7,7 @@ import base64
 import binascii
 import queue
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -170,21 +170,12 @@ class Service:
         def work() -> PreparedRequest:
             if audio is None:
                 return self.omni.prepare(request)
-            samples = self._samples(audio, sample_rate)
-            return self.omni.prepare(
-                Request(samples, None, task, audio_io.SAMPLE_RATE, config=config, name="recording")
-            )
+            question = Request(audio, None, task, sample_rate, config=config, name="recording")
+            samples = question.samples(self.max_samples)
+            return self.omni.prepare(replace(question, audio=samples, sample_rate=audio_io.SAMPLE_RATE))
 
         async with self._decoding:
             return await asyncio.to_thread(work)
-
-    def _samples(self, audio: bytes | np.ndarray, sample_rate: int | None) -> np.ndarray:
-        if isinstance(audio, bytes):
-            samples = audio_io.read_audio(audio, max_seconds=self.max_audio_seconds)
-        else:
-            assert sample_rate is not None
-            samples = audio_io.to_mono(audio, sample_rate, name="recording")
-        return audio_io.check_duration(samples, self.max_samples, truncate=False, name="recording")
 
     def submit(self, request: PreparedRequest, endpoint: str) -> AnswerStream:
         """Queue a prepared request; the returned stream must be closed.
