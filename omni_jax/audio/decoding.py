@@ -212,11 +212,7 @@ class _Reader:
             return excess
         promised = self._promised_seconds()
         found = f"{promised:.2f} s" if promised is not None and promised > self.max_seconds else "more"
-        raise AudioTooLongError(
-            f"{self.name}: expected a recording of at most {self.max_seconds:.2f} s, found {found}: "
-            "shorten it, or use its beginning only (truncate)",
-            max_seconds=self.max_seconds,
-        )
+        raise too_long(self.name, self.max_seconds, found)
 
     def _frames(self) -> Iterator[AudioFrame]:
         import av
@@ -290,6 +286,12 @@ class _Reader:
         if self.stream.duration is not None and self.stream.time_base is not None:
             return float(self.stream.duration * self.stream.time_base)
         return None if self.container.duration is None else self.container.duration / 1e6
+
+
+def too_long(name: str, max_seconds: float, found: str) -> AudioTooLongError:
+    """The error for a recording that is longer than a limit."""
+    message = f"{name}: expected a recording of at most {max_seconds:.2f} s, found {found}: "
+    return AudioTooLongError(message + "shorten it, or use its beginning only (truncate)", max_seconds=max_seconds)
 
 
 def _packed_if_wide(frame: AudioFrame) -> AudioFrame:

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 import soxr
 
-from omni_jax.audio.decoding import HEADERLESS, MAX_CHANNELS, decode, scale
-from omni_jax.errors import AudioError, AudioTooLongError
+from omni_jax.audio.decoding import HEADERLESS, MAX_CHANNELS, decode, scale, too_long
+from omni_jax.errors import AudioError
 
 SAMPLE_RATE = 16_000
 """Samples per second that the audio encoder takes."""
@@ -149,12 +149,7 @@ def check_duration(
     if len(audio) <= max_samples:
         return audio
     if not truncate:
-        max_seconds = max_samples / sample_rate
-        raise AudioTooLongError(
-            f"{name}: expected a recording of at most {max_seconds:.2f} s, found {len(audio) / sample_rate:.2f} s: "
-            "shorten it, or use its beginning only (truncate)",
-            max_seconds=max_seconds,
-        )
+        raise too_long(name, max_samples / sample_rate, f"{len(audio) / sample_rate:.2f} s")
     return audio[:max_samples]
 
 

@@ -83,9 +83,7 @@ class PreparedRequest:
 
     def cache_len(self, context: int) -> int:
         """Positions its cache needs, rounded up so that few shapes are compiled."""
-        needed = context
-        if self.config.max_steps is not None:
-            needed = min(context, self.longest_prompt - 1 + self.config.max_steps)
+        needed = self.longest_prompt - 1 + self.max_steps(context)
         return min(context, -(-needed // CACHE_LEN_STEP) * CACHE_LEN_STEP)
 
     def after_first(self, steps: int) -> PreparedRequest:
