@@ -7,7 +7,6 @@ from typing import Any
 
 from omni_jax.config.model import TextConfig
 from omni_jax.errors import ConfigError
-from omni_jax.text.spoken_english import spoken_english
 from omni_jax.text.unicode import clean_up
 
 
@@ -25,7 +24,13 @@ def normalize_text(text: Any, config: TextConfig) -> str:
         # JSON and the shell can make a lone surrogate, which tokenizers do not accept.
         message = f"text: expected whole characters, found half of one at {error.start}"
         raise ConfigError(message, field="text") from None
-    result = spoken_english(text, config.names) if config.spoken_english else clean_up(text)
+    if config.spoken_english:
+        # Its rules and a parser of Markdown, which most models have no use for.
+        from omni_jax.text.spoken_english import spoken_english
+
+        result = spoken_english(text, config.names)
+    else:
+        result = clean_up(text)
     if not any(unicodedata.category(char)[0] in "LN" for char in result):
         found = "none" if not text else ascii(text if len(text) <= 40 else text[:40] + "...")
         raise ConfigError(f"text: expected some text with a letter or a digit, found {found}", field="text")

@@ -127,7 +127,8 @@ _SIGNS = {
     "©": "",
     "®": "",
 }
-_KEPT_SIGNS = frozenset("°" + "".join(sign for sign in _CURRENCIES if len(sign) == 1))
+_CURRENCY_SIGNS = "".join(sign for sign in _CURRENCIES if len(sign) == 1)
+_KEPT_SIGNS = frozenset("°" + _CURRENCY_SIGNS)
 NUMBER = r"(?<!\d)\d++(?:,\d{3}(?!\d))*+(?:\.\d++)?+"
 """Possessive, so that a long row of digits is read once."""
 
@@ -183,7 +184,7 @@ def _lower_capitals(text: str) -> str:
     shouted = bool(words) and all(word.isupper() for word in words)
 
     def lower(word: re.Match[str]) -> str:
-        if re.search(r"\d ?$", text[: word.start()][-2:]):
+        if re.search(r"\d ?$", text[max(0, word.start() - 2) : word.start()]):
             if word[0] in _UNITS or word[0] in _CURRENCIES:
                 return word[0]
             if word[0].lower() in _UNITS:
@@ -299,7 +300,7 @@ _LOWER_MONTHS = [name.lower() for name in MONTHS if name.lower() in _CAPITALIZED
 _MONTH = rf"(?P<month>{'|'.join(MONTHS + _LOWER_MONTHS)}|(?:{'|'.join(name[:3] for name in MONTHS)}|Sept)\b\.?)"
 _YEAR = r"(?P<year>(?:1[1-9]|20)\d\d)"
 _UNIT = "|".join(re.escape(unit) for unit in sorted(_UNITS, key=len, reverse=True))
-_SIGN = r"[$€£¥₹]"
+_SIGN = f"[{_CURRENCY_SIGNS}]"
 _SCALE = r"(?:\s?(?P<scale>thousand|million|billion|trillion|k|m|bn)\b)?"
 _TOP_LEVEL = "com|org|net|edu|gov|io|ai|dev|app|info|co|uk|de|fr|eu|us|ca"
 _OF_YEAR = rf"(?:,?\s+{_YEAR}\b(?![,.]?\d))?"
@@ -384,13 +385,8 @@ _NUMBERS = [
     _rule(rf"{NUMBER}|\.\d+", lambda m: f" {decimal(m[0])} "),
 ]
 _LEFT_OVER = [
-    _rule(r"\$", " dollars "),
-    _rule("€", " euros "),
-    _rule("£", " pounds "),
-    _rule("¥", " yen "),
-    _rule("₹", " rupees "),
-    _rule("%", " percent "),
-    _rule("°", " degrees "),
+    *(_rule(re.escape(sign), f"{_quantity('', _CURRENCIES[sign][0])} ") for sign in _CURRENCY_SIGNS),
+    *(_rule(sign, f"{_quantity('', _UNITS[sign])} ") for sign in "%°"),
     _rule("@", " at "),
     _rule(r"(?<=[A-Za-z])/(?=[A-Za-z])", " or "),
     _rule(r"(?<=\w)\.(?=[a-z])", " dot "),
