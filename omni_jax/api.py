@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import tokenizers
 from flax import nnx
 
 from omni_jax import sharding
 from omni_jax.audio import io as audio_io
+from omni_jax.audio import vad
 from omni_jax.checkpoint import release as releases
 from omni_jax.checkpoint import tensors
 from omni_jax.codec.snac import DecodeFn, Snac, make_decoder
 from omni_jax.codec.stream import StreamDecoder
 from omni_jax.config.model import PRESETS, ModelConfig
-from omni_jax.errors import AudioError, CheckpointError, ConfigError, UntrainedWarning
+from omni_jax.errors import AudioError, CheckpointError, ConfigError, NoSpeechError, UntrainedWarning
 from omni_jax.inference.answer import AnswerBuilder, Chunk, OutputDecoder, Reply
-from omni_jax.inference.engine import Engine, PreparedRequest, next_power_of_2
+from omni_jax.inference.engine import Engine, Part, PreparedRequest, next_power_of_2
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.request import Audio, Request
 from omni_jax.inference.runner import ModelRunner
@@ -35,6 +37,11 @@ from omni_jax.tokenizer import byte_tokenizer
 from omni_jax.vocab import Vocab
 
 CodecName = Literal["jax", "torch"]
+
+MAX_TRANSCRIBED_SECONDS = 4 * 3600
+"""Longest recording that is transcribed: all of it is in memory, 230 MB an hour."""
+MAX_ROOM_SECONDS = 60
+"""Most room before and after a spoken question, together."""
 
 
 class Omni:
@@ -222,7 +229,7 @@ class Omni:
     def transcribe(
         self, audio: Audio, *, sample_rate: int | None = None, truncate: bool = False, **options: Any
     ) -> Reply:
-        """Transcribe a recording (A1T1)."""
+        """Transcribe a recording (A1T1) of up to `MAX_TRANSCRIBED_SECONDS`; nothing if nobody speaks in it."""
         return self.generate(Request(audio, None, Task.A1T1, sample_rate, truncate), **options)
 
     def read_aloud(self, text: str, **options: Any) -> Reply:
@@ -302,16 +309,28 @@ class Omni:
         *,
         task: Task | str | None = None,
         config: GenerationConfig | None = None,
+        max_samples: int | None = None,
         **options: Any,
     ) -> PreparedRequest:
-        """Validate a request and make it ready to run: reads the file, prepares the text. See `generate`."""
+        """Validate a request and make it ready to run: reads the file, prepares the text.
+
+        Args:
+            inputs: see `generate`, like what follows.
+            task: overrides that of the request.
+            config: how to answer, where the request does not say.
+            max_samples: refuse a longer recording before it is decoded, in samples at 16 kHz; at most, and by default,
+                that of `max_samples`.
+            **options: fields of `GenerationConfig`.
+        """
         request = Request.of(inputs)
         if task is not None:
             request = replace(request, task=task)
         task = request.resolve_task()
         settings = (request.config or config or GenerationConfig()).replace(**options)
-        prepare = self._prepare_audio if request.text is None else self._prepare_text
-        prepared = prepare(task, request)
+        if request.text is None:
+            prepared = self._prepare_audio(task, request, max_samples)
+        else:
+            prepared = self._prepare_text(task, request)
         context = self.config.trunk.max_position
         if (longest := prepared.longest_prompt) > context:
             raise ConfigError(f"the prompt takes {longest} positions; expected at most the context of {context}")
@@ -330,13 +349,13 @@ class Omni:
             ended, finished = [], []
             for progress in engine.advance():
                 answers[progress.key].add(progress)
-                if progress.finish or progress.sentence_finish:
+                if progress.finish or progress.part_finish:
                     ended.append(progress.key)
                 if progress.finish:
                     finished.append(progress.key)
             # The audio of all that ended in this chunk, in one call of the codec.
-            speaking = [answers[key] for key in ended if requests[key].prompt.task.outputs_audio]
-            audio = self.outputs.decode_audio([answer.sentence_tokens for answer in speaking])
+            speaking = [answers[key] for key in ended if requests[key].task.outputs_audio]
+            audio = self.outputs.decode_audio([answer.part_tokens for answer in speaking])
             for answer, samples in zip(speaking, audio, strict=True):
                 answer.add_audio(samples)
             replies |= {key: answers[key].reply() for key in finished}
@@ -366,16 +385,53 @@ class Omni:
         settings = self.config.text
         text = normalize_text(request.text, settings)
         if task is not Task.T1A1:
-            return PreparedRequest(text_prompt(task, self._tokenize(text), self._vocab))
+            return PreparedRequest.of(text_prompt(task, self._tokenize(text), self._vocab))
         sentences = [text] if settings.max_words is None else split_sentences(text, settings.max_words)
-        first, *later = [text_prompt(task, self._tokenize(sentence), self._vocab) for sentence in sentences]
-        return PreparedRequest(first, sentences=tuple(sentences), next_prompts=tuple(later))
+        parts = [Part(text_prompt(task, self._tokenize(text), self._vocab), text=text) for text in sentences]
+        return PreparedRequest(task, tuple(parts))
 
-    def _prepare_audio(self, task: Task, request: Request) -> PreparedRequest:
-        encoder = self.config.audio_encoder
-        audio = request.samples(encoder.max_samples)
-        positions = speech_positions(len(audio), encoder.max_position, self.config.adapter.stack)
-        return PreparedRequest(speech_prompt(task, positions, self._vocab), audio)
+    def _prepare_audio(self, task: Task, request: Request, max_samples: int | None) -> PreparedRequest:
+        limit = self.max_samples(task, truncate=request.truncate)
+        try:
+            audio = request.samples(limit if max_samples is None else min(limit, max_samples))
+            spans = self._spans_to_hear(task, audio, request)
+        except NoSpeechError:
+            if task is not Task.A1T1:
+                raise
+            return PreparedRequest(task, ())
+        parts = [self._speech_part(task, audio, span) for span in spans]
+        return PreparedRequest(task, tuple(parts), duration=len(audio) / audio_io.SAMPLE_RATE)
+
+    def max_samples(self, task: Task, *, truncate: bool = False) -> int:
+        """The longest recording that is read for a task, in samples at 16 kHz.
+
+        The audio encoder takes one window at a time. To transcribe, a longer recording is cut into several; and where
+        the release finds the speech in it, there may be room around a question.
+        """
+        if task is Task.A1T1 and not truncate:
+            return MAX_TRANSCRIBED_SECONDS * audio_io.SAMPLE_RATE
+        room = MAX_ROOM_SECONDS if self.config.audio.find_speech else 0
+        return self.config.audio_encoder.max_samples + room * audio_io.SAMPLE_RATE
+
+    def _spans_to_hear(self, task: Task, audio: np.ndarray, request: Request) -> list[vad.Span]:
+        """What of a recording the model hears, each span at most as long as its audio encoder takes at once."""
+        max_samples = self.config.audio_encoder.max_samples
+        name = request.source_name
+        start, end = 0, len(audio)
+        if task is Task.A1T1 and not request.truncate and (end > max_samples or self.config.audio.find_speech):
+            return vad.find_windows(audio, max_samples, name=name)
+        if self.config.audio.find_speech:
+            start, end = vad.find_speech(audio, name=name)
+        speech = audio_io.check_duration(audio[start:end], max_samples, truncate=request.truncate, name=name)
+        return [(start, start + len(speech))]
+
+    def _speech_part(self, task: Task, audio: np.ndarray, span: vad.Span) -> Part:
+        start, end = span
+        speech, level = audio[start:end], self.config.audio.level
+        if level is not None:
+            speech = vad.to_level(speech, level)
+        positions = speech_positions(len(speech), self.config.audio_encoder.max_position, self.config.adapter.stack)
+        return Part(speech_prompt(task, positions, self._vocab), speech, start=start)
 
     def _tokenize(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids

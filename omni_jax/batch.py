@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import pydantic
 from pydantic import ConfigDict, Field, StrictBool, StrictStr
 
+from omni_jax.audio.decoding import HEADERLESS
 from omni_jax.config.load import build_config
 from omni_jax.errors import ConfigError, OmniError
 from omni_jax.file_names import safe_file_name
@@ -48,7 +49,7 @@ _SUFFIXES = (
     "3g2 3gp aac aif aiff amr ape au avi caf flac flv g722 gsm m4a m4b m4v mka mkv mov mp2 mp3 mp4 mpeg mpg oga ogg "
     "ogv opus spx ts w64 wav webm wma wmv wv"
 )
-RECORDING_SUFFIXES = tuple(f".{suffix}" for suffix in _SUFFIXES.split())
+RECORDING_SUFFIXES = tuple(dict.fromkeys([*(f".{suffix}" for suffix in _SUFFIXES.split()), *HEADERLESS]))
 """Files of a folder that are recordings, or videos with sound. A manifest may name files of any suffix."""
 WINDOW = 8
 """Rows in memory, and rows that a kill loses at most, per row of the running batch."""

@@ -58,6 +58,10 @@ class AudioTooLongError(AudioError):
         self.max_seconds = max_seconds
 
 
+class NoSpeechError(AudioError):
+    """A recording in which nobody speaks."""
+
+
 class CheckpointError(OmniError, ValueError):
     """A release, checkpoint or weight file that cannot be used."""
 

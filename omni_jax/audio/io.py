@@ -17,7 +17,7 @@ import numpy as np
 import soxr
 
 from omni_jax.audio.decoding import HEADERLESS, MAX_CHANNELS, decode, scale, too_long
-from omni_jax.errors import AudioError
+from omni_jax.errors import AudioError, NoSpeechError
 
 SAMPLE_RATE = 16_000
 """Samples per second that the audio encoder takes."""
@@ -65,6 +65,7 @@ def read_audio(
 
     Raises:
         AudioTooLongError: it is longer than `max_seconds`.
+        NoSpeechError: it is silent: its peak is below `SILENCE_PEAK`.
         AudioError: the file does not exist, is not an ordinary file (a folder, a pipe, a device), cannot be read, is
             empty, is not audio, is damaged or ends early, or its samples fail the checks of `to_mono`.
     """
@@ -106,8 +107,9 @@ def to_mono(array: Any, rate: int, sample_rate: int = SAMPLE_RATE, *, name: str 
         f32 [samples]; mixed and resampled as `read_audio` does.
 
     Raises:
+        NoSpeechError: it is silent: its peak is below `SILENCE_PEAK`.
         AudioError: another dtype or shape, a rate below `MIN_RATE`, no samples, NaN or infinity, a peak above
-            `MAX_PEAK`, less than `MIN_SECONDS`, or a peak below `SILENCE_PEAK`.
+            `MAX_PEAK`, or less than `MIN_SECONDS`.
     """
     samples = np.asarray(array)
     if samples.ndim not in (1, 2):
@@ -271,7 +273,7 @@ def _check_sound(mono: np.ndarray, name: str) -> np.ndarray:
     """Refuse silence; after resampling, which may remove all that there was."""
     peak = float(np.abs(mono).max()) if len(mono) else 0.0
     if peak < SILENCE_PEAK:
-        raise AudioError(
+        raise NoSpeechError(
             f"{name}: expected sound, found silence (a peak of {peak:.2g} where 1 is full scale, "
             f"less than {SILENCE_PEAK:g})"
         )

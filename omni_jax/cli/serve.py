@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 
@@ -11,6 +12,7 @@ from omni_jax.cli.console import echo_err
 from omni_jax.cli.loading import load_model
 from omni_jax.cli.options import Codec, Int8, MaxBatchSize, Model
 from omni_jax.errors import ConfigError
+from omni_jax.log import log_to_stderr
 from omni_jax.serve.malloc import limit_heap_growth
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -37,7 +39,23 @@ def serve(
     ] = None,
     max_audio_seconds: Annotated[
         float | None,
-        typer.Option(min=0.1, help="Longest recording. Default: the limit of the model's audio encoder."),
+        typer.Option(
+            min=0.1, help="Longest recording. Default: an hour to transcribe; to answer, the limit of the model."
+        ),
+    ] = None,
+    model_alias: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name of the model, as NAME=MODEL: whisper-1=nano. Can be repeated."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin whose pages may use the server, such as https://example.org; *: any. Can be repeated."
+        ),
+    ] = None,
+    public_url: Annotated[
+        str | None,
+        typer.Option(help="Where a proxy serves this server, such as https://omni.example.org."),
     ] = None,
     max_body_bytes: Annotated[int, typer.Option(min=1024, help="Largest request body.")] = 32 << 20,
     request_timeout: Annotated[
@@ -57,7 +75,7 @@ def serve(
 
     limit_heap_growth()
     keys = _read_keys(api_key_file) if api_key_file is not None else ()
-    omni = load_model(model, codec, int8=int8)
+    name = Path(model).name or model
     settings = Settings(
         max_batch_size=max_batch_size,
         max_queue_size=max_queue_size,
@@ -66,11 +84,35 @@ def serve(
         request_timeout=request_timeout,
         idle_timeout=idle_timeout,
         api_keys=keys,
+        aliases=_aliases(model_alias or [], name),
+        allowed_origins=_origins([*(allow_origin or []), *([public_url] if public_url else [])]),
     )
-    name = Path(model).name or model
     if not keys and host not in LOOPBACK:
         echo_err(f"note: {host}:{port} accepts requests from the network without a key; see --api-key-file")
+    log_to_stderr()
+    omni = load_model(model, codec, int8=int8)
     make_server(Service(omni, name, settings), host, port).run()
+
+
+def _aliases(options: list[str], name: str) -> tuple[str, ...]:
+    aliases = []
+    for option in options:
+        alias, separator, model = option.partition("=")
+        if not alias or not separator or model != name:
+            raise ConfigError(f"--model-alias: expected NAME={name}, found {option!r}")
+        aliases.append(alias)
+    return tuple(aliases)
+
+
+def _origins(addresses: list[str]) -> tuple[str, ...]:
+    """The origins, scheme and host, of some addresses."""
+    origins = []
+    for address in addresses:
+        parts = urlsplit(address)
+        if address != "*" and not (parts.scheme in ("http", "https") and parts.netloc):
+            raise ConfigError(f"--allow-origin, --public-url: expected https://HOST, found {address!r}")
+        origins.append(address if address == "*" else f"{parts.scheme}://{parts.netloc}".lower())
+    return tuple(origins)
 
 
 def _read_keys(path: Path) -> tuple[str, ...]:

@@ -156,6 +156,16 @@ class CodecConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class AudioConfig:
+    """How a recording is prepared before the audio encoder hears it; see `omni_jax.audio.vad`."""
+
+    find_speech: bool = False
+    """Whether what precedes and follows the speech is removed, and a recording without speech is not answered."""
+    level: float | None = Field(default=None, le=0)
+    """Level in dB of full scale that the speech of every recording is brought to. None: it stays as it is."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class TextConfig:
     """How the text of a request is prepared. Unicode is cleaned up always; see `omni_jax.text`."""
 
@@ -184,6 +194,7 @@ class ModelConfig:
     trunk: TrunkConfig = TrunkConfig()
     vocab: VocabConfig = VocabConfig()
     codec: CodecConfig = CodecConfig()
+    audio: AudioConfig = AudioConfig()
     text: TextConfig = TextConfig()
     tts_adapter_layers: int = Field(default=0, ge=0)
     """Blocks after the trunk that serve the audio heads only; 0 means no TTS adapter."""

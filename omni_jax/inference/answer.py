@@ -11,6 +11,7 @@ import numpy as np
 import tokenizers
 
 from omni_jax.audio.encoding import write_audio
+from omni_jax.audio.io import SAMPLE_RATE
 from omni_jax.codec.snac import DecodeFn
 from omni_jax.codec.stream import StreamDecoder
 from omni_jax.config.model import ModelConfig
@@ -43,6 +44,15 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A piece of a transcript: what is said between two times, in seconds of the recording."""
+
+    start: float
+    end: float
+    text: str
+
+
+@dataclass(frozen=True)
 class Reply:
     """An answer."""
 
@@ -54,11 +64,13 @@ class Reply:
     sample_rate: int
     """Samples per second of `audio`."""
     tokens: np.ndarray
-    """int32 [8, steps], the streams as decoded (delayed), text last; those of several sentences one after another."""
+    """int32 [8, steps], the streams as decoded (delayed), text last; those of several parts one after another."""
     finish_reason: FinishReason
     num_invalid_codes: int
     """Tokens in the place of a code that are none; each was replaced by the code before it."""
     timing: Timing
+    segments: tuple[Segment, ...] = ()
+    """A1T1: the transcript in pieces, each of which the model has heard as one."""
 
     @property
     def seconds(self) -> float:
@@ -159,11 +171,11 @@ class AnswerBuilder:
     """Collects what the engine reports of one request.
 
     Streaming, text and audio are decoded as they become complete. Otherwise the caller decodes the audio of several
-    answers together (`OutputDecoder.decode_audio`), whenever a sentence has ended, and passes it to `add_audio`.
+    answers together (`OutputDecoder.decode_audio`), whenever a part has ended, and passes it to `add_audio`.
 
     Attributes:
-        sentence_tokens: int32 [8, steps], the streams of the sentence being spoken. All of them, unless a text is read
-            aloud sentence by sentence.
+        part_tokens: int32 [8, steps], the streams of the part being answered. All of them, unless a text is read aloud
+            sentence by sentence or a long recording is transcribed.
         next_steps: how many steps the next chunk should take for this answer: few until its first audio is out, which
             is latency, then more and more, which is cheaper.
     """
@@ -176,30 +188,32 @@ class AnswerBuilder:
         self._text = ""
         self._audio: list[np.ndarray] = []
         self._ended: list[np.ndarray] = []
+        self._ended_texts: list[str] = []
         self._num_invalid_codes = 0
         self._finish: FinishReason | None = None
-        self._sentence_ended = False
-        self._begin_sentence()
+        self._part_ended = False
+        self._begin_part()
 
-    def _begin_sentence(self) -> None:
+    def _begin_part(self) -> None:
         outputs = self._outputs
-        self.sentence_tokens = np.zeros((TEXT_STREAM + 1, 0), np.int32)
+        self.part_tokens = np.zeros((TEXT_STREAM + 1, 0), np.int32)
         self._num_frames = 0
-        audio = self._streaming and self._request.prompt.task.outputs_audio
+        audio = self._streaming and self._request.task.outputs_audio
         self._stream = StreamDecoder(outputs.codec, outputs.config.codec) if audio else None
 
     def add(self, progress: Progress) -> Chunk | None:
         """Take new tokens; streaming, the new text and audio, or None if there is none yet."""
-        if self._sentence_ended:
-            self._ended.append(self.sentence_tokens)
-            self._begin_sentence()
+        if self._part_ended:
+            self._ended_texts.append(self._part_text())
+            self._ended.append(self.part_tokens)
+            self._begin_part()
         if self._stream is None or self._clock.first_audio is not None:
             self.next_steps = min(self.next_steps * 2, MAX_STREAM_CHUNK_STEPS)
         self._clock.mark_tokens(progress.tokens)
-        self.sentence_tokens = np.concatenate([self.sentence_tokens, progress.tokens], axis=1)
-        end = progress.finish or progress.sentence_finish
-        self._sentence_ended = end is not None
-        # Of several sentences, one that did not end by itself is what the caller should know of.
+        self.part_tokens = np.concatenate([self.part_tokens, progress.tokens], axis=1)
+        end = progress.finish or progress.part_finish
+        self._part_ended = end is not None
+        # Of several parts, one that did not end by itself is what the caller should know of.
         self._finish = end if self._finish in (None, "stop") else self._finish
         if not self._streaming:
             return None
@@ -214,36 +228,54 @@ class AnswerBuilder:
         return Chunk(new_text, audio, self._outputs.sample_rate, reply)
 
     def add_audio(self, audio: np.ndarray) -> np.ndarray:
-        """Take new audio of the sentence, float32 [samples]; after its end the pause before the next one is added."""
+        """Take new audio of the part, float32 [samples]; after a sentence the pause before the next one is added."""
         number = len(self._ended)
-        if self._sentence_ended:
-            frames = self._outputs.frames(self.sentence_tokens)
+        if self._part_ended:
+            frames = self._outputs.frames(self.part_tokens)
             self._num_invalid_codes += int((frames >= self._outputs.config.vocab.audio).sum())
-            if number < len(self._request.next_prompts) and ends_sentence(self._request.sentences[number]):
+            if number < len(self._request.parts) - 1 and ends_sentence(self._request.parts[number].text):
                 audio = np.concatenate([audio, np.zeros(int(SENTENCE_PAUSE * self._outputs.sample_rate), np.float32)])
         self._clock.mark_audio(audio)
         self._audio.append(audio)
         return audio
 
     def _text_so_far(self) -> str:
-        if self._request.prompt.task.outputs_text:
-            return self._outputs.decode_text(self.sentence_tokens[TEXT_STREAM])
-        return " ".join(self._request.sentences[: len(self._ended) + 1])
+        text = ""
+        for part in (*self._ended_texts, self._part_text()):
+            # Some tokenizers begin a text with a space.
+            text += " " + part.lstrip() if text and part and not text[-1].isspace() else part
+        return text
+
+    def _part_text(self) -> str:
+        if self._request.task.outputs_text:
+            return self._outputs.decode_text(self.part_tokens[TEXT_STREAM])
+        parts = self._request.parts
+        return parts[len(self._ended)].text if parts else ""
+
+    def _segments(self) -> tuple[Segment, ...]:
+        if self._request.task is not Task.A1T1:
+            return ()
+        texts = [*self._ended_texts, self._part_text()]
+        return tuple(
+            Segment(part.start / SAMPLE_RATE, (part.start + len(part.speech)) / SAMPLE_RATE, text.strip())
+            for part, text in zip(self._request.parts, texts, strict=False)
+            if part.speech is not None
+        )
 
     def _push_frames(self) -> np.ndarray:
         assert self._stream is not None
-        codes = fill_invalid_codes(self._outputs.frames(self.sentence_tokens), self._outputs.vocab)
-        audio = self._stream.push(codes[self._num_frames :], last=self._sentence_ended)
+        codes = fill_invalid_codes(self._outputs.frames(self.part_tokens), self._outputs.vocab)
+        audio = self._stream.push(codes[self._num_frames :], last=self._part_ended)
         self._num_frames = len(codes)
         return self.add_audio(audio)
 
     def reply(self) -> Reply:
         """The whole answer, once it has finished."""
         assert self._finish is not None, "the answer has not finished"
-        tokens = np.concatenate([*self._ended, self.sentence_tokens], axis=1)
-        audio = np.concatenate(self._audio) if self._request.prompt.task.outputs_audio else None
+        tokens = np.concatenate([*self._ended, self.part_tokens], axis=1)
+        audio = np.concatenate(self._audio) if self._request.task.outputs_audio else None
         return Reply(
-            task=self._request.prompt.task,
+            task=self._request.task,
             text=self._text_so_far(),
             audio=audio,
             sample_rate=self._outputs.sample_rate,
@@ -251,6 +283,7 @@ class AnswerBuilder:
             finish_reason=self._finish,
             num_invalid_codes=self._num_invalid_codes,
             timing=self._clock.timing(tokens.shape[1], audio, self._outputs.sample_rate),
+            segments=self._segments(),
         )
 
 

@@ -237,8 +237,11 @@ class AsyncEngine:
 
     def _serve(self, warm_up: bool) -> None:
         if warm_up:
+            start = time.monotonic()
+            log.info("compiling every program that requests can need ...")
             self._engine.warm_up()
             StreamDecoder(self._outputs.codec, self._outputs.config.codec).warm_up()
+            log.info("ready after %.1f s of compiling", time.monotonic() - start)
         if self._closing != "cancel":
             self.ready.set()
         while self._process_orders():

@@ -46,8 +46,8 @@ def next_power_of_2(count: int) -> int:
 
 
 @dataclass(frozen=True)
-class PreparedRequest:
-    """One request, validated and tokenized.
+class Part:
+    """What the model takes at once: a question, a sentence to read aloud, or a window of a long recording.
 
     Raises:
         ConfigError: there is speech for a task that takes text, or none for one that takes audio.
@@ -56,25 +56,48 @@ class PreparedRequest:
     prompt: Prompt
     speech: np.ndarray | None = None
     """float32 [samples] at 16 kHz, at most what the audio encoder takes at once; None for text input."""
-    config: GenerationConfig = field(default_factory=GenerationConfig)
-    sentences: tuple[str, ...] = ()
-    """T1A1: what is read aloud, one for each prompt."""
-    next_prompts: tuple[Prompt, ...] = ()
-    """Of the sentences after the first; they are spoken one after another, in one answer."""
+    text: str = ""
+    """T1A1: what is read aloud."""
+    start: int = 0
+    """Samples of the recording before `speech`."""
 
     def __post_init__(self) -> None:
         if (self.speech is not None) != self.prompt.task.takes_audio:
             raise ConfigError(f"task {self.prompt.task}: expected speech exactly when the task takes audio")
 
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """One request, validated and tokenized. Its parts are answered one after another, in one answer."""
+
+    task: Task
+    parts: tuple[Part, ...]
+    """None, if there is nothing to transcribe."""
+    config: GenerationConfig = field(default_factory=GenerationConfig)
+    duration: float = 0.0
+    """Seconds of the recording, whatever of it is used."""
+
+    @classmethod
+    def of(
+        cls, prompt: Prompt, speech: np.ndarray | None = None, config: GenerationConfig | None = None
+    ) -> PreparedRequest:
+        """A request of one part."""
+        return cls(prompt.task, (Part(prompt, speech),), config or GenerationConfig())
+
+    @property
+    def prompt(self) -> Prompt:
+        """Of the first part."""
+        return self.parts[0].prompt
+
     @property
     def has_companion(self) -> bool:
         """Whether it is decoded batch-parallel, with a companion row."""
-        return self.config.batch_parallel and self.prompt.task is Task.A1A2
+        return self.config.batch_parallel and self.task is Task.A1A2
 
     @property
     def longest_prompt(self) -> int:
         """Positions of the longest prompt."""
-        return max(map(len, (self.prompt, *self.next_prompts)))
+        return max((len(part.prompt) for part in self.parts), default=0)
 
     def max_steps(self, context: int) -> int:
         """Steps after the first prompt: the last step's tokens are never an input, so one more than the room left."""
@@ -83,15 +106,16 @@ class PreparedRequest:
 
     def cache_len(self, context: int) -> int:
         """Positions its cache needs, rounded up so that few shapes are compiled."""
+        if not self.parts:
+            return 0
         needed = self.longest_prompt - 1 + self.max_steps(context)
         return min(context, -(-needed // CACHE_LEN_STEP) * CACHE_LEN_STEP)
 
     def after_first(self, steps: int) -> PreparedRequest:
-        """What is left once the first sentence is spoken, which took so many steps."""
+        """What is left once the first part is answered, which took so many steps."""
         max_steps = self.config.max_steps
         config = self.config if max_steps is None else self.config.replace(max_steps=max_steps - steps)
-        prompt, *later = self.next_prompts
-        return PreparedRequest(prompt, None, config, self.sentences[1:], tuple(later))
+        return dataclasses.replace(self, parts=self.parts[1:], config=config)
 
 
 @dataclass(frozen=True)
@@ -103,8 +127,8 @@ class Progress:
     """int32 [8, n]."""
     finish: FinishReason | None
     """None while it goes on."""
-    sentence_finish: FinishReason | None = None
-    """How a sentence ended that others follow; `finish` is None then."""
+    part_finish: FinishReason | None = None
+    """How a part ended that others follow; `finish` is None then."""
 
 
 @dataclass
@@ -143,6 +167,7 @@ class Engine:
         self.vocab = Vocab(runner.config.vocab)
         self.context = runner.config.trunk.max_position
         self.queue: deque[tuple[int, PreparedRequest]] = deque()
+        self._nothing_to_do: list[int] = []
         self._init_batch()
 
     def _init_batch(self) -> None:
@@ -174,12 +199,15 @@ class Engine:
             ConfigError: as `check`.
         """
         self.check(request)
-        self.queue.append((key, request))
+        if request.parts:
+            self.queue.append((key, request))
+        else:
+            self._nothing_to_do.append(key)
 
     @property
     def busy(self) -> bool:
         """Whether anything is queued, active or in flight."""
-        return bool(self.queue) or self.in_flight is not None or any(self.active)
+        return bool(self.queue or self._nothing_to_do) or self.in_flight is not None or any(self.active)
 
     def advance(self, steps: int = MAX_CHUNK_STEPS) -> list[Progress]:
         """Admit queued requests, start a chunk of up to `steps` steps, and return the tokens of the chunk before."""
@@ -193,7 +221,9 @@ class Engine:
                 self.state, routing, jnp.int32(min(steps, MAX_CHUNK_STEPS))
             )
             self.in_flight = (list(self.active), tokens, status)
-        return self._read(*previous) if previous else []
+        empty, self._nothing_to_do = self._nothing_to_do, []
+        progress = [Progress(key, np.zeros((NUM_STREAMS, 0), np.int32), "stop") for key in empty]
+        return progress + self._read(*previous) if previous else progress
 
     def cancel(self, key: int) -> bool:
         """Drop a request, queued or active; its slot is free at once, and no more progress is returned for it.
@@ -201,6 +231,9 @@ class Engine:
         Returns:
             Whether it was still there.
         """
+        if key in self._nothing_to_do:
+            self._nothing_to_do.remove(key)
+            return True
         for index, (queued, _) in enumerate(self.queue):
             if queued == key:
                 del self.queue[index]
@@ -256,9 +289,9 @@ class Engine:
         for task in tasks:
             max_prompt = min(longest + 2, self.max_len) if task.takes_audio else self.max_len
             if task.takes_audio:
-                request = PreparedRequest(speech_prompt(task, 1, self.vocab), np.zeros(0, np.float32))
+                request = PreparedRequest.of(speech_prompt(task, 1, self.vocab), np.zeros(0, np.float32))
             else:
-                request = PreparedRequest(text_prompt(task, [0], self.vocab))
+                request = PreparedRequest.of(text_prompt(task, [0], self.vocab))
             for length in sorted({self._padded(length) for length in range(1, max_prompt + 1)}):
                 for count in rows:
                     self._prefill(length, [(self.max_batch_size, ActiveRequest(-1, request))] * count)
@@ -281,22 +314,22 @@ class Engine:
                 progress.append(Progress(active.key, new, None))
                 continue
             self.active[slot] = None
-            progress.append(self._end_sentence(active, new))
+            progress.append(self._end_part(active, new))
         return progress
 
-    def _end_sentence(self, active: ActiveRequest, new: np.ndarray) -> Progress:
-        """The last tokens of a sentence; the next one, if any, is queued."""
+    def _end_part(self, active: ActiveRequest, new: np.ndarray) -> Progress:
+        """The last tokens of a part; the next one, if any, is queued."""
         finish = self._finish_reason(active, new)
-        if not active.request.next_prompts:
+        if len(active.request.parts) == 1:
             return Progress(active.key, new, finish)
         if active.step == active.request.config.max_steps:
             return Progress(active.key, new, "length")
-        # In front of the queue, so that the next sentence follows at once.
+        # In front of the queue, so that the next part follows at once.
         self.queue.appendleft((active.key, active.request.after_first(active.step)))
         return Progress(active.key, new, None, finish)
 
     def _finish_reason(self, active: ActiveRequest, new: np.ndarray) -> FinishReason:
-        if active.request.prompt.task.outputs_audio:
+        if active.request.task.outputs_audio:
             last, end = new[TEXT_STREAM - 1, -1], self.vocab.eoa
         else:
             last, end = new[TEXT_STREAM, -1], self.vocab.eot
@@ -314,7 +347,7 @@ class Engine:
     def _route(self) -> Routing:
         running = [(slot, active) for slot, active in enumerate(self.active) if active is not None and active.running]
         text = [(slot, active) for slot, active in running if active.text_pending]
-        audio = [slot for slot, active in running if active.request.prompt.task.outputs_audio]
+        audio = [slot for slot, active in running if active.request.task.outputs_audio]
         paired = [(slot, active) for slot, active in text if active.companion is not None]
         self._resize_companions([active for _, active in paired], self._bucket_rows(len(paired)))
 
@@ -353,7 +386,7 @@ class Engine:
         free = [slot for slot, active in enumerate(self.active) if active is None]
         arrivals = []
         for key, request in self._take_from_queue(len(free)):
-            active = ActiveRequest(key, request, text_pending=request.prompt.task.outputs_text)
+            active = ActiveRequest(key, request, text_pending=request.task.outputs_text)
             slot = free.pop(0)
             self.active[slot] = active
             arrivals.append((slot, active))
@@ -397,7 +430,7 @@ class Engine:
 
     def _prefill_shape(self, request: PreparedRequest) -> tuple[int, bool]:
         """Padded length, and whether there is speech: prompts alike in this are prefilled together."""
-        return self._padded(len(request.prompt) - 1), request.prompt.task.takes_audio
+        return self._padded(len(request.prompt) - 1), request.task.takes_audio
 
     def _padded(self, length: int) -> int:
         return min(next(size for size in self.buckets if size >= length), self.max_len)
@@ -412,16 +445,17 @@ class Engine:
             prompt = request.prompt.tokens[:, :-1]
             tokens[row, :, : prompt.shape[1]] = prompt
         speech = positions = None
-        if requests[0].prompt.task.takes_audio:
+        if requests[0].task.takes_audio:
             max_samples = self.runner.config.audio_encoder.max_samples
             audio = np.zeros((rows, max_samples), np.float32)
             for row, request in enumerate(requests):
-                assert request.speech is not None
-                audio[row] = pad(request.speech, max_samples)
+                recording = request.parts[0].speech
+                assert recording is not None
+                audio[row] = pad(recording, max_samples)
             speech = self.runner.encode_audio(jnp.asarray(audio))
             positions = _column([request.prompt.speech_positions for request in requests], rows, np.int32)
         # Only a TTS adapter's cache depends on what is output: without one there is one program less per shape.
-        outputs_audio = any(request.prompt.task.outputs_audio for request in requests)
+        outputs_audio = any(request.task.outputs_audio for request in requests)
         caches = self.runner.prefill(
             jnp.asarray(tokens),
             speech,
@@ -442,7 +476,7 @@ class Engine:
         """The state of requests that have just been prefilled, without caches, padded to `rows` rows."""
         last = np.zeros((rows, NUM_STREAMS), np.int32)
         last[: len(requests)] = [request.prompt.tokens[:, -1] for request in requests]
-        tasks, configs = [request.prompt.task for request in requests], [request.config for request in requests]
+        tasks, configs = [request.task for request in requests], [request.config for request in requests]
         return DecodeState(
             tokens=jnp.asarray(last),
             positions=_column([len(request.prompt) - 1 for request in requests], rows, np.int32),

@@ -94,6 +94,17 @@ class Request:
             raise ConfigError(f"task {task}: expected {expected}, found {found}", field="task")
         return task
 
+    @property
+    def _is_file(self) -> bool:
+        """Whether the recording is a file, or its bytes: something with a sample rate of its own."""
+        return isinstance(self.audio, (str, Path, bytes, bytearray, memoryview)) or hasattr(self.audio, "read")
+
+    @property
+    def source_name(self) -> str:
+        """What error messages call the recording."""
+        source: Any = self.audio
+        return audio_io.source_name(source) if self._is_file else self.name
+
     def samples(self, max_samples: int) -> np.ndarray:
         """The recording, f32 [samples] at 16 kHz.
 
@@ -106,8 +117,8 @@ class Request:
         """
         source: Any = self.audio
         rate = self.sample_rate
-        is_file = isinstance(source, (str, Path, bytes, bytearray, memoryview)) or hasattr(source, "read")
-        name = audio_io.source_name(source) if is_file else self.name
+        is_file = self._is_file
+        name = self.source_name
         if rate is not None and (is_file or isinstance(source, tuple)):
             raise ConfigError(f"sample_rate: expected none, as {name} has its own, found {rate}", field="sample_rate")
         if is_file:

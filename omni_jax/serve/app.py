@@ -14,11 +14,12 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
 from omni_jax.errors import OmniError
-from omni_jax.serve import mini_omni, openai, websocket
+from omni_jax.serve import mini_omni, openai, openai_audio, openai_responses, websocket
 from omni_jax.serve.errors import RETRY_SECONDS, describe_validation_error, error_body, kind_of
 from omni_jax.serve.limits import LimitsMiddleware
 from omni_jax.serve.sessions import Service
@@ -43,6 +44,7 @@ router = APIRouter()
 
 
 @router.get("/", include_in_schema=False)
+@router.head("/", include_in_schema=False)
 async def page() -> Response:
     """The page."""
     return _page_file("index.html")
@@ -62,6 +64,7 @@ def _page_file(name: str) -> Response:
 
 
 @router.get("/healthz")
+@router.head("/healthz", include_in_schema=False)
 async def healthz(request: Request, response: Response) -> dict[str, str]:
     """Whether the process runs and its model works; 503 if only a restart will help."""
     broken = service_of(request).state == "broken"
@@ -70,6 +73,7 @@ async def healthz(request: Request, response: Response) -> dict[str, str]:
 
 
 @router.get("/readyz")
+@router.head("/readyz", include_in_schema=False)
 async def readyz(request: Request, response: Response) -> dict[str, str]:
     """Whether every program is compiled; 503 until then."""
     state = service_of(request).state
@@ -100,7 +104,14 @@ def make_app(service: Service) -> ASGIApp:
         title="omni_jax", version=metadata.version("omni-jax"), docs_url=None, redoc_url=None, lifespan=lifespan
     )
     app.state.service = service
-    for routes in (router, openai.router, mini_omni.router, websocket.router):
+    for routes in (
+        router,
+        openai.router,
+        openai_audio.router,
+        openai_responses.router,
+        mini_omni.router,
+        websocket.router,
+    ):
         app.include_router(routes)
     _add_error_handlers(app)
     # Clients choose paths; the metrics must not grow with them.
@@ -109,7 +120,15 @@ def make_app(service: Service) -> ASGIApp:
     def count(path: str, outcome: str) -> None:
         service.metrics.count(path if path in paths else "other", outcome)
 
-    return LimitsMiddleware(app, service.settings, count)
+    limited = LimitsMiddleware(app, service.settings, count)
+    # Outside of the limits: a browser asks without a key whether it may ask, and reads errors too.
+    return CORSMiddleware(
+        limited,
+        allow_origins=service.settings.allowed_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["x-omni-jax-ignored-messages", "x-omni-jax-ignored-text", "retry-after"],
+    )
 
 
 async def _freeze_when_ready(service: Service) -> None:

@@ -7,7 +7,15 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from omni_jax.errors import AudioError, BusyError, ClosedError, ConfigError, OmniError
+from omni_jax.errors import (
+    AudioError,
+    AudioTooLongError,
+    BusyError,
+    ClosedError,
+    ConfigError,
+    NoSpeechError,
+    OmniError,
+)
 
 RETRY_SECONDS = 2
 """Value of `Retry-After` where trying again later helps."""
@@ -42,6 +50,8 @@ class ErrorKind(NamedTuple):
 
 
 ERROR_KINDS: Mapping[type[OmniError], ErrorKind] = {
+    NoSpeechError: ErrorKind(400, "no_speech", "refused"),
+    AudioTooLongError: ErrorKind(400, "audio_too_long", "refused"),
     AudioError: ErrorKind(400, "bad_audio", "refused"),
     ConfigError: ErrorKind(400, None, "refused"),
     BusyError: ErrorKind(429, "busy", "busy"),
@@ -65,8 +75,11 @@ def error_body(message: str, *, status: int, field: str | None = None, code: str
 
 
 def describe_validation_error(errors: Sequence[Any]) -> tuple[str | None, str]:
-    """The first of pydantic's errors: the field, and a sentence that says what is wrong with it."""
-    first = errors[0]
+    """One of pydantic's errors: the field, and a sentence that says what is wrong with it.
+
+    The first one; where a field may be one of several things, the error of that which was nearest.
+    """
+    first = max(errors, key=lambda error: len(error["loc"]) if error["loc"][:2] == errors[0]["loc"][:2] else 0)
     if first["type"] == "json_invalid":
         return None, f"body: expected JSON, found {first.get('ctx', {}).get('error', 'something else')}"
     path = [str(name) for name in first["loc"] if name not in ("body", "query", "path")]

@@ -43,5 +43,5 @@ async def chat(request: Request, body: ChatBody) -> Response:
     prepared = await service.prepare(audio=recording, task=Task.A1A2, config=config)
     answer = service.submit(prepared, "/chat")
     min_bytes = body.stream_stride * service.omni.config.codec.frame_size * 2
-    content = stream_audio(answer, service.omni.sample_rate, body.format, min_bytes)
+    content = stream_audio(answer, service.omni.sample_rate, body.format, min_bytes=min_bytes)
     return StreamedAnswer(answer, content, media_type=MEDIA_TYPES[body.format])

@@ -1,8 +1,9 @@
-"""OpenAI's endpoints for chat, transcription and speech; OpenAI's client libraries work unchanged.
+"""OpenAI's endpoints for models and chat; OpenAI's client libraries work unchanged.
 
 Of a chat the last message of the user is answered. Earlier messages and those of the system are ignored; the header
-`x-omni-jax-ignored-messages` has their number. There is one voice, whatever voice is asked for. A field that would
-change the answer in a way this model cannot is refused, and so is a field of the wrong type.
+`x-omni-jax-ignored-messages` has their number. Of a message with text and a recording the recording is answered, and
+`x-omni-jax-ignored-text` is 1. There is one voice, whatever voice is asked for. A field that would change the answer in
+a way this model cannot is refused, and so is a field of the wrong type.
 """
 
 from __future__ import annotations
@@ -10,24 +11,23 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from fastapi import APIRouter, File, Form, Request, Response, UploadFile
-from starlette.responses import JSONResponse, PlainTextResponse
+from fastapi import APIRouter, Request, Response
+from starlette.responses import JSONResponse
 
-from omni_jax.audio.encoding import MEDIA_TYPES, encode, streaming_wav_header
-from omni_jax.audio.io import SAMPLE_RATE, pcm_bytes
+from omni_jax.audio.encoding import encode, streaming_wav_header
+from omni_jax.audio.io import pcm_bytes
 from omni_jax.errors import ConfigError
-from omni_jax.serve.errors import RequestRefusedError, client_fields, error_body
+from omni_jax.serve.errors import RequestRefusedError, client_fields
 from omni_jax.serve.openai_schema import (
     UNSUPPORTED,
     AudioPart,
     ChatRequest,
     Message,
-    SpeechRequest,
-    Temperature,
     TextPart,
     audio_head,
+    failure_line,
     finish_reason,
     generation_config,
     response_head,
@@ -35,22 +35,26 @@ from omni_jax.serve.openai_schema import (
     usage,
 )
 from omni_jax.serve.sessions import AnswerStream, decode_base64
-from omni_jax.serve.streaming import STREAMABLE_FORMATS, StreamedAnswer, service_of, stream_audio, whole_answer
+from omni_jax.serve.streaming import STREAMABLE_FORMATS, StreamedAnswer, check_model, service_of, whole_answer
 from omni_jax.tasks import Task
 
 router = APIRouter(prefix="/v1")
 
 
 @router.get("/models")
+@router.head("/models", include_in_schema=False)
+@router.get("/models/", include_in_schema=False)
+@router.head("/models/", include_in_schema=False)
 async def models(request: Request) -> Any:
-    """List the models: there is one."""
-    return {"object": "list", "data": [_model(service_of(request).name)]}
+    """List the names of the model."""
+    return {"object": "list", "data": [_model(name) for name in service_of(request).names]}
 
 
 @router.get("/models/{name:path}")
+@router.head("/models/{name:path}", include_in_schema=False)
 async def model(request: Request, name: str) -> Any:
     """One of `models`."""
-    _check_model(name, request)
+    check_model(name, request)
     return _model(name)
 
 
@@ -58,28 +62,16 @@ def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "omni_jax"}
 
 
-def _check_model(name: str, request: Request) -> None:
-    expected = service_of(request).name
-    if name != expected:
-        message = f"model: expected {expected!r}, found {name!r}"
-        raise RequestRefusedError(404, message, field="model", code="model_not_found")
-
-
 @router.post("/chat/completions", response_model=None)
 async def chat(request: Request, body: ChatRequest) -> Response:
     """Answer the last message, in text or in text and speech."""
-    _check_model(body.model, request)
+    check_model(body.model, request)
     _check_supported(body)
     outputs_audio = "audio" in (body.modalities or ["text"])
     format = _audio_format(body, outputs_audio=outputs_audio)
-    config = generation_config(
-        temperature=body.temperature,
-        top_p=body.top_p,
-        seed=body.seed,
-        max_tokens=body.max_tokens,
-        max_completion_tokens=body.max_completion_tokens,
-    )
-    recording, text = _last_message(body.messages)
+    limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    config = generation_config(body, limit)
+    recording, text, ignored_text = _last_message(body.messages)
     if recording is None:
         task = Task.T1A2 if outputs_audio else Task.T1T2
     else:
@@ -88,8 +80,11 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     with client_fields(text="messages"):
         prepared = await service.prepare(audio=recording, text=text, task=task, config=config)
     answer = service.submit(prepared, "/v1/chat/completions")
-    ignored = len(body.messages) - 1
-    headers = {"x-omni-jax-ignored-messages": str(ignored)} if ignored else {}
+    headers = {}
+    if ignored := len(body.messages) - 1:
+        headers["x-omni-jax-ignored-messages"] = str(ignored)
+    if ignored_text:
+        headers["x-omni-jax-ignored-text"] = "1"
     prompt_length = len(prepared.prompt)
     if body.stream:
         head = response_head("chat.completion.chunk", body.model)
@@ -134,13 +129,13 @@ def _audio_format(body: ChatRequest, *, outputs_audio: bool) -> str:
     return format
 
 
-def _last_message(messages: list[Message]) -> tuple[bytes | None, str | None]:
-    """The recording or the text of the last message, which must be the user's."""
+def _last_message(messages: list[Message]) -> tuple[bytes | None, str | None, bool]:
+    """The recording or the text of the last message, which must be the user's, and whether it has text beside it."""
     if messages[-1].role != "user":
         raise ConfigError("messages: expected the last one to be the user's", field="messages")
     content = messages[-1].content
     if isinstance(content, str) and content:
-        return None, content
+        return None, content, False
     parts = content if isinstance(content, list) else []
     for part in parts:
         if isinstance(part, dict):
@@ -148,13 +143,14 @@ def _last_message(messages: list[Message]) -> tuple[bytes | None, str | None]:
             raise ConfigError(f"messages: expected parts of type text or input_audio, found {kind!r}", field="messages")
     recordings = [part.input_audio.data for part in parts if isinstance(part, AudioPart)]
     text = " ".join(part.text for part in parts if isinstance(part, TextPart) and part.text)
-    if len(recordings) + bool(text) != 1:
+    if len(recordings) > 1 or not (recordings or text):
         raise ConfigError(
-            "messages: expected the last one to hold either text or one recording, "
-            f"found {'text and ' if text else ''}{len(recordings)} recordings",
+            f"messages: expected the last one to hold text or one recording, found {len(recordings)} recordings",
             field="messages",
         )
-    return (decode_base64(recordings[0], "input_audio.data") if recordings else None), text or None
+    if recordings:
+        return decode_base64(recordings[0], "input_audio.data"), None, bool(text)
+    return None, text, False
 
 
 async def _chat_text_events(answer: AnswerStream, head: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -209,71 +205,8 @@ async def _chat_event_lines(
             event["usage"] = None
         yield server_sent_event(event)
     if answer.reply is None:
-        yield _failure_line(answer)
+        yield failure_line(answer)
         return
     if prompt_length is not None:
         yield server_sent_event({**head, "choices": [], "usage": usage(prompt_length, answer.reply)})
     yield "data: [DONE]\n\n"
-
-
-def _failure_line(answer: AnswerStream) -> str:
-    """The error that ends an incomplete stream, whose status has been sent already."""
-    error = answer.failure()
-    return server_sent_event(error_body(str(error), status=error.status, code=error.code))
-
-
-@router.post("/audio/transcriptions", response_model=None)
-async def transcriptions(
-    request: Request,
-    file: Annotated[UploadFile, File()],
-    model: Annotated[str, Form()],
-    response_format: Annotated[Literal["json", "text", "verbose_json"], Form()] = "json",
-    language: Annotated[str | None, Form()] = None,
-    temperature: Annotated[Temperature | None, Form()] = None,
-    stream: Annotated[bool, Form()] = False,
-) -> Response:
-    """Transcribe a recording (A1T1). The model recognizes the language itself."""
-    _check_model(model, request)
-    service = service_of(request)
-    config = generation_config(temperature=temperature)
-    prepared = await service.prepare(audio=await file.read(), task=Task.A1T1, config=config)
-    answer = service.submit(prepared, "/v1/audio/transcriptions")
-    if stream:
-        return StreamedAnswer(answer, _transcript_lines(answer), media_type="text/event-stream")
-    reply = await whole_answer(request, answer)
-    if response_format == "text":
-        return PlainTextResponse(reply.text + "\n")
-    content: dict[str, Any] = {"text": reply.text}
-    if response_format == "verbose_json":
-        assert prepared.speech is not None
-        content |= {"task": "transcribe", "language": language or "", "duration": len(prepared.speech) / SAMPLE_RATE}
-    return JSONResponse(content)
-
-
-async def _transcript_lines(answer: AnswerStream) -> AsyncIterator[str]:
-    async for chunk in answer:
-        if chunk.text:
-            yield server_sent_event({"type": "transcript.text.delta", "delta": chunk.text})
-    if answer.reply is None:
-        yield _failure_line(answer)
-        return
-    yield server_sent_event({"type": "transcript.text.done", "text": answer.reply.text})
-
-
-@router.post("/audio/speech", response_model=None)
-async def speech(request: Request, body: SpeechRequest) -> Response:
-    """Speak a text (T1A1); wav and pcm are streamed."""
-    _check_model(body.model, request)
-    if body.speed not in (None, 1):
-        raise ConfigError(f"speed: expected 1, the only speed of this voice, found {body.speed:g}", field="speed")
-    service = service_of(request)
-    config = generation_config(temperature=body.temperature, seed=body.seed)
-    with client_fields(text="input"):
-        prepared = await service.prepare(text=body.input, task=Task.T1A1, config=config)
-    answer = service.submit(prepared, "/v1/audio/speech")
-    rate, format = service.omni.sample_rate, body.response_format
-    if format in STREAMABLE_FORMATS:
-        return StreamedAnswer(answer, stream_audio(answer, rate, format), media_type=MEDIA_TYPES[format])
-    reply = await whole_answer(request, answer)
-    assert reply.audio is not None
-    return Response(await asyncio.to_thread(encode, reply.audio, rate, format), media_type=MEDIA_TYPES[format])

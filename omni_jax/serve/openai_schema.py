@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from omni_jax.audio.tempo import MAX_SPEED, MIN_SPEED
 from omni_jax.inference.answer import Reply
 from omni_jax.inference.generation import GenerationConfig
-from omni_jax.serve.errors import client_fields
+from omni_jax.serve.errors import client_fields, error_body
+from omni_jax.serve.sessions import AnswerStream
 
 AUDIO_LIFETIME = 3600
 """Seconds after which an answer's audio expires, which clients require. The server stores no audio."""
@@ -25,32 +27,51 @@ Temperature = Annotated[float, Field(le=2)]
 """2 is the limit of OpenAI's API."""
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """A JSON object; unknown fields are kept in `model_extra`."""
+
     model_config = ConfigDict(extra="allow", strict=True)
 
 
-class TextPart(_Body):
+class SamplingOptions(Body):
+    """How to decode. Those that OpenAI's API does not have are of `GenerationConfig`; clients send them as extra."""
+
+    temperature: Temperature | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    enforce_delay: bool | None = None
+    batch_parallel: bool | None = None
+
+
+class FormOptions(SamplingOptions):
+    """The same in a form, whose fields are texts."""
+
+    model_config = ConfigDict(strict=False)
+
+
+class TextPart(Body):
     """Text in a message."""
 
     type: Literal["text"]
     text: str
 
 
-class InputAudio(_Body):
+class InputAudio(Body):
     """A recording; its real format is recognized by its content."""
 
     data: str
     format: str = "wav"
 
 
-class AudioPart(_Body):
+class AudioPart(Body):
     """A recording in a message."""
 
     type: Literal["input_audio"]
     input_audio: InputAudio
 
 
-class Message(_Body):
+class Message(Body):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -59,20 +80,20 @@ class Message(_Body):
     )
 
 
-class AudioOptions(_Body):
+class AudioOptions(Body):
     """Format of the answer's audio."""
 
     format: Format = "wav"
     voice: str | dict[str, Any] | None = None
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """Options of a streamed answer."""
 
     include_usage: bool = False
 
 
-class ChatRequest(_Body):
+class ChatRequest(SamplingOptions):
     """Body of `/v1/chat/completions`."""
 
     model: str
@@ -81,24 +102,19 @@ class ChatRequest(_Body):
     audio: AudioOptions | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    temperature: Temperature | None = None
-    top_p: float | None = None
-    seed: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
 
 
-class SpeechRequest(_Body):
+class SpeechRequest(SamplingOptions):
     """Body of `/v1/audio/speech`."""
 
     model: str
     input: str
     voice: str | dict[str, Any] | None = None
     response_format: Format = "mp3"
-    speed: float | None = Field(default=1.0, allow_inf_nan=False)
-    stream_format: Literal["audio"] | None = None
-    temperature: Temperature | None = None
-    seed: int | None = None
+    speed: Annotated[float, Field(ge=MIN_SPEED, le=MAX_SPEED, allow_inf_nan=False)] | None = None
+    stream_format: Literal["audio", "sse"] | None = None
 
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -118,28 +134,21 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 """Fields that would change the answer in a way this model cannot, and their values that change nothing."""
 
 
-def generation_config(
-    *,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-    max_tokens: int | None = None,
-    max_completion_tokens: int | None = None,
-) -> GenerationConfig:
-    """The options of a request; None leaves an option at its default, so decoding is greedy without a temperature.
+def generation_config(options: SamplingOptions, limit: str | None = None) -> GenerationConfig:
+    """The options of a request; what is left out has its default, so decoding is greedy without a temperature.
+
+    Args:
+        options: the body of the request, or a part of it.
+        limit: name of the field that limits the steps.
 
     Raises:
         ConfigError: an option is out of range; names it as OpenAI does.
     """
-    limit = "max_tokens" if max_completion_tokens is None else "max_completion_tokens"
-    options = {
-        "max_steps": max_tokens if max_completion_tokens is None else max_completion_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-    }
-    with client_fields(max_steps=limit):
-        return GenerationConfig.from_dict({name: value for name, value in options.items() if value is not None})
+    values = {name: getattr(options, name) for name in SamplingOptions.model_fields}
+    if limit is not None:
+        values["max_steps"] = getattr(options, limit)
+    with client_fields(max_steps=limit or "max_steps"):
+        return GenerationConfig.from_dict({name: value for name, value in values.items() if value is not None})
 
 
 def response_head(kind: str, model: str) -> dict[str, Any]:
@@ -166,3 +175,9 @@ def usage(prompt_length: int, reply: Reply) -> dict[str, int]:
 def server_sent_event(data: dict[str, Any]) -> str:
     """A server-sent event."""
     return f"data: {json.dumps(data)}\n\n"
+
+
+def failure_line(answer: AnswerStream) -> str:
+    """The error that ends an incomplete stream, whose status has been sent already."""
+    error = answer.failure()
+    return server_sent_event(error_body(str(error), status=error.status, code=error.code))

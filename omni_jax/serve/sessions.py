@@ -7,7 +7,7 @@ import base64
 import binascii
 import queue
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -27,6 +27,10 @@ MAX_CHARACTERS_PER_POSITION = 16
 """Texts of more characters per position of the trunk's context are refused before they are tokenized."""
 MAX_READ_CHARACTERS = 65_536
 """The same for texts that are read aloud sentence by sentence, whatever the context."""
+URL_SAFE = str.maketrans("-_", "+/")
+"""From the URL-safe alphabet of base64 (RFC 4648, section 5) to the standard one."""
+MAX_TRANSCRIBED_SECONDS = 3600.0
+"""Longest recording that is transcribed, unless the settings say otherwise."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Settings:
     max_queue_size: int = 64
     """Requests that may be queued; further ones get status 429."""
     max_audio_seconds: float | None = None
-    """Longest recording; None: what the audio encoder takes at once."""
+    """Longest recording; None: `MAX_TRANSCRIBED_SECONDS` to transcribe, and to answer what the model takes."""
     max_body_bytes: int = 32 << 20
     """Largest body of a request, or message of a WebSocket."""
     request_timeout: float = 120.0
@@ -47,6 +51,10 @@ class Settings:
     """Seconds that a client may take to send or to read the next piece."""
     api_keys: tuple[str, ...] = ()
     """Accepted keys; empty: no key is needed."""
+    aliases: tuple[str, ...] = ()
+    """Further names of the model."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins (`https://example.org`) whose pages may use the server, besides its own page; `*`: all."""
 
 
 class Metrics:
@@ -105,16 +113,12 @@ class Service:
         omni: the model.
         name: what clients call it.
         settings: limits and keys.
-        max_samples: longest recording in samples at 16 kHz.
         engine: the running batch.
         metrics: for Prometheus.
     """
 
     def __init__(self, omni: Omni, name: str, settings: Settings):
         self.omni, self.name, self.settings = omni, name, settings
-        self.max_samples = omni.config.audio_encoder.max_samples
-        if settings.max_audio_seconds is not None:
-            self.max_samples = min(self.max_samples, int(settings.max_audio_seconds * audio_io.SAMPLE_RATE))
         self.engine = AsyncEngine(
             omni, max_batch_size=settings.max_batch_size, max_queue_size=settings.max_queue_size, warm_up=True
         )
@@ -122,10 +126,15 @@ class Service:
         # Decoding a file takes a core for a moment; more at once would only take it from the model.
         self._decoding = asyncio.Semaphore(2)
 
+    def max_samples(self, task: Task | None) -> int:
+        """Longest recording for a task, in samples at 16 kHz."""
+        limit = self.settings.max_audio_seconds or MAX_TRANSCRIBED_SECONDS
+        return min(self.omni.max_samples(task or Task.A1A2), int(limit * audio_io.SAMPLE_RATE))
+
     @property
-    def max_audio_seconds(self) -> float:
-        """Longest recording."""
-        return self.max_samples / audio_io.SAMPLE_RATE
+    def names(self) -> tuple[str, ...]:
+        """What clients may call the model."""
+        return (self.name, *self.settings.aliases)
 
     @property
     def ready(self) -> bool:
@@ -171,8 +180,7 @@ class Service:
             if audio is None:
                 return self.omni.prepare(request)
             question = Request(audio, None, task, sample_rate, config=config, name="recording")
-            samples = question.samples(self.max_samples)
-            return self.omni.prepare(replace(question, audio=samples, sample_rate=audio_io.SAMPLE_RATE))
+            return self.omni.prepare(question, max_samples=self.max_samples(task))
 
         async with self._decoding:
             return await asyncio.to_thread(work)
@@ -273,13 +281,18 @@ class AnswerStream:
 
 
 def decode_base64(data: str, field: str) -> bytes:
-    """Bytes of a base64 text.
+    """Bytes of a base64 text: standard or URL-safe, with or without padding and line ends, or in a data URI.
 
     Raises:
         ConfigError: it is not base64, or empty.
     """
+    if data[:5].lower() == "data:":
+        head, _, data = data.partition(",")
+        if not head.lower().endswith(";base64"):
+            raise ConfigError(f"{field}: expected a data URI in base64, found {head[:100]!r}", field=field)
+    data = "".join(data.split()).translate(URL_SAFE).rstrip("=")
     try:
-        decoded = base64.b64decode(data, validate=True)
+        decoded = base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ConfigError(f"{field}: expected base64, found {error}", field=field) from None
     if not decoded:

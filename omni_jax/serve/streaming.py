@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from omni_jax.audio.encoding import streaming_wav_header
 from omni_jax.audio.io import pcm_bytes
+from omni_jax.audio.tempo import TempoStream
 from omni_jax.inference.answer import Reply
 from omni_jax.serve.errors import RequestRefusedError
 from omni_jax.serve.sessions import AnswerStream, Service
@@ -23,6 +24,18 @@ STREAMABLE_FORMATS = ("wav", "pcm", "pcm16")
 def service_of(request: Request) -> Service:
     """The service behind an application."""
     return cast(Service, request.app.state.service)
+
+
+def check_model(name: str, request: Request) -> None:
+    """Refuse a request for another model.
+
+    Raises:
+        RequestRefusedError: `name` is not one of the served model's.
+    """
+    names = service_of(request).names
+    if name not in names:
+        message = f"model: expected {' or '.join(map(repr, names))}, found {name!r}"
+        raise RequestRefusedError(404, message, field="model", code="model_not_found")
 
 
 class StreamedAnswer(StreamingResponse):
@@ -74,7 +87,9 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
-async def stream_audio(answer: AnswerStream, sample_rate: int, format: str, min_bytes: int = 1) -> AsyncIterator[bytes]:
+async def stream_audio(
+    answer: AnswerStream, sample_rate: int, format: str, *, min_bytes: int = 1, speed: float = 1.0
+) -> AsyncIterator[bytes]:
     """The audio of an answer as it is decoded.
 
     Args:
@@ -82,12 +97,14 @@ async def stream_audio(answer: AnswerStream, sample_rate: int, format: str, min_
         sample_rate: its samples per second.
         format: one of `STREAMABLE_FORMATS`.
         min_bytes: audio is held back until there are so many bytes; the joined bytes do not depend on it.
+        speed: see `omni_jax.audio.tempo.TempoStream`.
     """
+    tempo = TempoStream(sample_rate, speed)
     if format == "wav":
         yield streaming_wav_header(sample_rate)
     pending = b""
     async for chunk in answer:
-        pending += pcm_bytes(chunk.audio)
+        pending += pcm_bytes(tempo.push(chunk.audio, last=chunk.reply is not None))
         if len(pending) >= min_bytes:
             yield pending
             pending = b""

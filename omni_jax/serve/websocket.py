@@ -4,20 +4,24 @@ From the client, JSON in text messages and audio in binary messages:
 
     {"type": "start", "sample_rate": 16000, "task": "A1A2", "options": {...}, "api_key": "..."}
         the first message; sent again, it changes these settings. Every field but the type is optional; `options` are
-        those of `omni_jax.GenerationConfig`
-    binary: mono 16-bit little-endian samples at that rate; during an answer they interrupt it
+        those of `omni_jax.GenerationConfig`; with `"transcript": true` the server also says what it has heard
+    binary: mono 16-bit little-endian samples at that rate, in pieces of any size; during an answer they interrupt it
     {"type": "end"}                         the recording is complete: answer it
+    {"type": "file", "data": base64}        answer a recording, a file of any format
     {"type": "text", "text": "..."}         answer a text
     {"type": "cancel"}                      stop the answer and discard the recording
 
 From the server, JSON; `turn` counts the requests of a connection from 1:
 
-    {"type": "ready", "model": ..., "trained": ..., "sample_rate": 24000, "max_audio_seconds": ...}
+    {"type": "ready", "model": ..., "trained": ..., "sample_rate": 24000, "max_audio_seconds": ...,
+     "max_file_bytes": ...}
+    {"type": "state", "state": "ready"}     or `warming up`, which `ready` follows; questions are answered after that
+    {"type": "transcript", "turn": 1, "text": "..."}     what was heard, if asked for; before or after the answer
     {"type": "text", "turn": 1, "text": "..."}
     {"type": "audio", "turn": 1, "data": base64 of 16-bit little-endian samples at the rate of `ready`}
     {"type": "timing", "turn": 1, "first_audio_seconds": ..., "total_seconds": ..., "real_time_factor": ...}
     {"type": "end", "turn": 1, "outcome": "done", "finish_reason": "stop"}      the last message of the turn
-    {"type": "error", "turn": 1 or null, "message": "..."}                      the connection stays open
+    {"type": "error", "turn": 1 or null, "message": "...", "code": ...}         the connection stays open
 
 Outcomes are `done`, `cancelled`, `refused`, `busy` and `failed`.
 """
@@ -41,7 +45,7 @@ from omni_jax.errors import OmniError
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.serve.errors import describe_validation_error, kind_of
 from omni_jax.serve.limits import is_known_key
-from omni_jax.serve.sessions import AnswerStream, Service
+from omni_jax.serve.sessions import AnswerStream, Service, decode_base64
 from omni_jax.tasks import Task
 
 router = APIRouter()
@@ -50,6 +54,14 @@ ENDPOINT = "/live"
 
 DISCONNECTED = (WebSocketDisconnect, TimeoutError, RuntimeError)
 """What sending and receiving raise once a client has left or reads nothing; Starlette's own is a RuntimeError."""
+
+SAMPLE_BYTES = 2
+
+READY_INTERVAL = 0.2
+"""Seconds between two looks whether the model is ready."""
+
+MESSAGE_BYTES = 1024
+"""More than a message has around its data."""
 
 POLICY_VIOLATION = 1008
 """Close code, RFC 6455 section 7.4.1."""
@@ -64,6 +76,7 @@ class StartMessage(BaseModel):
     sample_rate: Annotated[int, Field(ge=8_000, le=192_000)] = SAMPLE_RATE
     task: Annotated[Task | None, Field(strict=False)] = None
     options: dict[str, Any] = {}
+    transcript: bool = False
     api_key: str = ""
 
 
@@ -76,6 +89,15 @@ class TextMessage(BaseModel):
     text: str
 
 
+class FileMessage(BaseModel):
+    """A request in a file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["file"]
+    data: str
+
+
 class ControlMessage(BaseModel):
     """The end of a recording, or the cancellation of a request."""
 
@@ -84,7 +106,7 @@ class ControlMessage(BaseModel):
     type: Literal["end", "cancel"]
 
 
-ClientMessage = StartMessage | TextMessage | ControlMessage
+ClientMessage = StartMessage | TextMessage | FileMessage | ControlMessage
 MESSAGES: pydantic.TypeAdapter[ClientMessage] = pydantic.TypeAdapter(
     Annotated[ClientMessage, Field(discriminator="type")]
 )
@@ -93,13 +115,15 @@ MESSAGES: pydantic.TypeAdapter[ClientMessage] = pydantic.TypeAdapter(
 @router.websocket(ENDPOINT)
 async def live(socket: WebSocket) -> None:
     """Answer requests until the client disconnects."""
+    service = cast(Service, socket.app.state.service)
     origin, host = socket.headers.get("origin"), socket.headers.get("host")
-    if origin is not None and urlsplit(origin).netloc != host:
+    allowed = service.settings.allowed_origins
+    if origin is not None and urlsplit(origin).netloc != host and not {"*", origin} & set(allowed):
         # A browser lets any page connect to any server, and only reports which page it is.
-        await socket.close(POLICY_VIOLATION, "expected a page of this server")
+        await socket.close(POLICY_VIOLATION, "expected a page of this server, or of an allowed origin")
         return
     await socket.accept()
-    await LiveSession(socket, cast(Service, socket.app.state.service)).run()
+    await LiveSession(socket, service).run()
 
 
 class LiveSession:
@@ -111,6 +135,8 @@ class LiveSession:
         turn: requests so far.
         task: answers the current request.
         answer: of the current request, once it has been queued.
+        waiting: announces that the model is ready.
+        transcribing: write down what was heard.
     """
 
     def __init__(self, socket: WebSocket, service: Service):
@@ -120,6 +146,8 @@ class LiveSession:
         self.turn = 0
         self.task: asyncio.Task[None] | None = None
         self.answer: AnswerStream | None = None
+        self.waiting: asyncio.Task[None] | None = None
+        self.transcribing: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Handle messages until the client disconnects."""
@@ -131,8 +159,9 @@ class LiveSession:
         except DISCONNECTED:
             pass
         finally:
-            if self.task is not None:
-                self.task.cancel()
+            for task in (self.task, self.waiting, *self.transcribing):
+                if task is not None:
+                    task.cancel()
 
     async def _handshake(self) -> bool:
         """Wait for the first message, which has the key if one is needed; False if the connection was closed."""
@@ -141,7 +170,7 @@ class LiveSession:
         keys = self.service.settings.api_keys
         if not isinstance(message, StartMessage) or (keys and not is_known_key(message.api_key, keys)):
             expected = "a valid API key" if isinstance(message, StartMessage) else "a message of type start first"
-            await self._send_error(f"expected {expected}")
+            await self._send_error(f"expected {expected}", code="invalid_api_key" if keys else None)
             await self.socket.close(POLICY_VIOLATION, f"expected {expected}")
             return False
         self.settings = message
@@ -151,9 +180,25 @@ class LiveSession:
             model=service.name,
             trained=service.omni.trained,
             sample_rate=service.omni.sample_rate,
-            max_audio_seconds=service.max_audio_seconds,
+            max_audio_seconds=self._max_seconds,
+            max_file_bytes=service.settings.max_body_bytes * 3 // 4 - MESSAGE_BYTES,
         )
+        await self._send(type="state", state=service.state)
+        if service.state == "warming up":
+            self.waiting = asyncio.create_task(self._announce_ready())
         return True
+
+    @property
+    def _max_seconds(self) -> float:
+        """Longest recording with the current settings, all of which is kept until it is answered."""
+        most = self.service.settings.max_body_bytes / (SAMPLE_BYTES * self.settings.sample_rate)
+        return min(self.service.max_samples(self.settings.task) / SAMPLE_RATE, most)
+
+    async def _announce_ready(self) -> None:
+        while self.service.state == "warming up":
+            await asyncio.sleep(READY_INTERVAL)
+        with contextlib.suppress(*DISCONNECTED):
+            await self._send(type="state", state=self.service.state)
 
     async def _handle(self, received: Any) -> None:
         if received.get("bytes") is not None:
@@ -168,12 +213,17 @@ class LiveSession:
         elif isinstance(message, TextMessage):
             await self._interrupt()
             self._begin_turn(text=message.text)
+        elif isinstance(message, FileMessage):
+            self.recording.clear()
+            await self._interrupt()
+            self._begin_turn(file=message.data)
         elif isinstance(message, ControlMessage) and message.type == "cancel":
             self.recording.clear()
             await self._interrupt()
         elif isinstance(message, ControlMessage):
             await self._interrupt()
-            samples = np.frombuffer(bytes(self.recording), "<i2")
+            # A message may end within a sample; the next one continues it.
+            samples = np.frombuffer(bytes(self.recording[: len(self.recording) // 2 * 2]), "<i2")
             self.recording.clear()
             self._begin_turn(audio=samples, sample_rate=self.settings.sample_rate)
 
@@ -191,14 +241,11 @@ class LiveSession:
 
     async def _add_audio(self, data: bytes) -> None:
         await self._interrupt()
-        if len(data) % 2:
-            await self._send_error(f"expected whole samples of two bytes, found {len(data)} bytes")
-            return
-        limit = self.service.max_samples * self.settings.sample_rate // SAMPLE_RATE * 2
-        if len(self.recording) + len(data) > limit:
+        seconds = self._max_seconds
+        if len(self.recording) + len(data) > seconds * self.settings.sample_rate * SAMPLE_BYTES:
             self.recording.clear()
-            seconds = self.service.max_audio_seconds
-            await self._send_error(f"expected a recording of at most {seconds:g} s; it was discarded, speak again")
+            message = f"expected a recording of at most {seconds:g} s; it was discarded, speak again"
+            await self._send_error(message, code="audio_too_long")
             return
         self.recording += data
 
@@ -228,7 +275,7 @@ class LiveSession:
             except OmniError as error:
                 outcome = kind_of(error).outcome
                 self.service.metrics.count_error(ENDPOINT, error)
-                await self._send_error(str(error), turn)
+                await self._send_error(str(error), turn, kind_of(error).code)
             await self._send(type="end", turn=turn, outcome=outcome, finish_reason=finish_reason)
         except DISCONNECTED:
             # The client reads nothing; closing the connection ends `run`.
@@ -238,8 +285,16 @@ class LiveSession:
     async def _answer(self, turn: int, inputs: dict[str, Any]) -> str:
         """Send an answer; its finish reason."""
         config = GenerationConfig.from_dict(self.settings.options)
+        if "file" in inputs:
+            inputs = {"audio": decode_base64(inputs["file"], "data")}
         request = await self.service.prepare(**inputs, task=self.settings.task, config=config)
+        while self.service.state == "warming up":
+            await asyncio.sleep(READY_INTERVAL)
         answer = self.answer = self.service.submit(request, ENDPOINT)
+        if self.settings.transcript and "audio" in inputs:
+            task = asyncio.create_task(self._transcribe(turn, inputs))
+            self.transcribing.add(task)
+            task.add_done_callback(self.transcribing.discard)
         try:
             await self._send_chunks(turn, answer)
         finally:
@@ -247,6 +302,17 @@ class LiveSession:
         if answer.reply is None:
             raise answer.failure()
         return answer.reply.finish_reason
+
+    async def _transcribe(self, turn: int, inputs: dict[str, Any]) -> None:
+        """Send what was heard, unless the server has more to do than it can."""
+        with contextlib.suppress(OmniError, *DISCONNECTED):
+            request = await self.service.prepare(**inputs, task=Task.A1T1, config=GenerationConfig())
+            answer = self.service.submit(request, ENDPOINT)
+            try:
+                reply = await answer.wait()
+            finally:
+                answer.close()
+            await self._send(type="transcript", turn=turn, text=reply.text)
 
     async def _send_chunks(self, turn: int, answer: AnswerStream) -> None:
         timing_sent = False
@@ -267,8 +333,8 @@ class LiveSession:
                     real_time_factor=chunk.reply.timing.real_time_factor,
                 )
 
-    async def _send_error(self, message: str, turn: int | None = None) -> None:
-        await self._send(type="error", turn=turn, message=message)
+    async def _send_error(self, message: str, turn: int | None = None, code: str | None = None) -> None:
+        await self._send(type="error", turn=turn, message=message, code=code)
 
     async def _send(self, **message: Any) -> None:
         await asyncio.wait_for(self.socket.send_text(json.dumps(message)), self.service.settings.idle_timeout)

@@ -5,8 +5,6 @@ Whatever imports JAX is imported inside the function, so that `--help` and a mis
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -16,6 +14,7 @@ import typer
 from omni_jax.config.load import load_config
 from omni_jax.config.run import RunConfig
 from omni_jax.errors import ConfigError, MissingExtraError, OmniError
+from omni_jax.log import log_to_stderr
 
 EXIT_REFUSED = 2
 """Exit code of a run that cannot be done as configured."""
@@ -98,11 +97,7 @@ def _train(run: RunConfig, profile: str | None) -> bool:
     with _requires_extra():
         from omni_jax.training.loop import train
 
-    logger = logging.getLogger("omni_jax")
-    logger.setLevel(logging.INFO)
-    if not logging.getLogger().handlers and not logger.handlers:
-        logger.addHandler(logging.StreamHandler(sys.stderr))
-    with logging_redirect_tqdm([logger]):
+    with logging_redirect_tqdm([log_to_stderr()]):
         release = train(run, profile=profile)
     if release is not None and jax.process_index() == 0:
         typer.echo(f"trained: {release}")

@@ -26,7 +26,7 @@ from omni_jax.checkpoint.release import (
 )
 from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile, Tensors
 from omni_jax.checkpoint.tensors import init_model, model_tensors
-from omni_jax.config.model import PRESETS, ModelConfig, TextConfig
+from omni_jax.config.model import PRESETS, AudioConfig, ModelConfig, TextConfig
 from omni_jax.errors import CheckpointError
 from recipes.nano.questions import TABLES
 from recipes.nano.sentences import MAX_FREE_WORDS
@@ -140,7 +140,8 @@ def text_config() -> TextConfig:
 
 
 def _config(preset: str) -> ModelConfig:
-    return replace(PRESETS[preset], text=text_config())
+    audio = AudioConfig(find_speech=True, level=-20.0)
+    return replace(PRESETS[preset], audio=audio, text=text_config())
 
 
 def _random_tensors(preset: str, seed: int) -> Tensors:

@@ -106,11 +106,11 @@ def test_ask_passes_every_option(tiny: Omni, loads: list[str], tmp_path: Path) -
 def test_ask_truncates_only_if_asked(loads: list[str], tmp_path: Path) -> None:
     long = tmp_path / "long.flac"
     soundfile.write(long, np.sin(np.arange(3 * 8000) / 9).astype(np.float32) / 2, 8000)
-    refused = run("ask", long, "--model", "tiny", "--task", "A1T1")
+    refused = run("ask", long, "--model", "tiny", "--task", "A1T2")
     assert refused.exit_code == 2
     assert f"{long}: expected a recording of at most 2.00 s, found 3.00 s" in refused.stderr
     assert "truncate" in refused.stderr
-    truncated = run("ask", long, "--model", "tiny", "--task", "A1T1", "--max-steps", 3, "--truncate", "--json")
+    truncated = run("ask", long, "--model", "tiny", "--task", "A1T2", "--max-steps", 3, "--truncate", "--json")
     assert json.loads(truncated.stdout)["question_seconds"] == 3
 
 

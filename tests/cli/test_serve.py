@@ -41,8 +41,18 @@ def test_serve_passes_every_option(served: list[Any], tmp_path: Path) -> None:
         "--api-key-file": keys,
         "--host": "0.0.0.0",
         "--port": 0,
+        "--public-url": "https://omni.example/talk/",
     }
-    result = run("serve", "--model", "tiny", *[word for option in options.items() for word in option])
+    words = [word for option in options.items() for word in option]
+    words += [
+        "--model-alias",
+        "whisper-1=tiny",
+        "--model-alias",
+        "tts-1=tiny",
+        "--allow-origin",
+        "http://Localhost:3000",
+    ]
+    result = run("serve", "--model", "tiny", *words)
     assert result.exit_code == 0, result.output
     settings = sessions.Settings(
         max_batch_size=3,
@@ -52,6 +62,8 @@ def test_serve_passes_every_option(served: list[Any], tmp_path: Path) -> None:
         request_timeout=7,
         idle_timeout=6,
         api_keys=("one", "two"),
+        aliases=("whisper-1", "tts-1"),
+        allowed_origins=("http://localhost:3000", "https://omni.example"),
     )
     assert served == [("tiny", settings, "0.0.0.0", 0)]
     assert "without a key" not in result.stderr
@@ -67,6 +79,25 @@ def test_serve_defaults(served: list[Any]) -> None:
 def test_serve_warns_if_the_network_needs_no_key(served: list[Any]) -> None:
     result = run("serve", "--model", "tiny", "--host", "0.0.0.0")
     assert "0.0.0.0:8000 accepts requests from the network without a key" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--model-alias", "whisper-1", "--model-alias: expected NAME=tiny, found 'whisper-1'"),
+        ("--model-alias", "whisper-1=nano", "--model-alias: expected NAME=tiny, found 'whisper-1=nano'"),
+        ("--allow-origin", "example.org", "expected https://HOST, found 'example.org'"),
+        ("--public-url", "omni.example", "expected https://HOST, found 'omni.example'"),
+    ],
+)
+def test_serve_refuses_bad_names_before_loading(
+    option: str, value: str, message: str, served: list[Any], loads: list[str]
+) -> None:
+    result = run("serve", "--model", "tiny", option, value)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not served
+    assert not loads
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "expected a readable text file"), ("\n", "found none")])

@@ -120,9 +120,9 @@ def random_request(
         )
         sound = (0.1 * random.normal(size=samples)).astype(np.float32)
         assert speech_positions(samples, config.audio_encoder.max_position) == length
-        return PreparedRequest(speech_prompt(task, length, vocab), sound, GenerationConfig(**settings))
+        return PreparedRequest.of(speech_prompt(task, length, vocab), sound, GenerationConfig(**settings))
     text = random.integers(0, config.vocab.text, length).tolist()
-    return PreparedRequest(text_prompt(task, text, vocab), config=GenerationConfig(**settings))
+    return PreparedRequest.of(text_prompt(task, text, vocab), config=GenerationConfig(**settings))
 
 
 class ReferenceDecoder:
@@ -185,12 +185,12 @@ class ReferenceDecoder:
     def _speech(self, request: PreparedRequest) -> tuple[jax.Array, np.ndarray]:
         config = self.config
         index = np.full((2, config.trunk.max_position), -1, np.int32)
-        if request.speech is None:
+        if request.parts[0].speech is None:
             return jnp.zeros(
                 (2, -(-config.audio_encoder.max_position // config.adapter.stack), config.trunk.hidden_size)
             ), index
         sound = np.zeros((1, config.audio_encoder.max_samples), np.float32)
-        sound[0, : len(request.speech)] = request.speech
+        sound[0, : len(request.parts[0].speech)] = request.parts[0].speech
         positions = request.prompt.speech_positions
         index[:, 1 : positions + 1] = np.arange(positions)
         return jnp.repeat(self.encode_audio(sound), 2, axis=0), index

@@ -435,7 +435,7 @@ def test_companion_rows_grow_shrink_and_move(tied: Family) -> None:
 
 
 def request_of(config: ModelConfig, **settings: Any) -> PreparedRequest:
-    return PreparedRequest(text_prompt(Task.T1T2, [1, 2], Vocab(config.vocab)), config=GenerationConfig(**settings))
+    return PreparedRequest.of(text_prompt(Task.T1T2, [1, 2], Vocab(config.vocab)), config=GenerationConfig(**settings))
 
 
 @pytest.mark.parametrize(
@@ -480,9 +480,9 @@ def test_generation_config_names_an_option_of_another_type(setting: str, value: 
 def test_prepared_request_has_speech_exactly_when_the_task_takes_audio() -> None:
     v = Vocab(small_config().vocab)
     with pytest.raises(ConfigError, match="T1T2"):
-        PreparedRequest(text_prompt(Task.T1T2, [1], v), np.zeros(320, np.float32))
+        PreparedRequest.of(text_prompt(Task.T1T2, [1], v), np.zeros(320, np.float32))
     with pytest.raises(ConfigError, match="A1T2"):
-        PreparedRequest(Prompt(Task.A1T2, np.zeros((8, 5), np.int32), 2))
+        PreparedRequest.of(Prompt(Task.A1T2, np.zeros((8, 5), np.int32), 2))
 
 
 def test_max_steps_and_cache_len() -> None:
@@ -504,7 +504,7 @@ def test_submit_refuses_a_request_that_does_not_fit(tied: Family) -> None:
         engine.submit(0, request_of(tied.runner.config))
     v = Vocab(tied.runner.config.vocab)
     with pytest.raises(ConfigError, match=r"65 positions.*context of 64"):
-        engine.submit(0, PreparedRequest(text_prompt(Task.T1T2, [1] * 62, v)))
+        engine.submit(0, PreparedRequest.of(text_prompt(Task.T1T2, [1] * 62, v)))
     assert not engine.busy
 
 

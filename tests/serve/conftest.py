@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 
 from omni_jax.api import Omni
@@ -142,6 +143,13 @@ def omni() -> Iterator[Omni]:
 def server(omni: Omni) -> Iterator[RunningServer]:
     with run_server(omni) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    """OpenAI's own client library."""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

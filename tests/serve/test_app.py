@@ -6,9 +6,12 @@ import contextlib
 import gc
 import io
 import json
+import logging
+import re
 import socket
 import threading
 import time
+import urllib.request
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,15 @@ import pytest
 
 from omni_jax.api import Omni
 from omni_jax.audio.encoding import encode
-from omni_jax.errors import AudioTooLongError, BusyError, CheckpointError, ClosedError, ConfigError, OmniError
+from omni_jax.errors import (
+    AudioTooLongError,
+    BusyError,
+    CheckpointError,
+    ClosedError,
+    ConfigError,
+    NoSpeechError,
+    OmniError,
+)
 from omni_jax.inference.engine import Engine
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.serve.errors import RequestRefusedError
@@ -132,7 +143,8 @@ def test_errors_are_json_everywhere(server: RunningServer) -> None:
     ("error", "status", "code", "outcome"),
     [
         (ConfigError("no"), 400, None, "refused"),
-        (AudioTooLongError("no", max_seconds=1), 400, "bad_audio", "refused"),
+        (AudioTooLongError("no", max_seconds=1), 400, "audio_too_long", "refused"),
+        (NoSpeechError("no"), 400, "no_speech", "refused"),
         (BusyError("no"), 429, "busy", "busy"),
         (ClosedError("no"), 503, "closed", "refused"),
         (CheckpointError("no"), 500, "failed", "failed"),
@@ -175,10 +187,8 @@ def test_page_files_are_served_from_this_server_only(server: RunningServer) -> N
     status, content, headers = server.call("/")
     assert status == 200
     assert headers["content-security-policy"].startswith("default-src 'self'")
-    import re
-
     for link in re.findall(r'(?:src|href)="([^"]+)"', content.decode()):
-        assert link == "data:," or server.call(link)[0] == 200
+        assert link == "data:," or server.call(f"/{link}")[0] == 200
     assert server.refused("/page/../app.py")[0] == 404
     assert server.refused("/page/sessions.py")[0] == 404
 
@@ -339,3 +349,46 @@ def test_failed_warm_up_is_reported_as_broken(omni: Omni, monkeypatch: pytest.Mo
             503,
             "no more requests: the model has failed",
         )
+
+
+def test_head_requests(server: RunningServer) -> None:
+    for path in ("/", "/healthz", "/readyz", "/v1/models", "/v1/models/", "/v1/models/small"):
+        request = urllib.request.Request(server.url + path, method="HEAD")
+        with urllib.request.urlopen(request, timeout=60) as response:
+            assert (response.status, response.read()) == (200, b"")
+
+
+def test_models_with_a_slash(server: RunningServer) -> None:
+    assert server.call("/v1/models/")[1] == server.call("/v1/models")[1]
+
+
+def test_allowed_origins(omni: Omni) -> None:
+    """A page of an allowed origin may ask and read answers, errors too; its browser asks first, without a key."""
+    with run_server(omni, allowed_origins=("https://app.example",), api_keys=("right",)) as server:
+        ours = {"Origin": "https://app.example"}
+        preflight = urllib.request.Request(
+            server.url + "/v1/chat/completions",
+            method="OPTIONS",
+            headers=ours
+            | {
+                "Access-Control-Request-Method": "POST",
+                "Access-Control-Request-Headers": "authorization, content-type",
+            },
+        )
+        with urllib.request.urlopen(preflight, timeout=60) as response:
+            assert response.headers["access-control-allow-origin"] == "https://app.example"
+            assert "authorization" in response.headers["access-control-allow-headers"]
+        status, _, headers = server.call("/v1/chat/completions", HELLO, **ours)
+        assert (status, headers["access-control-allow-origin"]) == (401, "https://app.example")
+        status, _, headers = server.call("/v1/chat/completions", HELLO, **ours, Authorization="Bearer right")
+        assert (status, headers["access-control-allow-origin"]) == (200, "https://app.example")
+        other = {"Origin": "https://other.example", "Authorization": "Bearer right"}
+        assert "access-control-allow-origin" not in server.call("/v1/models", **other)[2]
+
+
+def test_log_says_when_the_server_is_ready(omni: Omni, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "omni_jax"), run_server(omni):
+        pass
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("omni_jax")]
+    assert messages[0].startswith("compiling every program")
+    assert re.fullmatch(r"ready after \d+\.\d s of compiling", messages[1])

