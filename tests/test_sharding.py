@@ -25,7 +25,7 @@ from omni_jax.config.model import ModelConfig
 from omni_jax.errors import ConfigError
 from omni_jax.inference.decode import DecodeState, Routing
 from omni_jax.inference.engine import Engine, PreparedRequest
-from omni_jax.inference.runner import ModelRunner
+from omni_jax.inference.runner import ModelRunner, jitted_functions
 from omni_jax.model.omni import OmniModel
 from omni_jax.tasks import Task
 from tests.inference.reference_decoder import CONTEXT, ReferenceDecoder, random_model, random_request, small_config
@@ -282,6 +282,7 @@ def run(engine: Engine, requests: list[PreparedRequest], steps: int) -> list[Ans
 def test_engine_on_mesh_gives_the_same_tokens(sizes: tuple[int, int, int], stacked: bool) -> None:
     """A mixed batch on eight devices, against the reference decoder on one."""
     model, requests, expected = case(stacked)
+    jitted_functions.cache_clear()
     runner = RecordingRunner(shard_model(model, sharding.make_mesh(*sizes)))
     if sizes[0] != 2:
         requests, expected = requests[:3], expected[:3]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -460,18 +461,25 @@ def make_encoder(codec: Snac) -> Callable[..., Array]:
 
 
 def _compiled(codec: Snac, method: Callable[..., Array]) -> Callable[..., Array]:
-    graph, _ = nnx.split(codec)
     # A plain dict of arrays is dispatched several times faster than a module.
     params = _pure_dict(codec)
-
-    @jax.jit
-    def run(params: Any, x: Array, lengths: Array | None) -> Array:
-        return method(nnx.merge(graph, params), x, lengths=lengths)
+    run = _jitted(nnx.split(codec)[0], method)
 
     def call(x: ArrayLike, *, lengths: ArrayLike | None = None) -> Array:
         return run(params, x, lengths)
 
     return call
+
+
+@lru_cache(maxsize=8)
+def _jitted(graph: nnx.GraphDef[Snac], method: Callable[..., Array]) -> Callable[..., Array]:
+    """The function of all codecs of one shape: the second one compiles nothing."""
+
+    @jax.jit
+    def run(params: Any, x: Array, lengths: Array | None) -> Array:
+        return method(nnx.merge(graph, params), x, lengths=lengths)
+
+    return run
 
 
 def _dotted(path: tuple[Any, ...]) -> str:

@@ -229,7 +229,7 @@ PRESETS: dict[str, ModelConfig] = {
         adapter=AdapterConfig(intermediate_size=96),
         trunk=TrunkConfig(
             hidden_size=48,
-            num_layers=3,
+            num_layers=2,
             num_heads=4,
             num_kv_heads=2,
             head_dim=16,
@@ -239,9 +239,9 @@ PRESETS: dict[str, ModelConfig] = {
         vocab=VocabConfig(text=300, audio=64, text_specials=12, audio_specials=8),
         codec=CodecConfig(
             encoder_dim=8,
-            encoder_rates=(2, 4, 8, 8),
-            decoder_dim=64,
-            decoder_rates=(8, 8, 4, 2),
+            encoder_rates=(16, 32),
+            decoder_dim=32,
+            decoder_rates=(32, 16),
             codebook_size=64,
         ),
     ),

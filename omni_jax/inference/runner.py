@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,38 @@ class JittedFunctions(NamedTuple):
     keep_companions: Any
 
 
+@lru_cache(maxsize=8)
+def jitted_functions(graph: nnx.GraphDef[OmniModel], mesh: jax.sharding.Mesh) -> JittedFunctions:
+    """The functions of all models of one shape on one mesh: the second model compiles nothing."""
+
+    def sharded(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Fix the sharding of what a function returns, so that the next program is compiled for it once."""
+        return function if mesh.size == 1 else lambda *args, **kwargs: constrain_state(function(*args, **kwargs))
+
+    def bind(function: Callable[..., Any], **options: Any) -> Any:
+        def call(weights: Any, *args: Any, **kwargs: Any) -> Any:
+            return function(nnx.merge(graph, weights), *args, **kwargs)
+
+        return jax.jit(call, **options)
+
+    def decode_chunk(model: OmniModel, *args: Any) -> tuple[DecodeState, Array, Array]:
+        state, tokens, status = decode.decode_chunk(model, *args)
+        return (state if mesh.size == 1 else constrain_state(state)), tokens, status
+
+    return JittedFunctions(
+        encode_audio=bind(OmniModel.encode_audio),
+        prefill=bind(sharded(decode.prefill), static_argnames="audio"),
+        decode_chunk=bind(decode_chunk, donate_argnums=1),
+        init_state=bind(sharded(decode.init_state), static_argnums=(1, 2)),
+        init_companions=bind(
+            sharded(lambda model, rows, max_len: model.trunk.init_cache(rows, max_len)), static_argnums=(1, 2)
+        ),
+        insert=jax.jit(sharded(decode.insert), donate_argnums=0),
+        stop=jax.jit(sharded(decode.stop), donate_argnums=0),
+        keep_companions=jax.jit(sharded(decode.take_rows)),
+    )
+
+
 class ModelRunner:
     """A model's weights, as a plain dict (cheap to dispatch), and the programs that run on them.
 
@@ -68,32 +101,7 @@ class ModelRunner:
         if int8:
             self.weights = quantize_weights(self.weights)
 
-        def sharded(function: Callable[..., Any]) -> Callable[..., Any]:
-            """Fix the sharding of what a function returns, so that the next program is compiled for it once."""
-            return function if mesh.size == 1 else lambda *args, **kwargs: constrain_state(function(*args, **kwargs))
-
-        def bind(function: Callable[..., Any], **options: Any) -> Any:
-            def call(weights: Any, *args: Any, **kwargs: Any) -> Any:
-                return function(nnx.merge(graph, weights), *args, **kwargs)
-
-            return jax.jit(call, **options)
-
-        def decode_chunk(model: OmniModel, *args: Any) -> tuple[DecodeState, Array, Array]:
-            state, tokens, status = decode.decode_chunk(model, *args)
-            return (state if mesh.size == 1 else constrain_state(state)), tokens, status
-
-        self.jitted = JittedFunctions(
-            encode_audio=bind(OmniModel.encode_audio),
-            prefill=bind(sharded(decode.prefill), static_argnames="audio"),
-            decode_chunk=bind(decode_chunk, donate_argnums=1),
-            init_state=bind(sharded(decode.init_state), static_argnums=(1, 2)),
-            init_companions=bind(
-                sharded(lambda model, rows, max_len: model.trunk.init_cache(rows, max_len)), static_argnums=(1, 2)
-            ),
-            insert=jax.jit(sharded(decode.insert), donate_argnums=0),
-            stop=jax.jit(sharded(decode.stop), donate_argnums=0),
-            keep_companions=jax.jit(sharded(decode.take_rows)),
-        )
+        self.jitted = jitted_functions(graph, mesh)
 
     def module(self) -> OmniModel:
         """The model as a module, over the same arrays."""

@@ -20,7 +20,7 @@ from omni_jax.errors import ConfigError
 from omni_jax.inference.decode import Routing
 from omni_jax.inference.engine import Engine, PreparedRequest, Progress
 from omni_jax.inference.generation import GenerationConfig
-from omni_jax.inference.runner import ModelRunner
+from omni_jax.inference.runner import ModelRunner, jitted_functions
 from omni_jax.prompts import Prompt, text_prompt
 from omni_jax.tasks import Task
 from omni_jax.vocab import TEXT_STREAM, Vocab
@@ -70,6 +70,8 @@ class Family:
 
 def family(slots: int, *, stacked: bool, seed: int, eot: float = 1.5, **config: Any) -> Family:
     """The seeds are chosen so that what `test_the_interesting_events_occur` lists does occur."""
+    # The number of compilations is counted.
+    jitted_functions.cache_clear()
     model = random_model(small_config(**config), stacked=stacked, seed=seed, eot=eot, eoa=1.5)
     runner = ModelRunner(model)
     requests, slow = mixed_requests(model.config), ReferenceDecoder(model, runner.encode_audio)
