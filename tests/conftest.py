@@ -26,6 +26,27 @@ from omni_jax.config.model import ModelConfig
 from tests import models
 
 
+SMALL_MODELS = (
+    "tests/cli/",
+    "tests/evaluation/",
+    "tests/serve/",
+    "tests/inference/test_async_engine.py",
+    "tests/test_api.py",
+    "tests/test_batch.py",
+    "tests/test_microphone_example.py",
+)
+"""Tests that run the same two small models: one process compiles their programs for all of them."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep together what shares compiled programs and fixtures, when several processes share the tests."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            file = item.nodeid.split("::")[0]
+            group = "small models" if file.startswith(SMALL_MODELS) else file
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="module")
 def quickly_compiled() -> Iterator[None]:
     """Compiles everything of a test module with `models.quick_compile`."""

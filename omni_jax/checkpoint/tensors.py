@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -36,22 +38,25 @@ def init_model(config: ModelConfig, *, stacked: bool, dtype: Any, seed: int, mes
         seed: of the weights.
         mesh: where the weights are; None is the first device.
     """
-
-    def make(rngs: nnx.Rngs) -> OmniModel:
-        return OmniModel(config, stacked=stacked, dtype=dtype, rngs=rngs)
-
     if mesh is None:
         # Compiling hundreds of draws as one program takes longer than running them one by one.
-        return make(nnx.Rngs(seed))
+        return OmniModel(config, stacked=stacked, dtype=dtype, rngs=nnx.Rngs(seed))
+    graph, draw = _draw_sharded(config, stacked, jnp.dtype(dtype), mesh)
+    return nnx.merge(graph, draw(jax.random.key(seed)))
+
+
+@lru_cache(maxsize=4)
+def _draw_sharded(config: ModelConfig, stacked: bool, dtype: Any, mesh: Mesh) -> tuple[Any, Callable[..., Any]]:
+    """The graph of a model, and the compiled function from a key to its weights."""
     graph, state = nnx.split(abstract_model(config, stacked=stacked, dtype=dtype))
+
+    def draw(key: jax.Array) -> Any:
+        return nnx.to_pure_dict(nnx.state(OmniModel(config, stacked=stacked, dtype=dtype, rngs=nnx.Rngs(key))))
+
     # On CPU, optimizing a program that runs once takes ten times as long as all the rest.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    draw = jax.jit(
-        lambda key: nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)))),
-        out_shardings=sharding.of_state(state, mesh),
-        compiler_options=quick if mesh.devices.flat[0].platform == "cpu" else None,
-    )
-    return nnx.merge(graph, draw(jax.random.key(seed)))
+    options = quick if mesh.devices.flat[0].platform == "cpu" else None
+    return graph, jax.jit(draw, out_shardings=sharding.of_state(state, mesh), compiler_options=options)
 
 
 def abstract_model(config: ModelConfig, *, stacked: bool, dtype: Any) -> OmniModel:

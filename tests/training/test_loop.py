@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import yaml
+from flax import nnx
 from jax.experimental import topologies
 
 from omni_jax import sharding
@@ -29,7 +31,9 @@ from omni_jax.errors import CheckpointError, ConfigError
 from omni_jax.training import checkpointing
 from omni_jax.training.checkpointing import DataPosition, open_data
 from omni_jax.training.describe import describe
+from omni_jax.training.evaluation import HeldOutEvaluation
 from omni_jax.training.loop import train
+from omni_jax.training.metrics import MetricsWriter
 from omni_jax.training.setup import TrainingSetup, make_run_mesh, row_share
 from omni_jax.training.stop_signal import SIGNALS, StopSignal
 
@@ -303,7 +307,9 @@ def test_train_stopped_at_once_saves_nothing(
     assert max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit()) == 4
 
 
-def test_train_skips_a_sample_that_cannot_be_answered(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_sample_that_cannot_be_answered_is_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     rng = np.random.default_rng(0)
     codes = rng.integers(0, PRESETS["tiny"].vocab.audio, (4, 7))
     with RecordWriter(tmp_path / "records") as writer:
@@ -313,10 +319,15 @@ def test_train_skips_a_sample_that_cannot_be_answered(tmp_path: Path, caplog: py
         writer.write(Exchange("q", too_long[:8000], "a", codes, "noise"))
     data = {**run_values(tmp_path, tmp_path)["data"], "tasks": {"T1A1": 1}}
     data |= {"sources": [{"path": str(tmp_path / "records")}], "held_out": [{"path": str(tmp_path / "records")}]}
-    out = tmp_path / "out"
-    train(run_config(out, tmp_path / "records", steps=1, data=data, num_samples=3))
+    setup = TrainingSetup.of(run_config(tmp_path / "out", tmp_path / "records", data=data, num_samples=3))
+    model = setup.start.model(stacked=setup.stacked, dtype=setup.dtype, mesh=setup.mesh)
+    (tmp_path / "out").mkdir()
+    written: list[str] = []
+    monkeypatch.setattr(MetricsWriter, "sample", lambda self, step, name, *_: written.append(name))
+    with closing(MetricsWriter(setup.config, 0)) as writer:
+        HeldOutEvaluation(setup)._write_samples(1, nnx.to_pure_dict(nnx.state(model)), writer)
     assert "sample 0 is skipped" in caplog.text
-    assert (out / "release").is_dir()
+    assert written == ["1", "2"]
 
 
 @pytest.mark.slow

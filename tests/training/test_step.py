@@ -6,13 +6,14 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx, traverse_util
 from jax.sharding import Mesh
@@ -49,6 +50,7 @@ def run_config(**changes) -> RunConfig:
         "optimizer": OPTIMIZER,
         "loss": {"chunk_size": 16 * ROWS},
         "remat": "none",
+        "log_interval_steps": 2,
     }
     return build_config(RunConfig, {**values, **changes}, "test")
 
@@ -73,22 +75,40 @@ def batch(seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
+@cache
+def weights() -> tuple[Any, Any]:
+    """Graph and weights of a model with stacked layers, on one device."""
+    graph, state = nnx.split(init_model(MODEL, stacked=True, dtype=jnp.float32, seed=0))
+    return graph, jax.tree.map(np.asarray, nnx.to_pure_dict(state))
+
+
+COMPILED: dict[str, Any] = {}
+"""Jitted steps by the repr of their config."""
+
+
 class Trainer:
     """A model and its compiled step, on a mesh or without one."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh | None = None, stacked: bool = True):
+    def __init__(self, config: RunConfig, mesh: Mesh | None = None):
         self.config, self.mesh = config, mesh
-        model = init_model(MODEL, stacked=stacked, dtype=jnp.float32, seed=0, mesh=mesh)
-        graph, state = nnx.split(model)
-        self.graph = graph
-        self.trainable, self.frozen = partition(nnx.to_pure_dict(state), config.trainable)
-        self.compiled = jax.jit(partial(train_step, graph, config))
+        graph, params = weights()
+        if mesh is None:
+            params = jax.tree.map(jnp.asarray, params)
+        else:
+            _, state = nnx.split(nnx.merge(graph, params))
+            params = jax.device_put(params, sharding.of_state(state, mesh))
+        self.trainable, self.frozen = partition(params, config.trainable)
+        self.compiled = COMPILED.setdefault(repr(config), jax.jit(partial(train_step, graph, config)))
 
     def init_state(self) -> TrainState:
+        # Zeros that are sharded as what they belong to, or the second step would be compiled again.
+        tx, like = adamw(self.config.optimizer), jax.tree.map(jnp.zeros_like, self.trainable)
+        opt_state = optax.tree.map_params(tx, lambda _, zeros: zeros, tx.init(self.trainable), like)
         zero = jnp.int32(0)
-        opt_state = jax.jit(adamw(self.config.optimizer).init)(self.trainable)
         if self.mesh is not None:
-            zero = jax.device_put(np.int32(0), sharding.replicated(self.mesh))
+            replicated = sharding.replicated(self.mesh)
+            zero = jax.device_put(np.int32(0), replicated)
+            opt_state = jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, replicated), opt_state)
         return TrainState(zero, self.trainable, opt_state, zero, zero)
 
     def shard(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -118,6 +138,11 @@ def flat(tree) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def one_device() -> tuple[TrainState, list[dict]]:
     return Trainer(run_config()).run(STEPS)
+
+
+def augmented(**augmentation: Any) -> RunConfig:
+    data = {"sources": [{"path": "unused"}], "tasks": {"A1A2": 1}, "batch_size": ROWS, "max_length": LENGTH}
+    return run_config(data={**data, **augmentation})
 
 
 def test_forward_without_audio_tasks_skips_audio_encoder(monkeypatch: pytest.MonkeyPatch):
@@ -157,46 +182,55 @@ def test_corrupt_codes_replaces_a_share_of_codes_only():
     "augmentation",
     [{"spec_augment": {"max_warp": 0.2}}, pytest.param({"audio_token_noise": 0.3}, marks=pytest.mark.nightly)],
 )
-def test_augmentation_differs_by_step_and_not_by_mesh(augmentation: dict):
-    data = {"sources": [{"path": "unused"}], "tasks": {"A1A2": 1}, "batch_size": ROWS, "max_length": LENGTH}
-    augmented = run_config(data={**data, **augmentation}, log_interval_steps=1)
-
-    def losses(trainer: Trainer) -> list[float]:
+def test_augmentation_differs_by_step(augmentation: dict):
+    def losses(config: RunConfig) -> list[float]:
         """Of one batch and the same parameters at different steps."""
-        state = trainer.init_state()
-        found = []
+        trainer, found = Trainer(config), []
         for number in range(2):
-            at = replace(state, step=state.step + number)
-            found.append(float(trainer.step(at, batch())[1]["loss"]))
+            state = trainer.init_state()
+            found.append(float(trainer.step(replace(state, step=state.step + number), batch())[1]["loss"]))
         return found
 
-    one_device = losses(Trainer(augmented))
-    assert len({*one_device, *losses(Trainer(run_config()))}) == 3, "two draws and none"
-    np.testing.assert_allclose(losses(Trainer(augmented, sharding.make_mesh(2, 2, 2))), one_device, rtol=1e-5)
-    micro_batches = run_config(data=augmented.data, optimizer={**OPTIMIZER, "gradient_accumulation_steps": 4})
-    assert np.isfinite(losses(Trainer(micro_batches))).all()
+    assert len({*losses(augmented(**augmentation)), *losses(run_config())}) == 3, "two draws and none"
+
+
+@pytest.mark.nightly
+def test_augmentation_with_gradient_accumulation():
+    config = augmented(spec_augment={"max_warp": 0.2})
+    config = replace(config, optimizer=replace(config.optimizer, gradient_accumulation_steps=4))
+    _, metrics = Trainer(config).run(2)
+    assert np.isfinite([step["loss"] for step in metrics]).all()
 
 
 def test_train_step_fits_a_batch():
-    trainer = Trainer(run_config(optimizer={"steps": 60, "peak_lr": 1e-2, "warmup_steps": 2, "weight_decay": 0.0}))
+    """`test_overfit` goes on until the answers are exact."""
+    trainer = Trainer(run_config())
     state, losses = trainer.init_state(), []
     for _ in range(40):
         state, metrics = trainer.step(state, batch())
         losses.append(float(metrics["loss"]))
-    assert losses[-1] < 0.25 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
     assert int(state.step) == 40
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [(2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.nightly) for sizes in [(8, 1, 1), (1, 8, 1), (1, 4, 2)])],
+    ("sizes", "augmentation"),
+    [
+        ((2, 2, 2), {"spec_augment": {"max_warp": 0.2}}),
+        *(pytest.param(sizes, {}, marks=pytest.mark.nightly) for sizes in [(8, 1, 1), (1, 8, 1), (1, 4, 2)]),
+        pytest.param((2, 2, 2), {"audio_token_noise": 0.3}, marks=pytest.mark.nightly),
+    ],
 )
-def test_train_step_on_eight_devices_equals_one(one_device, sizes):
+def test_train_step_on_eight_devices_equals_one(sizes: tuple[int, int, int], augmentation: dict):
+    """Losses and parameters, whatever the augmentation has drawn."""
     assert len(jax.devices()) == 8
-    state, metrics = Trainer(run_config(), sharding.make_mesh(*sizes)).run(STEPS)
-    for mine, theirs in zip(metrics, one_device[1], strict=True):
+    config = augmented(**augmentation)
+    expected, expected_metrics = Trainer(config).run(STEPS)
+    trainer = Trainer(config, sharding.make_mesh(*sizes))
+    state, metrics = trainer.run(STEPS)
+    for mine, theirs in zip(metrics, expected_metrics, strict=True):
         np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-5)
-    for name, value in flat(one_device[0].trainable).items():
+    for name, value in flat(expected.trainable).items():
         np.testing.assert_allclose(flat(state.trainable)[name], value, atol=1e-5, err_msg=name)
 
 
@@ -256,9 +290,8 @@ def test_frozen_parameters_have_no_opt_state_and_trainable_ones_change():
         assert not np.array_equal(value, before[name]), name
 
 
-def test_update_norm_is_computed_in_logged_steps_only():
-    trainer = Trainer(run_config(log_interval_steps=2))
-    _, metrics = trainer.run(3)
+def test_update_norm_is_computed_in_logged_steps_only(one_device):
+    metrics = one_device[1]
     assert [bool(np.isfinite(step["update_norm"])) for step in metrics] == [False, True, False]
     assert metrics[1]["param_norm"] > 0
 
