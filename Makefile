@@ -13,7 +13,7 @@ CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" * (s
 # Debian packages for `make nano`: the synthesizers, and a compiler for one from PyPI.
 SYNTHESIZERS := espeak-ng flite festival festvox-kdlpc16k gcc
 
-.PHONY: help demo smoke test test-slow test-nightly coverage lint format docs bench nano synthesizers
+.PHONY: help demo smoke test test-slow test-nightly test-clients coverage lint format docs bench nano synthesizers
 # Two targets at once would install into the same environment.
 .NOTPARALLEL:
 
@@ -22,6 +22,7 @@ help:
 	@echo 'make test       the tests, about 20 minutes on two cores'
 	@echo 'make test-slow  the long tests: TPU compilations, large files, kill tests, fuzzing, browser'
 	@echo 'make test-nightly  the longest: programs of a pod, a trial of the recipe, the optimized numeric tests'
+	@echo 'make test-clients  the OpenAI services of Pipecat and LiveKit against a server of nano'
 	@echo 'make coverage   line and branch coverage of make test'
 	@echo 'make lint       ruff, mypy and the import contract'
 	@echo 'make format     format the code with ruff'
@@ -52,6 +53,10 @@ NUMERIC := tests/model tests/codec tests/inference/test_engine.py tests/training
 test-nightly: $(VENV)/.dev
 	$(BIN)/python -m pytest -m nightly
 	OMNI_JAX_TEST_OPTIMIZED=1 $(BIN)/python -m pytest -m '$(FAST)' -n $(WORKERS) --dist loadgroup $(NUMERIC)
+
+# Voice agents of others, with their own packages in an environment of their own.
+test-clients: $(VENV)/.dev $(VENV)-clients/.installed
+	$(BIN)/python -m tests.clients $(VENV)-clients/bin/python
 
 coverage: $(VENV)/.dev
 	rm -f .coverage .coverage.*
@@ -94,6 +99,11 @@ $(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -q $(CONSTRAINTS) -e '.[dev]'
 	@touch $(VENV)/.base $@
+
+$(VENV)-clients/.installed:
+	$(PYTHON) -m venv $(VENV)-clients
+	$(VENV)-clients/bin/pip install -q 'pipecat-ai[openai]' livekit-agents livekit-plugins-openai
+	@touch $@
 
 $(VENV)/.nano: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -q $(CONSTRAINTS) -e '.[nano]'

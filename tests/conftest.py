@@ -25,7 +25,6 @@ import pytest
 from omni_jax.config.model import ModelConfig
 from tests import models
 
-
 SMALL_MODELS = (
     "tests/cli/",
     "tests/evaluation/",
@@ -38,6 +37,8 @@ SMALL_MODELS = (
 """Tests that run the same two small models: one process compiles their programs for all of them."""
 
 
+# Before xdist looks at the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep together what shares compiled programs and fixtures, when several processes share the tests."""
     if config.pluginmanager.hasplugin("xdist"):

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
 from omni_jax.api import Omni
-from omni_jax.audio import io as audio_io
 from omni_jax.audio.encoding import write_audio
+from omni_jax.config.model import AudioConfig
+from omni_jax.inference.engine import Engine
 from tests.serve.conftest import HeldBatch, RunningServer, assert_same_audio, eventually, run_server
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
@@ -48,6 +53,19 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         browser.close()
 
 
+READY = "document.getElementById('state').textContent === 'Ready.'"
+
+
+@contextmanager
+def opened(browser: Any, server: RunningServer) -> Iterator[Any]:
+    """The page of another server."""
+    context = browser.new_context(permissions=["microphone"], viewport={"width": 1000, "height": 800})
+    page = context.new_page()
+    page.goto(server.url)
+    yield page
+    context.close()
+
+
 @pytest.fixture
 def page(browser: Any, server: RunningServer) -> Iterator[Any]:
     """A fresh page of the server; any error in it fails the test."""
@@ -59,7 +77,7 @@ def page(browser: Any, server: RunningServer) -> Iterator[Any]:
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("request", lambda request: foreign.append(request.url) if server.url not in request.url else None)
     page.goto(server.url)
-    until(page, "document.getElementById('state').textContent === 'Ready.'")
+    until(page, READY)
     yield page
     context.close()
     assert not errors
@@ -97,17 +115,17 @@ def test_page_hold_to_talk(page: Any, server: RunningServer, hold: str) -> None:
     with page.expect_websocket() as socket:
         page.reload()
     socket.value.on("framesent", lambda frame: sent.append(frame))
-    until(page, "document.getElementById('state').textContent === 'Ready.'")
+    until(page, READY)
     page.hover("#talk")
     page.mouse.down() if hold == "mouse" else page.keyboard.down("Space")
     until(page, "document.getElementById('talk').ariaPressed === 'true'")
-    until(page, "document.getElementById('state').textContent === 'Listening …'")
+    until(page, "/^Listening … \\d+ s left$/.test(document.getElementById('state').textContent)")
     deadline = time.monotonic() + 30
     while not any(isinstance(frame, bytes) for frame in sent):
         # Waiting also lets Playwright process the events of the socket.
         assert time.monotonic() < deadline
         page.wait_for_timeout(50)
-    page.wait_for_timeout(300)
+    page.wait_for_timeout(400)
     page.mouse.up() if hold == "mouse" else page.keyboard.up("Space")
     received = played(page)
     samples = np.frombuffer(b"".join(frame for frame in sent if isinstance(frame, bytes)), "<i2")
@@ -116,20 +134,77 @@ def test_page_hold_to_talk(page: Any, server: RunningServer, hold: str) -> None:
     expected = server.omni.reply(samples, sample_rate=rate)
     assert_same_audio(received, expected.audio)
     assert page.text_content("#history .answer") == expected.text
+    heard = server.omni.transcribe(samples, sample_rate=rate).text
+    until(page, "!document.querySelector('#history .heard').hidden")
+    assert page.text_content("#history .heard") == (f"Heard: {heard}" if heard else "Nothing was understood.")
+    page.click("text=Play my recording")
+
+
+def test_page_does_not_send_a_tap(page: Any) -> None:
+    sent: list[str] = []
+    with page.expect_websocket() as socket:
+        page.reload()
+    socket.value.on("framesent", lambda frame: sent.append(str(frame)))
+    until(page, READY)
+    page.hover("#talk")
+    page.mouse.down()
+    page.wait_for_timeout(80)
+    page.mouse.up()
+    until(page, "document.getElementById('state').textContent === 'Hold the button while you speak.'")
+    assert not [frame for frame in sent if '"end"' in frame]
+    assert page.locator("#history li").count() == 0
+
+
+def test_page_sends_at_the_limit_what_was_said(browser: Any, omni: Omni) -> None:
+    with run_server(omni, max_audio_seconds=0.39) as server, opened(browser, server) as page:
+        # The page sends a little before the limit.
+        page.evaluate("window.omni.limitMargin = 0.05")
+        page.hover("#talk")
+        page.mouse.down()
+        until(page, "document.querySelector('#history .question')?.textContent.includes('the limit of 0.39 s')")
+        page.mouse.up()
+        until(page, "window.omni.turns.at(-1).ended")
+
+
+def test_page_waits_for_the_compiler(browser: Any, omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = threading.Event()
+    monkeypatch.setattr(Engine, "warm_up", lambda self: compiled.wait(60))
+    with run_server(omni, ready=False) as server, opened(browser, server) as page:
+        try:
+            until(page, "document.getElementById('state').textContent.includes('compiling')")
+            assert page.is_disabled("#talk")
+            assert page.is_disabled("#send")
+        finally:
+            compiled.set()
+        until(page, READY)
+        assert page.is_enabled("#talk")
+
+
+def test_page_says_that_it_heard_no_speech(browser: Any, omni: Omni, tmp_path: Path) -> None:
+    write_audio(tmp_path / "noise.wav", np.random.default_rng(0).normal(size=16_000).astype(np.float32) / 9, 16_000)
+    config = omni.config
+    try:
+        omni.config = replace(config, audio=AudioConfig(find_speech=True))
+        with run_server(omni) as server, opened(browser, server) as page:
+            until(page, READY)
+            page.set_input_files("#file", tmp_path / "noise.wav")
+            until(page, "document.querySelector('#history .timing')?.textContent.startsWith('No speech was heard.')")
+    finally:
+        omni.config = config
 
 
 def test_page_sends_audio_file(page: Any, server: RunningServer, samples: np.ndarray, tmp_path: Path) -> None:
-    path = tmp_path / "question.wav"
-    write_audio(path, samples, 16_000)
+    # A format that no browser reads.
+    path = tmp_path / "question.au"
+    soundfile.write(path, samples, 16_000, format="AU", subtype="ULAW")
     page.set_input_files("#file", path)
-    # 16 kHz, mono: the browser does not change it.
-    expected = server.omni.reply(audio_io.to_pcm16(samples), sample_rate=16_000)
+    expected = server.omni.reply(path)
     assert_same_audio(played(page), expected.audio)
     assert page.text_content("#history .answer") == expected.text
-    assert "question.wav" in page.text_content("#history .question")
+    assert page.text_content("#history .question") == "question.au"
     (tmp_path / "text.wav").write_text("no sound")
     page.set_input_files("#file", tmp_path / "text.wav")
-    until(page, "document.getElementById('state').textContent.includes('read as a recording')")
+    until(page, "document.querySelector('#history .timing').textContent.includes('cannot be decoded')")
 
 
 def test_page_stop_button(page: Any, server: RunningServer) -> None:
@@ -166,6 +241,6 @@ def test_page_asks_for_api_key(browser: Any, omni: Omni) -> None:
         page.goto(server.url)
         page.fill("#key", "right")
         page.press("#key", "Enter")
-        until(page, "document.getElementById('state').textContent === 'Ready.'")
+        until(page, READY)
         assert page.is_hidden("#login")
         page.close()

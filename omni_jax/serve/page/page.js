@@ -4,11 +4,10 @@
 const byId = (id) => document.getElementById(id);
 const seconds = (value) => `${value.toFixed(2)} s`;
 
-// For tests: the samples that were played, per turn.
-const playback = { turns: [] };
+// For tests: the samples that were played, per turn; how many seconds before the limit a recording is sent.
+const playback = { turns: [], limitMargin: 0.3 };
 window.omni = playback;
 
-const LIMIT_MARGIN = 0.3;  // seconds before the limit at which a recording is sent
 const SHORTEST = 0.3;      // seconds; anything shorter is a tap
 
 const state = {
@@ -258,7 +257,7 @@ async function startRecording() {
     state.socket.send(encodePcm(data));
     const left = state.maxSeconds - recording.length / rate;
     setStatus(`Listening … ${Math.max(0, left).toFixed(0)} s left`);
-    if (left < LIMIT_MARGIN) sendRecording(`the limit of ${seconds(state.maxSeconds)} is reached`);
+    if (left < playback.limitMargin) sendRecording(`the limit of ${seconds(state.maxSeconds)} is reached`);
   };
 }
 
@@ -285,7 +284,7 @@ function sendRecording(remark = "") {
   if (!recording) return;
   stopRecording();
   const duration = state.microphone ? recording.length / state.microphone.rate : 0;
-  if (duration < SHORTEST) {
+  if (duration < SHORTEST && !remark) {
     if (state.socket.readyState === WebSocket.OPEN) send({ type: "cancel" });
     setStatus("Hold the button while you speak.", true);
     return;
