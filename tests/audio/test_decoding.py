@@ -15,94 +15,9 @@ import soundfile
 
 from omni_jax.audio import io as audio_io
 from omni_jax.errors import AudioError, AudioTooLongError
-from tests.audio.recordings import SECONDS, Kind, correlation, encode, voice
+from tests.audio.recordings import KINDS, SECONDS, Kind, correlation, encode, source, voice
 
 RECORDINGS = Path(__file__).parents[1] / "assets" / "recordings"
-
-PCM = ("pcm_u8", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le", "pcm_f64le", "pcm_mulaw", "pcm_alaw")
-KINDS = [
-    *(Kind("wav", "pcm_s16le", rate, channels) for rate in (8000, 16_000, 44_100, 48_000) for channels in (1, 2)),
-    *(Kind("wav", codec, 8000) for codec in PCM),
-    Kind("wav", "pcm_s16le", 48_000, 6),
-    *(Kind("wav", codec, 8000, padding=0.07) for codec in ("adpcm_ima_wav", "adpcm_ms", "adpcm_yamaha")),
-    Kind("wav", "g722", 16_000),
-    Kind("wav", "g726", 8000),
-    Kind("wav", "libmp3lame", 44_100, 2, padding=0.03),
-    Kind("wav", "libmp3lame", 8000, padding=0.15),
-    Kind("wav", "ac3", 48_000),
-    Kind("w64", "pcm_s16le", 16_000),
-    Kind("aiff", "pcm_s16be", 44_100, 2),
-    Kind("aiff", "pcm_s24be", 44_100),
-    Kind("au", "pcm_s16be", 8000),
-    Kind("au", "pcm_mulaw", 8000),
-    Kind("caf", "pcm_s16le", 44_100),
-    Kind("caf", "alac", 44_100, 2),
-    Kind("voc", "pcm_s16le", 16_000),
-    Kind("flac", "flac", 16_000),
-    Kind("flac", "flac", 44_100, 2),
-    Kind("tta", "tta", 44_100, 2),
-    Kind("wv", "wavpack", 44_100, 2),
-    Kind("mp3", "libmp3lame", 8000),
-    Kind("mp3", "libmp3lame", 16_000),
-    Kind("mp3", "libmp3lame", 44_100, 2),
-    Kind("mp2", "mp2", 48_000, 2),
-    Kind("ogg", "libopus", 16_000),
-    Kind("ogg", "libopus", 48_000, 2),
-    Kind("ogg", "vorbis", 44_100, 2),
-    Kind("oga", "flac", 16_000),
-    Kind("adts", "aac", 44_100, 2, padding=0.03),
-    Kind("adts", "aac", 16_000, padding=0.1),
-    Kind("adts", "aac", 48_000, 8, padding=0.03),
-    Kind("mp4", "aac", 48_000, 8),
-    Kind("ac3", "ac3", 48_000, 2),
-    Kind("eac3", "eac3", 48_000, 2),
-    Kind("amr", "libopencore_amrnb", 8000, bit_rate=12_200),
-    Kind("g722", "g722", 16_000, suffix=".g722"),
-    Kind("mulaw", "pcm_mulaw", 8000, suffix=".ul"),
-    Kind("alaw", "pcm_alaw", 8000, suffix=".alaw"),
-    Kind("ipod", "aac", 44_100),
-    Kind("ipod", "alac", 44_100, 2),
-    Kind("mp4", "aac", 48_000, 2),
-    Kind("mp4", "libopus", 48_000),
-    Kind("mp4", "flac", 48_000),
-    Kind("mp4", "libmp3lame", 44_100),
-    Kind("ismv", "aac", 44_100),
-    Kind("3gp", "aac", 16_000),
-    Kind("3gp", "libopencore_amrnb", 8000, bit_rate=12_200),
-    Kind("3g2", "aac", 22_050),
-    Kind("mov", "pcm_s16le", 48_000, 2),
-    Kind("webm", "libopus", 48_000),
-    Kind("webm", "vorbis", 44_100, 2),
-    Kind("matroska", "flac", 44_100),
-    Kind("matroska", "pcm_s16le", 48_000),
-    Kind("matroska", "ac3", 48_000, 6),
-    Kind("asf", "wmav2", 44_100, 2, bit_rate=64_000, padding=0.1),
-    Kind("asf", "wmav1", 22_050, bit_rate=32_000, padding=0.1),
-    Kind("avi", "pcm_s16le", 22_050),
-    Kind("mpegts", "aac", 48_000, 2),
-    Kind("vob", "ac3", 48_000, 2),
-    Kind("mp4", "aac", 44_100, 2, video="mpeg4"),
-    Kind("mp4", "aac", 48_000, video="libx264"),
-    Kind("mov", "alac", 44_100, 2, video="libx264"),
-    Kind("mov", "pcm_s16le", 44_100, 2, video="mjpeg"),
-    Kind("matroska", "aac", 44_100, 2, video="libx264"),
-    Kind("webm", "libopus", 48_000, video="libvpx"),
-    Kind("avi", "libmp3lame", 44_100, 2, video="mpeg4", padding=0.03),
-    Kind("flv", "libmp3lame", 44_100, 2, video="flv", padding=0.03),
-    Kind("mpegts", "mp2", 44_100, 2, video="mpeg2video"),
-    Kind("mpeg", "mp2", 44_100, 2, video="mpeg1video"),
-    Kind("asf", "wmav2", 44_100, 2, video="wmv2", bit_rate=64_000, padding=0.1),
-]
-KINDS = list(dict.fromkeys(KINDS))
-
-
-def source(kind: Kind, data: bytes, folder: Path) -> bytes | Path:
-    """What is read: bytes, or a file where the suffix says what it is."""
-    if not kind.suffix:
-        return data
-    path = folder / f"recording{kind.suffix}"
-    path.write_bytes(data)
-    return path
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
