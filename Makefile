@@ -36,7 +36,7 @@ demo: $(VENV)/.base
 	@echo 'Listen to demo/*.wav. Now ask your own: $(BIN)/omni-jax ask my.wav'
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m '$(FAST)' -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -m '$(FAST)' -n $(WORKERS)
 
 # A quick check of a Python with the core packages alone, without PyTorch.
 smoke: $(VENV)/.base
@@ -45,14 +45,14 @@ smoke: $(VENV)/.base
 	$(BIN)/python -m pytest -q tests/config tests/test_delay.py tests/test_prompts.py tests/inference/test_engine.py
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -m slow -n $(WORKERS)
 
 # What `make test` compiles without optimization, once more as users run it.
 NUMERIC := tests/model tests/codec tests/inference/test_engine.py tests/training/test_gradients.py
 
 test-nightly: $(VENV)/.dev
 	$(BIN)/python -m pytest -m nightly
-	OMNI_JAX_TEST_OPTIMIZED=1 $(BIN)/python -m pytest -m '$(FAST)' -n $(WORKERS) --dist loadgroup $(NUMERIC)
+	OMNI_JAX_TEST_OPTIMIZED=1 $(BIN)/python -m pytest -m '$(FAST)' -n $(WORKERS) $(NUMERIC)
 
 # Voice agents of others, with their own packages in an environment of their own.
 test-clients: $(VENV)/.dev $(VENV)-clients/.installed
@@ -60,7 +60,7 @@ test-clients: $(VENV)/.dev $(VENV)-clients/.installed
 
 coverage: $(VENV)/.dev
 	rm -f .coverage .coverage.*
-	$(BIN)/python -m pytest -m '$(FAST)' -n $(WORKERS) --dist loadgroup --cov --cov-report=term
+	$(BIN)/python -m pytest -m '$(FAST)' -n $(WORKERS) --cov --cov-report=term
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

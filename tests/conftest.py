@@ -1,6 +1,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports jax. Eight devices, so that sharded code can be tested on any machine; no network.
 # Tests compile hundreds of programs and run each a few times: optimizing them would take twice as long as all the
@@ -37,15 +38,17 @@ SMALL_MODELS = (
 """Tests that run the same two small models: one process compiles their programs for all of them."""
 
 
-# Before xdist looks at the groups.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep together what shares compiled programs and fixtures, when several processes share the tests."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            file = item.nodeid.split("::")[0]
-            group = "small models" if file.startswith(SMALL_MODELS) else file
-            item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModel(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "small models" if file.startswith(SMALL_MODELS) else file
+
+    return ByModel(config, log)
 
 
 @pytest.fixture(scope="module")
