@@ -1,4 +1,4 @@
-"""Every kind of recording, made of a shipped question: whether it is read whole, and what nano hears in it."""
+"""Every kind of recording, made of a shipped question: whether it is read whole, and what nano transcribes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Row(NamedTuple):
     """Seconds that were written."""
     promised: float | None
     """Duration that FFmpeg reports, as ffprobe does; None if it does not know."""
-    heard: str
+    transcript: str
 
     @property
     def is_whole(self) -> bool:
@@ -48,8 +48,8 @@ def rows() -> Iterator[Row]:
             seconds = len(sound) / kind.rate
             data = encode(kind, seconds, sound.astype(np.float32))
             recording = source(kind, data, Path(folder))
-            heard = omni.transcribe(recording).text
-            yield Row(kind, len(read_audio(recording)) / SAMPLE_RATE, seconds, _promised(kind, data), heard)
+            text = omni.transcribe(recording).text
+            yield Row(kind, len(read_audio(recording)) / SAMPLE_RATE, seconds, _promised(kind, data), text)
 
 
 def _promised(kind: Kind, data: bytes) -> float | None:
@@ -60,12 +60,15 @@ def _promised(kind: Kind, data: bytes) -> float | None:
 
 
 def main() -> None:
-    """Print a line for each kind, and how many are read whole and heard as the original."""
+    """Print a line for each kind, and how many are read whole and transcribed as the original."""
     clean = Omni.from_pretrained("nano").transcribe(QUESTION).text
     table = list(rows())
     for row in table:
         promised = "?" if row.promised is None else f"{row.promised:.3f}"
-        marks = ("whole" if row.is_whole else "NOT WHOLE", "heard" if row.heard == clean else row.heard)
+        marks = (
+            "whole" if row.is_whole else "NOT WHOLE",
+            "as the original" if row.transcript == clean else row.transcript,
+        )
         print(f"{row.kind!s:32} read {row.seconds:.3f} s, written {row.written:.3f}, ffprobe {promised:>6}  {marks}")
-    whole, heard = sum(row.is_whole for row in table), sum(row.heard == clean for row in table)
-    print(f"{len(table)} kinds: {whole} read whole, {heard} heard as {clean!r}")
+    whole, same = sum(row.is_whole for row in table), sum(row.transcript == clean for row in table)
+    print(f"{len(table)} kinds: {whole} read whole, {same} transcribed as {clean!r}")

@@ -229,7 +229,7 @@ class Omni:
     def transcribe(
         self, audio: Audio, *, sample_rate: int | None = None, truncate: bool = False, **options: Any
     ) -> Reply:
-        """Transcribe a recording (A1T1) of up to `MAX_TRANSCRIBED_SECONDS`; nothing if nobody speaks in it."""
+        """Transcribe a recording (A1T1) of up to `MAX_TRANSCRIBED_SECONDS`; an empty one without speech."""
         return self.generate(Request(audio, None, Task.A1T1, sample_rate, truncate), **options)
 
     def read_aloud(self, text: str, **options: Any) -> Reply:
@@ -414,7 +414,7 @@ class Omni:
         return self.config.audio_encoder.max_samples + room * audio_io.SAMPLE_RATE
 
     def _spans_to_hear(self, task: Task, audio: np.ndarray, request: Request) -> list[vad.Span]:
-        """What of a recording the model hears, each span at most as long as its audio encoder takes at once."""
+        """What of a recording the model takes, each span at most as long as its audio encoder takes at once."""
         max_samples = self.config.audio_encoder.max_samples
         name = request.source_name
         start, end = 0, len(audio)

@@ -59,7 +59,7 @@ class AudioTooLongError(AudioError):
 
 
 class NoSpeechError(AudioError):
-    """A recording in which nobody speaks."""
+    """A recording without speech."""
 
 
 class CheckpointError(OmniError, ValueError):

@@ -1,18 +1,27 @@
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 # Before anything imports jax. Eight devices, so that sharded code can be tested on any machine; no network.
-# Tests compile hundreds of programs and run each a few times: optimizing them would take twice as long as all the
-# rest. `make test-nightly` sets OMNI_JAX_TEST_OPTIMIZED to run the numeric tests at XLA's default level too.
+# Tests compile thousands of programs and run each a few times: optimizing them would take several times as long as all
+# the rest. `make test-nightly` sets OMNI_JAX_TEST_OPTIMIZED to run the numeric tests at XLA's default level too.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        ""
-        if os.environ.get("OMNI_JAX_TEST_OPTIMIZED")
-        else "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        *(
+            []
+            if os.environ.get("OMNI_JAX_TEST_OPTIMIZED")
+            else ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+        ),
+        # Half the time to compile; later versions do not know these flags any more.
+        *(
+            ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+            if not os.environ.get("OMNI_JAX_TEST_OPTIMIZED") and version("jaxlib").startswith("0.10.")
+            else []
+        ),
     ]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"

@@ -726,7 +726,7 @@ def test_model_is_the_module_over_the_same_weights(omni: Omni) -> None:
 
 
 def spoken() -> np.ndarray:
-    """5 s of speech; the model hears 0.4 s at once."""
+    """5 s of speech; the model takes 0.4 s at once."""
     folder = Path(omni_jax.__file__).parent / "assets" / "questions"
     return np.concatenate([audio_io.read_audio(folder / f"{name}.wav") for name in ("day", "name")])
 
@@ -777,7 +777,7 @@ def test_transcribe_silence_and_noise(omni: Omni) -> None:
 
 
 @pytest.fixture(scope="module")
-def listener(codec: DecodeFn) -> Omni:
+def trimming(codec: DecodeFn) -> Omni:
     """Hears 2 s at once, and finds the speech in them."""
     encoder = replace(CONFIG.audio_encoder, max_position=100)
     audio = AudioConfig(find_speech=True, level=-20.0)
@@ -787,16 +787,16 @@ def listener(codec: DecodeFn) -> Omni:
 
 @pytest.mark.parametrize("gain", [1, 0.01])
 @pytest.mark.parametrize("room", [0, 1, 30])
-def test_room_and_level_do_not_change_what_is_heard(listener: Omni, room: int, gain: float) -> None:
+def test_silence_and_level_do_not_change_the_speech(trimming: Omni, room: int, gain: float) -> None:
     question = audio_io.read_audio(Path(omni_jax.__file__).parent / "assets" / "questions" / "name.wav")
     start, end = vad.find_speech(question)
     quiet = np.zeros(room * 16000, np.float32)
     audio = np.concatenate([quiet, question * np.float32(gain), quiet])
-    request = listener.prepare(Request(audio, sample_rate=16000))
+    request = trimming.prepare(Request(audio, sample_rate=16000))
     (part,) = request.parts
     assert part.speech is not None
     speech = vad.to_level(question[start:end], -20.0)
-    # What the detector has heard before may move an edge by some frames.
+    # What precedes it may move an edge by some frames.
     offset = part.start - room * 16000
     assert abs(offset - start) <= 2 * vad.FRAME + vad.MARGIN_SECONDS * 16000
     common = slice(max(offset, start, 0), min(offset + len(part.speech), end))
@@ -808,13 +808,13 @@ def test_room_and_level_do_not_change_what_is_heard(listener: Omni, room: int, g
     assert request.duration == len(audio) / 16000
 
 
-def test_question_too_long_for_the_model(listener: Omni) -> None:
+def test_question_too_long_for_the_model(trimming: Omni) -> None:
     audio = spoken()[:40000]
     with pytest.raises(AudioTooLongError, match=r"at most 2\.00 s, found 2\.\d\d s"):
-        listener.prepare(Request(audio, sample_rate=16000))
-    (part,) = listener.prepare(Request(audio, sample_rate=16000, truncate=True)).parts
+        trimming.prepare(Request(audio, sample_rate=16000))
+    (part,) = trimming.prepare(Request(audio, sample_rate=16000, truncate=True)).parts
     assert part.speech is not None
     assert len(part.speech) == 32000
     # Room does not count, up to a minute.
     with pytest.raises(AudioTooLongError, match=r"at most 62\.00 s, found 63\.00 s"):
-        listener.prepare(Request(np.pad(audio, (0, 63 * 16000 - len(audio))), sample_rate=16000))
+        trimming.prepare(Request(np.pad(audio, (0, 63 * 16000 - len(audio))), sample_rate=16000))

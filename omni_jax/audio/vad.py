@@ -25,13 +25,13 @@ MIN_SPEECH_SECONDS = 0.1
 MIN_PAUSE_SECONDS = 0.1
 """Gaps that are shorter, such as those before a plosive, belong to the speech."""
 MARGIN_SECONDS = 0.15
-"""Room left before and after speech, which begins and ends more quietly than a detector hears."""
+"""Left before and after speech, which begins and ends more quietly than a detector notices."""
 SENTENCE_PAUSE_SECONDS = 0.5
 """A long recording is cut in each pause of so much: they are mostly between sentences."""
 SPEECH_LEVEL = -23.0
-"""Level in dB of full scale that the detector is given; it hears a whisper at -60 dB as silence."""
+"""Level in dB of full scale that the detector is given; it takes a whisper at -60 dB for silence."""
 LOUD_FRAMES = 0.98
-"""This quantile of the frames' RMS is loud speech: a click is shorter, and room has to be fifty times as long."""
+"""This quantile of the frames' RMS is loud speech: a click is shorter, and a pause has to be fifty times as long."""
 SPOKEN_RATIO = 0.1
 """A frame is spoken if its RMS is at most 20 dB below loud speech."""
 
@@ -100,7 +100,7 @@ def find_speech(audio: np.ndarray, *, name: str = "array") -> Span:
         name: of the recording, in the message.
 
     Raises:
-        NoSpeechError: nobody speaks.
+        NoSpeechError: there is no speech.
     """
     spans = _speech(speech_probabilities(audio), len(audio), name)
     return with_margins([(spans[0][0], spans[-1][1])], len(audio))[0]
@@ -118,7 +118,7 @@ def find_windows(audio: np.ndarray, max_samples: int, *, name: str = "array") ->
         name: of the recording, in the message.
 
     Raises:
-        NoSpeechError: nobody speaks.
+        NoSpeechError: there is no speech.
     """
     probabilities = speech_probabilities(audio)
     spans = _speech(probabilities, len(audio), name)
@@ -137,7 +137,7 @@ def find_windows(audio: np.ndarray, max_samples: int, *, name: str = "array") ->
 def _speech(probabilities: np.ndarray, samples: int, name: str) -> list[Span]:
     spans = speech_spans(probabilities, samples)
     if not spans:
-        raise NoSpeechError(f"{name}: expected somebody who speaks, found no speech")
+        raise NoSpeechError(f"{name}: expected speech, found none")
     return spans
 
 

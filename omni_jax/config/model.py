@@ -157,7 +157,7 @@ class CodecConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class AudioConfig:
-    """How a recording is prepared before the audio encoder hears it; see `omni_jax.audio.vad`."""
+    """How a recording is prepared before the audio encoder; see `omni_jax.audio.vad`."""
 
     find_speech: bool = False
     """Whether what precedes and follows the speech is removed, and a recording without speech is not answered."""

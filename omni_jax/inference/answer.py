@@ -70,7 +70,7 @@ class Reply:
     """Tokens in the place of a code that are none; each was replaced by the code before it."""
     timing: Timing
     segments: tuple[Segment, ...] = ()
-    """A1T1: the transcript in pieces, each of which the model has heard as one."""
+    """A1T1: the transcript in pieces, each of which the model has taken at once."""
 
     @property
     def seconds(self) -> float:

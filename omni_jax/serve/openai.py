@@ -130,7 +130,7 @@ def _audio_format(body: ChatRequest, *, outputs_audio: bool) -> str:
 
 
 def _last_message(messages: list[Message]) -> tuple[bytes | None, str | None, bool]:
-    """The recording or the text of the last message, which must be the user's, and whether it has text beside it."""
+    """The recording or the text of the last message, which must be the user's, and whether it has text too."""
     if messages[-1].role != "user":
         raise ConfigError("messages: expected the last one to be the user's", field="messages")
     content = messages[-1].content

@@ -4,7 +4,7 @@ From the client, JSON in text messages and audio in binary messages:
 
     {"type": "start", "sample_rate": 16000, "task": "A1A2", "options": {...}, "api_key": "..."}
         the first message; sent again, it changes these settings. Every field but the type is optional; `options` are
-        those of `omni_jax.GenerationConfig`; with `"transcript": true` the server also says what it has heard
+        those of `omni_jax.GenerationConfig`; with `"transcript": true` the server also sends transcripts
     binary: mono 16-bit little-endian samples at that rate, in pieces of any size; during an answer they interrupt it
     {"type": "end"}                         the recording is complete: answer it
     {"type": "file", "data": base64}        answer a recording, a file of any format
@@ -16,7 +16,7 @@ From the server, JSON; `turn` counts the requests of a connection from 1:
     {"type": "ready", "model": ..., "trained": ..., "sample_rate": 24000, "max_audio_seconds": ...,
      "max_file_bytes": ...}
     {"type": "state", "state": "ready"}     or `warming up`, which `ready` follows; questions are answered after that
-    {"type": "transcript", "turn": 1, "text": "..."}     what was heard, if asked for; before or after the answer
+    {"type": "transcript", "turn": 1, "text": "..."}     of the question, if asked for; before or after the answer
     {"type": "text", "turn": 1, "text": "..."}
     {"type": "audio", "turn": 1, "data": base64 of 16-bit little-endian samples at the rate of `ready`}
     {"type": "timing", "turn": 1, "first_audio_seconds": ..., "total_seconds": ..., "real_time_factor": ...}
@@ -136,7 +136,7 @@ class LiveSession:
         task: answers the current request.
         answer: of the current request, once it has been queued.
         waiting: announces that the model is ready.
-        transcribing: write down what was heard.
+        transcribing: transcribe questions.
     """
 
     def __init__(self, socket: WebSocket, service: Service):
@@ -304,7 +304,7 @@ class LiveSession:
         return answer.reply.finish_reason
 
     async def _transcribe(self, turn: int, inputs: dict[str, Any]) -> None:
-        """Send what was heard, unless the server has more to do than it can."""
+        """Send the transcript of a question, unless the server has more to do than it can."""
         with contextlib.suppress(OmniError, *DISCONNECTED):
             request = await self.service.prepare(**inputs, task=Task.A1T1, config=GenerationConfig())
             answer = self.service.submit(request, ENDPOINT)

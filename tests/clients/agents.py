@@ -28,9 +28,9 @@ async def pipecat(url: str, recording: Path) -> None:
     from pipecat.services.openai.tts import OpenAITTSService
 
     stt = OpenAISTTService(api_key="none", base_url=f"{url}/v1", settings=OpenAISTTService.Settings(model=MODELS[0]))
-    heard = [frame async for frame in stt.run_stt(recording.read_bytes())]
-    texts = [frame.text for frame in heard if isinstance(frame, TranscriptionFrame)]
-    assert [words(text) for text in texts] == [QUESTION], heard
+    frames = [frame async for frame in stt.run_stt(recording.read_bytes())]
+    texts = [frame.text for frame in frames if isinstance(frame, TranscriptionFrame)]
+    assert [words(text) for text in texts] == [QUESTION], frames
     print(f"pipecat STT: {texts[0]!r}")
 
     tts = OpenAITTSService(

@@ -167,10 +167,10 @@ def test_options_of_ours_as_extra_body(client: Any, server: RunningServer, recor
     expected = server.omni.answer(text="hello", **options, enforce_delay=False)
     assert done.choices[0].message.content == expected.text
     assert expected.text != server.omni.answer(text="hello", temperature=1.0, seed=5).text
-    heard = client.audio.transcriptions.create(
+    transcript = client.audio.transcriptions.create(
         model="small", file=("a.wav", recording), temperature=1.0, extra_body={"top_k": 3, "seed": 5}
     )
-    assert heard.text == server.omni.transcribe(recording, **options).text
+    assert transcript.text == server.omni.transcribe(recording, **options).text
 
 
 @pytest.mark.parametrize(

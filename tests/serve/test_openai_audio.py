@@ -39,7 +39,7 @@ def test_transcriptions(client: Any, server: RunningServer, recording: bytes) ->
 
 @pytest.fixture(scope="module")
 def long_recording() -> np.ndarray:
-    """Somebody who speaks for 5 s, of which the model hears 0.4 s at once."""
+    """Somebody who speaks for 5 s, of which the model takes 0.4 s at once."""
     return np.concatenate([audio_io.read_audio(QUESTIONS / f"{name}.wav") for name in ("day", "name", "sum")])
 
 
@@ -174,7 +174,7 @@ def test_aliases(omni: Omni, recording: bytes) -> None:
     ):
         assert [model.id for model in client.models.list()] == ["small", "whisper-1", "tts-1"]
         assert client.models.retrieve("tts-1").id == "tts-1"
-        heard = client.audio.transcriptions.create(model="whisper-1", file=("a.wav", recording))
-        assert heard.text == omni.transcribe(recording).text
+        transcript = client.audio.transcriptions.create(model="whisper-1", file=("a.wav", recording))
+        assert transcript.text == omni.transcribe(recording).text
         with pytest.raises(openai.NotFoundError, match="expected 'small' or 'whisper-1' or 'tts-1', found 'other'"):
             client.audio.transcriptions.create(model="other", file=("a.wav", recording))

@@ -134,9 +134,11 @@ def test_page_hold_to_talk(page: Any, server: RunningServer, hold: str) -> None:
     expected = server.omni.reply(samples, sample_rate=rate)
     assert_same_audio(received, expected.audio)
     assert page.text_content("#history .answer") == expected.text
-    heard = server.omni.transcribe(samples, sample_rate=rate).text
-    until(page, "!document.querySelector('#history .heard').hidden")
-    assert page.text_content("#history .heard") == (f"Heard: {heard}" if heard else "Nothing was understood.")
+    transcript = server.omni.transcribe(samples, sample_rate=rate).text
+    until(page, "!document.querySelector('#history .transcript').hidden")
+    assert page.text_content("#history .transcript") == (
+        f"Transcript: {transcript}" if transcript else "Nothing was understood."
+    )
     page.click("text=Play my recording")
 
 
@@ -180,7 +182,7 @@ def test_page_waits_for_the_compiler(browser: Any, omni: Omni, monkeypatch: pyte
         assert page.is_enabled("#talk")
 
 
-def test_page_says_that_it_heard_no_speech(browser: Any, omni: Omni, tmp_path: Path) -> None:
+def test_page_says_that_there_is_no_speech(browser: Any, omni: Omni, tmp_path: Path) -> None:
     write_audio(tmp_path / "noise.wav", np.random.default_rng(0).normal(size=16_000).astype(np.float32) / 9, 16_000)
     config = omni.config
     try:
@@ -188,7 +190,7 @@ def test_page_says_that_it_heard_no_speech(browser: Any, omni: Omni, tmp_path: P
         with run_server(omni) as server, opened(browser, server) as page:
             until(page, READY)
             page.set_input_files("#file", tmp_path / "noise.wav")
-            until(page, "document.querySelector('#history .timing')?.textContent.startsWith('No speech was heard.')")
+            until(page, "document.querySelector('#history .timing')?.textContent.startsWith('No speech was found.')")
     finally:
         omni.config = config
 

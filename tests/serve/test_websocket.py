@@ -107,15 +107,15 @@ def test_live_messages_may_end_within_a_sample(
 
 
 def test_live_file_and_transcript(socket: ClientConnection, server: RunningServer, samples: np.ndarray) -> None:
-    """A file of any format is answered, and what was heard is written down beside the answer."""
+    """A file of any format is answered, and its transcript is sent with the answer."""
     data = encode(samples, 16_000, "flac")
     send(socket, type="start", transcript=True)
     send(socket, type="file", data=base64.b64encode(data).decode())
     messages = receive_turn(socket, 1)
     if not any(message["type"] == "transcript" for message in messages):
         messages.insert(0, receive(socket))
-    heard = [message for message in messages if message["type"] == "transcript"]
-    assert heard == [{"type": "transcript", "turn": 1, "text": server.omni.transcribe(data).text}]
+    transcripts = [message for message in messages if message["type"] == "transcript"]
+    assert transcripts == [{"type": "transcript", "turn": 1, "text": server.omni.transcribe(data).text}]
     assert_answer([message for message in messages if message["type"] != "transcript"], server.omni.reply(data))
 
 

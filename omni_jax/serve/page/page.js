@@ -93,13 +93,13 @@ function handleMessage(message) {
   const turn = state.turn;
   if (!turn) {
     if (message.type === "error") setStatus(problemOf(message), true);
-    if (message.type === "transcript") showHeard(message);
+    if (message.type === "transcript") showTranscript(message);
     return;
   }
   // Messages of an earlier turn may arrive late.
   if (message.turn && message.turn !== turn.number) return;
   if (message.type === "transcript") {
-    showHeard(message);
+    showTranscript(message);
   } else if (message.type === "text") {
     turn.item.querySelector(".answer").textContent += message.text;
   } else if (message.type === "audio") {
@@ -156,7 +156,7 @@ function setIdleStatus() {
 }
 
 const PROBLEMS = {
-  no_speech: "No speech was heard. Speak closer to the microphone, or louder.",
+  no_speech: "No speech was found. Speak closer to the microphone, or louder.",
   busy: "The server is busy. Try again in a moment.",
   closed: "The server is shutting down.",
   failed: "The answer failed. Try again.",
@@ -166,11 +166,11 @@ function problemOf(message) {
   return PROBLEMS[message.code] || message.message;
 }
 
-function showHeard(message) {
-  const heard = state.items.get(message.turn)?.querySelector(".heard");
-  if (!heard) return;
-  heard.textContent = message.text ? `Heard: ${message.text}` : "Nothing was understood.";
-  heard.hidden = false;
+function showTranscript(message) {
+  const transcript = state.items.get(message.turn)?.querySelector(".transcript");
+  if (!transcript) return;
+  transcript.textContent = message.text ? `Transcript: ${message.text}` : "Nothing was understood.";
+  transcript.hidden = false;
 }
 
 function showTiming(turn, timing) {
