@@ -110,7 +110,7 @@ def test_inspect(tiny_parts, tiny_release):
     ours = run("inspect", tiny_release)
     assert ours.exit_code == 0, ours.output
     lines = [line.split() for line in ours.output.splitlines()]
-    assert ["trunk.layers.*.attention.q.weight", "3", "x", "4x16x48", "float32", "9,216"] in lines
+    assert ["trunk.layers.*.attention.q.weight", "2", "x", "4x16x48", "float32", "6,144"] in lines
     assert ["embed.audio", "7x72x48", "float32", "24,192"] in lines
     sizes = {line[0]: int(line[1].replace(",", "")) for line in lines if len(line) == 2}
     assert set(sizes) == {"adapter", "codec", "audio_encoder", "embed", "norm", "trunk", "total"}
@@ -134,7 +134,7 @@ def test_inspect(tiny_parts, tiny_release):
     assert "lm_head" not in theirs.output
     assert theirs.exit_code == 0, theirs.output
     lines = [line.split() for line in theirs.output.splitlines()]
-    assert ["transformer.h.*.attn.attn.weight", "3", "x", "128x48", "float32", "18,432"] in lines
+    assert ["transformer.h.*.attn.attn.weight", "2", "x", "128x48", "float32", "12,288"] in lines
 
 
 # Errors: one message, exit code 2, no traceback, no folder.

@@ -130,6 +130,10 @@ def package(model: str | Path, out: Path) -> int:
     return size
 
 
+AUDIO = AudioConfig(find_speech=True, level=-20.0)
+"""How the model needs recordings: it was trained on questions without silence around them."""
+
+
 def text_config() -> TextConfig:
     """How the model needs the text of requests: it is trained on words, names in capitals, and single sentences."""
     capitals = TABLES["capitals"]
@@ -140,8 +144,7 @@ def text_config() -> TextConfig:
 
 
 def _config(preset: str) -> ModelConfig:
-    audio = AudioConfig(find_speech=True, level=-20.0)
-    return replace(PRESETS[preset], audio=audio, text=text_config())
+    return replace(PRESETS[preset], audio=AUDIO, text=text_config())
 
 
 def _random_tensors(preset: str, seed: int) -> Tensors:

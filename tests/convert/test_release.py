@@ -26,9 +26,9 @@ def test_inspect_groups_layers(tiny_release, tiny_config):
     assert [group.name for group in listed] == sorted(group.name for group in listed)
     groups = {group.name: group for group in listed}
     assert groups["trunk.layers.*.attention.q.weight"] == TensorGroup(
-        "trunk", "trunk.layers.*.attention.q.weight", 3, (4, 16, 48), "float32"
+        "trunk", "trunk.layers.*.attention.q.weight", 2, (4, 16, 48), "float32"
     )
-    assert groups["trunk.layers.*.attention.q.weight"].num_parameters == 3 * 4 * 16 * 48
+    assert groups["trunk.layers.*.attention.q.weight"].num_parameters == 2 * 4 * 16 * 48
     assert groups["audio_encoder.layers.*.k.weight"].count == tiny_config.audio_encoder.num_layers
     assert "audio_encoder.layers.*.k.bias" not in groups
     assert groups["codec.quantizers.*.codebook"] == TensorGroup(

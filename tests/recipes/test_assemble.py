@@ -52,7 +52,7 @@ def test_assemble_start_takes_each_tensor_from_its_module(
     run = open_release(untrained)
     assemble.assemble_start(run, tmp_path / "start", audio_encoder=audio_encoder, preset="tiny", seed=2)
     start = open_release(tmp_path / "start")
-    assert start.config == replace(TINY, text=assemble.text_config())
+    assert start.config == replace(TINY, audio=assemble.AUDIO, text=assemble.text_config())
     before, after = (
         {name: tensor.read() for name, tensor in release.model_tensors().items()} for release in (run, start)
     )
@@ -109,7 +109,7 @@ def test_average_releases_is_the_mean_of_every_tensor(codec: Path, tokenizer: Pa
     runs = untrained_releases(tmp_path, codec, tokenizer, 3)
     assemble.average_releases(runs, tmp_path / "mean")
     mean = open_release(tmp_path / "mean")
-    assert mean.config == replace(TINY, text=assemble.text_config())
+    assert mean.config == replace(TINY, audio=assemble.AUDIO, text=assemble.text_config())
     tensors = [run.model_tensors() for run in runs]
     assert mean.model_tensors().keys() == tensors[0].keys()
     for name, tensor in mean.model_tensors().items():
