@@ -55,7 +55,7 @@ def rows() -> Iterator[Row]:
 def _promised(kind: Kind, data: bytes) -> float | None:
     if kind.suffix:
         return None
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         return container.duration / av.time_base if container.duration else None
 
 

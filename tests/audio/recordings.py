@@ -129,13 +129,15 @@ def encode(kind: Kind, seconds: float = SECONDS, sound: np.ndarray | None = None
     with av.open(file, "w", format=kind.container) as container:
         pictures = container.add_stream(kind.video, rate=25) if kind.video else None
         if pictures is not None:
+            assert isinstance(pictures, av.VideoStream)
             pictures.width, pictures.height = 128, 96
             pictures.pix_fmt = "yuvj420p" if kind.video == "mjpeg" else "yuv420p"
         stream = container.add_stream(kind.codec, rate=kind.rate, layout=layout, format=_format(kind))
+        assert isinstance(stream, av.AudioStream)
         if kind.bit_rate:
             stream.bit_rate = kind.bit_rate
         stream.codec_context.options = {"strict": "experimental"}
-        if pictures is not None:
+        if isinstance(pictures, av.VideoStream):
             for index in range(round(seconds * 25)):
                 picture = av.VideoFrame.from_ndarray(np.full((144, 128), 5 * index, np.uint8), format="yuv420p")
                 picture.pts, picture.time_base = index, Fraction(1, 25)
