@@ -245,6 +245,7 @@ def test_export_of_a_model_that_the_published_code_lacks(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_export_without_torch(tiny_release, tmp_path):
     """Only formats that are PyTorch files need it."""
     script = """

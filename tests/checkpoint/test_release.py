@@ -218,6 +218,7 @@ def test_save_release_lists_all_wrong_tensors(tiny_release, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_killed_save_release_leaves_no_folder(tiny_release, tmp_path):
     script = f"""
 import os, signal

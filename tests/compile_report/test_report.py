@@ -196,6 +196,7 @@ def test_compile_report_refuses_arguments(options: dict[str, object], field: str
     assert caught.value.field == field
 
 
+@pytest.mark.slow
 def test_compile_command_prints_json() -> None:
     command = [str(Path(sys.executable).with_name("omni-jax")), "compile", "prefill", "--model", "tiny"]
     env = {**os.environ, "XLA_FLAGS": ""}

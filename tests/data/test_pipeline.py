@@ -309,7 +309,7 @@ def test_seed_decides_batches(folder: str, tokenizer: Tokenizer) -> None:
 # Resuming
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_resume_from_state(folder: str, tokenizer: Tokenizer, tmp_path: Path, num_workers: int) -> None:
     """From JSON, back in the same iterator, and through Orbax, between rows that are packed at the same time."""
     data = config(folder, num_workers=num_workers, tasks={"A1A2": 2, "T1T2": 1})

@@ -190,6 +190,7 @@ def test_several_workers_write_the_same(tmp_path: Path) -> None:
     assert read_questions(tmp_path / "two") == [f"Q{n}?" for n in range(12)]
 
 
+@pytest.mark.slow
 def test_killed_prepare_resumes(tmp_path: Path) -> None:
     """SIGKILL leaves complete files only; the next run writes the remaining shards."""
     sound = {"bytes": tone(2, 22_050), "path": ""}
@@ -234,6 +235,7 @@ def peak_mebibytes(corpus: Path) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) // 1024
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_corpus_size(tmp_path: Path) -> None:
     """Rows are read a few at a time, also within a row group."""
     sound = {"bytes": tone(10, 22_050), "path": ""}
