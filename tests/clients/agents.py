@@ -68,6 +68,11 @@ async def livekit(url: str, recording: Path) -> None:
         await tts.aclose()
 
 
+async def main(url: str, recording: Path) -> None:
+    # In one event loop, in which the clients' connections end.
+    await pipecat(url, recording)
+    await livekit(url, recording)
+
+
 if __name__ == "__main__":
-    for client in (pipecat, livekit):
-        asyncio.run(client(sys.argv[1], Path(sys.argv[2])))
+    asyncio.run(main(sys.argv[1], Path(sys.argv[2])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -129,7 +130,7 @@ def test_page_hold_to_talk(page: Any, server: RunningServer, hold: str) -> None:
     page.mouse.up() if hold == "mouse" else page.keyboard.up("Space")
     received = played(page)
     samples = np.frombuffer(b"".join(frame for frame in sent if isinstance(frame, bytes)), "<i2")
-    rate = next(int(frame.split('"sample_rate":')[1].split("}")[0]) for frame in sent if '"sample_rate"' in str(frame))
+    rate = next(json.loads(frame)["sample_rate"] for frame in sent if '"sample_rate"' in str(frame))
     assert np.abs(samples).max() > 1000
     expected = server.omni.reply(samples, sample_rate=rate)
     assert_same_audio(received, expected.audio)
