@@ -105,6 +105,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(nano, folder / "runs/mini_omni/stage3/release")
     (folder / "runs/mini_omni/stage3/checkpoints").mkdir()
     shutil.copy(questions / "sum.wav", folder / "question.wav")
+    # Whatever its name says, a recording is recognized by its content.
+    shutil.copy(questions / "sum.wav", folder / "voice_message.m4a")
     (folder / "keys.txt").write_text("secret\n")
     cases = [{"id": "sum", "audio": "question.wav"}, {"id": "name", "text": "What is your name?"}]
     (folder / "questions.jsonl").write_text("".join(json.dumps(case) + "\n" for case in cases))
