@@ -413,6 +413,14 @@ class Omni:
         room = MAX_ROOM_SECONDS if self.config.audio.find_speech else 0
         return self.config.audio_encoder.max_samples + room * audio_io.SAMPLE_RATE
 
+    def to_transcription(self, request: PreparedRequest) -> PreparedRequest:
+        """The request to transcribe a recording that has been prepared for another task."""
+
+        def part_of(part: Part) -> Part:
+            return replace(part, prompt=speech_prompt(Task.A1T1, part.prompt.speech_positions, self._vocab))
+
+        return replace(request, task=Task.A1T1, parts=tuple(map(part_of, request.parts)), config=GenerationConfig())
+
     def _spans_to_hear(self, task: Task, audio: np.ndarray, request: Request) -> list[vad.Span]:
         """What of a recording the model takes, each span at most as long as its audio encoder takes at once."""
         max_samples = self.config.audio_encoder.max_samples

@@ -38,11 +38,8 @@ def serve(
         typer.Option(help="File with one API key per line; requests must send one of them. Default: no key needed."),
     ] = None,
     max_audio_seconds: Annotated[
-        float | None,
-        typer.Option(
-            min=0.1, help="Longest recording. Default: an hour to transcribe; to answer, the limit of the model."
-        ),
-    ] = None,
+        float, typer.Option(min=0.1, help="Longest recording, where the model takes so much: to transcribe.")
+    ] = 3600.0,
     model_alias: Annotated[
         list[str] | None,
         typer.Option(help="Another name of the model, as NAME=MODEL: whisper-1=nano. Can be repeated."),

@@ -137,8 +137,7 @@ async def _freeze_when_ready(service: Service) -> None:
     A full collection visits the half a million objects of a model and a compiler, so Python delays it, until hundreds
     of interrupted requests have left their audio behind.
     """
-    while not service.ready:
-        await asyncio.sleep(0.5)
+    await service.wait_until_ready()
     gc.collect()
     gc.freeze()
 

@@ -16,10 +16,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
-from omni_jax.audio.encoding import encode, streaming_wav_header
+from omni_jax.audio.encoding import encode
 from omni_jax.audio.io import pcm_bytes
 from omni_jax.errors import ConfigError
-from omni_jax.serve.errors import RequestRefusedError, client_fields
+from omni_jax.serve.errors import client_fields
 from omni_jax.serve.openai_schema import (
     UNSUPPORTED,
     AudioPart,
@@ -35,8 +35,7 @@ from omni_jax.serve.openai_schema import (
     usage,
 )
 from omni_jax.serve.sessions import AnswerStream, decode_base64
-from omni_jax.serve.streaming import STREAMABLE_FORMATS, StreamedAnswer, check_model, service_of, whole_answer
-from omni_jax.tasks import Task
+from omni_jax.serve.streaming import StreamedAnswer, check_model, service_of, streamed_beginning, whole_answer
 
 router = APIRouter(prefix="/v1")
 
@@ -66,16 +65,14 @@ def _model(name: str) -> dict[str, Any]:
 async def chat(request: Request, body: ChatRequest) -> Response:
     """Answer the last message, in text or in text and speech."""
     check_model(body.model, request)
-    _check_supported(body)
-    outputs_audio = "audio" in (body.modalities or ["text"])
-    format = _audio_format(body, outputs_audio=outputs_audio)
+    body.check_supported(UNSUPPORTED)
+    if body.outputs_audio and body.audio is None:
+        raise ConfigError("audio: expected the format and voice of the answer, found none", field="audio")
+    format = body.audio_format()
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     config = generation_config(body, limit)
     recording, text, ignored_text = _last_message(body.messages)
-    if recording is None:
-        task = Task.T1A2 if outputs_audio else Task.T1T2
-    else:
-        task = Task.A1A2 if outputs_audio else Task.A1T2
+    task = body.task(takes_audio=recording is not None)
     service = service_of(request)
     with client_fields(text="messages"):
         prepared = await service.prepare(audio=recording, text=text, task=task, config=config)
@@ -88,7 +85,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     prompt_length = len(prepared.prompt)
     if body.stream:
         head = response_head("chat.completion.chunk", body.model)
-        if outputs_audio:
+        if body.outputs_audio:
             events = _chat_audio_events(answer, head, format, service.omni.sample_rate)
         else:
             events = _chat_text_events(answer, head)
@@ -107,26 +104,6 @@ async def chat(request: Request, body: ChatRequest) -> Response:
         "usage": usage(prompt_length, reply),
     }
     return JSONResponse(content, headers=headers)
-
-
-def _check_supported(body: ChatRequest) -> None:
-    for name, neutral in UNSUPPORTED.items():
-        value = (body.model_extra or {}).get(name)
-        if value is not None and value not in neutral:
-            message = f"{name}: not supported by this model; leave it out"
-            raise RequestRefusedError(400, message, field=name, code="unsupported")
-
-
-def _audio_format(body: ChatRequest, *, outputs_audio: bool) -> str:
-    if body.audio is None:
-        if outputs_audio:
-            raise ConfigError("audio: expected the format and voice of the answer, found none", field="audio")
-        return "wav"
-    format = body.audio.format
-    if body.stream and outputs_audio and format not in STREAMABLE_FORMATS:
-        message = f"audio.format: expected wav or pcm16 in a stream, found {format}"
-        raise ConfigError(message, field="audio.format")
-    return format
 
 
 def _last_message(messages: list[Message]) -> tuple[bytes | None, str | None, bool]:
@@ -173,13 +150,13 @@ async def _chat_audio_events(
         return _chat_event(head, {"audio": {"id": audio["id"], **delta}})
 
     yield _chat_event(head, {"role": "assistant", "audio": {"id": audio["id"], "transcript": ""}})
-    wav_header = streaming_wav_header(rate) if format == "wav" else b""
+    beginning = streamed_beginning(format, rate)
     async for chunk in answer:
         if chunk.text:
             yield event(transcript=chunk.text)
         if len(chunk.audio):
-            yield event(data=base64.b64encode(wav_header + pcm_bytes(chunk.audio)).decode())
-            wav_header = b""
+            yield event(data=base64.b64encode(beginning + pcm_bytes(chunk.audio)).decode())
+            beginning = b""
     if answer.reply is not None:
         yield event(expires_at=audio["expires_at"])
         yield _chat_event(head, {}, finish_reason(answer.reply))

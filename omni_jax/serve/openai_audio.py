@@ -20,8 +20,8 @@ from omni_jax.serve.openai_schema import (
     SpeechRequest,
     failure_line,
     generation_config,
+    input_output_usage,
     server_sent_event,
-    usage,
 )
 from omni_jax.serve.sessions import AnswerStream
 from omni_jax.serve.streaming import (
@@ -145,8 +145,4 @@ async def _speech_lines(
     if answer.reply is None:
         yield failure_line(answer)
         return
-    counts = usage(prompt_length, answer.reply)
-    names = {"input_tokens": "prompt_tokens", "output_tokens": "completion_tokens", "total_tokens": "total_tokens"}
-    yield server_sent_event(
-        {"type": "speech.audio.done", "usage": {name: counts[source] for name, source in names.items()}}
-    )
+    yield server_sent_event({"type": "speech.audio.done", "usage": input_output_usage(prompt_length, answer.reply)})

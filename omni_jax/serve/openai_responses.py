@@ -19,22 +19,14 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 from starlette.responses import JSONResponse
 
-from omni_jax.audio.encoding import encode, streaming_wav_header
+from omni_jax.audio.encoding import encode
 from omni_jax.audio.io import pcm_bytes
 from omni_jax.errors import ConfigError
 from omni_jax.inference.answer import Reply
-from omni_jax.serve.errors import RequestRefusedError, client_fields
-from omni_jax.serve.openai_schema import (
-    AudioOptions,
-    AudioPart,
-    Body,
-    SamplingOptions,
-    generation_config,
-    usage,
-)
+from omni_jax.serve.errors import client_fields
+from omni_jax.serve.openai_schema import AnswerRequest, AudioPart, Body, generation_config, input_output_usage
 from omni_jax.serve.sessions import AnswerStream, decode_base64
-from omni_jax.serve.streaming import STREAMABLE_FORMATS, StreamedAnswer, check_model, service_of, whole_answer
-from omni_jax.tasks import Task
+from omni_jax.serve.streaming import StreamedAnswer, check_model, service_of, streamed_beginning, whole_answer
 
 router = APIRouter(prefix="/v1")
 
@@ -64,15 +56,11 @@ class InputMessage(Body):
     content: str | list[Annotated[InputTextPart | AudioPart, Field(discriminator="type")]]
 
 
-class ResponseRequest(SamplingOptions):
+class ResponseRequest(AnswerRequest):
     """Body of `/v1/responses`."""
 
-    model: str
     input: str | list[InputMessage]
     instructions: str | None = None
-    stream: bool | None = False
-    modalities: list[Literal["text", "audio"]] | None = None
-    audio: AudioOptions | None = None
     max_output_tokens: int | None = None
 
 
@@ -80,27 +68,16 @@ class ResponseRequest(SamplingOptions):
 async def responses(request: Request, body: ResponseRequest) -> Response:
     """Answer the last message, in text or in text and speech."""
     check_model(body.model, request)
-    for name, neutral in UNSUPPORTED.items():
-        value = (body.model_extra or {}).get(name)
-        if value is not None and value not in neutral:
-            message = f"{name}: not supported by this model; leave it out"
-            raise RequestRefusedError(400, message, field=name, code="unsupported")
-    outputs_audio = "audio" in (body.modalities or ["text"])
-    format = body.audio.format if body.audio else "wav"
-    if body.stream and outputs_audio and format not in STREAMABLE_FORMATS:
-        message = f"audio.format: expected wav or pcm16 in a stream, found {format}"
-        raise ConfigError(message, field="audio.format")
+    body.check_supported(UNSUPPORTED)
+    format = body.audio_format()
     recording, text = _last_message(body.input)
-    if recording is None:
-        task = Task.T1A2 if outputs_audio else Task.T1T2
-    else:
-        task = Task.A1A2 if outputs_audio else Task.A1T2
+    task = body.task(takes_audio=recording is not None)
     service = service_of(request)
     config = generation_config(body, "max_output_tokens")
     with client_fields(text="input"):
         prepared = await service.prepare(audio=recording, text=text, task=task, config=config)
     answer = service.submit(prepared, "/v1/responses")
-    writer = _Writer(body, format, len(prepared.prompt))
+    writer = _Writer(body, format, service.omni.sample_rate, len(prepared.prompt))
     if body.stream:
         return StreamedAnswer(answer, writer.events(answer), media_type="text/event-stream")
     reply = await whole_answer(request, answer)
@@ -129,8 +106,8 @@ def _last_message(messages: str | list[InputMessage]) -> tuple[bytes | None, str
 class _Writer:
     """Writes one response, whole or as events."""
 
-    def __init__(self, body: ResponseRequest, format: str, prompt_length: int):
-        self._format, self._prompt_length = format, prompt_length
+    def __init__(self, body: ResponseRequest, format: str, rate: int, prompt_length: int):
+        self._format, self._rate, self._prompt_length = format, rate, prompt_length
         self._message_id = f"msg_{secrets.token_hex(12)}"
         self._numbers = itertools.count()
         self._head: dict[str, Any] = {
@@ -155,18 +132,15 @@ class _Writer:
         if reply.audio is not None:
             data = base64.b64encode(encode(reply.audio, reply.sample_rate, self._format)).decode()
             content.append({"type": "output_audio", "data": data, "transcript": reply.text})
-        counts = usage(self._prompt_length, reply)
         complete = reply.finish_reason == "stop"
         return self._head | {
             "status": "completed" if complete else "incomplete",
             "incomplete_details": None if complete else {"reason": "max_output_tokens"},
             "output": [self._message("completed" if complete else "incomplete", content)],
             "usage": {
-                "input_tokens": counts["prompt_tokens"],
+                **input_output_usage(self._prompt_length, reply),
                 "input_tokens_details": {"cached_tokens": 0},
-                "output_tokens": counts["completion_tokens"],
                 "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": counts["total_tokens"],
             },
         }
 
@@ -185,16 +159,14 @@ class _Writer:
         yield self._event("response.in_progress", response=begun)
         yield self._event("response.output_item.added", output_index=0, item=self._message("in_progress", []))
         yield self._event("response.content_part.added", **part, part=_text_part(""))
-        header: bytes | None = None
+        beginning = streamed_beginning(self._format, self._rate)
         async for chunk in answer:
             if chunk.text:
                 yield self._event("response.output_text.delta", **part, delta=chunk.text, logprobs=[])
             if len(chunk.audio):
-                if header is None:
-                    header = streaming_wav_header(chunk.sample_rate) if self._format == "wav" else b""
-                data = base64.b64encode(header + pcm_bytes(chunk.audio)).decode()
+                data = base64.b64encode(beginning + pcm_bytes(chunk.audio)).decode()
                 yield self._event("response.audio.delta", delta=data)
-                header = b""
+                beginning = b""
         reply = answer.reply
         if reply is None:
             error = answer.failure()

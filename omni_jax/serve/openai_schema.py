@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from omni_jax.audio.tempo import MAX_SPEED, MIN_SPEED
+from omni_jax.errors import ConfigError
 from omni_jax.inference.answer import Reply
 from omni_jax.inference.generation import GenerationConfig
-from omni_jax.serve.errors import client_fields, error_body
+from omni_jax.serve.errors import RequestRefusedError, client_fields, error_body
 from omni_jax.serve.sessions import AnswerStream
+from omni_jax.serve.streaming import STREAMABLE_FORMATS
+from omni_jax.tasks import Task
 
 AUDIO_LIFETIME = 3600
 """Seconds after which an answer's audio expires, which clients require. The server stores no audio."""
@@ -93,14 +97,57 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class ChatRequest(SamplingOptions):
-    """Body of `/v1/chat/completions`."""
+class AnswerRequest(SamplingOptions):
+    """What the bodies of `/v1/chat/completions` and `/v1/responses` have in common."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
     modalities: list[Literal["text", "audio"]] | None = None
     audio: AudioOptions | None = None
     stream: bool | None = False
+
+    @property
+    def outputs_audio(self) -> bool:
+        """Whether speech is asked for."""
+        return "audio" in (self.modalities or ["text"])
+
+    def task(self, *, takes_audio: bool) -> Task:
+        """The task of an answer to a recording, or to a text."""
+        if takes_audio:
+            return Task.A1A2 if self.outputs_audio else Task.A1T2
+        return Task.T1A2 if self.outputs_audio else Task.T1T2
+
+    def audio_format(self) -> str:
+        """The format of the answer's audio.
+
+        Raises:
+            ConfigError: it cannot be streamed, and should be.
+        """
+        format = self.audio.format if self.audio else "wav"
+        if self.stream and self.outputs_audio and format not in STREAMABLE_FORMATS:
+            message = f"audio.format: expected wav or pcm16 in a stream, found {format}"
+            raise ConfigError(message, field="audio.format")
+        return format
+
+    def check_supported(self, unsupported: Mapping[str, tuple[Any, ...]]) -> None:
+        """Refuse fields that would change the answer in a way this model cannot.
+
+        Args:
+            unsupported: the fields, and their values that change nothing.
+
+        Raises:
+            RequestRefusedError: one of them has another value.
+        """
+        for name, neutral in unsupported.items():
+            value = (self.model_extra or {}).get(name)
+            if value is not None and value not in neutral:
+                message = f"{name}: not supported by this model; leave it out"
+                raise RequestRefusedError(400, message, field=name, code="unsupported")
+
+
+class ChatRequest(AnswerRequest):
+    """Body of `/v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -170,6 +217,16 @@ def usage(prompt_length: int, reply: Reply) -> dict[str, int]:
     """Positions of the trunk; one decode step is one position, with up to eight tokens."""
     steps = reply.tokens.shape[1]
     return {"prompt_tokens": prompt_length, "completion_tokens": steps, "total_tokens": prompt_length + steps}
+
+
+def input_output_usage(prompt_length: int, reply: Reply) -> dict[str, int]:
+    """The same by the names that newer endpoints have."""
+    counts = usage(prompt_length, reply)
+    return {
+        "input_tokens": counts["prompt_tokens"],
+        "output_tokens": counts["completion_tokens"],
+        "total_tokens": counts["total_tokens"],
+    }
 
 
 def server_sent_event(data: dict[str, Any]) -> str:

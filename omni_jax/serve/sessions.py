@@ -29,8 +29,8 @@ MAX_READ_CHARACTERS = 65_536
 """The same for texts that are read aloud sentence by sentence, whatever the context."""
 URL_SAFE = str.maketrans("-_", "+/")
 """From the URL-safe alphabet of base64 (RFC 4648, section 5) to the standard one."""
-MAX_TRANSCRIBED_SECONDS = 3600.0
-"""Longest recording that is transcribed, unless the settings say otherwise."""
+READY_INTERVAL = 0.2
+"""Seconds between two looks whether the model is ready."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Settings:
     """Requests decoded at once."""
     max_queue_size: int = 64
     """Requests that may be queued; further ones get status 429."""
-    max_audio_seconds: float | None = None
-    """Longest recording; None: `MAX_TRANSCRIBED_SECONDS` to transcribe, and to answer what the model takes."""
+    max_audio_seconds: float = 3600.0
+    """Longest recording, where the model takes so much; see `Omni.max_samples`."""
     max_body_bytes: int = 32 << 20
     """Largest body of a request, or message of a WebSocket."""
     request_timeout: float = 120.0
@@ -128,8 +128,8 @@ class Service:
 
     def max_samples(self, task: Task | None) -> int:
         """Longest recording for a task, in samples at 16 kHz."""
-        limit = self.settings.max_audio_seconds or MAX_TRANSCRIBED_SECONDS
-        return min(self.omni.max_samples(task or Task.A1A2), int(limit * audio_io.SAMPLE_RATE))
+        limit = int(self.settings.max_audio_seconds * audio_io.SAMPLE_RATE)
+        return min(self.omni.max_samples(task or Task.A1A2), limit)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -147,6 +147,11 @@ class Service:
         if self.engine.broken:
             return "broken"
         return "ready" if self.ready else "warming up"
+
+    async def wait_until_ready(self) -> None:
+        """Wait until every program is compiled, or that has failed."""
+        while self.state == "warming up":
+            await asyncio.sleep(READY_INTERVAL)
 
     async def prepare(
         self,
@@ -174,16 +179,9 @@ class Service:
             limit = max(limit, MAX_READ_CHARACTERS)
         if text is not None and len(text) > limit:
             raise ConfigError(f"text: expected at most {limit} characters, found {len(text)}", field="text")
-        request = Request(text=text, task=task, config=config)
-
-        def work() -> PreparedRequest:
-            if audio is None:
-                return self.omni.prepare(request)
-            question = Request(audio, None, task, sample_rate, config=config, name="recording")
-            return self.omni.prepare(question, max_samples=self.max_samples(task))
-
+        request = Request(audio, text, task, sample_rate, config=config, name="recording")
         async with self._decoding:
-            return await asyncio.to_thread(work)
+            return await asyncio.to_thread(self.omni.prepare, request, max_samples=self.max_samples(task))
 
     def submit(self, request: PreparedRequest, endpoint: str) -> AnswerStream:
         """Queue a prepared request; the returned stream must be closed.

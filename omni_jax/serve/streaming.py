@@ -87,6 +87,11 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
+def streamed_beginning(format: str, sample_rate: int) -> bytes:
+    """What precedes the samples in one of `STREAMABLE_FORMATS`."""
+    return streaming_wav_header(sample_rate) if format == "wav" else b""
+
+
 async def stream_audio(
     answer: AnswerStream, sample_rate: int, format: str, *, min_bytes: int = 1, speed: float = 1.0
 ) -> AsyncIterator[bytes]:
@@ -100,8 +105,8 @@ async def stream_audio(
         speed: see `omni_jax.audio.tempo.TempoStream`.
     """
     tempo = TempoStream(sample_rate, speed)
-    if format == "wav":
-        yield streaming_wav_header(sample_rate)
+    if beginning := streamed_beginning(format, sample_rate):
+        yield beginning
     pending = b""
     async for chunk in answer:
         pending += pcm_bytes(tempo.push(chunk.audio, last=chunk.reply is not None))

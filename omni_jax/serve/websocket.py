@@ -42,6 +42,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from omni_jax.audio.io import SAMPLE_RATE, pcm_bytes
 from omni_jax.errors import OmniError
+from omni_jax.inference.engine import PreparedRequest
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.serve.errors import describe_validation_error, kind_of
 from omni_jax.serve.limits import is_known_key
@@ -56,9 +57,6 @@ DISCONNECTED = (WebSocketDisconnect, TimeoutError, RuntimeError)
 """What sending and receiving raise once a client has left or reads nothing; Starlette's own is a RuntimeError."""
 
 SAMPLE_BYTES = 2
-
-READY_INTERVAL = 0.2
-"""Seconds between two looks whether the model is ready."""
 
 MESSAGE_BYTES = 1024
 """More than a message has around its data."""
@@ -195,8 +193,7 @@ class LiveSession:
         return min(self.service.max_samples(self.settings.task) / SAMPLE_RATE, most)
 
     async def _announce_ready(self) -> None:
-        while self.service.state == "warming up":
-            await asyncio.sleep(READY_INTERVAL)
+        await self.service.wait_until_ready()
         with contextlib.suppress(*DISCONNECTED):
             await self._send(type="state", state=self.service.state)
 
@@ -288,11 +285,10 @@ class LiveSession:
         if "file" in inputs:
             inputs = {"audio": decode_base64(inputs["file"], "data")}
         request = await self.service.prepare(**inputs, task=self.settings.task, config=config)
-        while self.service.state == "warming up":
-            await asyncio.sleep(READY_INTERVAL)
+        await self.service.wait_until_ready()
         answer = self.answer = self.service.submit(request, ENDPOINT)
-        if self.settings.transcript and "audio" in inputs:
-            task = asyncio.create_task(self._transcribe(turn, inputs))
+        if self.settings.transcript and request.task.takes_audio:
+            task = asyncio.create_task(self._transcribe(turn, request))
             self.transcribing.add(task)
             task.add_done_callback(self.transcribing.discard)
         try:
@@ -303,11 +299,10 @@ class LiveSession:
             raise answer.failure()
         return answer.reply.finish_reason
 
-    async def _transcribe(self, turn: int, inputs: dict[str, Any]) -> None:
+    async def _transcribe(self, turn: int, request: PreparedRequest) -> None:
         """Send the transcript of a question, unless the server has more to do than it can."""
         with contextlib.suppress(OmniError, *DISCONNECTED):
-            request = await self.service.prepare(**inputs, task=Task.A1T1, config=GenerationConfig())
-            answer = self.service.submit(request, ENDPOINT)
+            answer = self.service.submit(self.service.omni.to_transcription(request), ENDPOINT)
             try:
                 reply = await answer.wait()
             finally:

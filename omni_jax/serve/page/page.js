@@ -90,17 +90,18 @@ function handleMessage(message) {
     setIdleStatus();
     return;
   }
+  if (message.type === "transcript") {
+    showTranscript(message);
+    return;
+  }
   const turn = state.turn;
   if (!turn) {
     if (message.type === "error") setStatus(problemOf(message), true);
-    if (message.type === "transcript") showTranscript(message);
     return;
   }
   // Messages of an earlier turn may arrive late.
   if (message.turn && message.turn !== turn.number) return;
-  if (message.type === "transcript") {
-    showTranscript(message);
-  } else if (message.type === "text") {
+  if (message.type === "text") {
     turn.item.querySelector(".answer").textContent += message.text;
   } else if (message.type === "audio") {
     play(turn, decodeSamples(message.data));
