@@ -46,10 +46,10 @@ if TYPE_CHECKING:
 ANSWERS = "answers.jsonl"
 """The output file. Of several processes, each writes one of its own, such as `answers-00000-of-00002.jsonl`."""
 _SUFFIXES = (
-    "3g2 3gp aac aif aiff amr ape au avi caf flac flv g722 gsm m4a m4b m4v mka mkv mov mp2 mp3 mp4 mpeg mpg oga ogg "
+    "3g2 3gp aac aif aiff amr ape au avi caf flac flv m4a m4b m4v mka mkv mov mp2 mp3 mp4 mpeg mpg oga ogg "
     "ogv opus spx ts w64 wav webm wma wmv wv"
 )
-RECORDING_SUFFIXES = tuple(dict.fromkeys([*(f".{suffix}" for suffix in _SUFFIXES.split()), *HEADERLESS]))
+RECORDING_SUFFIXES = (*(f".{suffix}" for suffix in _SUFFIXES.split()), *HEADERLESS)
 """Files of a folder that are recordings, or videos with sound. A manifest may name files of any suffix."""
 WINDOW = 8
 """Rows in memory, and rows that a kill loses at most, per row of the running batch."""

