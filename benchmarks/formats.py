@@ -39,17 +39,17 @@ class Row(NamedTuple):
         return min(abs(self.seconds - seconds) for seconds in expected) <= 0.03
 
 
-def rows() -> Iterator[Row]:
+def rows(omni: Omni) -> Iterator[Row]:
     """Make, read and transcribe each kind."""
-    omni, question = Omni.from_pretrained("nano"), read_audio(QUESTION)
+    question = read_audio(QUESTION)
     with tempfile.TemporaryDirectory() as folder:
         for kind in KINDS:
             sound = soxr.resample(question, SAMPLE_RATE, kind.rate, quality="HQ")
             seconds = len(sound) / kind.rate
             data = encode(kind, seconds, sound.astype(np.float32))
-            recording = source(kind, data, Path(folder))
-            text = omni.transcribe(recording).text
-            yield Row(kind, len(read_audio(recording)) / SAMPLE_RATE, seconds, _promised(kind, data), text)
+            found = read_audio(source(kind, data, Path(folder)))
+            text = omni.transcribe(found, sample_rate=SAMPLE_RATE).text
+            yield Row(kind, len(found) / SAMPLE_RATE, seconds, _promised(kind, data), text)
 
 
 def _promised(kind: Kind, data: bytes) -> float | None:
@@ -61,8 +61,8 @@ def _promised(kind: Kind, data: bytes) -> float | None:
 
 def main() -> None:
     """Print a line for each kind, and how many are read whole and transcribed as the original."""
-    clean = Omni.from_pretrained("nano").transcribe(QUESTION).text
-    table = list(rows())
+    omni = Omni.from_pretrained("nano")
+    clean, table = omni.transcribe(QUESTION).text, list(rows(omni))
     for row in table:
         promised = "?" if row.promised is None else f"{row.promised:.3f}"
         marks = (

@@ -42,6 +42,7 @@ SMALL_MODELS = (
     "tests/inference/test_async_engine.py",
     "tests/test_api.py",
     "tests/test_batch.py",
+    "tests/test_long_recordings.py",
     "tests/test_microphone_example.py",
 )
 """Tests that run the same two small models: one process compiles their programs for all of them."""

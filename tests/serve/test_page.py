@@ -59,17 +59,7 @@ READY = "document.getElementById('state').textContent === 'Ready.'"
 
 @contextmanager
 def opened(browser: Any, server: RunningServer) -> Iterator[Any]:
-    """The page of another server."""
-    context = browser.new_context(permissions=["microphone"], viewport={"width": 1000, "height": 800})
-    page = context.new_page()
-    page.goto(server.url)
-    yield page
-    context.close()
-
-
-@pytest.fixture
-def page(browser: Any, server: RunningServer) -> Iterator[Any]:
-    """A fresh page of the server; any error in it fails the test."""
+    """The page of a server, in a context of its own; any error in it fails the test."""
     context = browser.new_context(permissions=["microphone"], viewport={"width": 1000, "height": 800})
     page = context.new_page()
     errors: list[str] = []
@@ -78,11 +68,18 @@ def page(browser: Any, server: RunningServer) -> Iterator[Any]:
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("request", lambda request: foreign.append(request.url) if server.url not in request.url else None)
     page.goto(server.url)
-    until(page, READY)
     yield page
     context.close()
     assert not errors
     assert not [url for url in foreign if not url.startswith("data:")]
+
+
+@pytest.fixture
+def page(browser: Any, server: RunningServer) -> Iterator[Any]:
+    """A fresh page of the server that all tests share."""
+    with opened(browser, server) as page:
+        until(page, READY)
+        yield page
 
 
 def until(page: Any, expression: str) -> None:

@@ -36,6 +36,7 @@ MODEL = replace(TINY, audio_encoder=replace(TINY.audio_encoder, num_layers=1), t
 EVERYTHING = ("adapter", "trunk", "text_embedding", "audio_embedding", "tts_adapter")
 ROWS, LENGTH, CLIPS = 8, 40, 2
 STEPS = 3
+DATA = {"sources": [{"path": "unused"}], "tasks": {"A1A2": 1}, "batch_size": ROWS, "max_length": LENGTH}
 TWO_PROCESS_MESHES = ((8, 1, 1), (2, 2, 2))
 # A large eps: the gradient of a key bias is nothing but rounding, which AdamW would blow up to whole steps.
 OPTIMIZER = {"steps": 50, "peak_lr": 3e-3, "warmup_steps": 2, "eps": 1e-3}
@@ -46,7 +47,7 @@ def run_config(**changes) -> RunConfig:
         "out": "unused",
         "start": "preset:tiny",
         "trainable": EVERYTHING,
-        "data": {"sources": [{"path": "unused"}], "tasks": {"A1A2": 1}, "batch_size": ROWS, "max_length": LENGTH},
+        "data": DATA,
         "optimizer": OPTIMIZER,
         "loss": {"chunk_size": 16 * ROWS},
         "remat": "none",
@@ -141,15 +142,14 @@ def one_device() -> tuple[TrainState, list[dict]]:
 
 
 def augmented(**augmentation: Any) -> RunConfig:
-    data = {"sources": [{"path": "unused"}], "tasks": {"A1A2": 1}, "batch_size": ROWS, "max_length": LENGTH}
-    return run_config(data={**data, **augmentation})
+    return run_config(data={**DATA, **augmentation})
 
 
 def test_forward_without_audio_tasks_skips_audio_encoder(monkeypatch: pytest.MonkeyPatch):
     model = init_model(MODEL, stacked=False, dtype=jnp.float32, seed=0)
     monkeypatch.setattr(OmniModel, "encode_audio", lambda *_: pytest.fail("the audio encoder was run"))
     arrays = batch() | {"speech_index": np.full((ROWS, LENGTH), -1, np.int32)}
-    data = {"sources": [{"path": "unused"}], "tasks": {"T1T2": 1, "T1A2": 1}, "batch_size": ROWS, "max_length": LENGTH}
+    data = {**DATA, "tasks": {"T1T2": 1, "T1A2": 1}}
     assert np.isfinite(forward(model, arrays, jnp.ones(8), run_config(data=data))[0])
 
 
