@@ -232,10 +232,10 @@ function clearPlayback() {
 
 // ---- recording
 
-async function startRecording() {
+async function startRecording(event) {
   if (state.recording || byId("talk").disabled) return;
   stop();
-  const recording = { length: 0, open: true, pieces: [] };
+  const recording = { length: 0, open: true, pieces: [], start: event.timeStamp };
   state.recording = recording;
   byId("talk").setAttribute("aria-pressed", "true");
   setStatus("Listening …");
@@ -258,7 +258,7 @@ async function startRecording() {
     state.socket.send(encodePcm(data));
     const left = state.maxSeconds - recording.length / rate;
     setStatus(`Listening … ${Math.max(0, left).toFixed(0)} s left`);
-    if (left < playback.limitMargin) sendRecording(`the limit of ${seconds(state.maxSeconds)} is reached`);
+    if (left < playback.limitMargin) sendRecording({ remark: `the limit of ${seconds(state.maxSeconds)} is reached` });
   };
 }
 
@@ -280,12 +280,14 @@ function stopRecording() {
   byId("talk").setAttribute("aria-pressed", "false");
 }
 
-function sendRecording(remark = "") {
+function sendRecording({ event = null, remark = "" }) {
   const recording = state.recording;
   if (!recording) return;
   stopRecording();
   const duration = state.microphone ? recording.length / state.microphone.rate : 0;
-  if (duration < SHORTEST && !remark) {
+  // Opening the microphone can delay the event that ends a tap until sound has been recorded.
+  const held = event ? (event.timeStamp - recording.start) / 1000 : duration;
+  if (Math.min(held, duration) < SHORTEST && !remark) {
     if (state.socket.readyState === WebSocket.OPEN) send({ type: "cancel" });
     setStatus("Hold the button while you speak.", true);
     return;
@@ -379,23 +381,23 @@ function drawWaveform() {
 const talk = byId("talk");
 talk.addEventListener("pointerdown", (event) => {
   talk.setPointerCapture(event.pointerId);
-  startRecording();
+  startRecording(event);
 });
-for (const kind of ["pointerup", "pointercancel"]) talk.addEventListener(kind, () => sendRecording());
+for (const kind of ["pointerup", "pointercancel"]) talk.addEventListener(kind, (event) => sendRecording({ event }));
 talk.addEventListener("contextmenu", (event) => event.preventDefault());
 const isTalkKey = (event) => event.code === "Space" && !event.target.closest("input, a, button:not(#talk)");
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") stop();
   if (!isTalkKey(event)) return;
   event.preventDefault();
-  if (!event.repeat) startRecording();
+  if (!event.repeat) startRecording(event);
 });
 document.addEventListener("keyup", (event) => {
   if (!isTalkKey(event)) return;
   event.preventDefault();
-  sendRecording();
+  sendRecording({ event });
 });
-window.addEventListener("blur", () => { if (state.recording) sendRecording(); });
+window.addEventListener("blur", (event) => sendRecording({ event }));
 byId("stop").addEventListener("click", stop);
 byId("typed").addEventListener("submit", async (event) => {
   event.preventDefault();
