@@ -395,10 +395,10 @@ class Omni:
         try:
             audio = request.samples(limit if max_samples is None else min(limit, max_samples))
             spans = self._spans_to_hear(task, audio, request)
-        except NoSpeechError:
+        except NoSpeechError as error:
             if task is not Task.A1T1:
                 raise
-            return PreparedRequest(task, ())
+            return PreparedRequest(task, (), duration=error.seconds)
         parts = [self._speech_part(task, audio, span) for span in spans]
         return PreparedRequest(task, tuple(parts), duration=len(audio) / audio_io.SAMPLE_RATE)
 

@@ -59,7 +59,15 @@ class AudioTooLongError(AudioError):
 
 
 class NoSpeechError(AudioError):
-    """A recording without speech."""
+    """A recording without speech.
+
+    Attributes:
+        seconds: the length of the recording.
+    """
+
+    def __init__(self, message: str, *, seconds: float):
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class CheckpointError(OmniError, ValueError):

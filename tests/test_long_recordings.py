@@ -66,6 +66,7 @@ def test_transcribe_silence_and_noise(omni: Omni) -> None:
     silence = np.zeros(MAX_SAMPLES, np.float32)
     noise = (0.1 * np.random.default_rng(0).normal(size=32000)).astype(np.float32)
     for quiet in (silence, noise):
+        assert omni.prepare(Request(quiet, task="A1T1", sample_rate=16000)).duration == len(quiet) / 16000
         reply = omni.transcribe(quiet, sample_rate=16000)
         assert (reply.text, reply.finish_reason, reply.segments, reply.tokens.shape) == ("", "stop", (), (8, 0))
         (chunk,) = omni.stream(quiet, sample_rate=16000, task="A1T1")

@@ -83,7 +83,7 @@ def read_audio(
     mono = np.concatenate([_convert(*piece, sample_rate) for piece in pieces])
     if max_seconds is not None and truncate:
         mono = mono[: round(max_seconds * sample_rate)]
-    return _check_sound(mono, name)
+    return _check_sound(mono, sample_rate, name)
 
 
 def source_name(source: Source) -> str:
@@ -127,7 +127,7 @@ def to_mono(array: Any, rate: int, sample_rate: int = SAMPLE_RATE, *, name: str 
     samples = samples.astype(np.float32)
     if len(samples) < MIN_SECONDS * rate:
         raise _too_short(name, _found_length(samples, rate))
-    return _check_sound(_convert(samples, rate, sample_rate), name)
+    return _check_sound(_convert(samples, rate, sample_rate), sample_rate, name)
 
 
 def check_duration(
@@ -269,12 +269,13 @@ def _mix(samples: np.ndarray) -> np.ndarray:
     return mono
 
 
-def _check_sound(mono: np.ndarray, name: str) -> np.ndarray:
+def _check_sound(mono: np.ndarray, sample_rate: int, name: str) -> np.ndarray:
     """Refuse silence; after resampling, which may remove all that there was."""
     peak = float(np.abs(mono).max()) if len(mono) else 0.0
     if peak < SILENCE_PEAK:
         raise NoSpeechError(
             f"{name}: expected sound, found silence (a peak of {peak:.2g} where 1 is full scale, "
-            f"less than {SILENCE_PEAK:g})"
+            f"less than {SILENCE_PEAK:g})",
+            seconds=len(mono) / sample_rate,
         )
     return mono

@@ -125,7 +125,7 @@ def find_windows(audio: np.ndarray, max_samples: int, *, name: str = "array") ->
     probabilities = speech_probabilities(audio)
     spans = speech_spans(probabilities, len(audio))
     if not spans:
-        raise NoSpeechError(f"{name}: expected speech, found none")
+        raise NoSpeechError(f"{name}: expected speech, found none", seconds=len(audio) / SAMPLE_RATE)
     start, end = with_margins([(spans[0][0], spans[-1][1])], len(audio))[0]
     if end - start <= max_samples:
         return [(start, end)]

@@ -75,7 +75,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     task = body.task(takes_audio=recording is not None)
     service = service_of(request)
     with client_fields(text="messages"):
-        prepared = await service.prepare(audio=recording, text=text, task=task, config=config)
+        prepared = await service.prepare(audio=recording, text=text, task=task, truncate=body.truncate, config=config)
     answer = service.submit(prepared, "/v1/chat/completions")
     headers = {}
     if ignored := len(body.messages) - 1:

@@ -75,7 +75,7 @@ async def responses(request: Request, body: ResponseRequest) -> Response:
     service = service_of(request)
     config = generation_config(body, "max_output_tokens")
     with client_fields(text="input"):
-        prepared = await service.prepare(audio=recording, text=text, task=task, config=config)
+        prepared = await service.prepare(audio=recording, text=text, task=task, truncate=body.truncate, config=config)
     answer = service.submit(prepared, "/v1/responses")
     writer = _Writer(body, format, service.omni.sample_rate, len(prepared.prompt))
     if body.stream:

@@ -104,6 +104,7 @@ class AnswerRequest(SamplingOptions):
     modalities: list[Literal["text", "audio"]] | None = None
     audio: AudioOptions | None = None
     stream: bool | None = False
+    truncate: bool = False
 
     @property
     def outputs_audio(self) -> bool:

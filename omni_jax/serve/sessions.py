@@ -160,6 +160,7 @@ class Service:
         sample_rate: int | None = None,
         text: str | None = None,
         task: Task | None = None,
+        truncate: bool = False,
         config: GenerationConfig,
     ) -> PreparedRequest:
         """Validate and prepare a request, in a thread.
@@ -169,6 +170,7 @@ class Service:
             sample_rate: samples per second of an array.
             text: the input, where it is no recording.
             task: see `Request`.
+            truncate: answer the beginning of a recording that is too long.
             config: how to answer.
 
         Raises:
@@ -179,7 +181,7 @@ class Service:
             limit = max(limit, MAX_READ_CHARACTERS)
         if text is not None and len(text) > limit:
             raise ConfigError(f"text: expected at most {limit} characters, found {len(text)}", field="text")
-        request = Request(audio, text, task, sample_rate, config=config, name="recording")
+        request = Request(audio, text, task, sample_rate, truncate, config, name="recording")
         async with self._decoding:
             return await asyncio.to_thread(self.omni.prepare, request, max_samples=self.max_samples(task))
 

@@ -144,7 +144,7 @@ def test_errors_are_json_everywhere(server: RunningServer) -> None:
     [
         (ConfigError("no"), 400, None, "refused"),
         (AudioTooLongError("no", max_seconds=1), 400, "audio_too_long", "refused"),
-        (NoSpeechError("no"), 400, "no_speech", "refused"),
+        (NoSpeechError("no", seconds=1), 400, "no_speech", "refused"),
         (BusyError("no"), 429, "busy", "busy"),
         (ClosedError("no"), 503, "closed", "refused"),
         (CheckpointError("no"), 500, "failed", "failed"),

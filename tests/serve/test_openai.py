@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from omni_jax.audio import io as audio_io
-from omni_jax.audio.encoding import streaming_wav_header
+from omni_jax.audio.encoding import encode, streaming_wav_header
 from tests.serve.conftest import RunningServer, assert_same_audio
 
 HEADER = 44
@@ -29,6 +29,23 @@ def test_models(client: Any) -> None:
     assert client.models.retrieve("small").id == "small"
     with pytest.raises(openai.NotFoundError, match="expected 'small', found 'gpt-4o'"):
         client.models.retrieve("gpt-4o")
+
+
+def test_long_question_is_refused_or_truncated(client: Any, server: RunningServer) -> None:
+    audio = np.random.default_rng(0).uniform(-0.5, 0.5, 10_000).astype(np.float32)
+    data = base64.b64encode(encode(audio, 16_000, "flac")).decode()
+    content = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+    inputs = [{"role": "user", "content": [content]}]
+    expected = server.omni.answer(audio_io.from_pcm16(audio_io.to_pcm16(audio)), sample_rate=16_000, truncate=True)
+    chat, responses = client.chat.completions.create, client.responses.create
+    for create in (
+        lambda **body: chat(model="small", messages=inputs, **body).choices[0].message.content,
+        lambda **body: responses(model="small", input=inputs, **body).output_text,
+    ):
+        with pytest.raises(openai.BadRequestError, match=r"at most 0\.40 s, found 0\.62 s") as refused:
+            create()
+        assert refused.value.code == "audio_too_long"
+        assert create(extra_body={"truncate": True}) == expected.text
 
 
 @pytest.mark.parametrize("format", ["wav", "pcm16", "flac", "mp3", "opus", "aac", "m4a"])

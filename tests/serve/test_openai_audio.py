@@ -80,10 +80,11 @@ def prepared(server: RunningServer) -> Iterator[Omni]:
 def test_recording_without_speech(client: Any, prepared: Omni) -> None:
     """An empty transcript; one clear error instead of an answer."""
     noise = encode(np.random.default_rng(0).normal(size=32_000).astype(np.float32) / 10, 16_000, "wav")
-    for quiet in (noise, encode(np.zeros(16_000, np.float32), 16_000, "wav")):
+    for quiet, seconds in ((noise, 2), (encode(np.zeros(24_000, np.float32), 16_000, "wav"), 1.5)):
         file = ("quiet.wav", quiet)
         verbose = client.audio.transcriptions.create(model="small", file=file, response_format="verbose_json")
         assert (verbose.text, verbose.segments, verbose.language) == ("", [], "english")
+        assert verbose.duration == seconds
         (event,) = client.audio.transcriptions.create(model="small", file=file, stream=True)
         assert event.text == ""
         content = [{"type": "input_audio", "input_audio": {"data": base64.b64encode(quiet).decode(), "format": "wav"}}]
