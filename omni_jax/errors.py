@@ -102,6 +102,30 @@ class ClosedError(OmniError, RuntimeError):
     """The engine is closed and takes no more requests."""
 
 
+EXTRAS = {
+    "PIL": "train",
+    "absl": "train",
+    "apache_beam": "beam",
+    "array_record": "data",
+    "fastapi": "serve",
+    "grain": "train",
+    "jiwer": "evaluation",
+    "matplotlib": "evaluation",
+    "msgpack": "data",
+    "multipart": "serve",
+    "optax": "train",
+    "orbax": "train",
+    "prometheus_client": "serve",
+    "pyarrow": "data",
+    "starlette": "serve",
+    "tensorboardX": "train",
+    "uvicorn": "serve",
+    "websockets": "serve",
+    "whisper_normalizer": "evaluation",
+}
+"""Packages that the core does not install, and the extra that does."""
+
+
 class MissingExtraError(OmniError, ImportError):
     """An optional package is not installed; the message has the command that installs it.
 

@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from omni_jax.cli import startup
 from omni_jax.cli.console import echo_err, replace_unencodable_output
-from omni_jax.errors import MissingExtraError, OmniError
+from omni_jax.errors import EXTRAS, MissingExtraError, OmniError
 
 
 class LazyCommand(NamedTuple):
@@ -36,29 +36,6 @@ COMMANDS = {
     "evaluate": LazyCommand("omni_jax.cli.evaluate", "evaluate", "Measure quality and speed of a model."),
     "compile": LazyCommand("omni_jax.cli.compile", "compile_", "Compile a program for a TPU without having one."),
 }
-
-
-EXTRAS = {
-    "absl": "train",
-    "apache_beam": "beam",
-    "array_record": "data",
-    "fastapi": "serve",
-    "grain": "train",
-    "jiwer": "evaluation",
-    "matplotlib": "evaluation",
-    "msgpack": "data",
-    "multipart": "serve",
-    "optax": "train",
-    "orbax": "train",
-    "prometheus_client": "serve",
-    "pyarrow": "data",
-    "starlette": "serve",
-    "tensorboardX": "train",
-    "uvicorn": "serve",
-    "websockets": "serve",
-    "whisper_normalizer": "evaluation",
-}
-"""Packages that the core does not install, and the extra that does."""
 
 
 class LazyGroup(TyperGroup):

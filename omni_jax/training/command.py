@@ -13,15 +13,13 @@ import typer
 
 from omni_jax.config.load import load_config
 from omni_jax.config.run import RunConfig
-from omni_jax.errors import ConfigError, MissingExtraError, OmniError
+from omni_jax.errors import EXTRAS, ConfigError, MissingExtraError, OmniError
 from omni_jax.log import log_to_stderr
 
 EXIT_REFUSED = 2
 """Exit code of a run that cannot be done as configured."""
 EXIT_STOPPED = 75
 """Exit code of a run that was stopped before its end, after saving a checkpoint: `EX_TEMPFAIL`, try again."""
-EXTRA_PACKAGES = ("PIL", "absl", "array_record", "grain", "msgpack", "optax", "orbax", "tensorboardX")
-"""Packages of the extra `train`."""
 
 
 def train_command(
@@ -76,7 +74,7 @@ def _requires_extra() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in EXTRA_PACKAGES:
+        if (error.name or "").partition(".")[0] not in EXTRAS:
             raise
         raise MissingExtraError(f"training needs the package {error.name}", "train") from None
 
