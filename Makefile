@@ -45,7 +45,7 @@ smoke: $(VENV)/.base
 	$(BIN)/python -m pytest -q tests/config tests/test_delay.py tests/test_prompts.py tests/inference/test_engine.py
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow -n $(WORKERS)
+	$(BIN)/python -m pytest -m 'slow and not nightly' -n $(WORKERS)
 
 # What `make test` compiles without optimization, once more as users run it.
 NUMERIC := tests/model tests/codec tests/inference/test_engine.py tests/training/test_gradients.py

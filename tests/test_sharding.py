@@ -274,7 +274,7 @@ def run(engine: Engine, requests: list[PreparedRequest], steps: int) -> list[Ans
     ("sizes", "stacked"),
     [
         pytest.param((2, 2, 2), False, marks=pytest.mark.slow),
-        ((8, 1, 1), False),
+        pytest.param((8, 1, 1), False, marks=pytest.mark.slow),
         ((1, 4, 2), True),
         pytest.param((1, 1, 8), True, marks=pytest.mark.slow),
     ],

@@ -160,7 +160,11 @@ def test_engine_tokens_of_a_mixed_batch_equal_the_reference(tied: Family, steps:
 
 
 @pytest.mark.parametrize(
-    "name", ["stacked_with_tts_adapter", pytest.param("untied_with_tts_adapter", marks=pytest.mark.nightly)]
+    "name",
+    [
+        pytest.param("stacked_with_tts_adapter", marks=pytest.mark.slow),
+        pytest.param("untied_with_tts_adapter", marks=pytest.mark.nightly),
+    ],
 )
 def test_engine_tokens_of_other_models_equal_the_reference(name: str, request: pytest.FixtureRequest) -> None:
     other: Family = request.getfixturevalue(name)

@@ -15,6 +15,8 @@ from omni_jax.data.records import Exchange, RecordWriter
 from recipes.nano import audio_encoder as encoders
 from recipes.nano import training
 
+pytestmark = pytest.mark.slow
+
 TINY = AudioEncoderConfig(
     num_mel_bins=16, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, max_position=40
 )

@@ -16,6 +16,8 @@ from omni_jax.config.model import CodecConfig
 from recipes.nano import codec as codecs
 from recipes.nano import training
 
+pytestmark = pytest.mark.slow
+
 TINY = CodecConfig(
     encoder_dim=8, encoder_rates=(32, 16), decoder_dim=16, decoder_rates=(16, 32), codebook_size=16, noise=False
 )

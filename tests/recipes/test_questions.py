@@ -22,6 +22,8 @@ from recipes.nano.questions import (
 )
 from recipes.nano.sentences import free_sentences, pattern_sentences, slots
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def train() -> list[Item]:

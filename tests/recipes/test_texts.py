@@ -14,6 +14,8 @@ from recipes.nano.questions import KINDS, all_questions
 from recipes.nano.sentences import pattern_sentences
 from recipes.nano.texts import Row, Sizes
 
+pytestmark = pytest.mark.slow
+
 FINGERPRINTS = {
     "written/numbers": "645da700b1fc91aa",
     "written/products": "55f98b93e8b64908",
@@ -51,7 +53,6 @@ def written() -> dict[str, list[Row]]:
     return {name: list(rows) for name, rows in sets.items()}
 
 
-@pytest.mark.slow
 def test_texts_do_not_change() -> None:
     """The shipped model was trained on these."""
     sizes = Sizes()
