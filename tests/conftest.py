@@ -29,6 +29,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiled programs are not kept on disk: read back, one for several CPU devices has forgotten the order of its
 # collectives and can deadlock (jax 0.10.2).
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+# Python frames in compiled programs: 3 % of the time, and only to debug the compiler.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest

@@ -153,7 +153,8 @@ def test_inspect_lists_model_and_codec(tiny_release):
 # Making and saving.
 
 
-@pytest.mark.parametrize("stacked", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("stacked", [False, True])
 def test_init_model_on_a_mesh_save_and_load(tiny_release, tmp_path, stacked):
     config = models.tiny_config(tts_adapter_layers=1)
     config = replace(config, audio_encoder=replace(config.audio_encoder, num_layers=1))

@@ -174,7 +174,14 @@ def test_engine_tokens_of_other_models_equal_the_reference(name: str, request: p
         assert_same(run(other.runner, requests, other.slots, 5), expected)
 
 
-@pytest.mark.parametrize("name", ["tied", "untied_with_tts_adapter", "stacked_with_tts_adapter"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tied",
+        pytest.param("untied_with_tts_adapter", marks=pytest.mark.slow),
+        pytest.param("stacked_with_tts_adapter", marks=pytest.mark.slow),
+    ],
+)
 def test_reference_answers_contain_every_event_of_interest(name: str, request: pytest.FixtureRequest) -> None:
     """The comparisons above prove nothing about events that never occur in them."""
     it: Family = request.getfixturevalue(name)

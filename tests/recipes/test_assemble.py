@@ -17,6 +17,8 @@ from omni_jax.errors import CheckpointError
 from recipes.nano import assemble, training
 from tests.models import tokenizer_files
 
+pytestmark = pytest.mark.slow
+
 TINY = PRESETS["tiny"]
 
 

@@ -16,6 +16,8 @@ from omni_jax.config.run import RunConfig
 from recipes.nano import texts
 from recipes.nano.__main__ import Step
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:

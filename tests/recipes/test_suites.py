@@ -12,6 +12,8 @@ from omni_jax.evaluation.suites import manifest
 from omni_jax.tasks import Task
 from recipes.nano import suites
 
+pytestmark = pytest.mark.slow
+
 AUDIO = np.arange(-8000, 8000, dtype=np.int16)
 QUESTION = Exchange("What is one plus one?", AUDIO, "One plus one is two.", np.zeros((2, 7), int), "nano sum pair")
 

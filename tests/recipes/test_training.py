@@ -14,6 +14,8 @@ from PIL import Image
 from omni_jax.checkpoint.safetensors_io import SafetensorsFile
 from recipes.nano import training
 
+pytestmark = pytest.mark.slow
+
 
 class Counter(NamedTuple):
     step: Any

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from omni_jax.checkpoint.tensors import init_model
 from omni_jax.config.run import LossConfig
 from omni_jax.training.loss import batch_loss
+from tests.inference.reference_decoder import random_model
 from tests.training.test_step import LENGTH, MODEL, ROWS, batch
 
 
 def test_batch_loss_is_cross_entropy_per_head_for_any_chunk_size():
     """Against whole logits and a log-softmax in numpy."""
-    model = init_model(MODEL, stacked=False, dtype=jnp.float32, seed=0)
+    model = random_model(MODEL)
     arrays = batch()
     rng = np.random.default_rng(1)
     text, audio = (rng.standard_normal((ROWS, LENGTH, MODEL.trunk.hidden_size)).astype(np.float32) for _ in range(2))
@@ -44,7 +44,7 @@ def test_batch_loss_is_cross_entropy_per_head_for_any_chunk_size():
 
 
 def test_batch_loss_of_a_head_without_targets_is_zero():
-    model = init_model(MODEL, stacked=False, dtype=jnp.float32, seed=0)
+    model = random_model(MODEL)
     arrays = batch()
     hidden = np.ones((ROWS, LENGTH, MODEL.trunk.hidden_size), np.float32)
     nothing = np.zeros((ROWS, 8, LENGTH), bool)
@@ -59,7 +59,7 @@ def test_batch_loss_of_a_head_without_targets_is_zero():
 
 @pytest.mark.parametrize("chunk_size", [ROWS * LENGTH, ROWS * 16, ROWS * 7])
 def test_batch_loss_gradient_equals_autodiff_of_whole_logits(chunk_size: int):
-    model = init_model(MODEL, stacked=False, dtype=jnp.float32, seed=0)
+    model = random_model(MODEL)
     arrays = batch()
     config = LossConfig(chunk_size=chunk_size, text=2.0, audio=(1.0, 0.5, 0.0, 1.0, 1.0, 1.0, 1.0))
     rng = np.random.default_rng(1)

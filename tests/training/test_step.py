@@ -27,6 +27,7 @@ from omni_jax.training import step
 from omni_jax.training.optimizer import adamw
 from omni_jax.training.stages import partition
 from omni_jax.training.step import TrainState, forward, train_step
+from tests.inference.reference_decoder import random_model
 from tests.models import tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -146,7 +147,7 @@ def augmented(**augmentation: Any) -> RunConfig:
 
 
 def test_forward_without_audio_tasks_skips_audio_encoder(monkeypatch: pytest.MonkeyPatch):
-    model = init_model(MODEL, stacked=False, dtype=jnp.float32, seed=0)
+    model = random_model(MODEL)
     monkeypatch.setattr(OmniModel, "encode_audio", lambda *_: pytest.fail("the audio encoder was run"))
     arrays = batch() | {"speech_index": np.full((ROWS, LENGTH), -1, np.int32)}
     data = {**DATA, "tasks": {"T1T2": 1, "T1A2": 1}}
@@ -154,7 +155,7 @@ def test_forward_without_audio_tasks_skips_audio_encoder(monkeypatch: pytest.Mon
 
 
 def test_encode_audio_gives_the_same_for_clips_in_turn_and_together(monkeypatch: pytest.MonkeyPatch):
-    model = init_model(MODEL, stacked=False, dtype=jnp.float32, seed=0)
+    model = random_model(MODEL)
     losses = []
     for in_turn in (True, False):
         monkeypatch.setattr(step, "encodes_clips_in_turn", lambda in_turn=in_turn: in_turn)
@@ -261,7 +262,13 @@ def test_train_step_in_two_processes_of_four_devices_equals_one_device(one_devic
                 np.testing.assert_allclose(found[f"{name}/{key}"], value, atol=1e-5, err_msg=f"{name} {key}")
 
 
-@pytest.mark.parametrize("changes", [{"remat": "full"}, pytest.param({"remat": "dots"}, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"remat": "full"}, marks=pytest.mark.slow),
+        pytest.param({"remat": "dots"}, marks=pytest.mark.nightly),
+    ],
+)
 def test_remat_gives_the_same_losses(one_device, changes):
     _, metrics = Trainer(run_config(**changes)).run(2)
     for mine, theirs in zip(metrics, one_device[1], strict=False):
