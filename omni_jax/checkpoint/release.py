@@ -57,6 +57,9 @@ CODEC = "codec.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 FILES = (CONFIG, MODEL, CODEC, *TOKENIZER_FILES)
 
+AUDIO_ENCODER_PREFIX = "audio_encoder."
+"""Of the names of the audio encoder's tensors."""
+
 RUN, RELEASE = "checkpoints", "release"
 """Folders of a training run; the second exists once the run has finished."""
 
@@ -227,6 +230,15 @@ class Release:
         file = SafetensorsFile(self.folder / MODEL)
         self._check(file, parameter_shapes(self.config))
         return file.tensors
+
+    def audio_encoder_tensors(self) -> dict[str, LazyTensor]:
+        """The audio encoder's tensors by their names in it; none is read yet."""
+        tensors = self.model_tensors()
+        return {
+            name.removeprefix(AUDIO_ENCODER_PREFIX): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(AUDIO_ENCODER_PREFIX)
+        }
 
     def codec_tensors(self) -> dict[str, LazyTensor]:
         """The codec's tensors as they are in the file; none is read yet."""

@@ -57,6 +57,19 @@ class SpecAugmentConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class CachedFeaturesConfig:
+    """Features of the frozen audio encoder, computed before the first step and stored: no step runs the encoder."""
+
+    path: str
+    """Folder of the features, one folder in it for each source. Runs with the same audio encoder share it; what is
+    there is not computed again."""
+    versions: int = Field(default=1, gt=0)
+    """Of each question: the recording as it is, and augmented ones (`omni_jax.audio.augment.augment`)."""
+    dtype: Literal["float32", "float16", "int8"] = "float16"
+    """How they are stored. int8 has a scale for each frame."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class DataConfig:
     """What a run reads, and how it is packed."""
 
@@ -75,6 +88,8 @@ class DataConfig:
     spec_augment: SpecAugmentConfig | None = None
     """Augmentation of recordings in training; None leaves them as they are. Useful where the audio encoder was
     trained on the same recordings: it makes no mistakes on them, so the trunk would not learn to cope with any."""
+    cached_features: CachedFeaturesConfig | None = None
+    """Store the audio encoder's features instead of running it in each step; it must be frozen."""
     audio_token_noise: float = Field(default=0.0, ge=0, lt=1)
     """Probability that a code of the model's own speech is replaced by a random code in the input (not in the
     targets). Against exposure bias: in decoding the model reads its own, sometimes wrong, codes."""
@@ -90,6 +105,8 @@ class DataConfig:
             raise ValueError("sources must name at least one source")
         if not self.tasks:
             raise ValueError("tasks must name at least one task and its share")
+        if self.spec_augment and self.cached_features:
+            raise ValueError("spec_augment needs recordings, which cached_features replaces: expected one of them")
         for task, share in self.tasks.items():
             if task not in set(Task) or share <= 0:
                 raise ValueError(f"tasks must map some of {', '.join(Task)} to shares above 0, found {task}: {share}")
@@ -205,6 +222,8 @@ class RunConfig:
             raise ValueError(
                 f"trainable must be some of {', '.join(MODULES)}, found {', '.join(sorted(unknown)) or 'none'}"
             )
+        if self.data.cached_features and "audio_encoder" in self.trainable:
+            raise ValueError("trainable: data.cached_features needs a frozen audio_encoder")
         if self.data.batch_size % self.optimizer.gradient_accumulation_steps:
             raise ValueError(
                 "data.batch_size must be a multiple of optimizer.gradient_accumulation_steps, "

@@ -17,7 +17,15 @@ from flax import nnx
 
 from omni_jax.checkpoint.folders import new_folder, require_files, require_free
 from omni_jax.checkpoint.hub import fetch
-from omni_jax.checkpoint.release import CONFIG, TOKENIZER_FILES, Release, is_release, open_release, save_release
+from omni_jax.checkpoint.release import (
+    AUDIO_ENCODER_PREFIX,
+    CONFIG,
+    TOKENIZER_FILES,
+    Release,
+    is_release,
+    open_release,
+    save_release,
+)
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
 from omni_jax.checkpoint.tensors import tensor_name
 from omni_jax.config.model import AdapterConfig, AudioEncoderConfig, CodecConfig, ModelConfig, VocabConfig
@@ -26,8 +34,6 @@ from omni_jax.errors import ConversionError
 from omni_jax.model.omni import Adapter, TTSAdapter
 from omni_jax.vocab import NUM_CODEBOOKS, Vocab
 
-_AUDIO_ENCODER = "audio_encoder."
-"""Prefix of the audio encoder's tensors in a release."""
 _TRANSFORMERS_FILES = (files.CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
 _SNAC_FILES = (files.CONFIG, files.WEIGHTS, snac.TORCH_WEIGHTS)
 _MINI_OMNI_FILES = (mini_omni.WEIGHTS, mini_omni.CONFIG, *TOKENIZER_FILES)
@@ -106,9 +112,8 @@ def export_whisper(release: Release, out: str | Path) -> None:
     Raises:
         CheckpointError: the release is damaged, or `out` is in use.
     """
-    encoder = {name.removeprefix(_AUDIO_ENCODER): tensor for name, tensor in _audio_encoder_tensors(release).items()}
     with new_folder(out) as partial:
-        whisper.write(partial, release.config.audio_encoder, encoder)
+        whisper.write(partial, release.config.audio_encoder, release.audio_encoder_tensors())
 
 
 def export_snac(release: Release, out: str | Path) -> None:
@@ -232,9 +237,10 @@ def _read_audio_encoder(source: str) -> tuple[AudioEncoderConfig, dict[str, Lazy
     """The audio encoder of a Whisper or of a release; tensors as a release names them."""
     if is_release(source):
         release = open_release(source)
-        return release.config.audio_encoder, _audio_encoder_tensors(release)
-    config, tensors = whisper.read(fetch(source, _TRANSFORMERS_FILES, "a Whisper"))
-    return config, {_AUDIO_ENCODER + name: tensor for name, tensor in tensors.items()}
+        config, tensors = release.config.audio_encoder, release.audio_encoder_tensors()
+    else:
+        config, tensors = whisper.read(fetch(source, _TRANSFORMERS_FILES, "a Whisper"))
+    return config, {AUDIO_ENCODER_PREFIX + name: tensor for name, tensor in tensors.items()}
 
 
 def _read_codec(source: str) -> tuple[CodecConfig, dict[str, LazyTensor]]:
@@ -243,10 +249,6 @@ def _read_codec(source: str) -> tuple[CodecConfig, dict[str, LazyTensor]]:
         release = open_release(source)
         return release.config.codec, release.codec_tensors()
     return snac.read(fetch(source, _SNAC_FILES, "a SNAC"))
-
-
-def _audio_encoder_tensors(release: Release) -> dict[str, LazyTensor]:
-    return {name: tensor for name, tensor in release.model_tensors().items() if name.startswith(_AUDIO_ENCODER)}
 
 
 def _init_adapters(config: ModelConfig, seed: int) -> dict[str, LazyTensor]:

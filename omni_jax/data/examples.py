@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from omni_jax.config.model import ModelConfig
 from omni_jax.config.run import DataConfig
+from omni_jax.data.cached_features import CachedFeatures, StoredFeatures
 from omni_jax.data.records import Exchange, Records, from_bytes, serves
 from omni_jax.errors import PipelineError, RecordError
 from omni_jax.prompts import Example, example, max_speech_positions, speech_positions, speech_prompt, text_prompt
@@ -38,6 +39,8 @@ class DrawnRecord:
     """Index of the record in its source."""
     data: bytes | RecordError
     """An error if the record could not be read."""
+    features: StoredFeatures | None = None
+    """Of its question, if features are cached."""
 
 
 class RecordsOfTask:
@@ -46,21 +49,28 @@ class RecordsOfTask:
     A record that cannot be read gives an error as its data, because an exception would end the Grain iterator.
     """
 
-    def __init__(self, records: Records, task: Task, source: int):
+    def __init__(self, records: Records, task: Task, source: int, cache: CachedFeatures | None = None):
         self.records = records
         self.task = task
         self.source = source
+        self.cache = cache if task.takes_audio else None
+        self.versions = 1 if self.cache is None else self.cache.versions
 
     def __len__(self) -> int:
-        return len(self.records)
+        """Every version of a record is drawn before any is drawn again."""
+        return len(self.records) * self.versions
 
     def __getitem__(self, index: int) -> DrawnRecord:
+        record, version = divmod(index, self.versions)
         data: bytes | RecordError
+        features = None
         try:
-            data = self.records[index]
+            data = self.records[record]
+            if self.cache is not None:
+                features = self.cache.read(record, version)
         except RecordError as error:
             data = error
-        return DrawnRecord(self.task, self.source, index, data)
+        return DrawnRecord(self.task, self.source, record, data, features)
 
 
 class SkippedRecord(Exception):  # noqa: N818 - an outcome, not an error
@@ -102,13 +112,38 @@ class ExampleBuilder:
         """Speech positions of a recording of the greatest length (A)."""
         return max_speech_positions(self.model)
 
+    @property
+    def cached(self) -> bool:
+        """Whether questions are cached features instead of recordings."""
+        return self.data.cached_features is not None
+
+    @property
+    def sound_name(self) -> str:
+        """Name of the questions in a batch."""
+        return "features" if self.cached else "sound"
+
+    @property
+    def sound_shape(self) -> tuple[int, ...]:
+        """Shape of a question in a batch: [samples], or [frames, D] of cached features."""
+        encoder = self.model.audio_encoder
+        return (encoder.max_position, encoder.hidden_size) if self.cached else (encoder.max_samples,)
+
+    @property
+    def sound_dtype(self) -> Any:
+        """Type of the questions in a batch."""
+        cached = self.data.cached_features
+        if cached is None:
+            return np.int16
+        return np.float32 if cached.dtype == "float32" else np.float16
+
     def build(self, drawn: DrawnRecord) -> dict[str, Any]:
         """The features of an example, as the packer takes them.
 
         Returns:
             `tokens`, `targets` int32 [T, 8] and `mask` bool [T, 8]; `speech_frame` int32 [T], the speech position
             (0..A-1) whose embedding replaces the tokens' at each position, -1 for none; `clip` int8 [1], or [0] for a
-            text task; `task` int, index in `TASKS`; `sound` int16 [samples], empty for a text task.
+            text task; `task` int, index in `TASKS`; `sound` int16 [samples], or cached features [frames, D]; empty for
+            a text task.
 
         Raises:
             SkippedRecord: the record cannot be used.
@@ -117,15 +152,19 @@ class ExampleBuilder:
             raise SkippedRecord("unreadable", str(drawn.data))
         task = drawn.task
         try:
-            exchange = from_bytes(drawn.data, codebook_size=self.model.vocab.audio, audio=task.takes_audio)
+            decode = task.takes_audio and not self.cached
+            exchange = from_bytes(drawn.data, codebook_size=self.model.vocab.audio, audio=decode)
         except RecordError as error:
             raise SkippedRecord("unreadable", str(error)) from None
+        if drawn.features is not None:
+            exchange = replace(exchange, question_audio=_NO_AUDIO)
         if task not in serves(exchange):
             raise SkippedRecord("unsuitable", f"it cannot serve {task}")
         audio = _NO_AUDIO if exchange.question_audio is None else exchange.question_audio
-        if len(audio) > self.model.audio_encoder.max_samples:
-            raise SkippedRecord("longer_than_encoder", f"its question has {len(audio)} samples")
-        built = self._apply_prompt(task, exchange, len(audio))
+        samples = len(audio) if drawn.features is None else drawn.features.samples
+        if samples > self.model.audio_encoder.max_samples:
+            raise SkippedRecord("longer_than_encoder", f"its question has {samples} samples")
+        built = self._apply_prompt(task, exchange, samples)
         length, max_length = built.tokens.shape[1], self.data.max_length
         if length > max_length:
             raise SkippedRecord("longer_than_row", f"its example takes {length} positions of {max_length}")
@@ -138,7 +177,7 @@ class ExampleBuilder:
             "speech_frame": speech_frame,
             "clip": np.ones(int(task.takes_audio), np.int8),
             "task": TASKS.index(task),
-            "sound": audio,
+            "sound": audio if drawn.features is None else drawn.features.features,
         }
 
     def empty(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def stack_rows(packed: Sequence[dict[str, Any]], *, builder: ExampleBuilder, row
     """
     batch = _empty_batch(builder, rows.stop - rows.start, shared)
     for index, row in enumerate(packed[rows]):
-        _fill_row(batch, index, row, builder.max_speech_positions)
+        _fill_row(batch, index, row, builder)
     return batch | {
         "skipped": np.sum([skipped for row in packed for skipped in row["skipped"]], axis=0),
         "unreadable": np.concatenate([records for row in packed for records in row["unreadable"]]),
@@ -83,13 +83,13 @@ def _empty_batch(builder: ExampleBuilder, B: int, shared: bool) -> Batch:
         "positions": np.zeros((B, T), np.int32),
         "segments": np.zeros((B, T), np.int32),
         "speech_index": np.full((B, T), -1, np.int32),
-        "sound": zeros((B, builder.data.max_clips, builder.model.audio_encoder.max_samples), np.int16),
+        builder.sound_name: zeros((B, builder.data.max_clips, *builder.sound_shape), builder.sound_dtype),
         "clips": np.zeros(B, np.int32),
         "examples": np.zeros((B, len(TASKS)), np.int32),
     }
 
 
-def _fill_row(batch: Batch, index: int, row: dict[str, Any], max_speech_positions: int) -> None:
+def _fill_row(batch: Batch, index: int, row: dict[str, Any], builder: ExampleBuilder) -> None:
     """Write a packed row into a row of a batch."""
     segments = row["tokens_segment_ids"]
     used = segments > 0
@@ -103,10 +103,10 @@ def _fill_row(batch: Batch, index: int, row: dict[str, Any], max_speech_position
     clip_of_segment = np.zeros(segments.max(initial=0) + 1, np.int32)
     clip_of_segment[segment_of_clip[clips]] = clips
     speech = used & (row["speech_frame"] >= 0)
-    first = clip_of_segment[segments[speech]] * max_speech_positions
+    first = clip_of_segment[segments[speech]] * builder.max_speech_positions
     batch["speech_index"][index, speech] = first + row["speech_frame"][speech]
     recordings = [audio for audio in row["sound"] if len(audio)]
     for clip, audio in enumerate(recordings):
-        batch["sound"][index, clip, : len(audio)] = audio
+        batch[builder.sound_name][index, clip, : len(audio)] = audio
     batch["clips"][index] = len(recordings)
     batch["examples"][index] = np.bincount([task for task in row["task"] if task >= 0], minlength=len(TASKS))

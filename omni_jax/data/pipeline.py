@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import absl.flags
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 from omni_jax.config.model import ModelConfig
 from omni_jax.config.run import DataConfig, SourceConfig
 from omni_jax.data import packing
+from omni_jax.data.cached_features import CachedFeatures
 from omni_jax.data.datasets import ExampleDataset, MixtureDataset, too_many_unreadable
 from omni_jax.data.examples import REASONS, TASKS, ExampleBuilder, RecordsOfTask
 from omni_jax.data.packing import Batch, pack, stack_rows
@@ -42,6 +44,7 @@ def batches(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    caches: Sequence[CachedFeatures] | None = None,
 ) -> Batches:
     """Endless training batches.
 
@@ -56,6 +59,7 @@ def batches(
         seed: 0 to 2^32 - 1.
         process_index: index of this process among those that train together; each reads other records.
         process_count: their number; each yields `config.batch_size / process_count` rows.
+        caches: the features of each source, if `config.cached_features` is set.
 
     Raises:
         PipelineError: a source cannot be opened or has no exchange for a task that it is configured to serve, the rows
@@ -65,7 +69,7 @@ def batches(
     builder = ExampleBuilder(config, model, tokenizer)
     folders = _open_sources(config.sources)
     mixture = _mix_streams(
-        config, builder, folders, seed=seed, process_index=process_index, process_count=process_count
+        config, builder, folders, caches, seed=seed, process_index=process_index, process_count=process_count
     )
     stack = functools.partial(stack_rows, builder=builder, rows=slice(0, rows), shared=config.num_workers > 0)
     data = pack(mixture, config, seed=seed).batch(rows, drop_remainder=True, batch_fn=stack)
@@ -85,6 +89,7 @@ def batches(
         "max_length": config.max_length,
         "max_clips": config.max_clips,
         "tasks": dict(config.tasks),
+        "versions": config.cached_features.versions if config.cached_features else None,
         "sources": [
             {"records": len(folder), "weight": source.weight, "tasks": list(source.tasks)}
             for folder, source in zip(folders, config.sources, strict=True)
@@ -104,6 +109,8 @@ def held_out(
     read in the calling process.
     """
     rows = _rows_per_process(config, process_count)
+    # Recordings: they are few, and each is encoded once per evaluation.
+    config = replace(config, cached_features=None)
     builder = ExampleBuilder(config, model, tokenizer)
     folders = _open_sources(config.held_out)
     drawn = [
@@ -134,7 +141,8 @@ class Batches(grain.DatasetIterator):
         positions     int32 [B, T]      position in the example, from 0
         segments      int32 [B, T]      number of the example in its row, from 1; 0 where there is none
         speech_index  int32 [B, T]      clip * A + frame of the speech embedding at each position; -1 for none
-        sound         int16 [B, clips, samples]   the row's recordings at 16 kHz, padded with zeros
+        sound         int16 [B, clips, samples]   the row's recordings at 16 kHz, padded with zeros; or else
+        features      float [B, clips, frames, D]   their cached features
         clips         int32 [B]         number of recordings in the row
         examples      int32 [B, 6]      number of examples of each task in the row, in the order of `TASKS`
 
@@ -205,6 +213,7 @@ def _mix_streams(
     config: DataConfig,
     builder: ExampleBuilder,
     folders: Sequence[Records],
+    caches: Sequence[CachedFeatures] | None,
     *,
     seed: int,
     process_index: int,
@@ -221,7 +230,8 @@ def _mix_streams(
                 raise PipelineError(f"{folders[index].folder}: expected exchanges that can serve {task}, found none")
             # Seeds that differ by one would give the same orders in other epochs: Grain adds the epoch's number.
             order = np.random.SeedSequence([seed, TASKS.index(Task(task)), index]).generate_state(1)[0]
-            records = grain.MapDataset.source(RecordsOfTask(folders[index], Task(task), index))
+            cache = None if caches is None else caches[index]
+            records = grain.MapDataset.source(RecordsOfTask(folders[index], Task(task), index, cache))
             records = records.shuffle(int(order)).repeat()
             stream = records[process_index::process_count].to_iter_dataset(_READ_OPTIONS)
             streams.append(ExampleDataset(stream, builder, folders, endless=True))

@@ -18,6 +18,7 @@ from omni_jax import sharding
 from omni_jax.checkpoint.release import RUN
 from omni_jax.config.run import RunConfig
 from omni_jax.data import pipeline
+from omni_jax.training.feature_cache import open_caches
 from omni_jax.training.optimizer import adamw
 from omni_jax.training.setup import TrainingSetup, row_share
 from omni_jax.training.stages import Params
@@ -130,6 +131,7 @@ def open_data(setup: TrainingSetup, step: int, position: DataPosition | None) ->
         seed=seed,
         process_index=share,
         process_count=num_shares,
+        caches=open_caches(setup),
     )
     if states is not None:
         data.set_state(states[share])

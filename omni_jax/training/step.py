@@ -28,7 +28,7 @@ Array = jax.Array
 
 Batch = dict[str, Array]
 """`tokens`, `targets` int32 and `mask` bool [B, 8, T]; `positions`, `segments`, `speech_index` int32 [B, T]; `sound`
-int16 [B, clips, samples] at 16 kHz. See `omni_jax.data.pipeline`."""
+int16 [B, clips, samples] at 16 kHz, or `features` [B, clips, frames, encoder hidden]. See `omni_jax.data.pipeline`."""
 
 INT16_SCALE = 1 / 32768
 
@@ -178,7 +178,10 @@ def forward(
         tokens = corrupt_codes(tokens, data.audio_token_noise, model.config.vocab.audio, jax.random.fold_in(key, 1))
     speech = None
     if any(Task(task).takes_audio for task in data.tasks):
-        speech = encode_audio(model, batch["sound"], data.spec_augment, key)
+        if "features" in batch:
+            speech = adapt(model, batch["features"])
+        else:
+            speech = encode_audio(model, batch["sound"], data.spec_augment, key)
     text_hidden, audio_hidden, _ = model(
         tokens, batch["positions"], speech, batch["speech_index"], batch["segments"], remat=config.remat
     )
@@ -229,6 +232,13 @@ def encode_audio(
         speech = jax.lax.map(lambda clip: encode(*clip), (sound.swapaxes(0, 1), keys)).swapaxes(0, 1)
     else:
         speech = encode(sound.reshape(B * clips, samples), key)
+    return speech.reshape(B, -1, speech.shape[-1])
+
+
+def adapt(model: OmniModel, features: Array) -> Array:
+    """Speech embeddings [B, clips * A, D] of cached features [B, clips, frames, encoder hidden]."""
+    B, clips, *shape = features.shape
+    speech = model.adapter(features.reshape(B * clips, *shape).astype(model.dtype))
     return speech.reshape(B, -1, speech.shape[-1])
 
 
