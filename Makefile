@@ -19,7 +19,7 @@ SYNTHESIZERS := espeak-ng flite festival festvox-kdlpc16k gcc
 
 help:
 	@echo 'make demo       answer three recorded questions; the spoken answers go to demo/'
-	@echo 'make test       the tests, about 9 minutes on two cores'
+	@echo 'make test       the tests, 8 minutes on two cores'
 	@echo 'make test-slow  the long tests: TPU compilations, large files, kill tests, fuzzing, browser'
 	@echo 'make test-nightly  the longest: programs of a pod, a trial of the recipe, the optimized numeric tests'
 	@echo 'make test-clients  the OpenAI services of Pipecat and LiveKit against a server of nano'

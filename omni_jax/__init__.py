@@ -16,6 +16,7 @@ from omni_jax.errors import (
     ClosedError,
     ConfigError,
     ConversionError,
+    NoSpeechError,
     OmniError,
     UntrainedWarning,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "ConfigError",
     "ConversionError",
     "GenerationConfig",
+    "NoSpeechError",
     "Omni",
     "OmniError",
     "Reply",
@@ -61,3 +63,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

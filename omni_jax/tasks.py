@@ -21,6 +21,11 @@ class Task(enum.StrEnum):
     T1A1 = "T1A1"
     """Text in, the same text spoken."""
 
+    @classmethod
+    def _missing_(cls, value: object) -> Task | None:
+        """A name in lower case."""
+        return cls.__members__.get(value.upper()) if isinstance(value, str) else None
+
     @property
     def takes_audio(self) -> bool:
         """Whether the input is speech."""

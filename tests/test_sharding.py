@@ -99,6 +99,8 @@ WORKER_0_OF_1 = {"agent-worker-number": "0", "worker-network-endpoints": "x:1:10
         ({}, {}, False),
     ],
 )
+# JAX's own, in Python 3.13.
+@pytest.mark.filterwarnings("ignore:'maxsplit' is passed as positional argument:DeprecationWarning")
 def test_on_pod(
     environ: dict[str, str],
     attributes: dict[str, str],

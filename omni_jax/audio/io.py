@@ -112,6 +112,8 @@ def to_mono(array: Any, rate: int, sample_rate: int = SAMPLE_RATE, *, name: str 
             `MAX_PEAK`, or less than `MIN_SECONDS`.
     """
     samples = np.asarray(array)
+    # Big-endian samples, as some readers return them.
+    samples = samples.astype(samples.dtype.newbyteorder("="), copy=False)
     if samples.ndim not in (1, 2):
         raise AudioError(f"{name}: expected [samples] or [samples, channels], found shape {samples.shape}")
     if samples.dtype in (np.uint8, np.int16, np.int32):

@@ -138,7 +138,8 @@ def open_release(source: str | Path, *, revision: str | None = None, cache_dir: 
         if not (folder / RELEASE).is_dir():
             raise CheckpointError(f"{folder}: a training run that has not finished: there is no release in it yet")
         source = folder / RELEASE
-    folder = fetch(source, FILES, "a release", revision=revision, cache_dir=cache_dir)
+    shipped = ", ".join(SHIPPED_RELEASES)
+    folder = fetch(source, FILES, f"a release ({shipped} is one)", revision=revision, cache_dir=cache_dir)
     require_files(folder, FILES, "a release")
     return Release(folder, load_model_config(folder / CONFIG))
 

@@ -22,18 +22,26 @@ class LazyCommand(NamedTuple):
     """A function, or a typer app of subcommands."""
     summary: str
     """For the list of commands."""
+    extra: str | None = None
+    """Has all that the command needs beyond the core; None: it needs nothing, or another thing for each option."""
 
 
 COMMANDS = {
     "ask": LazyCommand("omni_jax.cli.ask", "ask", "Answer one recording or text."),
     "demo": LazyCommand("omni_jax.cli.demo", "demo", "Answer the recorded questions that come with the package."),
     "batch": LazyCommand("omni_jax.cli.batch", "batch", "Answer a manifest or a folder of recordings; resumable."),
-    "serve": LazyCommand("omni_jax.cli.serve", "serve", "Serve a web page, OpenAI's endpoints and a WebSocket."),
-    "train": LazyCommand("omni_jax.training.command", "train_command", "Train a model; resumable."),
+    "serve": LazyCommand(
+        "omni_jax.cli.serve", "serve", "Serve a web page, OpenAI's endpoints and a WebSocket.", "serve"
+    ),
+    "train": LazyCommand("omni_jax.training.command", "train_command", "Train a model; resumable.", "train"),
     "convert": LazyCommand("omni_jax.convert.commands", "app", "Import, export and inspect weights."),
-    "prepare": LazyCommand("omni_jax.cli.prepare", "prepare", "Turn a corpus into training records; resumable."),
-    "synthesize": LazyCommand("omni_jax.cli.synthesize", "synthesize", "Turn text into spoken records; resumable."),
-    "evaluate": LazyCommand("omni_jax.cli.evaluate", "evaluate", "Measure quality and speed of a model."),
+    "prepare": LazyCommand(
+        "omni_jax.cli.prepare", "prepare", "Turn a corpus into training records; resumable.", "data"
+    ),
+    "synthesize": LazyCommand(
+        "omni_jax.cli.synthesize", "synthesize", "Turn text into spoken records; resumable.", "data"
+    ),
+    "evaluate": LazyCommand("omni_jax.cli.evaluate", "evaluate", "Measure quality and speed of a model.", "evaluation"),
     "compile": LazyCommand("omni_jax.cli.compile", "compile_", "Compile a program for a TPU without having one."),
 }
 
@@ -48,6 +56,7 @@ class LazyGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Import the command that is called."""
         name, command, rest = super().resolve_command(ctx, args)
+        ctx.obj = name
         return name, command if name is None else load_command(name), rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -60,7 +69,9 @@ class LazyGroup(TyperGroup):
             package = (error.name or "").partition(".")[0]
             if package not in EXTRAS:
                 raise
-            problem = MissingExtraError(f"this command needs {package}", EXTRAS[package])
+            command = COMMANDS.get(ctx.obj)
+            extra = EXTRAS[package] if command is None or command.extra is None else command.extra
+            problem = MissingExtraError(f"this command needs {package}", extra)
         echo_err(str(problem))
         raise typer.Exit(2)
 

@@ -29,13 +29,13 @@ def demo(
 
     Prints the transcript, the answer and the timings of each, and writes the spoken answers as wav files.
     """
+    questions = {path.name: read_audio(path) for path in sorted(QUESTIONS.glob("*.wav"))}
+    config = omni_jax.GenerationConfig(max_steps=MAX_STEPS)
+    omni = load_model(model)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out: {out}: expected a folder, found {error.strerror}") from None
-    questions = {path.name: read_audio(path) for path in sorted(QUESTIONS.glob("*.wav"))}
-    config = omni_jax.GenerationConfig(max_steps=MAX_STEPS)
-    omni = load_model(model)
 
     start = time.perf_counter()
     transcripts = {}

@@ -11,7 +11,9 @@ import typer
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.tasks import Task
 
-Model = Annotated[str, typer.Option(help="`nano`, a release folder, or a hub id.", show_default=True)]
+Model = Annotated[
+    str, typer.Option(help="`nano`, a release folder, the folder of a finished run, or a hub id.", show_default=True)
+]
 Codec = Annotated[Literal["jax", "torch"], typer.Option(help="Implementation that decodes audio tokens.")]
 Int8 = Annotated[
     bool, typer.Option("--int8", help="Decode with 8-bit weights: half the bytes per step; slower on a CPU.")

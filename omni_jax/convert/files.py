@@ -76,7 +76,7 @@ def import_torch(file: Path) -> Any:
     try:
         import torch
     except ImportError:
-        raise MissingExtraError(f"{file}: this format needs PyTorch", "torch") from None
+        raise MissingExtraError(f"{file.name}: this format needs PyTorch", "torch") from None
     return torch
 
 

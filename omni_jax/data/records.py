@@ -280,6 +280,8 @@ class Records:
         """
         self.folder = Path(folder)
         path = self.folder / INDEX
+        if not self.folder.is_dir():
+            raise RecordError(f"{self.folder}: expected a folder of records, found no such folder")
         try:
             self.index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             version = self.index["version"]

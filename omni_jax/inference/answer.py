@@ -16,6 +16,7 @@ from omni_jax.codec.snac import DecodeFn
 from omni_jax.codec.stream import StreamDecoder
 from omni_jax.config.model import ModelConfig
 from omni_jax.delay import fill_invalid_codes, undelay
+from omni_jax.errors import ConfigError
 from omni_jax.inference.engine import FinishReason, PreparedRequest, Progress, next_power_of_2
 from omni_jax.tasks import Task
 from omni_jax.text.sentences import ends_sentence
@@ -89,11 +90,11 @@ class Reply:
             path: ends in .wav, .flac, .mp3, .ogg or .opus (both Opus), .aac or .m4a.
 
         Raises:
-            ValueError: the task outputs text only.
+            ConfigError: the task outputs text only.
             AudioError: the suffix names none of these formats, or the file cannot be written.
         """
         if self.audio is None:
-            raise ValueError(f"task {self.task} outputs text only: there is no audio to save")
+            raise ConfigError(f"task {self.task} outputs text only: there is no audio to save", field="task")
         write_audio(path, self.audio, self.sample_rate)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
@@ -130,6 +131,8 @@ class Request:
                 raise ConfigError(
                     "sample_rate: expected the samples per second of the array, found none", field="sample_rate"
                 )
+            if not isinstance(rate, Real):
+                raise ConfigError(f"sample_rate: expected a number, found {rate!r}", field="sample_rate")
             audio = audio_io.to_mono(source, rate, name=name)
         return audio_io.check_duration(audio, max_samples, truncate=self.truncate, name=name)
 

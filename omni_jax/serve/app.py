@@ -16,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from omni_jax.errors import OmniError
 from omni_jax.serve import mini_omni, openai, openai_audio, openai_responses, websocket
@@ -44,7 +44,6 @@ router = APIRouter()
 
 
 @router.get("/", include_in_schema=False)
-@router.head("/", include_in_schema=False)
 async def page() -> Response:
     """The page."""
     return _page_file("index.html")
@@ -64,7 +63,6 @@ def _page_file(name: str) -> Response:
 
 
 @router.get("/healthz")
-@router.head("/healthz", include_in_schema=False)
 async def healthz(request: Request, response: Response) -> dict[str, str]:
     """Whether the process runs and its model works; 503 if only a restart will help."""
     broken = service_of(request).state == "broken"
@@ -73,7 +71,6 @@ async def healthz(request: Request, response: Response) -> dict[str, str]:
 
 
 @router.get("/readyz")
-@router.head("/readyz", include_in_schema=False)
 async def readyz(request: Request, response: Response) -> dict[str, str]:
     """Whether every program is compiled; 503 until then."""
     state = service_of(request).state
@@ -123,12 +120,23 @@ def make_app(service: Service) -> ASGIApp:
     limited = LimitsMiddleware(app, service.settings, count)
     # Outside of the limits: a browser asks without a key whether it may ask, and reads errors too.
     return CORSMiddleware(
-        limited,
+        _head_as_get(limited),
         allow_origins=service.settings.allowed_origins,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
         expose_headers=["x-omni-jax-ignored-messages", "x-omni-jax-ignored-text", "retry-after"],
     )
+
+
+def _head_as_get(app: ASGIApp) -> ASGIApp:
+    """Answer HEAD as GET; the HTTP server leaves out the body (RFC 9110, section 9.3.2)."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await app(scope, receive, send)
+
+    return answer
 
 
 async def _freeze_when_ready(service: Service) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -74,6 +75,10 @@ def error_body(message: str, *, status: int, field: str | None = None, code: str
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 
+_TYPE = re.compile(r"(?:str|int|float|bool|list|dict)$|.*\[")
+"""What pydantic adds to a field's path where the field may be of several types."""
+
+
 def describe_validation_error(errors: Sequence[Any]) -> tuple[str | None, str]:
     """One of pydantic's errors: the field, and a sentence that says what is wrong with it.
 
@@ -82,7 +87,7 @@ def describe_validation_error(errors: Sequence[Any]) -> tuple[str | None, str]:
     first = max(errors, key=lambda error: len(error["loc"]) if error["loc"][:2] == errors[0]["loc"][:2] else 0)
     if first["type"] == "json_invalid":
         return None, f"body: expected JSON, found {first.get('ctx', {}).get('error', 'something else')}"
-    path = [str(name) for name in first["loc"] if name not in ("body", "query", "path")]
+    path = [str(name) for name in first["loc"] if name not in ("body", "query", "path") and not _TYPE.match(str(name))]
     field = ".".join(path) or None
     found = "" if first["type"] == "missing" else f", found {reprlib.repr(first.get('input'))}"
     return field, f"{field or 'body'}: {first['msg'][:1].lower()}{first['msg'][1:]}{found}"

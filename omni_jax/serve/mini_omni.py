@@ -1,7 +1,8 @@
 """`/chat`, compatible with the server of the published Mini-Omni.
 
 The body is a JSON object: `audio`, a recording in base64; `stream_stride`, how many codec frames are collected before
-audio is sent (default 4; the audio does not depend on it); `max_tokens` (default 2048). The response streams audio as
+audio is sent (default 4; the audio does not depend on it); `max_tokens` (default 2048); `truncate`, to
+answer the beginning of a recording that is too long. The response streams audio as
 it is decoded: a wav file, or with `"format": "pcm"` bare 16-bit samples, which the original server sends as audio/wav.
 """
 
@@ -10,11 +11,12 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from omni_jax.audio.encoding import MEDIA_TYPES
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.serve.errors import client_fields
+from omni_jax.serve.openai_schema import Body
 from omni_jax.serve.sessions import decode_base64
 from omni_jax.serve.streaming import StreamedAnswer, service_of, stream_audio
 from omni_jax.tasks import Task
@@ -22,14 +24,13 @@ from omni_jax.tasks import Task
 router = APIRouter()
 
 
-class ChatBody(BaseModel):
+class ChatBody(Body):
     """Body of `/chat`."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
 
     audio: str
     stream_stride: Annotated[int, Field(ge=1, le=10_000)] = 4
     max_tokens: int = 2048
+    truncate: bool = False
     format: Literal["wav", "pcm"] = "wav"
 
 
@@ -40,7 +41,7 @@ async def chat(request: Request, body: ChatBody) -> Response:
     with client_fields(max_steps="max_tokens"):
         config = GenerationConfig(max_steps=body.max_tokens)
     recording = decode_base64(body.audio, "audio")
-    prepared = await service.prepare(audio=recording, task=Task.A1A2, config=config)
+    prepared = await service.prepare(audio=recording, task=Task.A1A2, truncate=body.truncate, config=config)
     answer = service.submit(prepared, "/chat")
     min_bytes = body.stream_stride * service.omni.config.codec.frame_size * 2
     content = stream_audio(answer, service.omni.sample_rate, body.format, min_bytes=min_bytes)

@@ -41,16 +41,13 @@ router = APIRouter(prefix="/v1")
 
 
 @router.get("/models")
-@router.head("/models", include_in_schema=False)
 @router.get("/models/", include_in_schema=False)
-@router.head("/models/", include_in_schema=False)
 async def models(request: Request) -> Any:
     """List the names of the model."""
     return {"object": "list", "data": [_model(name) for name in service_of(request).names]}
 
 
 @router.get("/models/{name:path}")
-@router.head("/models/{name:path}", include_in_schema=False)
 async def model(request: Request, name: str) -> Any:
     """One of `models`."""
     check_model(name, request)
@@ -114,15 +111,16 @@ def _last_message(messages: list[Message]) -> tuple[bytes | None, str | None, bo
     if isinstance(content, str) and content:
         return None, content, False
     parts = content if isinstance(content, list) else []
-    for part in parts:
-        if isinstance(part, dict):
-            kind = part.get("type")
-            raise ConfigError(f"messages: expected parts of type text or input_audio, found {kind!r}", field="messages")
+    # With one part of another kind, or a damaged one, all parts are dicts.
+    if kinds := [part.get("type") for part in parts if isinstance(part, dict)]:
+        other = next((repr(kind) for kind in kinds if kind not in ("text", "input_audio")), "one without its field")
+        raise ConfigError(f"messages: expected parts of type text or input_audio, found {other}", field="messages")
     recordings = [part.input_audio.data for part in parts if isinstance(part, AudioPart)]
     text = " ".join(part.text for part in parts if isinstance(part, TextPart) and part.text)
     if len(recordings) > 1 or not (recordings or text):
         raise ConfigError(
-            f"messages: expected the last one to hold text or one recording, found {len(recordings)} recordings",
+            f"messages: expected the last one to have a text or one recording, found {len(recordings)} recordings"
+            + ("" if recordings else " and no text"),
             field="messages",
         )
     if recordings:

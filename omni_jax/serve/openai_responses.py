@@ -23,7 +23,7 @@ from omni_jax.audio.encoding import encode
 from omni_jax.audio.io import pcm_bytes
 from omni_jax.errors import ConfigError
 from omni_jax.inference.answer import Reply
-from omni_jax.serve.errors import client_fields
+from omni_jax.serve.errors import RequestRefusedError, client_fields
 from omni_jax.serve.openai_schema import AnswerRequest, AudioPart, Body, generation_config, input_output_usage
 from omni_jax.serve.sessions import AnswerStream, decode_base64
 from omni_jax.serve.streaming import StreamedAnswer, check_model, service_of, streamed_beginning, whole_answer
@@ -56,9 +56,22 @@ class InputMessage(Body):
     content: str | list[Annotated[InputTextPart | AudioPart, Field(discriminator="type")]]
 
 
+class TextFormat(Body):
+    """How the text of an answer is formatted."""
+
+    type: str
+
+
+class TextOptions(Body):
+    """Options of the text of an answer."""
+
+    format: TextFormat | None = None
+
+
 class ResponseRequest(AnswerRequest):
     """Body of `/v1/responses`."""
 
+    text: TextOptions | None = None
     input: str | list[InputMessage]
     instructions: str | None = None
     max_output_tokens: int | None = None
@@ -69,6 +82,9 @@ async def responses(request: Request, body: ResponseRequest) -> Response:
     """Answer the last message, in text or in text and speech."""
     check_model(body.model, request)
     body.check_supported(UNSUPPORTED)
+    if body.text is not None and body.text.format is not None and body.text.format.type != "text":
+        message = f"text.format: expected type text, found {body.text.format.type!r}"
+        raise RequestRefusedError(400, message, field="text.format", code="unsupported")
     format = body.audio_format()
     recording, text = _last_message(body.input)
     task = body.task(takes_audio=recording is not None)

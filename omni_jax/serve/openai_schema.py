@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from omni_jax.audio.tempo import MAX_SPEED, MIN_SPEED
 from omni_jax.errors import ConfigError
@@ -35,6 +35,13 @@ class Body(BaseModel):
     """A JSON object; unknown fields are kept in `model_extra`."""
 
     model_config = ConfigDict(extra="allow", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class SamplingOptions(Body):

@@ -4,7 +4,8 @@ From the client, JSON in text messages and audio in binary messages:
 
     {"type": "start", "sample_rate": 16000, "task": "A1A2", "options": {...}, "api_key": "..."}
         the first message; sent again, it changes these settings. Every field but the type is optional; `options` are
-        those of `omni_jax.GenerationConfig`; with `"transcript": true` the server also sends transcripts
+        those of `omni_jax.GenerationConfig`; with `"transcript": true` the server also sends transcripts, with
+        `"truncate": true` it answers the beginning of a recording that is too long
     binary: mono 16-bit little-endian samples at that rate, in pieces of any size; during an answer they interrupt it
     {"type": "end"}                         the recording is complete: answer it
     {"type": "file", "data": base64}        answer a recording, a file of any format
@@ -41,7 +42,7 @@ from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field
 
 from omni_jax.audio.io import SAMPLE_RATE, pcm_bytes
-from omni_jax.errors import OmniError
+from omni_jax.errors import ConfigError, OmniError
 from omni_jax.inference.engine import PreparedRequest
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.serve.errors import describe_validation_error, kind_of
@@ -75,6 +76,7 @@ class StartMessage(BaseModel):
     task: Annotated[Task | None, Field(strict=False)] = None
     options: dict[str, Any] = {}
     transcript: bool = False
+    truncate: bool = False
     api_key: str = ""
 
 
@@ -231,10 +233,15 @@ class LiveSession:
         if received.get("text") is None:
             return None
         try:
-            return MESSAGES.validate_json(received["text"])
+            message = MESSAGES.validate_json(received["text"])
+            if isinstance(message, StartMessage):
+                GenerationConfig.from_dict(message.options)
+            return message
         except pydantic.ValidationError as error:
             await self._send_error(describe_validation_error(error.errors())[1])
-            return None
+        except ConfigError as error:
+            await self._send_error(str(error))
+        return None
 
     async def _add_audio(self, data: bytes) -> None:
         await self._interrupt()
@@ -284,7 +291,9 @@ class LiveSession:
         config = GenerationConfig.from_dict(self.settings.options)
         if "file" in inputs:
             inputs = {"audio": decode_base64(inputs["file"], "data")}
-        request = await self.service.prepare(**inputs, task=self.settings.task, config=config)
+        request = await self.service.prepare(
+            **inputs, task=self.settings.task, truncate=self.settings.truncate, config=config
+        )
         await self.service.wait_until_ready()
         answer = self.answer = self.service.submit(request, ENDPOINT)
         if self.settings.transcript and request.task.takes_audio:

@@ -6,9 +6,8 @@ rule is enough.
 
 from __future__ import annotations
 
+import itertools
 import re
-
-from omni_jax.errors import ConfigError
 
 _END = re.compile(r"(?<=[.?!])(?<!\w\.\w\.)\s+|(?<=[.?!][\"')\]])\s+")
 _BREAKS = (
@@ -19,10 +18,9 @@ _BREAKS = (
 
 
 def split_sentences(text: str, max_words: int) -> list[str]:
-    """The sentences of a text, long ones divided at commas and conjunctions; joined by spaces they are the text.
+    """The sentences of a text; joined by spaces they are the text.
 
-    Raises:
-        ConfigError: more than `max_words` words have neither a comma nor a conjunction between them.
+    Longer ones are divided at commas, else before conjunctions, else after equal numbers of words.
     """
     return [piece for sentence in _END.split(text) if sentence for piece in _pieces(sentence, max_words)]
 
@@ -43,15 +41,18 @@ def _pieces(sentence: str, max_words: int) -> list[str]:
             for part in (places.split(clause) if len(clause.split()) > max_words else [clause])
         ]
     pieces: list[str] = []
+    clauses = [part for clause in clauses for part in _evenly(clause, max_words)]
     for clause in clauses:
-        if (count := len(clause.split())) > max_words:
-            raise ConfigError(
-                f"text: expected at most {max_words} words without a comma, a conjunction or the end of a sentence, "
-                f"found {count}: {clause if len(clause) <= 80 else clause[:80] + '...'!r}",
-                field="text",
-            )
         if pieces and len(f"{pieces[-1]} {clause}".split()) <= max_words:
             pieces[-1] += f" {clause}"
         else:
             pieces.append(clause)
     return pieces
+
+
+def _evenly(clause: str, max_words: int) -> list[str]:
+    """A clause as pieces of about as many words, at most `max_words`."""
+    words = clause.split()
+    count = -(-len(words) // max_words)
+    bounds = [round(len(words) * number / count) for number in range(count + 1)]
+    return [" ".join(words[start:end]) for start, end in itertools.pairwise(bounds)]

@@ -38,6 +38,7 @@ _ABBREVIATIONS = {
     "prof.": "Professor",
     "jr.": "Junior",
     "sr.": "Senior",
+    "a.k.a.": "also known as",
     "e.g.": "for example",
     "i.e.": "that is",
     "vs.": "versus",
@@ -120,14 +121,18 @@ _SIGNS = {
     "≈": " is about ",
     "∞": " infinity ",
     "√": " the square root of ",
+    "¢": " cents ",
+    "‰": " per thousand ",
+    "§": " section ",
     "π": " pi ",
     "µ": "micro",
-    "№": " number ",
     "™": "",
     "©": "",
     "®": "",
 }
 _CURRENCY_SIGNS = "".join(sign for sign in _CURRENCIES if len(sign) == 1)
+_RAISED = re.compile(r"(?:(?<=\d)|(?<=\b[A-Za-z]))[-+⁻⁺]?[⁰¹²³⁴-⁹]+|[²³]")
+"""Exponents; other raised digits number notes."""
 _KEPT_SIGNS = frozenset("°" + _CURRENCY_SIGNS)
 NUMBER = r"(?<!\d)\d++(?:,\d{3}(?!\d))*+(?:\.\d++)?+"
 """Possessive, so that a long row of digits is read once."""
@@ -141,7 +146,7 @@ def spoken_english(text: str, names: Sequence[str] = ()) -> str:
             letters of other scripts are read as anyascii transliterates them.
         names: words that have a capital letter wherever they stand.
     """
-    lines = re.sub(r"^\s*[•‣▪]\s*", "- ", clean_up_lines(text), flags=re.MULTILINE)
+    lines = _apply(_BEFORE_MARKDOWN, clean_up_lines(text))
     *blocks, last = [clean_up(block) for block in markdown_blocks(lines)] or [""]
     text = " ".join([*map(_end_sentence, blocks), last])
     text = _apply(_ADDRESSES, text)
@@ -161,9 +166,11 @@ def _end_sentence(block: str) -> str:
 
 def _to_ascii(text: str) -> str:
     """ASCII and a few signs that rules read; letters and digits of other scripts are transliterated."""
-    # 1½ is not 11/2, and 5² not 52.
+    # 1½ is not 11/2, -½ not 1/2, and 5² not 52.
+    text = re.sub(r"(?<!\w)-(?=[¼-¾⅐-⅞])", " minus ", text)
     text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)
-    text = text.replace("²", " squared ").replace("³", " cubed ")
+    text = _RAISED.sub(lambda raised: "^" + unicodedata.normalize("NFKC", raised[0]).replace("−", "-"), text)  # noqa: RUF001
+    text = text.replace("№", " number ").replace("!=", "≠")
     text = "".join(_SIGNS.get(char, char) for char in unicodedata.normalize("NFKC", text))
     return re.sub(r"[^ -~]", _transliterate, text)
 
@@ -184,7 +191,11 @@ def _lower_capitals(text: str) -> str:
     shouted = bool(words) and all(word.isupper() for word in words)
 
     def lower(word: re.Match[str]) -> str:
+        if word[0] == "US" and not shouted:
+            return "U S"
         if re.search(r"\d ?$", text[max(0, word.start() - 2) : word.start()]):
+            if word[0] in ("ST", "ND", "RD", "TH"):
+                return word[0].lower()
             if word[0] in _UNITS or word[0] in _CURRENCIES:
                 return word[0]
             if word[0].lower() in _UNITS:
@@ -216,7 +227,8 @@ def _unit(found: re.Match[str]) -> str:
 def _money(found: re.Match[str]) -> str:
     unit, cents = _CURRENCIES[found["currency"]]
     amount = found["amount"].replace(",", "")
-    scale = {"k": " thousand", "m": " million", "bn": " billion"}.get(found["scale"] or "", f" {found['scale'] or ''}")
+    scale = found["scale"] or ""
+    scale = f" {_SCALES.get(scale.lower(), scale)}"
     whole, _, part = amount.partition(".")
     if scale.strip() or len(part) > 2 or (part and not cents):
         return f" {amount}{scale.rstrip()} {_quantity('', unit).strip()} "
@@ -233,12 +245,11 @@ def _time(found: re.Match[str]) -> str:
     if int(hour) > 24 or int(minute) > 59:
         return found[0]
     half = f" {found['half'][0].lower()} m " if found["half"] else ""
-    if found["second"]:
-        second = _quantity(str(int(found["second"])), "second(s)")
-        return f"{hour} {_quantity(str(int(minute)), 'minute(s)')} and {second}{half}"
+    seconds = str(int(found["second"] or 0))
+    second = "" if seconds == "0" else f" and {_quantity(seconds, 'second(s)')}"
     if minute == "00":
-        return cardinal(hour) + (half or " o'clock")
-    return f"{cardinal(hour)} {'oh ' if minute[0] == '0' else ''}{cardinal(str(int(minute)))}{half}"
+        return cardinal(hour) + ("" if half else " o'clock") + second + half
+    return f"{cardinal(hour)} {'oh ' if minute[0] == '0' else ''}{cardinal(str(int(minute)))}{second}{half}"
 
 
 def _date(found: re.Match[str]) -> str:
@@ -254,6 +265,8 @@ def _date(found: re.Match[str]) -> str:
     if not 1 <= day <= 31:
         return found[0]
     full = next((name for name in MONTHS if name.lower().startswith(month.lower().rstrip("."))), month)
+    if written_year and len(written_year) == 2:
+        written_year = f"20{written_year}"
     return f"{full} {ordinal(str(day))}" + (f", {year(written_year)}" if written_year else "")
 
 
@@ -293,7 +306,10 @@ def _strongest(found: re.Match[str]) -> str:
 
 
 def _power(found: re.Match[str]) -> str:
-    return {"2": " squared ", "3": " cubed "}.get(found[1], f" to the power of {found[1]} ")
+    sign, number = found.groups()
+    if not sign and number in ("2", "3"):
+        return " squared " if number == "2" else " cubed "
+    return f" to the power of {'minus ' if sign == '-' else ''}{number} "
 
 
 _LOWER_MONTHS = [name.lower() for name in MONTHS if name.lower() in _CAPITALIZED]
@@ -301,7 +317,8 @@ _MONTH = rf"(?P<month>{'|'.join(MONTHS + _LOWER_MONTHS)}|(?:{'|'.join(name[:3] f
 _YEAR = r"(?P<year>(?:1[1-9]|20)\d\d)"
 _UNIT = "|".join(re.escape(unit) for unit in sorted(_UNITS, key=len, reverse=True))
 _SIGN = f"[{_CURRENCY_SIGNS}]"
-_SCALE = r"(?:\s?(?P<scale>thousand|million|billion|trillion|k|m|bn)\b)?"
+_SCALES = {"k": "thousand", "m": "million", "mn": "million", "b": "billion", "bn": "billion"}
+_SCALE = r"(?:\s?(?P<scale>thousand|million|billion|trillion|[kKmMbB]|[mb]n)\b)?"
 _TOP_LEVEL = "com|org|net|edu|gov|io|ai|dev|app|info|co|uk|de|fr|eu|us|ca"
 _OF_YEAR = rf"(?:,?\s+{_YEAR}\b(?![,.]?\d))?"
 _WHEN = "|".join(
@@ -318,6 +335,15 @@ def _rule(pattern: str, replacement: str | Callable[[re.Match[str]], str], flags
     return re.compile(pattern, flags), replacement
 
 
+_TAGS = "a|b|i|u|p|s|br|hr|em|strong|code|pre|span|div|ul|ol|li|dl|dt|dd|h[1-6]|img|sub|sup|del|ins|small|mark|kbd"
+_HTML = rf"/?(?:{_TAGS}|table|thead|tbody|tr|td|th|blockquote|details|summary)(?:\s+[\w-]+\s*=[^<>]*)?\s*/?>|!--"
+_BEFORE_MARKDOWN = [
+    _rule(r"^\s*[•‣▪]\s*", "- ", re.MULTILINE),
+    # What Markdown takes for an empty item of a list, for an HTML tag, or for emphasis.
+    _rule(r"^(\s*\d+)([.)])\s*$", r"\1\\\2", re.MULTILINE),
+    _rule(rf"<(?!{_HTML}|\w+://|[\w.+-]+@)", r"\\<", re.IGNORECASE),
+    _rule(r"(?<=\d)\s?\*\*\s?(?=\d)", "^"),
+]
 _ADDRESSES = [
     _rule(r"\b(?P<user>[\w.+-]{1,64})@(?P<host>[\w-]{1,63}(?:\.[\w-]{1,63}){1,5})", _mail),
     _rule(r"\b(?:https?|ftp)://(?P<host>[\w-]+(?:\.[\w-]+)*)(?::\d+)?(?:[/?#][^\s,)\]]*[\w/=])?/?", _host, re.I),
@@ -329,6 +355,7 @@ _ADDRESSES = [
 ]
 _ABBREVIATED = [
     *(_rule(rf"(?<![A-Za-z]){re.escape(short)}(?!\w)", word, re.I) for short, word in _ABBREVIATIONS.items()),
+    _rule(r"\b(Mrs?|Ms|Dr|Prof)(?= [A-Z])", lambda m: _ABBREVIATIONS[f"{m[1].lower()}."]),
     _rule(r"(?<![\w.])etc\.(?=\s+[A-Z]|\s*$)", "et cetera.", re.I),
     _rule(r"(?<![\w.])etc\.", "et cetera", re.I),
     _rule(r"\bNo\.\s?(?=\d)", "number ", re.I),
@@ -338,12 +365,16 @@ _ABBREVIATED = [
     _rule(r"\b((?:[A-Z]\.){2,})", lambda m: " ".join(m[1].replace(".", ""))),
 ]
 _TIMES = [
-    _rule(r"\b(?P<hour>\d{1,2}):(?P<minute>\d\d)(?::(?P<second>\d\d))?\s?(?P<half>[ap]\.?\s?m\b\.?)?", _time, re.I),
+    _rule(r"(?<=\b\d{4}-\d\d-\d\d)T(?=\d\d:\d\d)", " at "),
+    _rule(r"(?<=\d:\d\d)(:\d\d)?(?:\.\d+)?Z\b", r"\1 U T C"),
+    _rule(r"\b(\d{1,2})\.(\d\d)(?=\s?[ap]\.?m\b)", r"\1:\2", re.I),
+    _rule(r"\b(\d{1,2}(?::\d\d)?(?:\s?[ap]m)?)\s?-\s?(?=\d{1,2}(?::\d\d)?\s?[ap]\.?m\b)", r"\1 to ", re.I),
+    _rule(r"\b(?P<hour>\d{1,2}):(?P<minute>\d\d)(?::(?P<second>\d\d))?(?:\s?(?P<half>[ap]\.?\s?m\b\.?))?", _time, re.I),
     _rule(r"\b(?P<hour>\d{1,2})(?P<minute>)(?P<second>)\s?(?P<half>[ap]\.m\.|[ap]m\b)", _time, re.I),
 ]
 _DATES = [
-    _rule(r"\b(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)\b", _date),
-    _rule(r"\b(?P<month>\d{1,2})/(?P<day>\d{1,2})/(?P<year>\d{4})\b", _date),
+    _rule(r"\b(?P<year>\d{4})([-/])(?P<month>\d\d)\2(?P<day>\d\d)\b", _date),
+    _rule(r"(?<![\d/])(?P<month>\d{1,2})/(?P<day>\d{1,2})/(?P<year>\d{4}|\d\d)\b(?!/)", _date),
     _rule(rf"\b{_MONTH}\s+(?P<day>\d{{1,2}})(?:st|nd|rd|th)?\b{_OF_YEAR}", _date),
     _rule(rf"\b(?:the\s)?(?P<day>\d{{1,2}})(?:st|nd|rd|th)?(?:\s+of)?\s+{_MONTH}(?![a-z]){_OF_YEAR}", _date),
     _rule(rf"\b(?P<when>(?:{_WHEN}),?\s+){_YEAR}\b{_BARE}", lambda m: m["when"] + year(m["year"]), re.I),
@@ -352,6 +383,11 @@ _DATES = [
     _rule(r"(?<!\w)'?([2-9]0)'?s\b", lambda m: cardinal(m[1])[:-1] + "ies"),
 ]
 _AMOUNTS = [
+    _rule(r"\b(\d+)\s?h\s?(\d{1,2})\s?m(?:in)?\b", r"\1 hr \2 min"),
+    _rule(r"\b(usd|eur|gbp)\s?(?=\d)", lambda m: {"usd": "$", "eur": "€", "gbp": "£"}[m[1].lower()], re.I),
+    _rule(r"(?<=€)(\s?\d{1,3})((?:\.\d{3})*),(\d\d)\b", lambda m: f"{m[1]}{m[2].replace('.', '')}.{m[3]}"),
+    _rule(rf"({_SIGN})\s?({NUMBER})\s?-\s?\1?\s?(?={NUMBER})", r"\2 to \1"),
+    _rule(rf"({NUMBER})\s?%\s?-\s?(?={NUMBER}\s?%)", r"\1 to "),
     _rule(rf"(?<!\w)-(?={_SIGN}\s?\d)|(?<={_SIGN})-(?=\d)", "minus "),
     _rule(rf"({_SIGN})minus ", r"minus \1"),
     _rule(r"(?<![\d+.,-])\b\d{1,3}(?: \d{3})+\b(?![-\d])", lambda m: m[0].replace(" ", "")),
@@ -365,7 +401,8 @@ _AMOUNTS = [
     _rule(r"(?<=\d)k\b", " thousand "),
 ]
 _OPERATORS = [
-    _rule(r"\^\s?(\d+)", _power),
+    _rule(r"(?<=\d)[eE]([-+])(\d+)\b", lambda m: f" times 10 {_power(m)}"),
+    _rule(r"\^\s?\(?([-+]?)(\d+)\)?", _power),
     _rule(r"(?<=\d):(?=\d)", " to "),
     _rule(rf"\b(?P<low>{NUMBER})-(?P<high>{NUMBER})\b(?!-)", _range),
     _rule(r"(?<=[\d)])\s+-+\s+(?=[\d(])|(?<=\d)\s+-\s?(?=\d)", " minus "),
@@ -374,8 +411,8 @@ _OPERATORS = [
     _rule(r"(?<=[\d)])\s*/\s*(?=[\d(])", " divided by "),
     _rule(r"\+", " plus "),
     _rule(r"&", " and "),
-    _rule(r"(?<=\s)<(?=\s)|(?<=\d)<(?=\d)", " is less than "),
-    _rule(r"(?<=\s)>(?=\s)|(?<=\d)>(?=\d)", " is more than "),
+    _rule(r"(?<=[\w)])\s?<\s?(?=[\w(])|(?<=\s)<(?=\s)", " is less than "),
+    _rule(r"(?<=[\w)])\s?>\s?(?=[\w(])|(?<=\s)>(?=\s)", " is more than "),
     _rule(r"~(?=\s?\d)", " about "),
     _rule(r"\bequals\s*(?=[?.]?\s*$)", "equals what?"),
 ]

@@ -180,6 +180,13 @@ def test_read_mp3_without_xing_table():
         audio_io.read_audio(io.BytesIO(tag + whole[: len(whole) // 2]))
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [("i2", 1e4), ("i4", 1e9), ("f4", 0.5), ("f8", 0.5)])
+def test_to_mono_takes_big_endian_arrays(dtype, scale):
+    native = (sine(16_000) * scale).astype(dtype)
+    samples = native.astype(f">{dtype}")
+    np.testing.assert_array_equal(audio_io.to_mono(samples, 16_000), audio_io.to_mono(native, 16_000))
+
+
 def test_to_mono_takes_arrays_and_lists():
     audio = sine(16_000)
     np.testing.assert_array_equal(audio_io.to_mono(audio, 16_000), audio)

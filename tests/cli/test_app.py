@@ -65,6 +65,7 @@ def test_module_is_a_command() -> None:
         (["serve"], "fastapi", "serve"),
         (["train", "configs/tiny_stage1.yaml"], "grain", "train"),
         (["prepare", "text", "nowhere.jsonl", "--out", "records"], "array_record", "data"),
+        (["evaluate", "nowhere.jsonl", "--out", "measured"], "array_record", "evaluation"),
     ],
 )
 def test_missing_extra_is_one_sentence_with_the_command(arguments: list[str], package: str, extra: str) -> None:

@@ -266,7 +266,7 @@ def test_writer_goes_on_after_a_wrong_exchange(tmp_path: Path) -> None:
 
 
 def test_records_refuses_other_folders(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match=r"nowhere: .* found no index\.json"):
+    with pytest.raises(RecordError, match=r"nowhere: .* found no such folder"):
         Records(tmp_path / "nowhere")
     file = tmp_path / "file"
     file.write_text("x")

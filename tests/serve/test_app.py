@@ -352,7 +352,8 @@ def test_failed_warm_up_is_reported_as_broken(omni: Omni, monkeypatch: pytest.Mo
 
 
 def test_head_requests(server: RunningServer) -> None:
-    for path in ("/", "/healthz", "/readyz", "/v1/models", "/v1/models/", "/v1/models/small"):
+    models = ("/v1/models", "/v1/models/", "/v1/models/small", "/v1/audio/voices", "/v1/audio/models")
+    for path in ("/", "/page/page.js", "/healthz", "/readyz", "/metrics", "/openapi.json", *models):
         request = urllib.request.Request(server.url + path, method="HEAD")
         with urllib.request.urlopen(request, timeout=60) as response:
             assert (response.status, response.read()) == (200, b"")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import urllib.request
@@ -11,7 +12,7 @@ import pytest
 import soundfile
 
 from omni_jax.audio import io as audio_io
-from omni_jax.audio.encoding import streaming_wav_header
+from omni_jax.audio.encoding import encode, streaming_wav_header
 from tests.serve.conftest import RunningServer, assert_same_audio
 
 
@@ -56,6 +57,13 @@ def test_chat_max_tokens(server: RunningServer, recording: bytes, recording_base
     assert expected.audio is not None
     data, _ = stream_chat(server, audio=recording_base64, max_tokens=9, format="pcm")
     assert len(data) == 2 * len(expected.audio)
+
+
+def test_chat_truncates_if_asked(server: RunningServer) -> None:
+    audio = np.random.default_rng(0).uniform(-0.5, 0.5, 10_000).astype(np.float32)
+    data = base64.b64encode(encode(audio, 16_000, "flac")).decode()
+    assert "at most 0.40 s" in server.refused("/chat", {"audio": data, "truncate": None})[1]
+    assert server.call("/chat", {"audio": data, "truncate": True, "max_tokens": 20})[0] == 200
 
 
 @pytest.mark.parametrize(

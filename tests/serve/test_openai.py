@@ -48,6 +48,20 @@ def test_long_question_is_refused_or_truncated(client: Any, server: RunningServe
         assert create(extra_body={"truncate": True}) == expected.text
 
 
+def test_null_is_as_if_left_out(server: RunningServer, recording_base64: str) -> None:
+    audio = {"type": "input_audio", "input_audio": {"data": recording_base64, "format": None}}
+    inputs = [{"role": "user", "content": [audio], "name": None}]
+    nothing = {"temperature": None, "truncate": None, "stream": None, "modalities": None, "stop": None}
+    for path, body in (
+        ("/v1/chat/completions", {"messages": inputs, "stream_options": {"include_usage": None}, **nothing}),
+        ("/v1/chat/completions", {"messages": inputs, **nothing, "modalities": ["audio"], "audio": {"format": None}}),
+        ("/v1/responses", {"input": inputs, "instructions": None, "text": {"format": None}, **nothing}),
+        ("/v1/audio/speech", {"input": "hi", "response_format": None, "speed": None, "stream_format": None}),
+    ):
+        assert server.call(path, {"model": "small", **body})[0] == 200
+    assert server.refused("/v1/audio/speech", {"model": "small", "input": None})[1] == "input: field required"
+
+
 @pytest.mark.parametrize("format", ["wav", "pcm16", "flac", "mp3", "opus", "aac", "m4a"])
 def test_chat_with_audio_in_and_out(
     client: Any, server: RunningServer, recording: bytes, recording_base64: str, format: str

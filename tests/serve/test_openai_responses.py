@@ -6,6 +6,7 @@ import base64
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 
 from omni_jax.audio.encoding import streaming_wav_header
@@ -71,3 +72,24 @@ def test_stream_of_text(client: Any, server: RunningServer) -> None:
     with client.responses.stream(model="small", input="hello") as stream:
         text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
         assert text == server.omni.answer(text="hello").text
+
+
+def test_messages_name_fields_as_clients_know_them(server: RunningServer) -> None:
+    picture = {"type": "input_image", "image_url": "x"}
+    for path, body, field in (
+        ("/v1/responses", {"input": [{"role": "user", "content": [picture]}]}, "input.0.content.0"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ["Hi"]}]}, "messages.0.content.0"),
+        ("/v1/audio/speech", {"input": "hi", "voice": ["a"]}, "voice"),
+    ):
+        status, message = server.refused(path, {"model": "small", **body})
+        assert (status, message.partition(":")[0]) == (400, field)
+    text, url = {"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}
+    body = {"model": "small", "messages": [{"role": "user", "content": [text, url]}]}
+    assert "found 'image_url'" in server.refused("/v1/chat/completions", body)[1]
+
+
+def test_only_text_format_is_supported(client: Any) -> None:
+    for options in ({"format": {"type": "text"}}, {"verbosity": "low"}):
+        assert client.responses.create(model="small", input="hello", text=options).output_text
+    with pytest.raises(openai.BadRequestError, match=r"text\.format: expected type text, found 'json_object'"):
+        client.responses.create(model="small", input="hello", text={"format": {"type": "json_object"}})

@@ -252,11 +252,22 @@ def test_live_refuses_empty_requests(
     ("options", "found"), [({"loud": True}, "found loud"), ({"top_k": 2**40}, f"top_k: expected .* found {2**40}")]
 )
 def test_live_refuses_invalid_options(socket: ClientConnection, options: dict[str, Any], found: str) -> None:
+    """At once; the settings before stay."""
     send(socket, type="start", options=options)
+    message = receive(socket)
+    assert (message["type"], message["turn"]) == ("error", None)
+    assert re.search(found, message["message"])
     send(socket, type="text", text="hello")
-    messages = receive_turn(socket, 1)
-    assert re.search(found, messages[0]["message"])
-    assert messages[-1]["outcome"] == "refused"
+    assert receive_turn(socket, 1)[-1]["outcome"] == "done"
+
+
+def test_live_truncates_if_asked(socket: ClientConnection, server: RunningServer) -> None:
+    audio = np.random.default_rng(0).uniform(-0.5, 0.5, 10_000).astype(np.float32)
+    data = base64.b64encode(encode(audio, 16_000, "flac")).decode()
+    for turn, truncate in enumerate((False, True), 1):
+        send(socket, type="start", truncate=truncate)
+        send(socket, type="file", data=data)
+        assert receive_turn(socket, turn)[-1]["outcome"] == ("done" if truncate else "refused")
 
 
 def test_live_refuses_other_origins(server: RunningServer) -> None:
