@@ -270,7 +270,7 @@ def test_stream_equals_whole_answer(name: str, omni: Omni, reference: ReferenceD
 
 
 def test_stream_can_be_closed_early(omni: Omni) -> None:
-    stream = omni.stream(recording(1), sample_rate=16000)
+    stream: Any = omni.stream(recording(1), sample_rate=16000)
     next(stream)
     stream.close()
     first = omni.reply(recording(1), sample_rate=16000)
@@ -604,9 +604,9 @@ def test_untrained_warning_points_to_the_caller(monkeypatch: pytest.MonkeyPatch)
 
 def test_from_pretrained_refuses_unknown_names() -> None:
     with pytest.raises(ConfigError, match="jax or torch, found 'mp3'"):
-        Omni.from_pretrained("tiny", codec="mp3")  # type: ignore[arg-type]
+        Omni.from_pretrained("tiny", codec="mp3")
     with pytest.raises(ConfigError, match="jax or torch, found 'mp3'"):
-        Omni.from_pretrained("nowhere", codec="mp3")  # type: ignore[arg-type]
+        Omni.from_pretrained("nowhere", codec="mp3")
     with pytest.raises(ConfigError, match=r"mini_omni.*found 'huge'"):
         Omni.untrained("huge")
     with pytest.raises(ValueError, match="nowhere"):

@@ -270,7 +270,7 @@ def test_read_audio_of_endless_or_text_stream(monkeypatch: pytest.MonkeyPatch) -
     with Path("/dev/zero").open("rb") as file, pytest.raises(AudioError, match="at most 1048576 bytes, found more"):
         audio_io.read_audio(file)
     with pytest.raises(AudioError, match="opened in binary mode"):
-        audio_io.read_audio(io.StringIO("text"))  # type: ignore[arg-type]
+        audio_io.read_audio(io.StringIO("text"))
 
 
 def test_read_audio_of_bytes_like_objects() -> None:

@@ -194,7 +194,7 @@ def test_ask_reads_standard_input_and_writes_by_suffix(tiny: Omni, tmp_path: Pat
 
 
 def test_ask_names_a_missing_extra(loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str, **_: Any) -> Omni:
+    def load(name: str, **_: Any) -> Any:
         from omni_jax.codec import torch_snac
 
         return torch_snac.import_snac()

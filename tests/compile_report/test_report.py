@@ -192,7 +192,7 @@ def test_train_seven_billion_parameters(
 def test_compile_report_refuses_arguments(options: dict[str, object], field: str, message: str) -> None:
     arguments = {"program": "decode", "topology": Topology.parse("v5e:2x2"), "model": "tiny", **options}
     with pytest.raises(ConfigError, match=message) as caught:
-        compile_report(**arguments)  # type: ignore[arg-type]
+        compile_report(**arguments)
     assert caught.value.field == field
 
 

@@ -107,9 +107,9 @@ def expected(tokenizer: Tokenizer, exchanges: Iterable[Exchange] = EXCHANGES) ->
         for task in serves(each):
             want = build_example(task, each, tokenizer)
             audio = np.zeros(MODEL.audio_encoder.max_samples if task.takes_audio else 0, np.int16)
-            audio[: len(each.question_audio) if task.takes_audio else 0] = (
-                each.question_audio if task.takes_audio else 0
-            )
+            if task.takes_audio:
+                assert each.question_audio is not None
+                audio[: len(each.question_audio)] = each.question_audio
             found[key(want.tokens, want.targets, want.mask, audio)] = f"{task} {n}"
     return found
 
@@ -135,8 +135,8 @@ def unpack(batch: Batch) -> list[tuple[bytes, ...]]:
                 np.testing.assert_array_equal(index[1 : n + 1], clip * A + np.arange(n))
                 audio = batch["sound"][row, clip]
                 assert n == speech_positions(len(np.trim_zeros(audio, "b")), A)
-            arrays = (batch[name][row][:, at] for name in ("tokens", "targets", "mask"))
-            examples.append(key(*arrays, audio))
+            tokens, targets, mask = (batch[name][row][:, at] for name in ("tokens", "targets", "mask"))
+            examples.append(key(tokens, targets, mask, audio))
         assert sorted(clips) == list(range(batch["clips"][row]))
         assert not batch["sound"][row, len(clips) :].any()
         empty = segments == 0

@@ -93,7 +93,7 @@ def test_batched_encoding_equals_single(tmp_path: Path) -> None:
     rows.insert(1, {"question_text": "only", "answer_text": "text"})
     put(tmp_path / "m.jsonl", "\n".join(map(json.dumps, rows)))
     source = Manifest(tmp_path / "m.jsonl", answer_sample_rate=CODEC.sample_rate)
-    index = prepare(source, tmp_path / "out", codec=SmallCodec())  # type: ignore[arg-type]
+    index = prepare(source, tmp_path / "out", codec=SmallCodec())
     assert index["exchanges"] == 4
     records, encode = Records(tmp_path / "out"), SmallCodec().load_encoder()
     made = [from_bytes(records[number], codebook_size=CODEC.codebook_size) for number in range(4)]

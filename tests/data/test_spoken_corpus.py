@@ -210,7 +210,7 @@ def test_prepare_spoken_corpus(tmp_path: Path, template: str) -> None:
         VoiceSpec.parse(f"command={template} @own"),
         CODEC.sample_rate,
     )
-    index = prepare(corpus, tmp_path / "out", codec=SmallCodec())  # type: ignore[arg-type]
+    index = prepare(corpus, tmp_path / "out", codec=SmallCodec())
     assert (index["exchanges"], index["rejected"]) == (2, {"question synthesis failed": 1})
     assert index["tasks"]["A1A2"] == 2
     record = from_bytes(Records(tmp_path / "out")[0], codebook_size=CODEC.codebook_size)
@@ -236,7 +236,7 @@ def test_missing_package_stops_instead_of_rejecting_rows(tmp_path: Path, monkeyp
     monkeypatch.setitem(sys.modules, "hibari", None)
     corpus = SpokenCorpus(rows(tmp_path / "qa.jsonl", "one"), (), VoiceSpec("hibari", ("heart",)))
     with pytest.raises(MissingExtraError, match="pip install hibari-tts"):
-        prepare(corpus, tmp_path / "out", codec=SmallCodec())  # type: ignore[arg-type]
+        prepare(corpus, tmp_path / "out", codec=SmallCodec())
 
 
 def test_voice_spec_sets_ranges_of_speed_and_pitch(

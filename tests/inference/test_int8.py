@@ -90,7 +90,7 @@ def test_int8_decoding_equals_decoding_with_dequantized_weights(shape: dict[str,
 
 
 def test_quantize_weights_halves_bfloat16() -> None:
-    weights = {
+    weights: Any = {
         "trunk": {"layers": {"mlp": {"up": {"weight": jnp.ones((4, 256, 128), jnp.bfloat16)}}}},
         "norm": {"scale": jnp.ones(9)},
     }

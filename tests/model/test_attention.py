@@ -116,9 +116,9 @@ def test_attend_splash_equals_attend(sizes: tuple[int, int, int], packed: bool) 
         gradients, mixed = compute(*arrays)
         return mixed, *gradients
 
-    expected = run(lambda *arrays: plain(*arrays, segments))
+    expected = run(lambda q, k, v: plain(q, k, v, segments))
     with jax.set_mesh(mesh):
-        found = run(lambda *arrays: attend_splash(*arrays, segments, interpret=True))
+        found = run(lambda q, k, v: attend_splash(q, k, v, segments, interpret=True))
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
 

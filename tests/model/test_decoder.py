@@ -22,7 +22,7 @@ VOCAB = 50
 
 
 def qwen2() -> tuple[Any, TrunkConfig]:
-    config = transformers.Qwen2Config(
+    config = transformers.Qwen2Config(  # type: ignore[call-arg]
         vocab_size=VOCAB,
         hidden_size=48,
         num_hidden_layers=3,
@@ -56,7 +56,7 @@ def llama(scaled: bool) -> tuple[Any, TrunkConfig]:
         numbers = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         rope |= {"rope_type": "llama3", "original_max_position_embeddings": 24, **numbers}
         scaling = RopeScaling(original_max_position=24, **numbers)
-    config = transformers.LlamaConfig(
+    config = transformers.LlamaConfig(  # type: ignore[call-arg]
         vocab_size=VOCAB,
         hidden_size=40,
         num_hidden_layers=2,

@@ -188,6 +188,7 @@ def test_attention_projects_adds_biases_and_rotates() -> None:
     query, key, value = layer.project(x, cos, sin)
 
     def projected(linear: Linear) -> np.ndarray:
+        assert linear.bias is not None
         return np.einsum("btd,nhd->btnh", x, np.asarray(linear.weight[...])) + np.asarray(linear.bias[...])
 
     close(value, projected(layer.v))

@@ -80,7 +80,8 @@ def test_adapters(kind: Any, stack: int) -> None:
             start = t % stack * CONFIG.audio_encoder.hidden_size
             joined[b, t // stack, start : start + CONFIG.audio_encoder.hidden_size] = x[b, t]
     if kind == "mlp":
-        expected = joined @ np.asarray(adapter.map.weight[...]).T + np.asarray(adapter.map.bias[...])
+        affine: Any = adapter.map
+        expected = joined @ np.asarray(affine.weight[...]).T + np.asarray(affine.bias[...])
     else:
         gate, up, down = (np.asarray(w.weight[...]) for w in (adapter.map.gate, adapter.map.up, adapter.map.down))
         gated = joined @ gate.T
@@ -114,7 +115,7 @@ def test_text_logits_equal_transformers(tied: bool, stacked: bool) -> None:
     config = small_config(tied=tied)
     model = random_model(config, stacked=stacked)
     trunk, vocab = config.trunk, Vocab(config.vocab)
-    theirs = transformers.Qwen2Config(
+    theirs = transformers.Qwen2Config(  # type: ignore[call-arg]
         vocab_size=vocab.text_rows,
         hidden_size=trunk.hidden_size,
         num_hidden_layers=trunk.num_layers,

@@ -67,8 +67,8 @@ def test_assemble_start_takes_each_tensor_from_its_module(
             # Norms and biases are the same for every seed.
             assert np.array_equal(tensor, before[name]) == (name.startswith(assemble.TRUNK) or tensor.ndim == 1), name
     expected = SafetensorsFile(codec)
-    for name, tensor in start.codec_tensors().items():
-        np.testing.assert_array_equal(tensor.read(), expected.read(name))
+    for name, of_codec in start.codec_tensors().items():
+        np.testing.assert_array_equal(of_codec.read(), expected.read(name))
     assert start.tokenizer().get_vocab_size() == run.tokenizer().get_vocab_size()
 
 
@@ -118,9 +118,9 @@ def test_average_releases_is_the_mean_of_every_tensor(codec: Path, tokenizer: Pa
         expected = sum(each[name].read() for each in tensors) / 3
         assert tensor.dtype == np.float32
         np.testing.assert_allclose(tensor.read(), expected, rtol=1e-5, atol=1e-7)
-    codec = runs[0].codec_tensors()
+    codec_before = runs[0].codec_tensors()
     for name, tensor in mean.codec_tensors().items():
-        np.testing.assert_array_equal(tensor.read(), codec[name].read())
+        np.testing.assert_array_equal(tensor.read(), codec_before[name].read())
     with pytest.raises(CheckpointError, match="mean"):
         assemble.average_releases(runs, tmp_path / "mean")
     with pytest.raises(CheckpointError, match=r"expected the shape of .*, found another"):

@@ -226,7 +226,8 @@ def test_chat_refuses_invalid_requests(client: Any, change: dict[str, Any], mess
     request = {"model": "small", "messages": [{"role": "user", "content": "hello"}]} | change
     with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as caught:
         client.chat.completions.create(**request)
-    assert message in caught.value.body["message"]
+    error: Any = caught.value.body
+    assert message in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,8 @@ def test_messages_name_fields_as_clients_know_them(server: RunningServer) -> Non
         status, message = server.refused(path, {"model": "small", **body})
         assert (status, message.partition(":")[0]) == (400, field)
     text, url = {"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}
-    body = {"model": "small", "messages": [{"role": "user", "content": [text, url]}]}
-    assert "found 'image_url'" in server.refused("/v1/chat/completions", body)[1]
+    mixed = {"model": "small", "messages": [{"role": "user", "content": [text, url]}]}
+    assert "found 'image_url'" in server.refused("/v1/chat/completions", mixed)[1]
 
 
 def test_only_text_format_is_supported(client: Any) -> None:

@@ -90,7 +90,7 @@ def test_cached_features_give_the_embeddings_of_the_recordings(release: Release,
             forward(model, {name: jnp.asarray(array) for name, array in batch.items()}, jnp.ones(8), run.config)[0]
             for batch in (features, sounds)
         ]
-        np.testing.assert_allclose(*losses, rtol=1e-5)
+        np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
 def test_caches_are_shared_by_runs_with_the_same_audio_encoder(

@@ -5,6 +5,7 @@ Ours computes packed rows, scanned layers and the loss in chunks; theirs one exa
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from omni_jax.vocab import NUM_CODEBOOKS, TEXT_STREAM, Vocab
 from tests import models
 from tests.training.test_step import CLIPS, LENGTH, ROWS, batch, run_config
 
-LOSS = {"text": 1.5, "audio": (1.0, 0.5, 1.0, 1.0, 2.0, 1.0, 1.0), "chunk_size": 16}
+LOSS: dict[str, Any] = {"text": 1.5, "audio": (1.0, 0.5, 1.0, 1.0, 2.0, 1.0, 1.0), "chunk_size": 16}
 
 
 def our_gradient(config: ModelConfig, arrays: dict) -> tuple[float, list[dict[str, np.ndarray]], np.ndarray]:

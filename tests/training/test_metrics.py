@@ -38,7 +38,7 @@ def test_log_step_refuses_max_skipped_steps_in_a_row(setup: TrainingSetup):
     metrics = {"num_skipped_in_a_row": 3}
     writer = None
     with pytest.raises(TrainingError, match="steps 5 to 7: the loss or its gradient was not finite 3 times in a row"):
-        log_step(setup, writer, 7, metrics, Tally(), {})  # type: ignore[arg-type]
+        log_step(setup, writer, 7, metrics, Tally(), {})
 
 
 def test_model_flops_counts_trainable_and_frozen_parameters(setup: TrainingSetup):

@@ -35,7 +35,7 @@ def test_stop_signal_restores_handlers_after_an_error():
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_stop_signal_outside_the_main_thread_changes_nothing():
+def test_stop_signal_outside_the_main_thread_changes_nothing() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     found: list[bool] = []
 
