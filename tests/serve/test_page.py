@@ -124,10 +124,18 @@ def test_page_hold_to_talk(page: Any, server: RunningServer, hold: str) -> None:
         page.reload()
     socket.value.on("framesent", lambda frame: sent.append(frame))
     until(page, READY)
+    # So short a recording may have ended before anyone looks.
+    page.evaluate(
+        """() => {
+            const [state, talk] = ["state", "talk"].map((id) => document.getElementById(id));
+            const note = () => window.seen.push(`${talk.ariaPressed}: ${state.textContent}`);
+            window.seen = [];
+            new MutationObserver(note).observe(state, { childList: true, characterData: true, subtree: true });
+        }"""
+    )
     page.hover("#talk")
     page.mouse.down() if hold == "mouse" else page.keyboard.down("Space")
-    until(page, "document.getElementById('talk').ariaPressed === 'true'")
-    until(page, "/^Listening … \\d+ s left$/.test(document.getElementById('state').textContent)")
+    until(page, "window.seen.some((text) => /^true: Listening … \\d+ s left$/.test(text))")
     wait_for_sound(page, sent)
     page.mouse.up() if hold == "mouse" else page.keyboard.up("Space")
     received = played(page)
