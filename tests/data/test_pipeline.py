@@ -458,7 +458,7 @@ def test_source_without_usable_example_is_an_error(tmp_path: Path, tokenizer: To
 def test_batches_refuses_wrong_sources_rows_and_tokenizer(folder: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
     text = folder_of(tmp_path / "text", [Exchange(question_text="a", answer_text="b")])
     wrong: list[tuple[Callable[[], object], str]] = [
-        (lambda: batches(config("/nowhere"), MODEL, tokenizer, seed=0), r"/nowhere: .*found no index\.json"),
+        (lambda: batches(config("/nowhere"), MODEL, tokenizer, seed=0), r"/nowhere: .*found no such folder"),
         (lambda: batches(config(text), MODEL, tokenizer, seed=0), "text: expected exchanges that can serve A1A2"),
         (
             lambda: batches(config(folder, batch_size=3), MODEL, tokenizer, seed=0, process_count=2),
