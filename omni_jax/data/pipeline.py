@@ -44,7 +44,7 @@ def batches(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-    caches: Sequence[CachedFeatures] | None = None,
+    caches: Sequence[CachedFeatures | None] | None = None,
 ) -> Batches:
     """Endless training batches.
 
@@ -213,7 +213,7 @@ def _mix_streams(
     config: DataConfig,
     builder: ExampleBuilder,
     folders: Sequence[Records],
-    caches: Sequence[CachedFeatures] | None,
+    caches: Sequence[CachedFeatures | None] | None,
     *,
     seed: int,
     process_index: int,

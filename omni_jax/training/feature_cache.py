@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -28,13 +29,16 @@ from omni_jax.data.records import INDEX, Records
 from omni_jax.errors import ConfigError, PipelineError, RecordError
 from omni_jax.model.whisper_encoder import WhisperEncoder
 from omni_jax.prompts import speech_positions
+from omni_jax.tasks import Task
 from omni_jax.training.setup import TrainingSetup
 
 logger = logging.getLogger(__name__)
 
 
-def open_caches(setup: TrainingSetup) -> list[CachedFeatures] | None:
+def open_caches(setup: TrainingSetup) -> list[CachedFeatures | None] | None:
     """The features of each source, computed where they are missing; None if the run caches none.
+
+    A source that serves no task with audio has none.
 
     All processes call this together; each computes a share of the shards on its own devices. An interrupted run
     continues with the shards that are missing.
@@ -50,8 +54,15 @@ def open_caches(setup: TrainingSetup) -> list[CachedFeatures] | None:
         raise ConfigError(
             "data.cached_features: expected a release as start, found random weights", field="data.cached_features"
         )
-    encoder = fingerprint(setup, setup.start.release)
-    return [_open_cache(setup, cache, encoder, Path(source.path)) for source in setup.config.data.sources]
+    release, data = setup.start.release, setup.config.data
+    encoder = fingerprint(setup, release)
+    # Loaded and compiled once, for the first source whose features are missing.
+    encode = lru_cache(partial(make_encoder, setup, release))
+    spoken = {task for task in data.tasks if Task(task).takes_audio}
+    return [
+        _open_cache(setup, cache, encoder, encode, Path(source.path)) if spoken & set(source.tasks) else None
+        for source in data.sources
+    ]
 
 
 def fingerprint(setup: TrainingSetup, release: Release) -> str:
@@ -64,7 +75,9 @@ def fingerprint(setup: TrainingSetup, release: Release) -> str:
     return digest.hexdigest()
 
 
-def _open_cache(setup: TrainingSetup, cache: CachedFeaturesConfig, encoder: str, source: Path) -> CachedFeatures:
+def _open_cache(
+    setup: TrainingSetup, cache: CachedFeaturesConfig, encoder: str, encode: Callable[[], Encode], source: Path
+) -> CachedFeatures:
     try:
         records = Records(source)
     except RecordError as error:
@@ -72,19 +85,19 @@ def _open_cache(setup: TrainingSetup, cache: CachedFeaturesConfig, encoder: str,
     content = (source / INDEX).read_bytes() + f"{cache.versions} {cache.dtype} {encoder}".encode()
     folder = Path(cache.path) / f"{source.name}-{hashlib.sha256(content).hexdigest()[:16]}"
     if not (folder / INDEX).exists():
-        _compute(setup, cache, records, folder)
+        _compute(setup, cache, encode(), records, folder)
     multihost_utils.sync_global_devices(f"features {folder.name}")
     return CachedFeatures(folder)
 
 
-def _compute(setup: TrainingSetup, cache: CachedFeaturesConfig, records: Records, folder: Path) -> None:
+def _compute(setup: TrainingSetup, cache: CachedFeaturesConfig, encode: Encode, records: Records, folder: Path) -> None:
     config, total = setup.start.config, num_shards(records)
     logger.info("computing features of %d records, %d versions of each: %s", len(records), cache.versions, folder)
     write_features(
         records,
         folder,
         range(jax.process_index(), total, jax.process_count()),
-        make_encoder(setup),
+        encode,
         max_samples=config.audio_encoder.max_samples,
         num_frames=num_frames(setup),
         versions=cache.versions,
@@ -101,10 +114,8 @@ def num_frames(setup: TrainingSetup) -> Callable[[int], int]:
     return lambda samples: min(speech_positions(samples, encoder.max_position, stack) * stack, encoder.max_position)
 
 
-def make_encoder(setup: TrainingSetup) -> Encode:
+def make_encoder(setup: TrainingSetup, release: Release) -> Encode:
     """The audio encoder of the run's release, on the devices of this process, each of which encodes some recordings."""
-    release = setup.start.release
-    assert release is not None
     config = release.config.audio_encoder
     devices = jax.local_devices()
     devices = devices[: np.gcd(len(devices), BATCH_SIZE)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from omni_jax.checkpoint.release import Release, open_release
 from omni_jax.config.load import build_config, to_dict
-from omni_jax.config.run import RunConfig
+from omni_jax.config.run import RunConfig, SourceConfig
 from omni_jax.data.examples import RecordsOfTask
 from omni_jax.data.pipeline import batches
 from omni_jax.data.records import Exchange, Records, RecordWriter
@@ -109,7 +110,25 @@ def test_caches_are_shared_by_runs_with_the_same_audio_encoder(
             caches = open_caches(setup(release, records, tmp_path, **changes))
             assert len(caplog.records) == computed
             assert caches is not None
+            assert caches[0] is not None
             assert caches[0].versions == changes.get("versions", 1)
+
+
+def test_sources_of_text_have_no_cache_and_the_encoder_is_made_once(
+    release: Release, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    make = feature_cache.make_encoder
+    monkeypatch.setattr(feature_cache, "make_encoder", lambda *of: made.append(of) or make(*of))
+    run = setup(release, records, tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(records, other)
+    spoken, written = SourceConfig(str(records)), SourceConfig(str(records), tasks=("T1T2",))
+    data = replace(run.config.data, sources=(spoken, written, SourceConfig(str(other))))
+    caches = open_caches(replace(run, config=replace(run.config, data=data)))
+    assert caches is not None
+    assert [cache is None for cache in caches] == [False, True, False]
+    assert len(made) == 1
 
 
 def test_every_version_is_drawn_for_tasks_with_audio(release: Release, records: Path, tmp_path: Path) -> None:
