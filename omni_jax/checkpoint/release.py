@@ -2,7 +2,8 @@
 
 A release folder holds
     config.json             `omni_jax.config.model.ModelConfig`, and `model_type`
-    model.safetensors       the model; see `omni_jax.checkpoint.tensors`
+    model.safetensors       the model but its audio encoder; see `omni_jax.checkpoint.tensors`
+    audio_encoder.safetensors   tensors of the audio encoder, named as in the model
     codec.safetensors       the codec, named as `omni_jax.codec.snac.Snac.params` does
     tokenizer.json, tokenizer_config.json
 """
@@ -30,6 +31,7 @@ from omni_jax.checkpoint.quantize import quantize_tensors
 from omni_jax.checkpoint.safetensors_io import (
     LazyTensor,
     SafetensorsFile,
+    SafetensorsFiles,
     Tensors,
     aligned_empty,
     slice_shape,
@@ -53,9 +55,13 @@ from omni_jax.shapes import shape_mismatches
 CONFIG = "config.json"
 MODEL_TYPE = "omni_jax"
 MODEL = "model.safetensors"
+AUDIO_ENCODER = "audio_encoder.safetensors"
 CODEC = "codec.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-FILES = (CONFIG, MODEL, CODEC, *TOKENIZER_FILES)
+FILES = (CONFIG, MODEL, AUDIO_ENCODER, CODEC, *TOKENIZER_FILES)
+
+AUDIO_ENCODER_PREFIX = "audio_encoder."
+"""Of the names of the audio encoder's tensors."""
 
 AUDIO_ENCODER_PREFIX = "audio_encoder."
 """Of the names of the audio encoder's tensors."""
@@ -187,7 +193,7 @@ class Release:
             CheckpointError: lists every tensor that is missing, unknown or misshapen.
         """
         graph, state = nnx.split(abstract_model(self.config, stacked=stacked, dtype=dtype))
-        file = SafetensorsFile(self.folder / MODEL)
+        file = self._weights()
         self._check(file, tensor_shapes(state))
         shardings = _shardings(state, mesh)
         param_dtype = np.dtype(dtype if param_dtype is None else param_dtype)
@@ -228,7 +234,7 @@ class Release:
         Raises:
             CheckpointError: lists every tensor that is missing, unknown or misshapen.
         """
-        file = SafetensorsFile(self.folder / MODEL)
+        file = self._weights()
         self._check(file, parameter_shapes(self.config))
         return file.tensors
 
@@ -252,7 +258,7 @@ class Release:
     def inspect(self) -> dict[str, LazyTensor]:
         """Every tensor of the release, the codec's under `codec.`; only shapes and types are read."""
         codec = {f"codec.{name}": tensor for name, tensor in self.codec_tensors().items()}
-        return {**SafetensorsFile(self.folder / MODEL).tensors, **codec}
+        return {**self._weights().tensors, **codec}
 
     def fingerprint(self) -> str:
         """A hash of the content, wherever the folder is.
@@ -265,16 +271,19 @@ class Release:
         digest = hashlib.sha256()
         for name in (CONFIG, *TOKENIZER_FILES):
             digest.update((self.folder / name).read_bytes())
-        for name in (MODEL, CODEC):
+        for name in (MODEL, AUDIO_ENCODER, CODEC):
             file = SafetensorsFile(self.folder / name)
             for tensor, known in sorted(file.tensors.items()):
                 digest.update(f"{tensor} {known.dtype} {known.shape}".encode())
                 digest.update(file.read(tensor, (slice(0, 1),) if known.shape else ()).tobytes())
         return digest.hexdigest()
 
-    def _check(self, file: SafetensorsFile, expected: Mapping[str, tuple[int, ...]]) -> None:
-        if wrong := shape_mismatches(file.tensors, expected):
-            raise CheckpointError(f"{file.path} does not fit {CONFIG}:\n" + "\n".join(wrong))
+    def _weights(self) -> SafetensorsFiles:
+        return SafetensorsFiles([self.folder / MODEL, self.folder / AUDIO_ENCODER])
+
+    def _check(self, files: SafetensorsFiles, expected: Mapping[str, tuple[int, ...]]) -> None:
+        if wrong := shape_mismatches(files.tensors, expected):
+            raise CheckpointError(f"{files.paths[0]} does not fit {CONFIG}:\n" + "\n".join(wrong))
 
 
 def save_release(
@@ -305,12 +314,15 @@ def save_release(
         raise CheckpointError(f"{folder}: the tensors do not fit the config:\n" + "\n".join(wrong))
     if missing := set(TOKENIZER_FILES) - {path.name for path in tokenizer_files if path.is_file()}:
         raise CheckpointError(f"{folder}: expected {', '.join(TOKENIZER_FILES)}; got no {', '.join(missing)}")
+    encoder = {name: tensor for name, tensor in tensors.items() if name.startswith(AUDIO_ENCODER_PREFIX)}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in encoder}
     if jax.process_index() != 0:
-        for tensor in tensors.values():
+        for tensor in (*rest.values(), *encoder.values()):
             tensor.read()
     else:
         with new_folder(folder) as partial:
-            write_safetensors(partial / MODEL, quantize_tensors(tensors) if int8 else tensors)
+            for file, part in ((MODEL, rest), (AUDIO_ENCODER, encoder)):
+                write_safetensors(partial / file, quantize_tensors(part) if int8 else part)
             write_safetensors(partial / CODEC, codec_tensors)
             for path in tokenizer_files:
                 shutil.copyfile(path, partial / path.name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,32 @@ class SafetensorsFile:
         # A map for each read: its pages are released with it.
         view = np.memmap(self.path, stored.dtype, mode="r", offset=stored.offset, shape=stored.shape or (1,))
         return view.reshape(stored.shape)
+
+
+class SafetensorsFiles:
+    """Several files, read as if they were one.
+
+    Raises:
+        CheckpointError: as `SafetensorsFile`; or a tensor is in two of them.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = tuple(paths)
+        self._files: dict[str, SafetensorsFile] = {}
+        for file in map(SafetensorsFile, paths):
+            if twice := self._files.keys() & file.tensors.keys():
+                raise CheckpointError(f"{file.path}: {min(twice)} is also in {self._files[min(twice)].path.name}")
+            self._files |= dict.fromkeys(file.tensors, file)
+
+    @property
+    def tensors(self) -> dict[str, LazyTensor]:
+        """Every tensor by name."""
+        files = dict.fromkeys(self._files.values())
+        return {name: tensor for file in files for name, tensor in file.tensors.items()}
+
+    def read_into(self, name: str, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
+        """See `SafetensorsFile.read_into`."""
+        self._files[name].read_into(name, out, index)
 
 
 def write_safetensors(path: str | Path, tensors: Tensors) -> None:

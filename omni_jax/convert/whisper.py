@@ -2,7 +2,8 @@
 
 Our names are the paths of `omni_jax.model.whisper_encoder.WhisperEncoder`, one tensor per layer, such as
 `layers.0.q.weight`. Theirs are those of `WhisperForConditionalGeneration` (`model.encoder.*`) or of `WhisperModel`
-(`encoder.*`). The position table is fixed sinusoids, so ours has none: it is checked on import and computed on export.
+(`encoder.*`). The position table is a tensor like the others: the published ones are sinusoids that were rounded to
+float16, up to 2.9e-4 from exact ones.
 
 Letters: D hidden, N heads, H head dim, F intermediate, M mel bins.
 """
@@ -13,36 +14,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors, write_safetensors
 from omni_jax.config.load import build_config
 from omni_jax.config.model import AudioEncoderConfig
 from omni_jax.convert.files import CONFIG, WEIGHTS, common_dtype, open_safetensors, read_json, write_json
 from omni_jax.convert.table import (
     Entry,
-    mismatches,
     rename,
     reshape,
-    their_shapes,
     to_ours,
     to_theirs,
     transpose,
 )
 from omni_jax.errors import ConfigError, ConversionError
-from omni_jax.model.whisper_encoder import sinusoids
 
 PREFIXES = ("model.encoder.", "encoder.")
 """Prefixes of the encoder's tensors; the first is used when writing."""
 
 IGNORED = ("model.decoder.", "decoder.", "proj_out.")
 """Prefixes of the other tensors of a Whisper, which are skipped."""
-
-POSITIONS = "embed_positions.weight"
-
-POSITIONS_TOLERANCE = 5e-4
-"""The published tables are sinusoids that were rounded to float16 (half a step is 2.4e-4), plus float32 noise in
-the angles; 2.9e-4 was measured on whisper-base. A trained table is off by far more."""
 
 _FIELDS = {
     "num_mel_bins": "num_mel_bins",
@@ -66,36 +56,18 @@ def from_transformers(
         source: where the tensors come from, for errors.
 
     Raises:
-        ConversionError: lists every tensor that is missing, unknown, misshapen or of another type, and a position
-            table that differs from Whisper's sinusoids.
+        ConversionError: lists every tensor that is missing, unknown, misshapen or of another type.
     """
-    encoder = _encoder(tensors)
-    table = _table(config)
-    shape = (config.max_position, config.hidden_size)
-    wrong = mismatches(encoder, {**their_shapes(table), POSITIONS: shape})
-    positions = encoder.pop(POSITIONS, None)
-    if positions is not None and positions.shape == shape:
-        difference = np.abs(positions.read().astype(np.float32) - sinusoids(*shape)).max()
-        if not difference <= POSITIONS_TOLERANCE:  # NaN is not
-            wrong.append(
-                f"{POSITIONS}: expected Whisper's sinusoids to within {POSITIONS_TOLERANCE:g}, "
-                f"found a difference of {difference:.3g}"
-            )
-    if wrong:
-        raise ConversionError(f"{source}:\n" + "\n".join(wrong))
-    return to_ours(table, encoder, source)
+    return to_ours(_table(config), _encoder(tensors), source)
 
 
 def to_transformers(tensors: Tensors, config: AudioEncoderConfig) -> dict[str, LazyTensor]:
     """Our tensors in transformers' layout, as `model.encoder.*`; the inverse of `from_transformers`.
 
-    The position table is float32 whatever the type of the others: rounded to bfloat16 it would not be read again.
-
     Raises:
         ConversionError: lists every tensor that is missing, unknown, misshapen or of another type.
     """
     state = to_theirs(_table(config), tensors, "Whisper encoder to transformers")
-    state[POSITIONS] = LazyTensor.of(sinusoids(config.max_position, config.hidden_size))
     return {PREFIXES[0] + name: tensor for name, tensor in state.items()}
 
 
@@ -127,7 +99,7 @@ def read(folder: str | Path) -> tuple[AudioEncoderConfig, dict[str, LazyTensor]]
     """Read the encoder from a folder as `save_pretrained` writes it.
 
     Returns:
-        The encoder's config and the tensors by our names. Only the position table has been read.
+        The encoder's config and the tensors by our names; none is read yet.
 
     Raises:
         ConversionError: a file is missing, or its content is not a Whisper.
@@ -177,7 +149,7 @@ def _encoder(tensors: Tensors) -> dict[str, LazyTensor]:
 
 
 def _table(config: AudioEncoderConfig) -> list[Entry]:
-    """Every tensor of the encoder except the position table."""
+    """Every tensor of the encoder."""
     D, N, F = config.hidden_size, config.num_heads, config.intermediate_size
     H = D // N
     table = [
@@ -185,6 +157,7 @@ def _table(config: AudioEncoderConfig) -> list[Entry]:
         rename("conv1.bias", "conv1.bias", (D,)),
         transpose("conv2.weight", "conv2.weight", (D, D, 3), (2, 1, 0)),
         rename("conv2.bias", "conv2.bias", (D,)),
+        rename("embed_positions.weight", "positions", (config.max_position, D)),
     ]
     for layer in range(config.num_layers):
         block = f"layers.{layer}"

@@ -27,6 +27,8 @@ class WhisperEncoder(nnx.Module):
     """The encoder of Whisper.
 
     Attributes:
+        positions: f32 [max_position, D], added to the features; `sinusoids`, or the table of imported weights. Never
+            trained: see `omni_jax.training.stages.partition`.
         layers: if `stacked`, one `EncoderBlock` whose parameters have a leading layer axis, run by `lax.scan`
             (compiles once, good for TPU); otherwise an `nnx.List` of blocks. The same seed gives the same
             weights and the same results in both.
@@ -43,6 +45,7 @@ class WhisperEncoder(nnx.Module):
             config.num_mel_bins, D, stride=1, axes=(None, "mels", "encoder_embed"), dtype=dtype, rngs=rngs
         )
         self.conv2 = Conv(D, D, stride=2, axes=(None, None, "encoder_embed"), dtype=dtype, rngs=rngs)
+        self.positions = nnx.Param(jnp.asarray(sinusoids(config.max_position, D)), axes=(None, None))
         keys = jax.random.split(rngs.params(), config.num_layers)
         self.layers: Any = make_layers(lambda keys: EncoderBlock(config, dtype, keys), keys, stacked=stacked)
         self.norm = LayerNorm(D)
@@ -68,7 +71,7 @@ class WhisperEncoder(nnx.Module):
         x = gelu(self.conv1(mel.transpose(0, 2, 1)))
         x = gelu(self.conv2(x))
         # The residual stream stays float32 whatever the compute dtype: Whisper's grows to hundreds.
-        x = x.astype(jnp.float32) + sinusoids(config.max_position, config.hidden_size)
+        x = x.astype(jnp.float32) + self.positions[...]
         if self.stacked:
             graph, weights = nnx.split(self.layers)
 
@@ -157,7 +160,7 @@ class LayerNorm(nnx.Module):
 
 
 def sinusoids(positions: int, size: int) -> np.ndarray:
-    """The encoder's fixed positions: sines in the first half of the hidden axis, cosines in the second.
+    """The encoder's positions before any training: sines in the first half of the hidden axis, cosines in the second.
 
     Wavelengths run geometrically from 2 pi to 20000 pi positions. Float32 in every step, as Whisper computes
     them: at position 1500 exact arithmetic would differ by 1e-4.

@@ -25,6 +25,9 @@ _PREFIXES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("tts_adapter",), "tts_adapter"),
 )
 
+_NEVER_TRAINED = ("audio_encoder", "positions")
+"""Whisper's position table is fixed, whatever else of its encoder is trained."""
+
 _TIED = {"text_head": "text_embedding", "audio_head": "audio_embedding"}
 """The embedding that a tied head is."""
 
@@ -55,8 +58,8 @@ def partition(params: Params, modules: Collection[str]) -> tuple[dict[str, Any],
         raise ConfigError(
             f"trainable: the model has no module of its own for {', '.join(sorted(missing))}", field="trainable"
         )
-    trainable = {path: x for path, x in flat.items() if module_of(path) in modules}
-    frozen = {path: x for path, x in flat.items() if module_of(path) not in modules}
+    trainable = {path: x for path, x in flat.items() if module_of(path) in modules and path != _NEVER_TRAINED}
+    frozen = {path: x for path, x in flat.items() if path not in trainable}
     return traverse_util.unflatten_dict(trainable), traverse_util.unflatten_dict(frozen)
 
 

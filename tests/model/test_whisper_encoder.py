@@ -97,6 +97,7 @@ def test_parameters_have_logical_axes():
         "conv1.bias": (None,),
         "conv2.weight": (None, None, "encoder_embed"),
         "conv2.bias": (None,),
+        "positions": (None, None),
         "norm.scale": (None,),
         "norm.bias": (None,),
     }
