@@ -25,9 +25,9 @@ def synthesize(
     questions: Annotated[
         list[str] | None,
         typer.Option(
-            help="Voices of the questions; may be repeated, one is drawn for each question: espeak, flite, hibari or "
-            "pico, optionally with =VOICE,...; command='PROGRAM {text} {out}'; openai='URL MODEL', the last two "
-            "optionally with ' @VOICE,...'. Default: espeak and flite.",
+            help="Voices of the questions; may be repeated, one is drawn for each question: espeak, flite, hibari, "
+            "kokoro or pico, optionally with =VOICE,...; command='PROGRAM {text} {out}'; openai='URL MODEL', the last "
+            "two optionally with ' @VOICE,...'. Default: espeak and flite.",
             show_default=False,
         ),
     ] = None,

