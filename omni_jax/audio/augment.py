@@ -1,4 +1,4 @@
-"""Augmentation of waveforms, for corpora of synthetic speech: trimming, speed, room, noise, band, level.
+"""Augmentation of waveforms, for corpora of synthetic speech: speed, room, silence, noise, band, clips, codec, level.
 
 `augment` turns one clean recording into one of many that a microphone may have made of it. Everything is float32, mono,
 on the host. Equal seeds give equal samples: `make nano` relies on it.
@@ -6,8 +6,11 @@ on the host. Equal seeds give equal samples: `make nano` relies on it.
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import av
 import numpy as np
 import soxr
 
@@ -94,34 +97,71 @@ def pad_silence(
 
 
 @dataclass(frozen=True)
+class LossyCodec:
+    """How a recording may be compressed on its way, as FFmpeg names it."""
+
+    codec: str
+    container: str
+    sample_rate: int
+    bit_rates: tuple[int, ...] = ()
+    """In bit/s; empty: the codec has one."""
+
+
+CODECS: Mapping[str, LossyCodec] = {
+    "telephone": LossyCodec("pcm_mulaw", "wav", 8000),
+    "telephone_alaw": LossyCodec("pcm_alaw", "wav", 8000),
+    "voip": LossyCodec("libopus", "ogg", 16_000, (8000, 12_000, 16_000, 24_000)),
+    "mp3": LossyCodec("libmp3lame", "mp3", 16_000, (16_000, 24_000, 32_000)),
+    "low_mp3": LossyCodec("libmp3lame", "mp3", 8000, (8000, 16_000)),
+}
+"""Codecs by name. Those of telephones are G.711."""
+TELEPHONE_BAND = (300.0, 3400.0)
+"""Of codecs at 8 kHz, in Hz."""
+
+
+@dataclass(frozen=True)
 class Augmentation:
     """Settings of `augment`. Each pair is a range to draw from uniformly, each `_chance` a probability."""
 
-    stretch: tuple[float, float] = (0.94, 1.06)
+    stretch: tuple[float, float] = (0.9, 1.1)
     """Speed, which changes the pitch too."""
     room_chance: float = 0.4
-    rt60: tuple[float, float] = (0.1, 0.5)
+    rt60: tuple[float, float] = (0.1, 0.6)
     """Reverberation time: seconds until the reverberation has decayed by 60 dB."""
-    drr_db: tuple[float, float] = (3.0, 18.0)
+    drr_db: tuple[float, float] = (0.0, 18.0)
     """Direct-to-reverberant ratio, in dB."""
+    silence_chance: float = 0.2
+    """Of silence before the recording, and as often of silence after it."""
+    silence: tuple[float, float] = (0.0, 3.0)
+    """In seconds."""
+    max_seconds: float = 30.0
+    """Longest result; silence is shortened accordingly."""
     noise_chance: float = 0.7
-    snr_db: tuple[float, float] = (8.0, 40.0)
+    snr_db: tuple[float, float] = (5.0, 35.0)
     """Speech to noise, in dB."""
     colors: tuple[float, ...] = (-1.0, 0.0, 1.0, 2.0)
     """Colors of noise, by the exponent with which its power falls over frequency: blue, white, pink, brown."""
-    band_chance: float = 0.3
+    swell_chance: float = 0.5
+    """Of noise that becomes louder and softer, as that of a street or a room full of people."""
+    band_chance: float = 0.2
     low_cut: tuple[float, float] = (50.0, 350.0)
     """Cut-off frequency of the high-pass filter, in Hz."""
     high_cut: tuple[float, float] = (3000.0, 7000.0)
     """Cut-off frequency of the low-pass filter, in Hz."""
-    level: tuple[float, float] = (-36.0, -16.0)
+    clip_chance: float = 0.1
+    clip_db: tuple[float, float] = (1.0, 10.0)
+    """How far the peaks are above what the microphone can take, in dB."""
+    codec_chance: float = 0.3
+    codecs: tuple[str, ...] = tuple(CODECS)
+    """Some of `CODECS`."""
+    level: tuple[float, float] = (-40.0, -12.0)
     """RMS of the result in dB of full scale; lower where its peak would exceed full scale."""
 
 
 def augment(
     audio: np.ndarray, rate: int, seed: int | list[int], settings: Augmentation | None = None
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Simulate a room, its noise and a microphone.
+) -> tuple[np.ndarray, dict[str, float | str]]:
+    """Simulate a room, its noise, a microphone and a connection.
 
     Args:
         audio: f32 [samples], not silent. The reverberation is truncated at its end: leave some silence there.
@@ -130,7 +170,8 @@ def augment(
         settings: the ranges; `Augmentation()` if None.
 
     Returns:
-        f32 [samples] within -1..1, as long as the recording after the change of speed, and the numbers drawn, by name.
+        f32 [samples] within -1..1, as long as the recording after the change of speed with its silence, and what was
+        drawn, by name.
 
     Raises:
         SynthesisError: the recording is silent.
@@ -139,23 +180,85 @@ def augment(
     rng = np.random.default_rng(seed)
     if not np.any(audio):
         raise SynthesisError(f"expected sound to augment, found {len(audio)} samples of silence")
-    drawn = {"stretch": float(rng.uniform(*ranges.stretch))}
-    sound = change_speed(np.asarray(audio, np.float32), drawn["stretch"])
+    drawn: dict[str, float | str] = {}
+
+    def draw(name: str, span: tuple[float, float]) -> float:
+        value = float(rng.uniform(*span))
+        drawn[name] = round(value, 4)
+        return value
+
+    sound = change_speed(np.asarray(audio, np.float32), draw("stretch", ranges.stretch))
     if rng.random() < ranges.room_chance:
-        drawn["rt60"] = float(rng.uniform(*ranges.rt60))
-        drawn["drr_db"] = float(rng.uniform(*ranges.drr_db))
-        sound = _convolve(sound, room_impulse_response(rng, rate, drawn["rt60"], drawn["drr_db"]))
+        response = room_impulse_response(rng, rate, draw("rt60", ranges.rt60), draw("drr_db", ranges.drr_db))
+        sound = _convolve(sound, response)
+    speech = _rms(sound)
+    for side in ("silence_before", "silence_after"):
+        if rng.random() < ranges.silence_chance:
+            room = round(ranges.max_seconds * rate) - len(sound)
+            silence = np.zeros(max(min(round(draw(side, ranges.silence) * rate), room), 0), np.float32)
+            sound = np.concatenate([silence, sound] if side == "silence_before" else [sound, silence])
     if rng.random() < ranges.noise_chance:
-        drawn["snr_db"] = float(rng.uniform(*ranges.snr_db))
-        drawn["color"] = float(rng.choice(ranges.colors))
-        noise = colored_noise(rng, len(sound), rate, drawn["color"])
-        sound = sound + noise * _rms(sound) * np.float32(10 ** (-drawn["snr_db"] / 20))
+        color = float(rng.choice(ranges.colors))
+        drawn["color"] = color
+        noise = colored_noise(rng, len(sound), rate, color)
+        if rng.random() < ranges.swell_chance:
+            drawn["swell"] = "yes"
+            noise = swell(rng, noise, rate)
+        sound = sound + noise * speech * np.float32(10 ** (-draw("snr_db", ranges.snr_db) / 20))
     if rng.random() < ranges.band_chance:
-        drawn["low_cut"] = float(rng.uniform(*ranges.low_cut))
-        drawn["high_cut"] = float(rng.uniform(*ranges.high_cut))
-        sound = _band_pass(sound, rate, drawn["low_cut"], drawn["high_cut"])
-    drawn["level"] = float(rng.uniform(*ranges.level))
-    return set_level(sound, drawn["level"]), {name: round(value, 4) for name, value in drawn.items()}
+        sound = _band_pass(sound, rate, draw("low_cut", ranges.low_cut), draw("high_cut", ranges.high_cut))
+    if rng.random() < ranges.clip_chance:
+        limit = float(np.abs(sound).max()) * 10 ** (-draw("clip_db", ranges.clip_db) / 20)
+        sound = np.clip(sound, -limit, limit)
+    if rng.random() < ranges.codec_chance:
+        name = str(rng.choice(ranges.codecs))
+        codec = CODECS[name]
+        bit_rate = int(rng.choice(codec.bit_rates)) if codec.bit_rates else None
+        drawn["codec"] = f"{name} {bit_rate or ''}".strip()
+        sound = through_codec(set_level(sound, -20.0), rate, codec, bit_rate)
+    return set_level(sound, draw("level", ranges.level)), drawn
+
+
+def through_codec(audio: np.ndarray, rate: int, codec: LossyCodec, bit_rate: int | None = None) -> np.ndarray:
+    """Compress and decompress a recording.
+
+    Args:
+        audio: f32 [samples] within -1..1.
+        rate: samples per second.
+        codec: at 8 kHz, frequencies beyond a telephone's are removed first.
+        bit_rate: in bit/s; None: the codec's own.
+
+    Returns:
+        f32 [samples] of the same length. Where the codec delays, the end is cut off.
+    """
+    if codec.sample_rate == 8000:
+        audio = _band_pass(audio, rate, *TELEPHONE_BAND)
+    narrow = soxr.resample(audio, rate, codec.sample_rate, quality="HQ")
+    samples = np.rint(np.clip(narrow, -1, 1) * 32767).astype(np.int16)
+    file = io.BytesIO()
+    with av.open(file, "w", codec.container) as container:
+        stream = container.add_stream(codec.codec, codec.sample_rate, layout="mono")
+        assert isinstance(stream, av.AudioStream)
+        if bit_rate:
+            stream.bit_rate = bit_rate
+        frame = av.AudioFrame.from_ndarray(samples[None], "s16", "mono")
+        frame.sample_rate = codec.sample_rate
+        for packet in (*stream.encode(frame), *stream.encode(None)):
+            container.mux(packet)
+    file.seek(0)
+    with av.open(file, "r") as compressed:
+        resampler = av.AudioResampler("flt", "mono", rate)
+        frames = [part for frame in compressed.decode(audio=0) for part in resampler.resample(frame)]
+        frames += resampler.resample(None)
+    decoded = np.concatenate([frame.to_ndarray().reshape(-1) for frame in frames])[: len(audio)]
+    return np.pad(decoded, (0, len(audio) - len(decoded))).astype(np.float32)
+
+
+def swell(rng: np.random.Generator, noise: np.ndarray, rate: int) -> np.ndarray:
+    """Noise f32 [samples] made louder and softer several times a second; its RMS stays 1."""
+    points = max(len(noise) * 8 // rate, 1) + 2
+    gain = np.exp(np.interp(np.linspace(0, points - 1, len(noise)), np.arange(points), rng.normal(0, 0.8, points)))
+    return (noise * gain / np.sqrt(np.mean(np.square(noise * gain)))).astype(np.float32)
 
 
 def set_level(audio: np.ndarray, decibels: float, peak: float = 0.98) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,17 @@ from omni_jax.audio import augment
 from omni_jax.errors import SynthesisError
 
 RATE = 16_000
-PLAIN = augment.Augmentation(stretch=(1.0, 1.0), room_chance=0, noise_chance=0, band_chance=0, level=(-20.0, -20.0))
+PLAIN = augment.Augmentation(
+    stretch=(1.0, 1.0),
+    room_chance=0,
+    silence_chance=0,
+    noise_chance=0,
+    swell_chance=0,
+    band_chance=0,
+    clip_chance=0,
+    codec_chance=0,
+    level=(-20.0, -20.0),
+)
 """Nothing but the level."""
 
 
@@ -142,19 +154,21 @@ def test_augment_depends_on_seed():
     assert decibels(audio) == pytest.approx(-23, abs=0.1), "the input must not be modified"
 
 
+DRAWN = {
+    "stretch": 0.9321,
+    "rt60": 0.2083,
+    "drr_db": 6.6245,
+    "silence_before": 2.4876,
+    "color": 0.0,
+    "snr_db": 33.7862,
+    "level": -29.6342,
+}
+
+
 def test_augment_draws_same_numbers_for_same_seed():
     """The corpus of the shipped model depends on them."""
     _, drawn = augment.augment(0.1 * tone(200, 0.2), RATE, [25, 0])
-    assert drawn == {
-        "stretch": 0.9593,
-        "rt60": 0.1866,
-        "drr_db": 8.5204,
-        "snr_db": 24.879,
-        "color": -1.0,
-        "low_cut": 311.5283,
-        "high_cut": 5059.5309,
-        "level": -23.6696,
-    }
+    assert drawn == DRAWN
 
 
 def test_augment_draws_from_ranges_with_given_chances():
@@ -165,20 +179,25 @@ def test_augment_draws_from_ranges_with_given_chances():
         sound, drawn = augment.augment(audio, RATE, seed)
         draws.append(drawn)
         assert sound.dtype == np.float32
-        assert len(sound) == pytest.approx(len(audio) / drawn["stretch"], abs=1)
+        silences = drawn.get("silence_before", 0) + drawn.get("silence_after", 0)
+        assert len(sound) == pytest.approx(len(audio) / drawn["stretch"] + silences * RATE, abs=3)
         assert np.abs(sound).max() <= 0.98 + 1e-6
         if np.abs(sound).max() < 0.979:
             assert decibels(sound) == pytest.approx(drawn["level"], abs=0.01)
-    for name in ("stretch", "rt60", "drr_db", "snr_db", "low_cut", "high_cut", "level"):
+        assert drawn.get("codec", "telephone").split()[0] in augment.CODECS
+    for name in ("stretch", "rt60", "drr_db", "snr_db", "low_cut", "high_cut", "clip_db", "level"):
         low, high = getattr(settings, name)
         values = [drawn[name] for drawn in draws if name in drawn]
-        assert low <= min(values) < low + 0.1 * (high - low), name
-        assert high >= max(values) > high - 0.1 * (high - low), name
+        assert low <= min(values) < low + 0.15 * (high - low), name
+        assert high >= max(values) > high - 0.15 * (high - low), name
     assert {drawn["color"] for drawn in draws if "color" in drawn} == set(settings.colors)
     for chance, names in {
         0.4: ("rt60", "drr_db"),
         0.7: ("snr_db", "color"),
-        0.3: ("low_cut", "high_cut"),
+        0.2: ("low_cut", "high_cut", "silence_before", "silence_after"),
+        0.1: ("clip_db",),
+        0.3: ("codec",),
+        0.35: ("swell",),
     }.items():
         for name in names:
             assert sum(name in drawn for drawn in draws) / 300 == pytest.approx(chance, abs=0.09), name
@@ -223,6 +242,73 @@ def test_augment_band_pass():
     assert levels[3000] == pytest.approx(-3, abs=0.1)
     assert levels[75] == pytest.approx(-24, abs=0.3)
     assert levels[6000] == pytest.approx(-24, abs=0.3)
+
+
+def test_augment_adds_silence_before_and_after():
+    settings = replace(PLAIN, silence_chance=1, silence=(0.5, 0.5))
+    audio = 0.1 * tone(200, 1)
+    sound, drawn = augment.augment(audio, RATE, 0, settings)
+    assert drawn["silence_before"] == drawn["silence_after"] == 0.5
+    assert not sound[: RATE // 2].any()
+    assert not sound[-RATE // 2 :].any()
+    np.testing.assert_allclose(sound[RATE // 2 : -RATE // 2], audio * sound[9000] / audio[1000], atol=1e-6)
+    assert len(augment.augment(audio, RATE, 0, replace(settings, max_seconds=1.75))[0]) == 1.75 * RATE
+    assert len(augment.augment(audio, RATE, 0, replace(settings, max_seconds=0.5))[0]) == RATE
+
+
+def test_augment_noise_is_louder_and_softer():
+    """In silence, where there is nothing else; its RMS relative to the speech is as drawn."""
+    settings = replace(PLAIN, silence_chance=1, silence=(3.0, 3.0), noise_chance=1, snr_db=(6.0, 6.0), colors=(0.0,))
+    levels = {}
+    for chance in (0, 1):
+        sound, drawn = augment.augment(0.1 * tone(200, 3), RATE, 3, replace(settings, swell_chance=chance))
+        assert ("swell" in drawn) == (chance == 1)
+        pieces = sound[: 3 * RATE].reshape(-1, RATE // 10)
+        levels[chance] = np.std(10 * np.log10(np.mean(pieces**2, axis=1)))
+    assert levels[0] < 0.5
+    assert levels[1] > 2
+    swelling = augment.swell(
+        np.random.default_rng(0), augment.colored_noise(np.random.default_rng(1), RATE, RATE, 0), RATE
+    )
+    assert decibels(swelling) == pytest.approx(0, abs=1e-3)
+
+
+def test_augment_clips():
+    settings = replace(PLAIN, clip_chance=1, clip_db=(6.0, 6.0))
+    sound, _ = augment.augment(0.1 * tone(200, 1), RATE, 0, settings)
+    # Of a sine clipped at half its height, two thirds of the time are at the limit.
+    assert np.mean(np.abs(sound) > 0.999 * np.abs(sound).max()) == pytest.approx(2 / 3, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "bit_rate"),
+    [(name, rate) for name, codec in augment.CODECS.items() for rate in codec.bit_rates or (None,)],
+)
+def test_through_codec_keeps_time_and_speech_band(name: str, bit_rate: int | None):
+    codec = augment.CODECS[name]
+    pitches = (500.0, 1100.0, 2300.0, 6000.0)
+    envelope = np.interp(
+        np.arange(RATE), np.arange(0, RATE, 800), np.random.default_rng(0).uniform(0.2, 1, RATE // 800)
+    )
+    audio = (envelope * np.sum([0.1 * tone(hertz, 1) for hertz in pitches], axis=0)).astype(np.float32)
+    sound = augment.through_codec(audio, RATE, codec, bit_rate)
+    assert (sound.shape, sound.dtype) == (audio.shape, np.float32)
+    for hertz in pitches[:3]:
+        assert amplitude(sound, hertz) == pytest.approx(amplitude(audio, hertz), rel=0.35)
+    if codec.sample_rate == 8000:
+        assert amplitude(sound, 6000) < 0.01 * amplitude(audio, 6000)
+    delay = np.correlate(sound, audio, "full").argmax() - (len(audio) - 1)
+    assert abs(delay) <= 8
+    assert not np.array_equal(sound, audio)
+
+
+def test_augment_draws_codecs():
+    settings = replace(PLAIN, codec_chance=1)
+    drawn = {str(augment.augment(0.1 * tone(200, 0.3), RATE, seed, settings)[1]["codec"]) for seed in range(60)}
+    assert {name.split()[0] for name in drawn} == set(augment.CODECS)
+    assert {name for name in drawn if name.startswith("voip")} == {
+        f"voip {rate}" for rate in augment.CODECS["voip"].bit_rates
+    }
 
 
 @pytest.mark.parametrize("samples", [0, 100])
