@@ -641,15 +641,19 @@ def test_reply_chunk_and_omni_print_short(omni: Omni) -> None:
     assert repr(omni) == "<Omni, trunk of 2 layers x 32, 0.4 s in, 24000 Hz out>"
 
 
-def test_warm_up_compiles_everything_for_streams(codec: DecodeFn, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("mask_padding", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_warm_up_compiles_everything_for_streams(
+    codec: DecodeFn, caplog: pytest.LogCaptureFixture, mask_padding: bool
+) -> None:
     config = small_config(text=260, max_position=24)
+    config = replace(config, audio_encoder=replace(config.audio_encoder, mask_padding=mask_padding))
     omni = Omni(random_model(config, seed=SEED), codec, byte_tokenizer())
     omni.warm_up()
     jax.config.update("jax_log_compiles", True)
     try:
         for length in (1, 9, 20):
             assert list(omni.stream(text="a" * length, temperature=0.5))
-        for samples in (400, 3000, MAX_SAMPLES):
+        for samples in (400, 2000, 3000, MAX_SAMPLES):
             assert list(omni.stream(recording(0, samples), sample_rate=16000))
     finally:
         jax.config.update("jax_log_compiles", False)

@@ -14,7 +14,7 @@ _MIN_GROUP_SIZE = 32
 
 
 def quantize_tensors(tensors: Tensors) -> dict[str, LazyTensor]:
-    """Every matrix rounded to int8, with its scales; scalars, vectors and biases unchanged.
+    """Every matrix rounded to int8, with its scales; scalars, vectors, biases and positions unchanged.
 
     Weights share a scale along some of the axes: of all choices that give a scale to `_MIN_GROUP_SIZE` weights or more,
     those with the smallest squared error; along all axes in a smaller tensor.
@@ -27,7 +27,7 @@ def quantize_tensors(tensors: Tensors) -> dict[str, LazyTensor]:
     """
     quantized: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
-        if len(tensor.shape) < 2 or name.endswith("bias"):
+        if len(tensor.shape) < 2 or name.endswith(("bias", "positions")):
             quantized[name] = tensor
             continue
         values, scale = _quantize(tensor.read().astype(np.float32))

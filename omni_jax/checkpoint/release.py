@@ -50,6 +50,7 @@ from omni_jax.config.load import build_config, to_dict
 from omni_jax.config.model import PRESETS, SHIPPED_RELEASES, ModelConfig
 from omni_jax.errors import CheckpointError, ConfigError
 from omni_jax.model.omni import OmniModel
+from omni_jax.model.whisper_encoder import sinusoids
 from omni_jax.shapes import shape_mismatches
 
 CONFIG = "config.json"
@@ -58,7 +59,8 @@ MODEL = "model.safetensors"
 AUDIO_ENCODER = "audio_encoder.safetensors"
 CODEC = "codec.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-FILES = (CONFIG, MODEL, AUDIO_ENCODER, CODEC, *TOKENIZER_FILES)
+FILES = (CONFIG, MODEL, CODEC, *TOKENIZER_FILES)
+"""Without these, a folder is no release."""
 
 AUDIO_ENCODER_PREFIX = "audio_encoder."
 """Of the names of the audio encoder's tensors."""
@@ -145,7 +147,9 @@ def open_release(source: str | Path, *, revision: str | None = None, cache_dir: 
             raise CheckpointError(f"{folder}: a training run that has not finished: there is no release in it yet")
         source = folder / RELEASE
     shipped = ", ".join(SHIPPED_RELEASES)
-    folder = fetch(source, FILES, f"a release ({shipped} is one)", revision=revision, cache_dir=cache_dir)
+    folder = fetch(
+        source, (*FILES, AUDIO_ENCODER), f"a release ({shipped} is one)", revision=revision, cache_dir=cache_dir
+    )
     require_files(folder, FILES, "a release")
     return Release(folder, load_model_config(folder / CONFIG))
 
@@ -271,15 +275,20 @@ class Release:
         digest = hashlib.sha256()
         for name in (CONFIG, *TOKENIZER_FILES):
             digest.update((self.folder / name).read_bytes())
-        for name in (MODEL, AUDIO_ENCODER, CODEC):
-            file = SafetensorsFile(self.folder / name)
+        for path in (*self._weights().paths, self.folder / CODEC):
+            file = SafetensorsFile(path)
             for tensor, known in sorted(file.tensors.items()):
                 digest.update(f"{tensor} {known.dtype} {known.shape}".encode())
                 digest.update(file.read(tensor, (slice(0, 1),) if known.shape else ()).tobytes())
         return digest.hexdigest()
 
     def _weights(self) -> SafetensorsFiles:
-        return SafetensorsFiles([self.folder / MODEL, self.folder / AUDIO_ENCODER])
+        if (self.folder / AUDIO_ENCODER).exists():
+            return SafetensorsFiles([self.folder / MODEL, self.folder / AUDIO_ENCODER])
+        # Up to version 0.2, releases had one file, and positions were computed.
+        config = self.config.audio_encoder
+        positions = sinusoids(config.max_position, config.hidden_size)
+        return SafetensorsFiles([self.folder / MODEL], {f"{AUDIO_ENCODER_PREFIX}positions": positions})
 
     def _check(self, files: SafetensorsFiles, expected: Mapping[str, tuple[int, ...]]) -> None:
         if wrong := shape_mismatches(files.tensors, expected):

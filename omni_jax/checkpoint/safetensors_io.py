@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -193,14 +194,15 @@ class SafetensorsFile:
 
 
 class SafetensorsFiles:
-    """Several files, read as if they were one.
+    """Several files, read as if they were one, and tensors that are in none of them.
 
     Raises:
         CheckpointError: as `SafetensorsFile`; or a tensor is in two of them.
     """
 
-    def __init__(self, paths: Sequence[Path]):
+    def __init__(self, paths: Sequence[Path], computed: Mapping[str, np.ndarray] = MappingProxyType({})):
         self.paths = tuple(paths)
+        self._computed = computed
         self._files: dict[str, SafetensorsFile] = {}
         for file in map(SafetensorsFile, paths):
             if twice := self._files.keys() & file.tensors.keys():
@@ -211,10 +213,14 @@ class SafetensorsFiles:
     def tensors(self) -> dict[str, LazyTensor]:
         """Every tensor by name."""
         files = dict.fromkeys(self._files.values())
-        return {name: tensor for file in files for name, tensor in file.tensors.items()}
+        stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
+        return stored | {name: LazyTensor.of(array) for name, array in self._computed.items()}
 
     def read_into(self, name: str, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
         """See `SafetensorsFile.read_into`."""
+        if name in self._computed:
+            out[...] = self._computed[name][index]
+            return
         self._files[name].read_into(name, out, index)
 
 

@@ -70,8 +70,13 @@ def train_program(config: RunConfig, devices: Sequence[jax.Device]) -> Program:
         "positions": ((B, T), jnp.int32),
         "segments": ((B, T), jnp.int32),
         "speech_index": ((B, T), jnp.int32),
-        "sound": ((B, data.max_clips, model.audio_encoder.max_samples), jnp.int16),
     }
+    encoder = model.audio_encoder
+    if data.cached_features is None:
+        arrays["sound"] = ((B, data.max_clips, encoder.max_samples), jnp.int16)
+    else:
+        stored = jnp.float32 if data.cached_features.dtype == "float32" else jnp.float16
+        arrays["features"] = ((B, data.max_clips, encoder.max_position, encoder.hidden_size), stored)
     rows = sharding.rows(setup.mesh)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in arrays.items()}
     # Trained parameters and their two moments are read and written; frozen parameters are read.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +24,10 @@ class AudioEncoderConfig:
     num_heads: int = Field(default=12, gt=0)
     intermediate_size: int = Field(default=3072, gt=0)
     max_position: int = Field(default=1500, gt=0)
-    """Feature frames of 20 ms that the encoder takes at once; its input is always padded to this length."""
+    """Feature frames of 20 ms that the encoder takes at once; a shorter recording is padded."""
+    mask_padding: bool = False
+    """Whether only the recording is attended to, not the silence that it is padded with. Its features are then the same
+    whatever it is padded to, and a short recording costs less. Whisper was trained without."""
 
     @model_validator(mode="after")
     def _heads_divide_hidden_size(self) -> AudioEncoderConfig:
@@ -34,6 +36,19 @@ class AudioEncoderConfig:
                 f"hidden_size must be even and a multiple of num_heads, found {self.hidden_size} and {self.num_heads}"
             )
         return self
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Positions that recordings are padded to: with `mask_padding` a quarter, a half or all of them."""
+        shorter = (self.max_position // 4, self.max_position // 2) if self.mask_padding else ()
+        return (*shorter, self.max_position)
+
+    def window(self, samples: int) -> int:
+        """The shortest of `windows` for a recording of so many samples.
+
+        It has one position more than the recording, since the convolutions look ahead.
+        """
+        return next((size for size in self.windows if samples // 320 + 2 <= size), self.max_position)
 
     @property
     def max_samples(self) -> int:
@@ -247,7 +262,12 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     "nano": ModelConfig(
         audio_encoder=AudioEncoderConfig(
-            hidden_size=192, num_layers=4, num_heads=4, intermediate_size=768, max_position=300
+            hidden_size=512,
+            num_layers=6,
+            num_heads=8,
+            intermediate_size=2048,
+            max_position=500,
+            mask_padding=True,
         ),
         adapter=AdapterConfig(intermediate_size=512, stack=4),
         trunk=TrunkConfig(
@@ -273,6 +293,5 @@ PRESETS: dict[str, ModelConfig] = {
     ),
 }
 """Shapes by name. `nano` is that of the small trained model which ships with the package."""
-PRESETS["nano_tts_adapter"] = replace(PRESETS["nano"], tts_adapter_layers=2)
 SHIPPED_RELEASES = {"nano": Path(__file__).parents[1] / "assets" / "nano"}
 """Folders of the releases that ship with the package, by name."""

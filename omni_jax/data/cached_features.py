@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgpack
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from omni_jax.audio.augment import augment
+from omni_jax.audio.augment import Augmentation, augment
 from omni_jax.audio.io import SAMPLE_RATE, from_pcm16, to_pcm16
 from omni_jax.data.records import INDEX, RECORD_SUFFIX, WRITER_OPTIONS, Records, from_bytes, write_json
 from omni_jax.errors import PipelineError, RecordError
@@ -30,10 +30,11 @@ SHARD_RECORDS = 512
 BATCH_SIZE = 16
 """Recordings encoded at once."""
 
+T = TypeVar("T")
 FeatureDtype = Literal["float32", "float16", "int8"]
 
 Encode = Callable[[np.ndarray], np.ndarray]
-"""Audio f32 [B, samples], padded to the audio encoder's length, to features f32 [B, max_position, D]."""
+"""Audio f32 [B, samples], padded to a window of the audio encoder, to features f32 [B, samples / 320, D]."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def write_features(
     encode: Encode,
     *,
     max_samples: int,
+    window: Callable[[int], int],
     num_frames: Callable[[int], int],
     versions: int,
     dtype: FeatureDtype,
@@ -139,6 +141,7 @@ def write_features(
         shards: their numbers.
         encode: the audio encoder.
         max_samples: that it takes.
+        window: the samples that a recording of so many is padded to at least.
         num_frames: the frames that are needed of a recording of so many samples.
         versions: of each recording.
         dtype: see `pack_features`.
@@ -152,12 +155,16 @@ def write_features(
             writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
             first = shard * SHARD_RECORDS
             numbers = range(first, min(first + SHARD_RECORDS, len(records)))
-            sounds = (sound for number in numbers for sound in recordings(records, number, versions))
-            for length, features in _encoded(sounds, encode, max_samples):
-                if features is None:
-                    writer.write(msgpack.packb(None))
-                else:
-                    writer.write(pack_features(length, features[: num_frames(length)], dtype))
+            sounds = [
+                sound
+                for number in numbers
+                for sound in recordings(records, number, versions, max_seconds=max_samples / SAMPLE_RATE)
+            ]
+            entries = [msgpack.packb(None)] * len(sounds)
+            for place, length, features in _encoded(sounds, encode, max_samples, window):
+                entries[place] = pack_features(length, features[: num_frames(length)], dtype)
+            for entry in entries:
+                writer.write(entry)
             writer.close()
             partial.replace(path)
         progress()
@@ -172,8 +179,11 @@ def finish_features(records: Records, folder: Path, versions: int) -> None:
     write_json(folder / INDEX, {"versions": versions, "shards": shards})
 
 
-def recordings(records: Records, number: int, versions: int) -> list[np.ndarray | None]:
-    """The versions of a record's question, int16 [samples] each; None where there is none that can be read."""
+def recordings(records: Records, number: int, versions: int, *, max_seconds: float) -> list[np.ndarray | None]:
+    """The versions of a record's question, int16 [samples] each; None where there is none that can be read.
+
+    Augmentation adds silence up to `max_seconds`.
+    """
     try:
         clean = from_bytes(records[number]).question_audio
     except RecordError:
@@ -183,26 +193,29 @@ def recordings(records: Records, number: int, versions: int) -> list[np.ndarray 
     if not clean.any():
         return [clean] * versions
     seeds = [[number, version] for version in range(1, versions)]
-    return [clean, *(to_pcm16(augment(from_pcm16(clean), SAMPLE_RATE, seed)[0]) for seed in seeds)]
+    settings = Augmentation(max_seconds=max_seconds)
+    return [clean, *(to_pcm16(augment(from_pcm16(clean), SAMPLE_RATE, seed, settings)[0]) for seed in seeds)]
 
 
 def _encoded(
-    sounds: Iterable[np.ndarray | None], encode: Encode, max_samples: int
-) -> Iterator[tuple[int, np.ndarray | None]]:
-    """Length and features of each recording, in order; of one that is too long, no frames."""
-    for some in batched(sounds, BATCH_SIZE):
-        batch = np.zeros((BATCH_SIZE, max_samples), np.float32)
-        lengths = [0 if sound is None else len(sound) for sound in some]
-        for row, sound in zip(batch, some, strict=False):
-            if sound is not None and len(sound) <= max_samples:
-                row[: len(sound)] = from_pcm16(sound)
-        features = encode(batch) if any(lengths) else batch
-        for sound, length, frames in zip(some, lengths, features, strict=False):
-            yield length, None if sound is None else frames if length <= max_samples else frames[:0]
+    sounds: Sequence[np.ndarray | None], encode: Encode, max_samples: int, window: Callable[[int], int]
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Index, length and features of each recording, similar lengths together; no frames of one that is too long."""
+    recordings = [(index, sound) for index, sound in enumerate(sounds) if sound is not None]
+    for some in batched(sorted(recordings, key=lambda item: len(item[1])), BATCH_SIZE):
+        fitting = [sound for _, sound in some if len(sound) <= max_samples]
+        features = np.zeros((len(some), 0, 0), np.float32)
+        if fitting:
+            batch = np.zeros((BATCH_SIZE, window(len(fitting[-1]))), np.float32)
+            for row, sound in enumerate(fitting):
+                batch[row, : len(sound)] = from_pcm16(sound)
+            features = encode(batch)
+        for row, (index, sound) in enumerate(some):
+            yield index, len(sound), features[row, : None if row < len(fitting) else 0]
 
 
-def batched(sounds: Iterable[np.ndarray | None], size: int) -> Iterator[list[np.ndarray | None]]:
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Lists of `size`, the last one shorter."""
-    iterator = iter(sounds)
+    iterator = iter(items)
     while some := list(itertools.islice(iterator, size)):
         yield some

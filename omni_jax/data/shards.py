@@ -30,7 +30,7 @@ WINDOW_ROWS = 64
 """Rows in memory at a time. Their answers are sorted by length, so that those of a batch have similar lengths."""
 BATCH_SIZE = 8
 """Answers encoded at once."""
-FRAME_STEP = 32
+FRAME_STEP = 16
 """Answers are padded to a multiple of this many frames before encoding, so that few shapes are compiled."""
 MAX_EXAMPLES = 5
 """Rejected rows of each reason that a manifest and the index list."""

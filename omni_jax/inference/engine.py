@@ -267,8 +267,10 @@ class Engine:
             for texts, audios in itertools.product(sizes, sizes):
                 # A request with a companion row outputs text and audio.
                 if min(texts, audios) >= companions and texts + audios:
+                    # From the host, as `_route` sends them: that is compiled, too.
                     unused = [
-                        jnp.full(size, self.max_batch_size, jnp.int32) for size in (companions, texts, texts, audios)
+                        jnp.asarray(np.full(size, self.max_batch_size, np.int32))
+                        for size in (companions, texts, texts, audios)
                     ]
                     self.state, *_ = self.runner.decode_chunk(self.state, Routing(*unused), jnp.int32(1))
             self.state = self.runner.stop(self.state, jnp.int32(0))
@@ -290,9 +292,14 @@ class Engine:
                 request = PreparedRequest.of(speech_prompt(task, 1, self.vocab), np.zeros(0, np.float32))
             else:
                 request = PreparedRequest.of(text_prompt(task, [0], self.vocab))
-            for length in sorted({self._padded(length) for length in range(1, max_prompt + 1)}):
-                for count in rows:
-                    self._prefill(length, [(self.max_batch_size, ActiveRequest(-1, request))] * count)
+            lengths = sorted({self._padded(length) for length in range(1, max_prompt + 1)})
+            for length, count in itertools.product(lengths, rows):
+                self._prefill(length, [(self.max_batch_size, ActiveRequest(-1, request))] * count)
+            if task.takes_audio:
+                # The longer windows of the audio encoder, whatever the prompt is padded to.
+                for window, count in itertools.product(config.audio_encoder.windows[1:], rows):
+                    longer = PreparedRequest.of(request.prompt, np.zeros(320 * (window - 2), np.float32))
+                    self._prefill(lengths[0], [(self.max_batch_size, ActiveRequest(-1, longer))] * count)
 
     def run(self, steps: int = MAX_CHUNK_STEPS) -> Iterator[Progress]:
         """Advance until nothing is left."""
@@ -444,12 +451,13 @@ class Engine:
             tokens[row, :, : prompt.shape[1]] = prompt
         speech = positions = None
         if requests[0].task.takes_audio:
-            max_samples = self.runner.config.audio_encoder.max_samples
-            audio = np.zeros((rows, max_samples), np.float32)
-            for row, request in enumerate(requests):
-                recording = request.parts[0].speech
-                assert recording is not None
-                audio[row] = pad(recording, max_samples)
+            encoder = self.runner.config.audio_encoder
+            recordings = [sound for request in requests if (sound := request.parts[0].speech) is not None]
+            assert len(recordings) == count
+            samples = 320 * max(encoder.window(len(recording)) for recording in recordings)
+            audio = np.zeros((rows, samples), np.float32)
+            for row, recording in enumerate(recordings):
+                audio[row] = pad(recording, samples)
             speech = self.runner.encode_audio(jnp.asarray(audio))
             positions = _column([request.prompt.speech_positions for request in requests], rows, np.int32)
         # Only a TTS adapter's cache depends on what is output: without one there is one program less per shape.

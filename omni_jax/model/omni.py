@@ -23,7 +23,8 @@ from omni_jax.audio.features import log_mel
 from omni_jax.config.model import ModelConfig
 from omni_jax.model.decoder import Cache, Decoder, Remat
 from omni_jax.model.layers import Array, GatedMLP, Int8, Linear, RMSNorm, linear, param
-from omni_jax.model.whisper_encoder import WhisperEncoder
+from omni_jax.model.whisper_encoder import WhisperEncoder, recording_frames
+from omni_jax.prompts import max_speech_positions
 from omni_jax.vocab import NUM_CODEBOOKS, NUM_STREAMS, TEXT_STREAM, Vocab
 
 
@@ -97,7 +98,8 @@ class OmniModel(nnx.Module):
         """Recordings to speech embeddings.
 
         Args:
-            audio: f32 [B, samples] at 16 kHz, padded to the audio encoder's length.
+            audio: f32 [B, samples] at 16 kHz, padded with zeros to the audio encoder's length, or to a window that
+                `AudioEncoderConfig.window` allows.
             augment: applied to the log-mel features f32 [B, M, frames], which it returns changed.
 
         Returns:
@@ -110,7 +112,11 @@ class OmniModel(nnx.Module):
             rows = sharding.spec(audio.shape, ("batch", None), mesh)
             to_mel = jax.shard_map(to_mel, in_specs=rows, out_specs=rows)
         mel = to_mel(audio)
-        return self.adapter(self.audio_encoder(mel if augment is None else augment(mel)).astype(self.dtype))
+        frames = recording_frames(audio) if self.config.audio_encoder.mask_padding else None
+        features = self.audio_encoder(mel if augment is None else augment(mel), frames)
+        speech = self.adapter(features.astype(self.dtype))
+        # Of one length, whatever the window: prefill is compiled for it.
+        return jnp.pad(speech, ((0, 0), (0, max_speech_positions(self.config) - speech.shape[1]), (0, 0)))
 
     def embed_tokens(self, tokens: Array) -> Array:
         """Tokens int32 [..., 8] -> their averaged embedding [..., D]."""

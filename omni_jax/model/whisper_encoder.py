@@ -50,39 +50,50 @@ class WhisperEncoder(nnx.Module):
         self.layers: Any = make_layers(lambda keys: EncoderBlock(config, dtype, keys), keys, stacked=stacked)
         self.norm = LayerNorm(D)
 
-    def __call__(self, mel: Array) -> Array:
+    def __call__(self, mel: Array, frames: Array | None = None) -> Array:
         """Encode log-mel frames.
 
         Args:
-            mel: f32 [B, M, 2 * max_position], from `audio.features.log_mel`, padded to the full length: Whisper
-                has no mask, padding is silence to it.
+            mel: f32 [B, M, 2 * T], from `audio.features.log_mel`. Without `config.mask_padding`, padded to the full
+                length, T = max_position: padding is silence to Whisper. With it, T is any window that
+                `config.window` allows.
+            frames: int32 [B], positions of each recording, the first of T; needed with `config.mask_padding` only.
 
         Returns:
-            dtype [B, max_position, D], 50 features a second.
+            dtype [B, T, D], 50 features a second; with `config.mask_padding`, 0 after the recording.
 
         Raises:
             ValueError: the shape is another.
         """
-        config = self.config
-        if mel.shape[1:] != (config.num_mel_bins, 2 * config.max_position):
+        config, T = self.config, mel.shape[2] // 2
+        least = 1 if config.mask_padding else config.max_position
+        if mel.shape[1:] != (config.num_mel_bins, 2 * T) or not least <= T <= config.max_position:
             raise ValueError(
                 f"expected mel as [B, {config.num_mel_bins}, {2 * config.max_position}], found {mel.shape}"
             )
+        real = None
+        if config.mask_padding:
+            assert frames is not None
+            real = jnp.arange(T) < frames[:, None]
         x = gelu(self.conv1(mel.transpose(0, 2, 1)))
         x = gelu(self.conv2(x))
         # The residual stream stays float32 whatever the compute dtype: Whisper's grows to hundreds.
-        x = x.astype(jnp.float32) + self.positions[...]
+        x = x.astype(jnp.float32) + self.positions[:T]
+        mask = None if real is None else real[:, None]
         if self.stacked:
             graph, weights = nnx.split(self.layers)
 
             def body(x: Array, layer: Any) -> tuple[Array, None]:
-                return nnx.merge(graph, layer)(sharding.constrain_rows(x)), None
+                return nnx.merge(graph, layer)(sharding.constrain_rows(x), mask), None
 
             x, _ = jax.lax.scan(body, x, weights)
         else:
             for layer in self.layers:
-                x = layer(sharding.constrain_rows(x))
-        return self.norm(x).astype(self.dtype)
+                x = layer(sharding.constrain_rows(x), mask)
+        x = self.norm(x)
+        if real is not None:
+            x = jnp.where(real[..., None], x, 0)
+        return x.astype(self.dtype)
 
 
 class EncoderBlock(nnx.Module):
@@ -102,10 +113,10 @@ class EncoderBlock(nnx.Module):
         self.up = Linear((D,), (F,), axes=into_mlp, bias=True, rngs=rngs)
         self.down = Linear((F,), (D,), axes=("encoder_embed", "encoder_mlp"), bias=True, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
-        """F32 [B, T, D] -> f32 [B, T, D]."""
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """F32 [B, T, D] -> f32 [B, T, D]; mask bool [B, 1, T], True at positions to attend to."""
         y = self.attention_norm(x).astype(self.dtype)
-        x = x + self.out(attend(self.q(y), self.k(y), self.v(y)))
+        x = x + self.out(attend(self.q(y), self.k(y), self.v(y), mask))
         return x + self.down(gelu(self.up(self.mlp_norm(x).astype(self.dtype))))
 
 
@@ -157,6 +168,19 @@ class LayerNorm(nnx.Module):
         x = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(x).mean(axis=-1, keepdims=True)
         return x * jax.lax.rsqrt(variance + 1e-5) * self.scale[...] + self.bias[...]
+
+
+def recording_frames(audio: Array) -> Array:
+    """Positions that recordings take, as `omni_jax.prompts.speech_positions` counts them.
+
+    Args:
+        audio: f32 [B, samples], padded with zeros. Zeros at the end of a recording are padding, too.
+
+    Returns:
+        int32 [B], at least 1; one more than there are where the recording fills the window.
+    """
+    lengths = audio.shape[1] - jnp.argmax((audio != 0)[:, ::-1], axis=1)
+    return jnp.where(jnp.any(audio != 0, axis=1), lengths, 0) // 320 + 1
 
 
 def sinusoids(positions: int, size: int) -> np.ndarray:

@@ -27,12 +27,15 @@ from omni_jax.data.cached_features import (
 )
 from omni_jax.data.records import INDEX, Records
 from omni_jax.errors import ConfigError, PipelineError, RecordError
-from omni_jax.model.whisper_encoder import WhisperEncoder
+from omni_jax.model.whisper_encoder import WhisperEncoder, recording_frames
 from omni_jax.prompts import speech_positions
 from omni_jax.tasks import Task
 from omni_jax.training.setup import TrainingSetup
 
 logger = logging.getLogger(__name__)
+
+WINDOW_STEP = 8000
+"""Samples; the encoder is compiled for each multiple that occurs."""
 
 
 def open_caches(setup: TrainingSetup) -> list[CachedFeatures | None] | None:
@@ -99,6 +102,7 @@ def _compute(setup: TrainingSetup, cache: CachedFeaturesConfig, encode: Encode, 
         range(jax.process_index(), total, jax.process_count()),
         encode,
         max_samples=config.audio_encoder.max_samples,
+        window=window(setup),
         num_frames=num_frames(setup),
         versions=cache.versions,
         dtype=cache.dtype,
@@ -112,6 +116,15 @@ def num_frames(setup: TrainingSetup) -> Callable[[int], int]:
     """From samples of a recording to the frames whose speech positions a prompt has."""
     encoder, stack = setup.start.config.audio_encoder, setup.start.config.adapter.stack
     return lambda samples: min(speech_positions(samples, encoder.max_position, stack) * stack, encoder.max_position)
+
+
+def window(setup: TrainingSetup) -> Callable[[int], int]:
+    """From samples of a recording to the samples that it is padded to for the encoder."""
+    encoder = setup.start.config.audio_encoder
+    if not encoder.mask_padding:
+        return lambda samples: encoder.max_samples
+    # In smaller steps than `AudioEncoderConfig.window`: with the mask the features do not depend on the window.
+    return lambda samples: min(-(-(samples + 640) // WINDOW_STEP) * WINDOW_STEP, encoder.max_samples)
 
 
 def make_encoder(setup: TrainingSetup, release: Release) -> Encode:
@@ -136,6 +149,7 @@ def make_encoder(setup: TrainingSetup, release: Release) -> Encode:
     @jax.jit
     def encode(weights: object, audio: jax.Array) -> jax.Array:
         mel = log_mel(audio, mels=config.num_mel_bins)
-        return nnx.merge(graph, weights)(mel).astype(np.float32)
+        frames = recording_frames(audio) if config.mask_padding else None
+        return nnx.merge(graph, weights)(mel, frames).astype(np.float32)
 
     return lambda audio: np.asarray(encode(weights, jax.device_put(audio, rows)))

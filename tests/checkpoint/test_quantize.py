@@ -24,8 +24,8 @@ def quantized(path: Path, **arrays: np.ndarray) -> SafetensorsFile:
 def test_quantize_error_is_half_a_step_and_size_a_quarter(tmp_path: Path):
     rows = matrix(300, 64) * np.geomspace(1e-3, 1e3, 300, dtype=np.float32)[:, None]
     columns = matrix(64, 5, 60) * np.geomspace(1e-3, 1e3, 60, dtype=np.float32)
-    file = quantized(tmp_path / "a", rows=rows, columns=columns, bias=matrix(7))
-    assert set(file.tensors) == {"rows", "columns", "bias"}
+    file = quantized(tmp_path / "a", rows=rows, columns=columns, bias=matrix(7), positions=matrix(5, 40))
+    assert set(file.tensors) == {"rows", "columns", "bias", "positions"}
     for name, array, step in (
         ("rows", rows, np.abs(rows).max(axis=1, keepdims=True) / 127),
         ("columns", columns, np.abs(columns).max(axis=(0, 1), keepdims=True) / 127),
@@ -34,7 +34,8 @@ def test_quantize_error_is_half_a_step_and_size_a_quarter(tmp_path: Path):
         assert file.tensors[name].shape == array.shape
         assert (np.abs(file.read(name) - array) <= 0.5001 * step).all(), name
     np.testing.assert_array_equal(file.read("bias"), matrix(7))
-    assert (tmp_path / "a").stat().st_size < (rows.nbytes + columns.nbytes) * 0.27
+    np.testing.assert_array_equal(file.read("positions"), matrix(5, 40))
+    assert (tmp_path / "a").stat().st_size < (rows.nbytes + columns.nbytes) * 0.27 + 1000
 
 
 def test_slices_of_int8_equal_slices_of_the_whole(tmp_path: Path):

@@ -18,11 +18,14 @@ from flax import nnx, traverse_util
 from omni_jax import sharding
 from omni_jax.checkpoint import release as checkpoint
 from omni_jax.checkpoint.release import is_release, open_release
-from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile
+from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile, write_safetensors
 from omni_jax.checkpoint.tensors import init_model, model_tensors, parameter_shapes, tensor_name
 from omni_jax.errors import CheckpointError, ConfigError
 from omni_jax.model.omni import OmniModel
+from omni_jax.model.whisper_encoder import sinusoids
 from tests import models
+
+WEIGHTS = (checkpoint.MODEL, checkpoint.AUDIO_ENCODER)
 
 
 def names(folder):
@@ -51,7 +54,9 @@ def test_eight_devices():
 def test_load_model_reads_every_parameter(tiny_release, stacked):
     release = open_release(tiny_release)
     found = arrays(release.load_model(stacked=stacked, dtype=jnp.float32))
-    expected = safetensors.numpy.load_file(tiny_release / "model.safetensors")
+    expected = {
+        name: array for file in WEIGHTS for name, array in safetensors.numpy.load_file(tiny_release / file).items()
+    }
     if stacked:
         found = {
             name.replace(".layers.", f".layers.{layer}."): part
@@ -119,9 +124,12 @@ def test_load_model_reads_a_shard_of_several_devices_once(tiny_release, monkeypa
 
 @pytest.mark.parametrize("stored", [ml_dtypes.bfloat16, np.float16])
 def test_load_model_casts_half_precision(tiny_release, damaged, stored):
-    whole = safetensors.numpy.load_file(tiny_release / "model.safetensors")
-    narrow = {name: array.astype(stored) for name, array in whole.items()}
-    safetensors.numpy.save_file(narrow, damaged / "model.safetensors")
+    narrow = {}
+    for file in WEIGHTS:
+        whole = safetensors.numpy.load_file(tiny_release / file)
+        part = {name: array.astype(stored) for name, array in whole.items()}
+        safetensors.numpy.save_file(part, damaged / file)
+        narrow |= part
     release = open_release(damaged)
     for name, array in arrays(release.load_model(stacked=False, dtype=jnp.float32)).items():
         assert array.dtype == np.float32
@@ -170,7 +178,7 @@ def test_init_model_on_a_mesh_save_and_load(tiny_release, tmp_path, stacked):
     found = arrays(again.load_model(stacked=stacked, dtype=jnp.float32))
     for name, array in arrays(model).items():
         np.testing.assert_array_equal(found[name], array)
-    assert names(tmp_path / "new") == sorted(checkpoint.FILES)
+    assert names(tmp_path / "new") == sorted({*checkpoint.FILES, *WEIGHTS})
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -217,6 +225,26 @@ def test_save_release_lists_all_wrong_tensors(tiny_release, tmp_path):
         "strange: unknown, found (48,)",
     ]
     assert not (tmp_path / "new").exists()
+
+
+def test_release_of_version_0_2_loads(damaged):
+    """One file, without positions."""
+    files = [SafetensorsFile(damaged / name) for name in (checkpoint.MODEL, checkpoint.AUDIO_ENCODER)]
+    tensors = {name: LazyTensor.of(tensor.read()) for file in files for name, tensor in file.tensors.items()}
+    expected = {name: tensor.read() for name, tensor in tensors.items()}
+    del tensors["audio_encoder.positions"]
+    (damaged / checkpoint.AUDIO_ENCODER).unlink()
+    write_safetensors(damaged / checkpoint.MODEL, tensors)
+    release = open_release(damaged)
+    found = {name: tensor.read() for name, tensor in release.model_tensors().items()}
+    encoder = release.config.audio_encoder
+    expected["audio_encoder.positions"] = sinusoids(encoder.max_position, encoder.hidden_size)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name], tensor)
+    model = release.load_model(stacked=False, dtype=jnp.float32)
+    np.testing.assert_array_equal(model.audio_encoder.positions[...], expected["audio_encoder.positions"])
+    assert len(release.fingerprint()) == 64
 
 
 @pytest.mark.slow
@@ -267,7 +295,7 @@ def test_open_release_downloads_from_the_hub(tiny_release, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert open_release("owner/name").folder == tiny_release
-    files = list(checkpoint.FILES)
+    files = [*checkpoint.FILES, checkpoint.AUDIO_ENCODER]
     assert asked == {"name": "owner/name", "files": files, "revision": None, "cache_dir": None}
     assert open_release("owner/name", revision="v2", cache_dir="cache").folder == tiny_release
     assert asked == {"name": "owner/name", "files": files, "revision": "v2", "cache_dir": "cache"}

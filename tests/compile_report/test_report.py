@@ -128,7 +128,7 @@ def test_train_overwrites_state() -> None:
     assert report.mesh == {"data": 4, "fsdp": 1, "tensor": 1}
     assert report.collective_bytes.get("all-reduce", 0) > 0
     # Parameters and both moments, all float32.
-    assert report.aliased_bytes > 0.9 * (report.arguments_bytes - 4 * 6 * 32_000 * 2)
+    assert report.aliased_bytes > 0.9 * (report.arguments_bytes - 4 * 4 * 100 * 32 * 2)
 
 
 @pytest.mark.nightly

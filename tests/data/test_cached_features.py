@@ -29,6 +29,10 @@ def encode(audio: np.ndarray) -> np.ndarray:
     return audio.reshape(len(audio), -1, FRAME)[:, :, :2]
 
 
+def window(samples: int) -> int:
+    return min(-(-samples // 1600) * 1600, MAX_SAMPLES)
+
+
 def num_frames(samples: int) -> int:
     return -(-samples // FRAME)
 
@@ -40,6 +44,7 @@ def write(records: Records, folder: Path, shards: range, versions: int = 1) -> N
         shards,
         encode,
         max_samples=MAX_SAMPLES,
+        window=window,
         num_frames=num_frames,
         versions=versions,
         dtype="float32",
@@ -98,9 +103,33 @@ def test_write_features_of_every_record(
         if len(sound) > MAX_SAMPLES:
             assert found.features.shape == (0, 2)
             continue
-        padded = np.zeros((1, MAX_SAMPLES), np.float32)
+        padded = np.zeros((1, window(len(sound))), np.float32)
         padded[0, : len(sound)] = from_pcm16(sound)
         np.testing.assert_array_equal(found.features, encode(padded)[0, : num_frames(len(sound))])
+
+
+def test_write_features_encodes_recordings_of_similar_length_together(
+    records: Records, sounds: list[np.ndarray | None], tmp_path: Path
+) -> None:
+    shapes = []
+
+    def recorded(audio: np.ndarray) -> np.ndarray:
+        shapes.append(audio.shape)
+        return encode(audio)
+
+    limits = {"max_samples": MAX_SAMPLES, "window": window, "num_frames": num_frames}
+    write_features(records, tmp_path / "features", range(1), recorded, versions=1, dtype="float32", **limits)
+    # Two full batches of short recordings, and the rest with the longest that fits.
+    assert shapes == [(16, 1600), (16, 1600), (16, 3200)]
+    finish_features(records, tmp_path / "features", 1)
+    cache = CachedFeatures(tmp_path / "features")
+    for number, sound in enumerate(sounds):
+        found = cache.read(number, 0)
+        assert (found is None) == (sound is None)
+        if found is not None and sound is not None and found.samples <= MAX_SAMPLES:
+            np.testing.assert_array_equal(
+                found.features[0], from_pcm16(sound[:2]) if len(sound) > 1 else [from_pcm16(sound)[0], 0]
+            )
 
 
 def test_write_features_of_several_versions(records: Records, sounds: list[np.ndarray | None], tmp_path: Path) -> None:

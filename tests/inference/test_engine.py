@@ -68,11 +68,17 @@ class Family:
     slow: ReferenceDecoder
 
 
-def family(slots: int, *, stacked: bool, seed: int, eot: float = 1.5, **config: Any) -> Family:
+def family(
+    slots: int, *, stacked: bool, seed: int, eot: float = 1.5, mask_padding: bool = False, **config: Any
+) -> Family:
     """The seeds are chosen so that what `test_the_interesting_events_occur` lists does occur."""
     # The number of compilations is counted.
     jitted_functions.cache_clear()
-    model = random_model(small_config(**config), stacked=stacked, seed=seed, eot=eot, eoa=1.5)
+    shape = small_config(**config)
+    shape = dataclasses.replace(
+        shape, audio_encoder=dataclasses.replace(shape.audio_encoder, mask_padding=mask_padding)
+    )
+    model = random_model(shape, stacked=stacked, seed=seed, eot=eot, eoa=1.5)
     runner = ModelRunner(model)
     requests, slow = mixed_requests(model.config), ReferenceDecoder(model, runner.encode_audio)
     return Family(runner, requests, [slow(request) for request in requests], slots, slow)
@@ -93,6 +99,13 @@ def untied_with_tts_adapter() -> Family:
 def stacked_with_tts_adapter() -> Family:
     with quick_compile():
         return family(2, stacked=True, seed=0, tied=False, tts_adapter_layers=1)
+
+
+@pytest.fixture(scope="module")
+def masked() -> Family:
+    """Recordings are encoded in windows of 5, 10 or 20 positions, by the reference always in 20."""
+    with quick_compile():
+        return family(3, stacked=False, seed=1, mask_padding=True)
 
 
 class Recorder(ModelRunner):
@@ -162,6 +175,7 @@ def test_engine_tokens_of_a_mixed_batch_equal_the_reference(tied: Family, steps:
 @pytest.mark.parametrize(
     "name",
     [
+        pytest.param("masked", marks=pytest.mark.slow),
         pytest.param("stacked_with_tts_adapter", marks=pytest.mark.slow),
         pytest.param("untied_with_tts_adapter", marks=pytest.mark.nightly),
     ],

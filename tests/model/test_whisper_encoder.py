@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,8 @@ from transformers.models.whisper import modeling_whisper
 from omni_jax.config.model import AudioEncoderConfig
 from omni_jax.convert.whisper import from_transformers
 from omni_jax.model import attention
-from omni_jax.model.whisper_encoder import WhisperEncoder, sinusoids
+from omni_jax.model.whisper_encoder import WhisperEncoder, recording_frames, sinusoids
+from omni_jax.prompts import speech_positions
 from tests.lazy import read_all, to_lazy
 
 # 160 positions, where attention is in blocks, are one and a bit; every dimension differs from every other.
@@ -89,6 +92,68 @@ def test_encoder_in_bfloat16(reference, mel, stacked):
     assert found.dtype == jnp.bfloat16
     difference = np.abs(found.astype(jnp.float32) - exact)
     assert 1e-4 < difference.mean() < 0.05  # eight bits of mantissa, three layers
+
+
+def masked_encoder(*, stacked: bool) -> WhisperEncoder:
+    encoder = WhisperEncoder(replace(CONFIG, mask_padding=True), stacked=stacked, rngs=nnx.Rngs(3))
+    encoder.positions[...] = jnp.asarray(sinusoids(CONFIG.max_position, CONFIG.hidden_size))
+    return encoder
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_masked_encoder_does_not_depend_on_the_window(mel, stacked):
+    """Recordings of 1, 20 and 38 positions in windows of 40, 41, 80 and all; noise where padding is makes it strict."""
+    encode = jax.jit(masked_encoder(stacked=stacked))
+    frames = np.array([1, 20, 38])
+    mel = np.concatenate([mel, mel[:1] + 1])
+    found = {window: encode(mel[:, :, : 2 * window], frames) for window in (40, 41, 80, CONFIG.max_position)}
+    for window, features in found.items():
+        assert features.shape == (3, window, CONFIG.hidden_size)
+        for row, count in enumerate(frames):
+            np.testing.assert_allclose(features[row, :count], found[40][row, :count], atol=2e-5)
+            assert np.abs(features[row, :count]).min(axis=1).max() > 0
+            assert not np.any(features[row, count:])
+    other = encode(mel + np.where(np.arange(mel.shape[2]) > 2 * 38 + 2, 1, 0).astype(np.float32), frames)
+    np.testing.assert_allclose(other, found[CONFIG.max_position], atol=2e-5)
+
+
+def test_masked_encoder_of_a_full_recording_is_whisper(mel):
+    full = np.full(2, CONFIG.max_position)
+    expected = WhisperEncoder(CONFIG, stacked=False, rngs=nnx.Rngs(3))(mel)
+    np.testing.assert_allclose(masked_encoder(stacked=False)(mel, full), expected, atol=1e-5)
+
+
+def test_recording_frames_ignores_zeros_at_the_end():
+    audio = np.zeros((6, 3200), np.float32)
+    for row, length in enumerate((0, 1, 319, 320, 3199, 3200)):
+        audio[row, :length] = 1
+    audio[3, 5:100] = 0
+    expected = [speech_positions(length, 100) for length in (0, 1, 319, 320, 3199, 3200)]
+    assert jax.jit(recording_frames)(audio).tolist() == expected
+
+
+def test_windows_hold_recordings():
+    config = replace(CONFIG, max_position=500, mask_padding=True)
+    assert [
+        config.window(samples) for samples in (0, 123 * 320 - 1, 124 * 320, 248 * 320 + 319, 249 * 320, 160_000)
+    ] == [
+        125,
+        125,
+        250,
+        250,
+        500,
+        500,
+    ]
+    assert config.windows == (125, 250, 500)
+    assert CONFIG.windows == (CONFIG.max_position,)
+    assert CONFIG.window(0) == CONFIG.max_position
+
+
+@pytest.mark.parametrize("T", [0, CONFIG.max_position - 1, CONFIG.max_position + 1])
+def test_encoder_refuses_other_lengths(T):
+    mel = np.zeros((1, CONFIG.num_mel_bins, 2 * T), np.float32)
+    with pytest.raises(ValueError, match=r"expected mel as \[B, 20, 320\], found"):
+        WhisperEncoder(CONFIG, stacked=False, rngs=nnx.Rngs(3))(mel)
 
 
 def test_parameters_have_logical_axes():
