@@ -1,7 +1,7 @@
 """Makes nano: runs the steps of the recipe that have not been done, one after the other.
 
     python -m recipes.nano                          # start, or continue
-    python -m recipes.nano --from-scratch           # also train tokenizer, codec and audio encoder
+    python -m recipes.nano --from-scratch           # also make tokenizer, codec and trunk
     python -m recipes.nano --until stage1           # stop after a step
     python -m recipes.nano --force stage3           # run a step and all after it again
 
@@ -27,21 +27,26 @@ BUILD = Path("build/nano")
 ROOT = Path(__file__).parents[2]
 OMNI_JAX = str(Path(sys.executable).with_name("omni-jax"))
 WRITTEN = (
-    "numbers", "products", "larger_products", "further_counts", "knowledge", "smalltalk", "repeat", "held_out",
+    "numbers", "products", "larger_products", "further_counts", "knowledge", "smalltalk", "unknown", "typos", "repeat",
+    "held_out", "typos_held_out",
 )  # fmt: skip
 """Sets of texts that are not synthesized; see texts.py."""
 EVALUATIONS = {
     "seen": ("seen",),
     "unseen": ("unseen",),
+    "natural": ("natural",),
+    "natural_noise": ("natural_noise",),
+    "natural_telephone": ("natural_telephone",),
+    "natural_silence": ("natural_silence",),
+    "noise": ("noise",),
     "seen_no_batch_parallel": ("seen", "--no-batch-parallel"),
     "unseen_no_batch_parallel": ("unseen", "--no-batch-parallel"),
     "dictation": ("dictation",),
     "text": ("text",),
+    "typos": ("typos",),
     "read": ("read",),
 }
 """Suite and options of `omni-jax evaluate`, by name of the folder of results."""
-AVERAGED = ("stage3_together", "stage3_last")
-"""Phases whose mean is shipped."""
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """A training step on CPUs allocates hundreds of megabytes; with small pages much of its time goes there."""
 TRIAL_TRAINING = (
@@ -83,7 +88,7 @@ def steps(*, from_scratch: bool = False, trial: bool = False) -> list[Step]:
     """All steps, in order.
 
     Args:
-        from_scratch: train tokenizer, codec and audio encoder instead of taking those of the shipped release.
+        from_scratch: make tokenizer, codec and trunk instead of taking those of the shipped release.
         trial: with little data, two training steps, and espeak-ng as the only synthesizer.
     """
     return [
@@ -94,7 +99,7 @@ def steps(*, from_scratch: bool = False, trial: bool = False) -> list[Step]:
 
 
 def data_steps(*, from_scratch: bool, trial: bool) -> list[Step]:
-    """Texts, tokenizer, codec, trunk and records."""
+    """Texts, tokenizer, codec, records, and a trunk trained in writing."""
     texts, tokenizer, codec = BUILD / "texts", BUILD / "tokenizer", BUILD / "codec" / "codec.safetensors"
     untrained, records = BUILD / "untrained", BUILD / "records"
     limit, steps, espeak = (("--limit", "24"), ("--steps", "2"), ("--trial",)) if trial else ((), (), ())
@@ -109,7 +114,7 @@ def data_steps(*, from_scratch: bool, trial: bool) -> list[Step]:
         *(making if from_scratch else ()),
         Step("untrained", script("assemble", "untrained", untrained, *modules), untrained),
         *(prepare_step(name) for name in WRITTEN),
-        training_step("text", "text_run", trial=trial),
+        *((training_step("text", "text_run", trial=trial),) if from_scratch else ()),
         Step("speech", synthesize, folder=records),
     ]
 
@@ -122,25 +127,21 @@ def prepare_step(name: str) -> Step:
 
 
 def stage_steps(*, from_scratch: bool, trial: bool) -> list[Step]:
-    """The audio encoder, the three stages, and the further phases of the third."""
+    """The audio encoder and the three stages."""
     encoder, start = BUILD / "audio_encoder" / "audio_encoder.safetensors", BUILD / "start"
-    command = script("audio_encoder", "--records", BUILD / "records", "--out", encoder.parent)
-    option = ("--audio-encoder", encoder) if from_scratch else ()
-    stages = ("stage1", "stage2", "stage3", "stage3_voice", *AVERAGED)
+    trunk = ("--trunk", BUILD / "text_run") if from_scratch else ()
     return [
-        *([Step("audio_encoder", (*command, *(("--steps", "2") if trial else ())), encoder)] if from_scratch else ()),
-        Step("start", script("assemble", "start", BUILD / "text_run", start, *option), start),
-        *(training_step(name, name, trial=trial) for name in stages),
+        Step("audio_encoder", script("audio_encoder", "--out", encoder), encoder),
+        Step("start", script("assemble", "start", start, "--audio-encoder", encoder, *trunk), start),
+        *(training_step(name, name, trial=trial) for name in ("stage1", "stage2", "stage3")),
     ]
 
 
 def release_steps(*, trial: bool) -> list[Step]:
-    """The mean of two phases, in eight bits, evaluated and put into the package."""
-    mean, packaged, suites = BUILD / "mean", BUILD / "packaged", BUILD / "suites"
-    averaged = (BUILD / name for name in AVERAGED)
+    """The last stage's model in eight bits, evaluated and put into the package."""
+    packaged, suites = BUILD / "packaged", BUILD / "suites"
     return [
-        Step("mean", script("assemble", "average", *averaged, "--out", mean), mean),
-        Step("package", script("assemble", "package", mean, packaged), packaged),
+        Step("package", script("assemble", "package", BUILD / "stage3", packaged), packaged),
         Step("suites", script("suites", "--out", suites), suites),
         *(evaluation_step(name, packaged, suites, trial=trial) for name in EVALUATIONS),
         Step("ship", script("ship", packaged)),
@@ -200,9 +201,7 @@ def remove(step: Step) -> None:
 
 
 def main(
-    from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="Train tokenizer, codec and audio encoder, too.")
-    ] = False,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Make tokenizer, codec and trunk, too.")] = False,
     until: Annotated[str | None, typer.Option(help="Stop after this step.")] = None,
     force: Annotated[str | None, typer.Option(help="Remove the outputs of this step and all later ones first.")] = None,
     trial: Annotated[bool, typer.Option("--trial", help="A few rows and steps, to see that all commands run.")] = False,

@@ -1,14 +1,12 @@
 """Makes releases of modules that were trained separately.
 
 python -m recipes.nano.assemble untrained build/nano/untrained      random weights, a codec and a tokenizer
-python -m recipes.nano.assemble start build/nano/text_run build/nano/start      a trained trunk and audio encoder
-python -m recipes.nano.assemble average RUN RUN --out build/nano/mean   mean of the weights of several runs
-python -m recipes.nano.assemble package build/nano/mean build/nano/packaged     in eight bits, as it ships
+python -m recipes.nano.assemble start build/nano/start --audio-encoder FILE     trained trunk, random adapter
+python -m recipes.nano.assemble package build/nano/stage3 build/nano/packaged       in eight bits, as it ships
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +22,7 @@ from omni_jax.checkpoint.release import (
     open_release,
     save_release,
 )
-from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile, Tensors
+from omni_jax.checkpoint.safetensors_io import SafetensorsFile, Tensors
 from omni_jax.checkpoint.tensors import init_model, model_tensors
 from omni_jax.config.model import PRESETS, AudioConfig, ModelConfig, TextConfig
 from omni_jax.errors import CheckpointError
@@ -33,10 +31,10 @@ from recipes.nano.sentences import MAX_FREE_WORDS
 
 PRESET = "nano"
 SHIPPED = "nano"
-"""The release whose codec, tokenizer and audio encoder are used where none is given."""
+"""The release whose codec, tokenizer and trunk are used where none is given."""
 TRUNK = ("embed.", "trunk.", "norm.")
-"""Prefixes of the tensors that the text stage trains."""
-MAX_BYTES = 16_000_000
+"""Prefixes of the tensors of a trunk with its tables of tokens."""
+MAX_BYTES = 36_000_000
 """Of a packaged release."""
 
 app = typer.Typer(help="Make releases of modules that were trained separately.", no_args_is_help=True)
@@ -63,51 +61,24 @@ def assemble_untrained(
     save_release(out, _config(preset), _random_tensors(preset, seed), codec_tensors, files)
 
 
-def assemble_start(
-    text_run: Release, out: Path, *, audio_encoder: Path | None = None, preset: str = PRESET, seed: int = 0
-) -> None:
+def assemble_start(trunk: Release, out: Path, audio_encoder: Path, *, preset: str = PRESET, seed: int = 0) -> None:
     """Write the release that stage 1 starts from; its adapter, and TTS adapter if any, is random.
 
     Args:
-        text_run: has the trunk, the codec and the tokenizer.
+        trunk: has the trunk, the codec and the tokenizer.
         out: new folder.
-        audio_encoder: `audio_encoder.safetensors`; None: that of `SHIPPED`.
+        audio_encoder: what `recipes.nano.audio_encoder` wrote.
         preset: the shape.
         seed: of what is random.
 
     Raises:
         CheckpointError: `out` is in use, a file is missing, or the tensors do not fit the shape.
     """
-    encoder = open_release(SHIPPED).model_tensors() if audio_encoder is None else SafetensorsFile(audio_encoder).tensors
     tensors = dict(_random_tensors(preset, seed))
-    tensors |= {name: tensor for name, tensor in encoder.items() if name.startswith("audio_encoder.")}
-    tensors |= {name: tensor for name, tensor in text_run.model_tensors().items() if name.startswith(TRUNK)}
+    tensors |= SafetensorsFile(audio_encoder).tensors
+    tensors |= {name: tensor for name, tensor in trunk.model_tensors().items() if name.startswith(TRUNK)}
     tensors = {name: tensor.cast(np.float32) for name, tensor in tensors.items()}
-    save_release(out, _config(preset), tensors, text_run.codec_tensors(), text_run.tokenizer_files())
-
-
-def average_releases(releases: Sequence[Release], out: Path) -> None:
-    """Write a release with the mean of the weights of several, one of which was trained from the other.
-
-    See arXiv 2203.05482.
-
-    Args:
-        releases: of one shape; codec and tokenizer are those of the first.
-        out: new folder.
-
-    Raises:
-        CheckpointError: `out` is in use, or the releases differ in shape.
-    """
-    first = releases[0]
-    for release in releases[1:]:
-        if release.config != first.config:
-            raise CheckpointError(f"{release.folder}: expected the shape of {first.folder}, found another")
-    every = [release.model_tensors() for release in releases]
-    mean = {
-        name: LazyTensor.of(np.asarray(np.mean([tensors[name].read() for tensors in every], 0, np.float64), np.float32))
-        for name in every[0]
-    }
-    save_release(out, first.config, mean, first.codec_tensors(), first.tokenizer_files())
+    save_release(out, _config(preset), tensors, trunk.codec_tensors(), trunk.tokenizer_files())
 
 
 def package(model: str | Path, out: Path) -> int:
@@ -131,7 +102,7 @@ def package(model: str | Path, out: Path) -> int:
 
 
 AUDIO = AudioConfig(find_speech=True, level=-20.0)
-"""How the model needs recordings: it was trained on questions without silence around them."""
+"""How the model needs recordings. It was trained on silence, too; without it, it answers sooner."""
 
 
 def text_config() -> TextConfig:
@@ -158,7 +129,7 @@ def untrained_command(
     tokenizer: Annotated[
         Path | None, typer.Option(help="What recipes.nano.tokenizer wrote; default: the shipped one.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="nano or nano_tts_adapter.")] = PRESET,
+    preset: Annotated[str, typer.Option(help="The shape.")] = PRESET,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
 ) -> None:
     """Random weights, a codec and a tokenizer: where the text stage starts."""
@@ -167,25 +138,14 @@ def untrained_command(
 
 @app.command("start")
 def start_command(
-    text_run: Annotated[Path, typer.Argument(help="Run of the text stage.")],
     out: Annotated[Path, typer.Argument(help="New folder.")],
-    audio_encoder: Annotated[
-        Path | None, typer.Option(help="What recipes.nano.audio_encoder wrote; default: the shipped one.")
-    ] = None,
-    preset: Annotated[str, typer.Option(help="nano or nano_tts_adapter.")] = PRESET,
+    audio_encoder: Annotated[Path, typer.Option(help="What recipes.nano.audio_encoder wrote.")],
+    trunk: Annotated[str, typer.Option(help="Release or run that has it, such as the text stage's.")] = SHIPPED,
+    preset: Annotated[str, typer.Option(help="The shape.")] = PRESET,
     seed: Annotated[int, typer.Option(help="Of what is random.")] = 0,
 ) -> None:
     """A trained trunk and audio encoder, a random adapter: where stage 1 starts."""
-    assemble_start(open_release(text_run), out, audio_encoder=audio_encoder, preset=preset, seed=seed)
-
-
-@app.command("average")
-def average_command(
-    runs: Annotated[list[Path], typer.Argument(help="Runs or releases.")],
-    out: Annotated[Path, typer.Option(help="New folder.")],
-) -> None:
-    """The mean of the weights of several runs."""
-    average_releases([open_release(run) for run in runs], out)
+    assemble_start(open_release(trunk), out, audio_encoder, preset=preset, seed=seed)
 
 
 @app.command("package")

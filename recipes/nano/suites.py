@@ -3,34 +3,78 @@
     python -m recipes.nano.suites --records build/nano/records --texts build/nano/text --out build/nano/suites
     omni-jax evaluate build/nano/suites/seen.jsonl --model nano --out build/nano/evaluated/seen
 
-`seen` and `unseen` have the questions by voices that training has, and by others: answered (A1A2, A1T2) and written
-down (A1T1). `dictation` has sentences to write down, `text` questions in writing (T1A2, T1T2), `read` sentences to read
-aloud (T1A1). A case's group is its kind of question; of sentences, the voices.
+`seen`, `unseen` and `natural` have the questions by voices that training has, by others, and by others that sound like
+people: answered (A1A2, A1T2) and written down (A1T1). `natural_noise`, `natural_telephone` and `natural_silence` are
+the latter made harder. `noise` has recordings without a question. `dictation` has sentences to write down, `text` and
+`typos` questions in writing (T1A2, T1T2), `read` sentences to read aloud (T1A1). Cases are grouped by kind of question,
+sentences by voices.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
+from omni_jax.audio import augment
 from omni_jax.audio import io as audio_io
 from omni_jax.audio.encoding import write_audio
+from omni_jax.audio.io import SAMPLE_RATE
 from omni_jax.checkpoint.folders import new_folder
 from omni_jax.data.records import Exchange, Records, from_bytes
 from omni_jax.tasks import Task
+from recipes.nano.texts import NOT_UNDERSTOOD, UNKNOWN
 
+ANSWERED = (Task.A1A2, Task.A1T2, Task.A1T1)
 SUITES: dict[str, tuple[tuple[str, tuple[Task, ...]], ...]] = {
-    "seen": (("held_out_seen", (Task.A1A2, Task.A1T2, Task.A1T1)),),
-    "unseen": (("held_out_unseen", (Task.A1A2, Task.A1T2, Task.A1T1)),),
+    "seen": (("held_out_seen", ANSWERED),),
+    "unseen": (("held_out_unseen", ANSWERED),),
+    "natural": (("held_out_natural", ANSWERED),),
+    "natural_noise": (("held_out_natural", (Task.A1A2,)),),
+    "natural_telephone": (("held_out_natural", (Task.A1A2,)),),
+    "natural_silence": (("held_out_natural", (Task.A1A2,)),),
+    "noise": (("noise_held_out", (Task.A1A2,)),),
     "dictation": (("dictation_seen", (Task.A1T1,)), ("dictation_unseen", (Task.A1T1,))),
     "text": (("held_out_seen", (Task.T1A2,)), ("held_out", (Task.T1T2,))),
+    "typos": (("typos_held_out", (Task.T1T2,)),),
     "read": (("read_held_out", (Task.T1A1,)),),
 }
 """Folders of records and the tasks that they are for, by suite."""
+
+
+WRITTEN = ("held_out", "typos_held_out")
+"""Folders of records that are in writing."""
+NOISE_DB = 10.0
+SILENCE_SECONDS = 2.0
+
+
+def add_noise(audio: np.ndarray, seed: int) -> np.ndarray:
+    """Pink noise 10 dB below the speech."""
+    noise = augment.colored_noise(np.random.default_rng(seed), len(audio), SAMPLE_RATE, 1.0)
+    loudness = np.sqrt(np.mean(np.square(augment.trim_silence(audio, SAMPLE_RATE))))
+    return augment.set_level(audio + noise * loudness * np.float32(10 ** (-NOISE_DB / 20)), -20.0)
+
+
+def call_by_telephone(audio: np.ndarray, seed: int) -> np.ndarray:
+    """G.711, 8 kHz."""
+    return augment.through_codec(augment.set_level(audio, -20.0), SAMPLE_RATE, augment.CODECS["telephone"])
+
+
+def add_silence(audio: np.ndarray, seed: int) -> np.ndarray:
+    """Two seconds of it before the question."""
+    return np.concatenate([np.zeros(round(SILENCE_SECONDS * SAMPLE_RATE), np.float32), audio])
+
+
+CHANGES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "natural_noise": add_noise,
+    "natural_telephone": call_by_telephone,
+    "natural_silence": add_silence,
+}
+"""What is done to the recordings of a suite: a function of audio f32 [samples] at 16 kHz and a seed."""
 
 
 def exchanges(folder: Path, limit: int | None = None) -> Iterator[Exchange]:
@@ -43,12 +87,15 @@ def exchanges(folder: Path, limit: int | None = None) -> Iterator[Exchange]:
 def case(exchange: Exchange, task: Task, number: int, name: str, audio: str) -> dict[str, Any]:
     """A line of a suite: see `omni_jax.evaluation.suites.manifest`."""
     kind = exchange.source.split()[1]
-    values = {
+    values: dict[str, Any] = {
         "id": f"{task}-{name}-{number:04d}",
         "task": task.value,
         "group": name if kind == "sentence" else kind,
         "expected": exchange.question_text if task is Task.A1T1 else exchange.answer_text,
     }
+    if kind == "noise":
+        # Either will do.
+        values["expected"] = [UNKNOWN, NOT_UNDERSTOOD]
     if task.takes_audio:
         return values | {"audio": audio, "question": exchange.question_text}
     return values | {"text": exchange.answer_text if task is Task.T1A1 else exchange.question_text}
@@ -66,11 +113,13 @@ def main(
         for suite, sources in SUITES.items():
             cases = []
             for name, tasks in sources:
-                source = texts / name if name == "held_out" else records / name
+                source = texts / name if name in WRITTEN else records / name
+                change = CHANGES.get(suite, lambda audio, seed: audio)
                 for number, exchange in enumerate(exchanges(source, limit)):
-                    audio = f"audio/{name}-{number:04d}.wav"
+                    audio = f"audio/{suite}-{name}-{number:04d}.wav"
                     if exchange.question_audio is not None:
-                        write_audio(folder / audio, audio_io.from_pcm16(exchange.question_audio), audio_io.SAMPLE_RATE)
+                        recording = change(audio_io.from_pcm16(exchange.question_audio), number)
+                        write_audio(folder / audio, recording, SAMPLE_RATE)
                     cases += [case(exchange, task, number, name, audio) for task in tasks]
             lines = [
                 json.dumps(values, ensure_ascii=False) for values in sorted(cases, key=lambda values: values["id"])

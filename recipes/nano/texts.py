@@ -10,16 +10,20 @@ Written sets, for the task T1T2; training questions also come in the further phr
     further_counts      see `questions.further_counts`
     knowledge           training questions about everything else
     smalltalk           training questions about nano itself, greetings, thanks; a set of its own, since they are few
+    unknown             questions of a grammar, which nano cannot answer
+    typos               training questions with a wrong letter
     repeat              training texts that the model is asked to repeat; transcribing and reading aloud build on it
-    held_out            held-out questions
+    held_out, typos_held_out    held-out questions
 
 Spoken sets, to be synthesized; rows without an answer are dictations, rows without a question are read aloud:
 
     train               questions asked aloud
+    natural_train       questions asked by natural voices
+    noise_train, noise_held_out     recordings without a question
     typed_train         questions in writing, answered aloud
     read_train, read_free, read_answer_like, read_held_out      sentences to read aloud
-    dictation_train, dictation_free, dictation_seen, dictation_unseen       sentences to write down
-    held_out_seen, held_out_unseen      held-out questions, for voices that training has and for others
+    dictation_train, dictation_seen, dictation_unseen       sentences to write down
+    held_out_seen, held_out_unseen, held_out_natural    held-out questions, for voices that training has and for others
 """
 
 from __future__ import annotations
@@ -27,8 +31,10 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
+import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +44,7 @@ from omni_jax.checkpoint.folders import new_folder
 from recipes.nano.questions import (
     KINDS,
     Item,
+    Split,
     all_questions,
     capitalize,
     further_counts,
@@ -46,6 +53,12 @@ from recipes.nano.questions import (
 )
 from recipes.nano.sentences import free_sentences, pattern_sentences
 
+UNKNOWN = "I am sorry, I don't know that."
+NOT_UNDERSTOOD = "I did not hear that."
+NOISES = ("noise", "hum", "music", "knocks", "language")
+"""Kinds of recordings without a question; see `recipes.nano.noise`."""
+FREE_SENTENCES = 40_000
+"""Distinct ones: reading takes those in front, dictations those at the end."""
 FOLDER = Path("build/nano/texts")
 NUMBERS = ("sum", "difference", "product")
 SMALLTALK = tuple(kind.name for kind in KINDS.values() if len(kind.facts) <= 10)
@@ -71,35 +84,37 @@ class Row:
 class Sizes:
     """Numbers of texts."""
 
-    questions: int = 6000
-    """Asked aloud twice."""
-    more_questions: int = 18_000
-    """Asked aloud once."""
-    phrased_questions: int = 24_000
-    """Asked aloud once, in the further phrasings."""
-    mixed_questions: int = 24_000
-    """Asked aloud once, half of them in the further phrasings."""
-    typed_questions: int = 80_000
+    questions: int = 12_000
+    """Asked aloud, half of them in the further phrasings."""
+    natural_questions: int = 600
+    """Asked aloud by natural voices, half of them in the further phrasings."""
+    unknown_questions: int = 1500
+    """Asked aloud, of the grammar: nano knows no answer."""
+    typed_questions: int = 16_000
     """Half of them by the kinds' shares; the others, for words that few answers have, by the number of answers."""
+    typos: int = 20_000
+    """Questions in writing with a wrong letter."""
     held_out_seen: int = 1000
     held_out_unseen: int = 500
+    held_out_natural: int = 200
     held_out_text: int = 1000
-    sentences: int = 24_000
+    held_out_typos: int = 300
+    sentences: int = 4000
     """To read aloud, of patterns."""
-    more_sentences: int = 60_000
-    free_sentences: int = 30_000
+    free_sentences: int = 14_000
     """To read aloud, of the grammar."""
-    more_free_sentences: int = 30_000
-    answer_like_sentences: int = 24_000
-    named_sentences: int = 2000
+    answer_like_sentences: int = 10_000
+    named_sentences: int = 1000
     held_out_sentences: int = 300
-    dictations: int = 40_800
-    free_dictations: int = 12_000
-    more_free_dictations: int = 12_000
+    dictations: int = 2000
+    free_dictations: int = 4000
     held_out_dictations: int = 200
     """In voices that training has; half as many in others."""
     repeated: int = 20_000
     """Questions, and as many sentences."""
+    noises: int = 1200
+    """Recordings without a question: see `recipes.nano.noise`."""
+    held_out_noises: int = 200
     written: int | None = None
     """Most rows of each written set; None: all there are."""
 
@@ -126,7 +141,13 @@ def written_sets(sizes: Sizes) -> dict[str, Iterable[Row]]:
         "held_out": sample("held_out", sizes.held_out_text, 0),
     }
     rows: dict[str, Iterable[Row]] = {name: map(Row.of, found[: sizes.written]) for name, found in items.items()}
-    return rows | {"repeat": itertools.islice(repeated(sizes.repeated), sizes.written)}
+    typos = misspelled("train", sizes.typos // 2, 10) + misspelled("train", sizes.typos // 2, 11)
+    return rows | {
+        "repeat": itertools.islice(repeated(sizes.repeated), sizes.written),
+        "unknown": map(unanswered, free_sentences(sizes.written or 8000, 1, "unknown")),
+        "typos": typos[: sizes.written],
+        "typos_held_out": misspelled("held_out", sizes.held_out_typos, 12),
+    }
 
 
 def repeated(count: int, seed: int = 0) -> Iterator[Row]:
@@ -141,35 +162,52 @@ def repeated(count: int, seed: int = 0) -> Iterator[Row]:
 
 def spoken_sets(sizes: Sizes) -> dict[str, list[Row]]:
     """The sets to be synthesized, by name."""
-    mixed = sizes.mixed_questions // 2
-    first = sample("train", sizes.questions, 0)
-    asked = first + first + sample("train", sizes.more_questions, 2)
-    asked += sample("train", sizes.phrased_questions, 3, further=True)
-    asked += sample("train", mixed, 4) + sample("train", mixed, 5, further=True)
     unseen = sizes.held_out_dictations // 2
     dictated = pattern_sentences("held_out", sizes.held_out_dictations + unseen, 1)
-    # One draw, so that all are distinct.
-    counts = (sizes.free_sentences, sizes.free_dictations, sizes.more_free_sentences, sizes.more_free_dictations)
-    free = iter(free_sentences(sum(counts), 0))
-    read_free, dictated_free, more_read_free, more_dictated_free = (
-        list(itertools.islice(free, count)) for count in counts
-    )
+    free = free_sentences(FREE_SENTENCES, 0)
+    read_free, dictated_free = free[: sizes.free_sentences], free[-sizes.free_dictations :]
     answer_like = free_sentences(sizes.answer_like_sentences, 0, "answer")
+    unknown = free_sentences(sizes.unknown_questions, 0, "unknown")
     return {
         # Rows of the same answer are neighbors: it is synthesized once.
-        "train": by_answer(map(Row.of, asked)),
+        "train": by_answer([*map(Row.of, asked_questions(sizes.questions, 0)), *map(unanswered, unknown)]),
+        "natural_train": list(map(Row.of, asked_questions(sizes.natural_questions, 8))),
         "typed_train": by_answer(map(Row.of, typed_questions(sizes.typed_questions))),
         "held_out_seen": list(map(Row.of, sample("held_out", sizes.held_out_seen, 0))),
         "held_out_unseen": list(map(Row.of, sample("held_out", sizes.held_out_unseen, 1))),
-        "read_train": read_aloud(read_sentences(sizes.sentences, sizes.more_sentences)),
-        "read_free": read_aloud(read_free + more_read_free),
+        "held_out_natural": list(map(Row.of, sample("held_out", sizes.held_out_natural, 2))),
+        "read_train": read_aloud(pattern_sentences("train", sizes.sentences, 0)),
+        "read_free": read_aloud(read_free),
         "read_answer_like": read_aloud(answer_like + free_sentences(sizes.named_sentences, 0, "named")),
         "read_held_out": read_aloud(pattern_sentences("held_out", sizes.held_out_sentences, 0)),
-        "dictation_train": write_down(pattern_sentences("train", sizes.dictations, 1)),
-        "dictation_free": write_down(dictated_free + more_dictated_free),
+        "dictation_train": write_down(pattern_sentences("train", sizes.dictations, 1) + dictated_free),
         "dictation_seen": write_down(dictated[unseen:]),
         "dictation_unseen": write_down(dictated[:unseen]),
+        "noise_train": noises(sizes.noises, 0),
+        "noise_held_out": noises(sizes.held_out_noises, 1),
     }
+
+
+def asked_questions(count: int, seed: int) -> list[Item]:
+    """Training questions, half of them in the further phrasings."""
+    return sample("train", count // 2, seed) + sample("train", count // 2, seed, further=True)
+
+
+def unanswered(question: str) -> Row:
+    """A question that nano has no answer to."""
+    return Row(question, UNKNOWN, "nano unknown")
+
+
+def noises(count: int, seed: int) -> list[Row]:
+    """Rows for `recipes.nano.noise`, which makes a recording of each."""
+    return [
+        Row(
+            f"{NOISES[number % len(NOISES)]} {seed} {number}",
+            answer_to_noise(NOISES[number % len(NOISES)]),
+            "nano noise",
+        )
+        for number in range(count)
+    ]
 
 
 def typed_questions(count: int) -> list[Item]:
@@ -184,13 +222,42 @@ def typed_questions(count: int) -> list[Item]:
     ]
 
 
-def read_sentences(count: int, more: int) -> list[str]:
-    """Distinct training sentences of patterns."""
-    read = pattern_sentences("train", count, 0)
-    known = set(read)
-    # Twice as many as wanted, since some are known.
-    drawn = pattern_sentences("train", 2 * more, 2)
-    return read + [text for text in drawn if text not in known][:more]
+def misspell(text: str, rng: random.Random) -> str:
+    """A text with one wrong letter in a word of four letters or more: it is missing, doubled, swapped or another."""
+    words = list(re.finditer(r"[A-Za-z]{4,}", text))
+    if not words:
+        return text
+    start, end = rng.choice(words).span()
+    at = rng.randrange(start + 1, end - 1)
+    change = rng.choice(
+        (
+            text[at + 1 :],
+            text[at] + text[at:],
+            text[at + 1] + text[at] + text[at + 2 :],
+            rng.choice(string.ascii_lowercase) + text[at + 1 :],
+        )
+    )
+    return text[:at] + change
+
+
+def misspelled(split: Split, count: int, seed: int) -> list[Row]:
+    """Questions with a wrong letter, and their answers.
+
+    One that has become another question of the model's scope is left out.
+    """
+    rng = random.Random(f"typos {split} {seed}")
+    known = {item.question for one in ("train", "held_out") for item in all_questions(one, further=True)}
+    rows = []
+    for item in sample(split, count, seed, further=split == "train" and seed % 2 == 1):
+        text = misspell(item.question, rng)
+        if text not in known:
+            rows.append(replace(Row.of(item), question_text=text))
+    return rows
+
+
+def answer_to_noise(kind: str) -> str:
+    """What nano says to a recording of a kind."""
+    return UNKNOWN if kind == "language" else NOT_UNDERSTOOD
 
 
 def by_answer(rows: Iterable[Row]) -> list[Row]:

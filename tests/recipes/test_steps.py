@@ -101,9 +101,9 @@ def test_main_refuses_outputs_of_later_steps(
 
 def test_remove_deletes_what_a_step_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "BUILD", tmp_path)
-    for path in ("mean/model", "stage1/release/model", "stage1/checkpoints/1", "records/train", "texts/a"):
+    for path in ("packaged/model", "stage1/release/model", "stage1/checkpoints/1", "records/train", "texts/a"):
         (tmp_path / path).mkdir(parents=True)
-    recipe.remove(Step("mean", (), tmp_path / "mean"))
+    recipe.remove(Step("package", (), tmp_path / "packaged"))
     recipe.remove(Step("stage1", (), tmp_path / "stage1" / "release"))
     recipe.remove(Step("speech", (), folder=tmp_path / "records"))
     recipe.remove(Step("ship", ()))
@@ -140,7 +140,7 @@ def test_steps_begin_with_what_earlier_ones_make(folders: set[str], from_scratch
         made |= written_now
     names = [step.name for step in recipe.steps(from_scratch=from_scratch)]
     assert len(set(names)) == len(names)
-    assert ("codec" in names) == ("audio_encoder" in names) == ("tokenizer" in names) == from_scratch
+    assert ("codec" in names) == ("text" in names) == ("tokenizer" in names) == from_scratch
 
 
 def test_steps_are_commands_of_the_project() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from omni_jax.audio.io import SAMPLE_RATE, read_audio
 from omni_jax.data.records import Exchange, RecordWriter
 from omni_jax.evaluation.suites import manifest
 from omni_jax.tasks import Task
@@ -14,7 +15,7 @@ from recipes.nano import suites
 
 pytestmark = pytest.mark.slow
 
-AUDIO = np.arange(-8000, 8000, dtype=np.int16)
+AUDIO = np.random.default_rng(0).integers(-8000, 8000, 16_000).astype(np.int16)
 QUESTION = Exchange("What is one plus one?", AUDIO, "One plus one is two.", np.zeros((2, 7), int), "nano sum pair")
 
 
@@ -24,6 +25,9 @@ def folders(tmp_path: Path) -> Path:
     sets = {
         "held_out_seen": QUESTION,
         "held_out_unseen": QUESTION,
+        "held_out_natural": QUESTION,
+        "noise_held_out": Exchange("", AUDIO, "I did not hear that.", np.zeros((2, 7), int), "nano noise"),
+        "typos_held_out": Exchange("What is your nmae?", None, "My name is Nano.", source="nano name phrasing"),
         "dictation_seen": Exchange("The cat is red.", AUDIO, source="nano sentence"),
         "dictation_unseen": Exchange("The cat is red.", AUDIO, source="nano sentence"),
         "read_held_out": Exchange("", None, "The dog is blue.", np.zeros((2, 7), int), source="nano sentence"),
@@ -43,8 +47,14 @@ def test_main_writes_suites_that_evaluation_reads(folders: Path, tmp_path: Path)
     assert tasks == {
         "seen": [Task.A1A2, Task.A1T1, Task.A1T2],
         "unseen": [Task.A1A2, Task.A1T1, Task.A1T2],
+        "natural": [Task.A1A2, Task.A1T1, Task.A1T2],
+        "natural_noise": [Task.A1A2],
+        "natural_telephone": [Task.A1A2],
+        "natural_silence": [Task.A1A2],
+        "noise": [Task.A1A2],
         "dictation": [Task.A1T1, Task.A1T1],
         "text": [Task.T1A2, Task.T1T2],
+        "typos": [Task.T1T2],
         "read": [Task.T1A1],
     }
     for found in cases.values():
@@ -61,6 +71,27 @@ def test_main_writes_suites_that_evaluation_reads(folders: Path, tmp_path: Path)
     assert [case.group for case in cases["dictation"]] == ["dictation_seen"] * 2 + ["dictation_unseen"] * 2
     assert [case.text for case in cases["text"][::2]] == ["What is one plus one?", "What is your name?"]
     assert cases["read"][0].text == "The dog is blue."
+
+    assert cases["noise"][0].expected == ("I am sorry, I don't know that.", "I did not hear that.")
+    assert cases["typos"][0].text == "What is your nmae?"
+    loaded = {name: read_audio(cases[name][0].audio) for name in ("natural", *suites.CHANGES)}
+    assert len(loaded["natural_silence"]) == len(loaded["natural"]) + 2 * SAMPLE_RATE
+    for name in ("natural_noise", "natural_telephone"):
+        assert len(loaded[name]) == len(loaded["natural"])
+
+
+def test_add_noise_is_10_db_below_the_speech() -> None:
+    tone = 0.1 * np.sin(np.arange(SAMPLE_RATE)).astype(np.float32)
+    audio = np.concatenate([np.zeros(SAMPLE_RATE, np.float32), tone])
+    noisy = suites.add_noise(audio, 3)
+    noise, speech = noisy[: SAMPLE_RATE // 2], noisy[-SAMPLE_RATE // 2 :]
+    assert 10 * np.log10(np.mean(speech**2) / np.mean(noise**2) - 1) == pytest.approx(10, abs=0.6)
+
+
+def test_telephone_cuts_high_frequencies() -> None:
+    audio = 0.1 * np.random.default_rng(0).standard_normal(SAMPLE_RATE).astype(np.float32)
+    power = np.abs(np.fft.rfft(suites.call_by_telephone(audio, 0))) ** 2
+    assert power[4000:].sum() < 0.01 * power[:4000].sum()
 
 
 def test_main_limit(folders: Path, tmp_path: Path) -> None:

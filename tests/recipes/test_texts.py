@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from pathlib import Path
 
 import pytest
+from rapidfuzz.distance import Levenshtein
 
 from omni_jax.checkpoint.release import TOKENIZER_FILES
 from recipes.nano import texts, tokenizer
@@ -23,20 +25,26 @@ FINGERPRINTS = {
     "written/further_counts": "4b9eeec86677c18b",
     "written/knowledge": "643c54fc0fc886b6",
     "written/smalltalk": "7bb10399e6b182a6",
-    "written/repeat": "bc763a18d3a5422e",
     "written/held_out": "3d49f0756de41b98",
-    "spoken/train": "7766afd81ec6ea15",
-    "spoken/typed_train": "1b94b1e24c57a07b",
+    "written/repeat": "bc763a18d3a5422e",
+    "written/unknown": "87ef613c329acb15",
+    "written/typos": "4e998327551c5763",
+    "written/typos_held_out": "04cbf1b3435032d7",
+    "spoken/train": "c8b29946c9b0e51b",
+    "spoken/natural_train": "88cc77259eea7801",
+    "spoken/typed_train": "7b34bdba79feb4d1",
     "spoken/held_out_seen": "3d49f0756de41b98",
     "spoken/held_out_unseen": "5ebd8b1594d64bbd",
-    "spoken/read_train": "ce576e4794fb1dbb",
-    "spoken/read_free": "38633f578b16ae67",
-    "spoken/read_answer_like": "b574d7882b539225",
+    "spoken/held_out_natural": "2900ca7ee5c99ec0",
+    "spoken/read_train": "9bbeeed686cdd6e2",
+    "spoken/read_free": "c89004f6a1e1ba98",
+    "spoken/read_answer_like": "08c1f70a1926490e",
     "spoken/read_held_out": "67f93771a0e641ea",
-    "spoken/dictation_train": "fbd4c5d3335af941",
-    "spoken/dictation_free": "e332488a485a32de",
+    "spoken/dictation_train": "43e64957364f320c",
     "spoken/dictation_seen": "1249c2d2600e3988",
     "spoken/dictation_unseen": "9bd43a760f0ea769",
+    "spoken/noise_train": "0363e88730df5f72",
+    "spoken/noise_held_out": "36034321ba7e48d5",
 }
 """Of the sorted rows of each set."""
 
@@ -113,6 +121,32 @@ def test_further_counts_have_both_directions_and_none_that_is_asked(written: dic
     assert_nothing_held_out(further, "count", a="forty", b="forty-two")
 
 
+def test_misspelled_questions_have_one_wrong_letter(written: dict[str, list[Row]]) -> None:
+    answers = {item.answer for item in all_questions("train", further=True)}
+    right = {item.question for item in all_questions("train", further=True)}
+    assert len(written["typos"]) > 0.95 * Sizes().typos
+    changed = [row for row in written["typos"] if row.question_text not in right]
+    assert len(changed) == len(written["typos"])
+    assert {row.answer_text for row in changed} <= answers
+    rng = random.Random(0)
+    distances = [Levenshtein.distance(text, texts.misspell(text, rng)) for text in sorted(right)[::1000]]
+    # Two if letters are swapped, none if these are equal.
+    assert set(distances) == {0, 1, 2}
+    assert distances.count(0) < 0.05 * len(distances)
+    held_out = {item.question for item in all_questions("held_out")}
+    assert not {row.question_text for row in written["typos"]} & held_out
+    assert {texts.misspell("tall", random.Random(seed)) for seed in range(300)} >= {"tll", "taall", "tlal", "tabl"}
+    assert texts.misspell("Is it me?", random.Random(0)) == "Is it me?"
+
+
+def test_unknown_questions_are_none_of_the_known(written: dict[str, list[Row]]) -> None:
+    known = {item.question for split in ("train", "held_out") for item in all_questions(split, further=True)}
+    found = written["unknown"]
+    assert {row.answer_text for row in found} == {texts.UNKNOWN}
+    assert len({row.question_text for row in found}) == len(found) == 8000
+    assert not {row.question_text for row in found} & known
+
+
 def test_repeat_has_nothing_held_out(written: dict[str, list[Row]]) -> None:
     held_out = {item.question for item in all_questions("held_out")} | set(pattern_sentences("held_out", 300, 0))
     for row in written["repeat"]:
@@ -130,7 +164,7 @@ def test_main_writes_limited_manifests(tmp_path: Path) -> None:
         assert 4 <= len(rows) <= 60
         asked, answered = ({bool(getattr(row, name)) for row in rows} for name in ("question_text", "answer_text"))
         assert asked == {not file.stem.startswith("read_")}
-        assert answered == {not file.stem.startswith("dictation_")}
+        assert answered == {not file.stem.startswith("dictation_")}, file
 
 
 def test_by_answer_groups_rows() -> None:
