@@ -90,7 +90,7 @@ class Sizes:
     """Asked aloud by natural voices, half of them in the further phrasings."""
     unknown_questions: int = 1500
     """Asked aloud, of the grammar: nano knows no answer."""
-    typed_questions: int = 16_000
+    typed_questions: int = 12_000
     """Half of them by the kinds' shares; the others, for words that few answers have, by the number of answers."""
     typos: int = 20_000
     """Questions in writing with a wrong letter."""
@@ -99,12 +99,12 @@ class Sizes:
     held_out_natural: int = 200
     held_out_text: int = 1000
     held_out_typos: int = 300
-    sentences: int = 4000
+    sentences: int = 2000
     """To read aloud, of patterns."""
-    free_sentences: int = 14_000
+    free_sentences: int = 9000
     """To read aloud, of the grammar."""
-    answer_like_sentences: int = 10_000
-    named_sentences: int = 1000
+    answer_like_sentences: int = 6000
+    named_sentences: int = 600
     held_out_sentences: int = 300
     dictations: int = 2000
     free_dictations: int = 4000
