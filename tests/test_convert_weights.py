@@ -116,7 +116,7 @@ def test_inspect(tiny_parts, tiny_release):
     assert set(sizes) == {"adapter", "codec", "audio_encoder", "embed", "norm", "trunk", "total"}
     assert sizes["total"] == sum(sizes.values()) / 2
     release = open_release(tiny_release)
-    files = ("model.safetensors", "codec.safetensors")
+    files = ("model.safetensors", "audio_encoder.safetensors", "codec.safetensors")
     held = sum((tiny_release / name).stat().st_size for name in files)
     assert 0 <= held - 4 * sizes["total"] < 50_000, release
 

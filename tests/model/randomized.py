@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from omni_jax.model.whisper_encoder import sinusoids
+
 Module = TypeVar("Module", bound=nnx.Module)
 Path = tuple[Any, ...]
 
@@ -33,6 +35,9 @@ def randomized(
     drawn = {}
     for path in sorted(flat, key=_draw_order):
         leaf, name = flat[path], str(path[-1])
+        if name == "positions":
+            drawn[path] = leaf.replace(jnp.asarray(sinusoids(*leaf.shape)))
+            continue
         noise = _draw(random, path, leaf.shape)
         values = 1 + 0.2 * noise if name == "scale" else 0.3 * noise
         if change is not None:
