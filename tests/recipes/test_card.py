@@ -57,21 +57,25 @@ def test_collect_counts_answers(evaluated: Path) -> None:
     assert figures["speed"]["first_audio"] == 0.123
 
 
-def test_main_writes_figures_into_texts(evaluated: Path, tmp_path: Path) -> None:
+def test_write_puts_figures_into_texts(evaluated: Path, tmp_path: Path) -> None:
     for name in (*card.TEXTS, card.FIGURES):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    places = "".join(f"<!-- card: {table} -->\nold\n<!-- end -->\nafterwards unchanged\n" for table in card.TABLES)
     for name in card.TEXTS:
-        places = "".join(
-            f"# {table}\n<!-- card: {table} -->\nold\n<!-- end -->\nafterwards unchanged\n" for table in card.TABLES
-        )
         (tmp_path / name).write_text(places, encoding="utf-8")
-    card.main(evaluated, tmp_path)
+    samples = [
+        {"question": "Why?", "answer": "So.", "expected": "No."},
+        {"question": "Who?", "answer": "I.", "expected": "I."},
+    ]
+    card.write(card.collect(evaluated) | {"samples": samples}, tmp_path)
     text = (tmp_path / card.TEXTS[0]).read_text(encoding="utf-8")
-    assert "old" not in text
+    assert "old\n" not in text
     assert text.count("afterwards unchanged") == len(card.TABLES)
     assert "| A1A2 questions, natural voices | 4 | 75.0 %" in text
     assert "| sum | 1 | 2 |" in text
     assert "| product |" not in text
     assert "first audio after 0.12 s" in text
-    card.main(None, tmp_path)
+    assert "**Why?** *So.* (expected: No.; [question](nano/sample1-question.wav)" in text
+    assert "**Who?** *I.* (right; " in text
+    card.write(card.read(tmp_path), tmp_path)
     assert (tmp_path / card.TEXTS[0]).read_text(encoding="utf-8") == text
