@@ -65,9 +65,6 @@ FILES = (CONFIG, MODEL, CODEC, *TOKENIZER_FILES)
 AUDIO_ENCODER_PREFIX = "audio_encoder."
 """Of the names of the audio encoder's tensors."""
 
-AUDIO_ENCODER_PREFIX = "audio_encoder."
-"""Of the names of the audio encoder's tensors."""
-
 RUN, RELEASE = "checkpoints", "release"
 """Folders of a training run; the second exists once the run has finished."""
 

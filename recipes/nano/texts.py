@@ -200,14 +200,8 @@ def unanswered(question: str) -> Row:
 
 def noises(count: int, seed: int) -> list[Row]:
     """Rows for `recipes.nano.noise`, which makes a recording of each."""
-    return [
-        Row(
-            f"{NOISES[number % len(NOISES)]} {seed} {number}",
-            answer_to_noise(NOISES[number % len(NOISES)]),
-            "nano noise",
-        )
-        for number in range(count)
-    ]
+    kinds = itertools.islice(itertools.cycle(NOISES), count)
+    return [Row(f"{kind} {seed} {number}", answer_to_noise(kind), "nano noise") for number, kind in enumerate(kinds)]
 
 
 def typed_questions(count: int) -> list[Item]:
