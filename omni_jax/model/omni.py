@@ -112,8 +112,7 @@ class OmniModel(nnx.Module):
             rows = sharding.spec(audio.shape, ("batch", None), mesh)
             to_mel = jax.shard_map(to_mel, in_specs=rows, out_specs=rows)
         mel = to_mel(audio)
-        frames = recording_frames(audio) if self.config.audio_encoder.mask_padding else None
-        features = self.audio_encoder(mel if augment is None else augment(mel), frames)
+        features = self.audio_encoder(mel if augment is None else augment(mel), recording_frames(audio))
         speech = self.adapter(features.astype(self.dtype))
         # Of one length, whatever the window: prefill is compiled for it.
         return jnp.pad(speech, ((0, 0), (0, max_speech_positions(self.config) - speech.shape[1]), (0, 0)))

@@ -149,7 +149,6 @@ def make_encoder(setup: TrainingSetup, release: Release) -> Encode:
     @jax.jit
     def encode(weights: object, audio: jax.Array) -> jax.Array:
         mel = log_mel(audio, mels=config.num_mel_bins)
-        frames = recording_frames(audio) if config.mask_padding else None
-        return nnx.merge(graph, weights)(mel, frames).astype(np.float32)
+        return nnx.merge(graph, weights)(mel, recording_frames(audio)).astype(np.float32)
 
     return lambda audio: np.asarray(encode(weights, jax.device_put(audio, rows)))

@@ -35,6 +35,7 @@ import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -234,17 +235,23 @@ def misspell(text: str, rng: random.Random) -> str:
     return text[:at] + change
 
 
+@cache
+def known_questions() -> frozenset[str]:
+    """All that nano can be asked, held out or not."""
+    splits: tuple[Split, ...] = ("train", "held_out")
+    return frozenset(item.question for split in splits for item in all_questions(split, further=True))
+
+
 def misspelled(split: Split, count: int, seed: int) -> list[Row]:
     """Questions with a wrong letter, and their answers.
 
     One that has become another question of the model's scope is left out.
     """
     rng = random.Random(f"typos {split} {seed}")
-    known = {item.question for one in ("train", "held_out") for item in all_questions(one, further=True)}
     rows = []
     for item in sample(split, count, seed, further=split == "train" and seed % 2 == 1):
         text = misspell(item.question, rng)
-        if text not in known:
+        if text not in known_questions():
             rows.append(replace(Row.of(item), question_text=text))
     return rows
 
