@@ -60,6 +60,8 @@ class SpokenCorpus:
     max_answer_shift: float = 0.0
     """Longest additional silence before an answer, in seconds, drawn for each row. With the length of a codec frame,
     answers of equal text have different codes."""
+    answer_speed: float = 1.0
+    """Of answers, relative to the voice's own."""
 
     @property
     def name(self) -> str:
@@ -123,7 +125,7 @@ class SpokenCorpus:
 
     def _speak_answer(self, text: str, seed: int) -> tuple[str, np.ndarray]:
         """Name of the voice, and the answer as f32 [samples] at `answer_sample_rate`."""
-        voice, samples, rate = _synthesize_answer(self.answer_voice, text)
+        voice, samples, rate = _synthesize_answer(self.answer_voice, text, self.answer_speed)
         before = ANSWER_SILENCE + random.Random(seed).uniform(0, self.max_answer_shift)
         audio = augment.pad_silence(samples, rate, self.answer_sample_rate, before, ANSWER_SILENCE)
         _check_length(audio, self.answer_sample_rate, self.max_answer_seconds, "answer")
@@ -137,7 +139,7 @@ def open_synthesizer(spec: VoiceSpec) -> SpeechSynthesizer:
 
 
 @lru_cache(maxsize=8)
-def _synthesize_answer(spec: VoiceSpec, text: str) -> tuple[str, np.ndarray, int]:
+def _synthesize_answer(spec: VoiceSpec, text: str, speed: float) -> tuple[str, np.ndarray, int]:
     """Name of the voice, f32 [samples] and sample rate. Rows with the same answer one after the other cost one.
 
     Raises:
@@ -148,7 +150,7 @@ def _synthesize_answer(spec: VoiceSpec, text: str) -> tuple[str, np.ndarray, int
     problem = ""
     for _ in range(MAX_ATTEMPTS):
         try:
-            return f"{synthesizer.name} {voice}", *synthesizer.speak(text, voice)
+            return f"{synthesizer.name} {voice}", *synthesizer.speak(text, voice, speed)
         except SynthesisError as error:
             problem = str(error)
     raise RejectedRow("answer synthesis failed", problem)

@@ -23,6 +23,7 @@ from typing import Annotated
 
 import typer
 
+from omni_jax.checkpoint.release import AUDIO_ENCODER
 from recipes.nano.audio_encoder import WHISPER
 
 BUILD = Path("build/nano")
@@ -33,22 +34,13 @@ WRITTEN = (
     "held_out", "typos_held_out",
 )  # fmt: skip
 """Sets of texts that are not synthesized; see texts.py."""
-EVALUATIONS = {
-    "seen": ("seen",),
-    "unseen": ("unseen",),
-    "natural": ("natural",),
-    "natural_noise": ("natural_noise",),
-    "natural_telephone": ("natural_telephone",),
-    "natural_silence": ("natural_silence",),
-    "noise": ("noise",),
-    "seen_no_batch_parallel": ("seen", "--no-batch-parallel"),
-    "unseen_no_batch_parallel": ("unseen", "--no-batch-parallel"),
-    "dictation": ("dictation",),
-    "text": ("text",),
-    "typos": ("typos",),
-    "read": ("read",),
-}
-"""Suite and options of `omni-jax evaluate`, by name of the folder of results."""
+EVALUATIONS = (
+    "seen", "unseen", "natural", "natural_noise", "natural_telephone", "natural_silence", "noise", "dictation", "text",
+    "typos", "read",
+)  # fmt: skip
+"""Suites, as `recipes.nano.suites` names them."""
+TRANSCRIBED = ("natural", "read")
+"""Those whose spoken answers are transcribed, which takes a second each; those of the others are alike."""
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """A training step on CPUs allocates hundreds of megabytes; with small pages much of its time goes there."""
 TRIAL_TRAINING = (
@@ -130,7 +122,7 @@ def prepare_step(name: str) -> Step:
 
 def stage_steps(*, from_scratch: bool, trial: bool) -> list[Step]:
     """The audio encoder and the three stages."""
-    encoder, start = BUILD / "audio_encoder" / "audio_encoder.safetensors", BUILD / "start"
+    encoder, start = BUILD / "audio_encoder" / AUDIO_ENCODER, BUILD / "start"
     trunk = ("--trunk", BUILD / "text_run") if from_scratch else ()
     return [
         Step("audio_encoder", script("audio_encoder", "--out", encoder.parent), encoder.parent),
@@ -141,9 +133,10 @@ def stage_steps(*, from_scratch: bool, trial: bool) -> list[Step]:
 
 def release_steps(*, trial: bool) -> list[Step]:
     """The last stage's model in eight bits, evaluated and put into the package."""
-    packaged, suites = BUILD / "packaged", BUILD / "suites"
+    packaged, suites, encoder = BUILD / "packaged", BUILD / "suites", BUILD / "audio_encoder" / AUDIO_ENCODER
+    package = script("assemble", "package", BUILD / "stage3", packaged, "--audio-encoder", encoder)
     return [
-        Step("package", script("assemble", "package", BUILD / "stage3", packaged), packaged),
+        Step("package", package, packaged),
         Step("suites", script("suites", "--out", suites), suites),
         *(evaluation_step(name, packaged, suites, trial=trial) for name in EVALUATIONS),
         Step("ship", script("ship", packaged)),
@@ -151,12 +144,11 @@ def release_steps(*, trial: bool) -> list[Step]:
 
 
 def evaluation_step(name: str, model: Path, suites: Path, *, trial: bool) -> Step:
-    """One of `EVALUATIONS`."""
-    suite, *options = EVALUATIONS[name]
+    """Evaluate the model on a suite."""
     out = BUILD / "evaluated" / name
-    command = (OMNI_JAX, "evaluate", str(suites / f"{suite}.jsonl"), "--model", str(model), "--out", str(out))
-    judge = ("--limit", "2") if trial else ("--asr-judge", f"faster-whisper={BUILD / 'audio_encoder' / WHISPER}")
-    return Step(f"evaluate_{name}", (*command, *options, *judge), out / "report.html")
+    command = (OMNI_JAX, "evaluate", str(suites / f"{name}.jsonl"), "--model", str(model), "--out", str(out))
+    judge = ("--asr-judge", f"faster-whisper={BUILD / 'audio_encoder' / WHISPER}") if name in TRANSCRIBED else ()
+    return Step(f"evaluate_{name}", (*command, *(("--limit", "2") if trial else judge)), out / "report.html")
 
 
 def run(step: Step) -> None:

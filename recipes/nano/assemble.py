@@ -2,11 +2,12 @@
 
 python -m recipes.nano.assemble untrained build/nano/untrained      random weights, a codec and a tokenizer
 python -m recipes.nano.assemble start build/nano/start --audio-encoder FILE     trained trunk, random adapter
-python -m recipes.nano.assemble package build/nano/stage3 build/nano/packaged       in eight bits, as it ships
+python -m recipes.nano.assemble package build/nano/stage3 build/nano/packaged --audio-encoder FILE      in eight bits
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,9 @@ import numpy as np
 import typer
 
 from omni_jax import Omni
+from omni_jax.checkpoint.folders import new_folder
 from omni_jax.checkpoint.release import (
+    AUDIO_ENCODER,
     TOKENIZER_FILES,
     Release,
     open_release,
@@ -81,23 +84,30 @@ def assemble_start(trunk: Release, out: Path, audio_encoder: Path, *, preset: st
     save_release(out, _config(preset), tensors, trunk.codec_tensors(), trunk.tokenizer_files())
 
 
-def package(model: str | Path, out: Path) -> int:
-    """Write a model in eight bits.
+def package(model: str | Path, out: Path, audio_encoder: Path) -> int:
+    """Write a model in eight bits, with the file of its frozen audio encoder as it is.
 
     Args:
         model: a release, or a finished run.
         out: new folder.
+        audio_encoder: what `recipes.nano.audio_encoder` wrote.
 
     Returns:
         Bytes of all its files.
 
     Raises:
-        CheckpointError: `out` is in use, or the files have more than `MAX_BYTES`.
+        CheckpointError: `out` is in use, the model has another audio encoder, or the files have more than `MAX_BYTES`.
     """
-    Omni.from_pretrained(model, dtype=jnp.float32).save_pretrained(out, int8=True)
-    size = sum(file.stat().st_size for file in out.iterdir())
-    if size > MAX_BYTES:
-        raise CheckpointError(f"{out}: expected at most {MAX_BYTES} bytes, found {size}")
+    with new_folder(out) as folder:
+        Omni.from_pretrained(model, dtype=jnp.float32).save_pretrained(folder, int8=True)
+        packaged, given = SafetensorsFile(folder / AUDIO_ENCODER), SafetensorsFile(audio_encoder)
+        for name, tensor in given.tensors.items():
+            if not np.array_equal(packaged.read(name), tensor.read()):
+                raise CheckpointError(f"{model}: {name}: expected the values of {audio_encoder}, found others")
+        shutil.copyfile(audio_encoder, folder / AUDIO_ENCODER)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        if size > MAX_BYTES:
+            raise CheckpointError(f"{out}: expected at most {MAX_BYTES} bytes, found {size}")
     return size
 
 
@@ -152,9 +162,10 @@ def start_command(
 def package_command(
     model: Annotated[Path, typer.Argument(help="A release, or a finished run.")],
     out: Annotated[Path, typer.Argument(help="New folder.")],
+    audio_encoder: Annotated[Path, typer.Option(help="What recipes.nano.audio_encoder wrote.")],
 ) -> None:
     """The model in eight bits."""
-    typer.echo(f"{out}: {package(model, out) / 1e6:.1f} MB")
+    typer.echo(f"{out}: {package(model, out, audio_encoder) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,6 @@ ROWS: Mapping[str, tuple[str, str]] = {
     "the same with noise at 10 dB": ("natural_noise", "A1A2"),
     "the same by telephone": ("natural_telephone", "A1A2"),
     "the same after 2 s of silence": ("natural_silence", "A1A2"),
-    "A1A2 questions, seen voices, not batch-parallel": ("seen_no_batch_parallel", "A1A2"),
-    "A1A2 questions, unseen voices, not batch-parallel": ("unseen_no_batch_parallel", "A1A2"),
     "A1T2 questions, seen voices": ("seen", "A1T2"),
     "A1T2 questions, unseen voices": ("unseen", "A1T2"),
     "A1T2 questions, natural voices": ("natural", "A1T2"),

@@ -105,7 +105,7 @@ def main(
     records: Annotated[Path, typer.Option(help="What recipes.nano.speech wrote.")] = Path("build/nano/records"),
     texts: Annotated[Path, typer.Option(help="Folder of the records of written texts.")] = Path("build/nano/text"),
     out: Annotated[Path, typer.Option(help="New folder.")] = Path("build/nano/suites"),
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many cases of each task.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many exchanges of a folder.")] = 200,
 ) -> None:
     """Write the held-out records as suites for `omni-jax evaluate`."""
     with new_folder(out) as folder:

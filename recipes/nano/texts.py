@@ -19,6 +19,8 @@ Spoken sets, to be synthesized; rows without an answer are dictations, rows with
 
     train               questions asked aloud
     natural_train       questions asked by natural voices
+    smalltalk_train     questions of kinds that have few facts, and are asked first
+    name_train          questions for its name
     noise_train, noise_held_out     recordings without a question
     typed_train         questions in writing, answered aloud
     read_train, read_free, read_answer_like, read_held_out      sentences to read aloud
@@ -64,6 +66,8 @@ FOLDER = Path("build/nano/texts")
 NUMBERS = ("sum", "difference", "product")
 SMALLTALK = tuple(kind.name for kind in KINDS.values() if len(kind.facts) <= 10)
 """Kinds with so few facts that they would be rare among the others."""
+NAME = "name"
+"""The kind of questions for its name."""
 REPEAT = ("say: {}", "repeat: {}", "say again: {}", "repeat after me: {}", "please say: {}", "please repeat: {}")
 
 
@@ -89,6 +93,10 @@ class Sizes:
     """Asked aloud, half of them in the further phrasings."""
     natural_questions: int = 600
     """Asked aloud by natural voices, half of them in the further phrasings."""
+    smalltalk_questions: int = 1000
+    """Of kinds that are rare among the others, half of them in the further phrasings; without its name."""
+    name_questions: int = 300
+    """Its name, likewise."""
     unknown_questions: int = 1500
     """Asked aloud, of the grammar: nano knows no answer."""
     typed_questions: int = 12_000
@@ -169,10 +177,13 @@ def spoken_sets(sizes: Sizes) -> dict[str, list[Row]]:
     read_free, dictated_free = free[: sizes.free_sentences], free[-sizes.free_dictations :]
     answer_like = free_sentences(sizes.answer_like_sentences, 0, "answer")
     unknown = free_sentences(sizes.unknown_questions, 0, "unknown")
+    smalltalk = dict.fromkeys((kind for kind in SMALLTALK if kind != NAME), 1.0)
     return {
         # Rows of the same answer are neighbors: it is synthesized once.
         "train": by_answer([*map(Row.of, asked_questions(sizes.questions, 0)), *map(unanswered, unknown)]),
         "natural_train": list(map(Row.of, asked_questions(sizes.natural_questions, 8))),
+        "smalltalk_train": by_answer(map(Row.of, asked_questions(sizes.smalltalk_questions, 13, smalltalk))),
+        "name_train": list(map(Row.of, asked_questions(sizes.name_questions, 14, {NAME: 1}))),
         "typed_train": by_answer(map(Row.of, typed_questions(sizes.typed_questions))),
         "held_out_seen": list(map(Row.of, sample("held_out", sizes.held_out_seen, 0))),
         "held_out_unseen": list(map(Row.of, sample("held_out", sizes.held_out_unseen, 1))),
@@ -189,9 +200,10 @@ def spoken_sets(sizes: Sizes) -> dict[str, list[Row]]:
     }
 
 
-def asked_questions(count: int, seed: int) -> list[Item]:
-    """Training questions, half of them in the further phrasings."""
-    return sample("train", count // 2, seed) + sample("train", count // 2, seed, further=True)
+def asked_questions(count: int, seed: int, shares: Mapping[str, float] | None = None) -> list[Item]:
+    """Training questions, half of them in the further phrasings; `shares` as of `sample`."""
+    half = count // 2
+    return sample("train", half, seed, shares=shares) + sample("train", half, seed, further=True, shares=shares)
 
 
 def unanswered(question: str) -> Row:

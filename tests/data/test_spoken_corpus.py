@@ -202,6 +202,20 @@ def test_failed_synthesis_is_repeated_then_rejected(
     assert attempts.count("must fail") == 3
 
 
+def test_answer_speed_is_that_of_answers_only(tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds: dict[str, float] = {}
+    original = Command.speak
+
+    def speak(self: Command, text: str, voice: str, speed: float = 1.0, pitch: float = 0.0) -> Any:
+        speeds[voice] = speed
+        return original(self, text, voice, speed, pitch)
+
+    monkeypatch.setattr(Command, "speak", speak)
+    synthesize(rows(tmp_path / "qa.jsonl", "one"), template, answer_speed=1.3)
+    assert speeds.pop("own") == 1.3
+    assert 1.3 not in speeds.values()
+
+
 def test_prepare_spoken_corpus(tmp_path: Path, template: str) -> None:
     source = rows(tmp_path / "qa.jsonl", "one", "two", "fail")
     corpus = SpokenCorpus(

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,25 @@ def test_parse_judge(tmp_path: Path) -> None:
     for wrong in ("whisper", "command=", "command=listen", "faster-whisper"):
         with pytest.raises(ConfigError, match="ASR judge"):
             asr_judge.parse_judge(wrong)
+
+
+def test_faster_whisper_writes_numbers_in_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    class WhisperModel:
+        def __init__(self, *_: Any, **__: Any):
+            vocabulary = {"ten": 3, "\u012010": 4, "7": 5, "x": 6, "%": 7}
+            self.hf_tokenizer = SimpleNamespace(get_vocab=lambda: vocabulary)
+
+        def transcribe(self, path: str, **options: Any) -> Any:
+            asked.update(options)
+            return [SimpleNamespace(text=" Ten"), SimpleNamespace(text=" times.")], None
+
+    monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(WhisperModel=WhisperModel))
+    judge = asr_judge.parse_judge("faster-whisper=some/base")
+    assert judge is not None
+    assert (judge.name, judge.transcribe(tmp_path / "a.wav")) == ("faster-whisper base", "Ten times.")
+    assert asked["suppress_tokens"] == [-1, 4, 5, 7]
 
 
 @pytest.mark.slow

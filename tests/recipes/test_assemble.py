@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from omni_jax import Omni
 from omni_jax.checkpoint.release import AUDIO_ENCODER, FILES, MODEL, Release, open_release, parameter_shapes
 from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile, write_safetensors
 from omni_jax.codec.snac import Snac
@@ -104,8 +105,13 @@ def untrained_releases(folder: Path, codec: Path, tokenizer: Path, count: int) -
 def test_package_writes_eight_bits(
     codec: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (run,) = untrained_releases(tmp_path, codec, tokenizer, 1)
-    size = assemble.package(run.folder, tmp_path / "packaged")
+    untrained, other = untrained_releases(tmp_path, codec, tokenizer, 2)
+    Omni.from_pretrained(untrained.folder).save_pretrained(tmp_path / "int8", int8=True)
+    encoder = tmp_path / "int8" / AUDIO_ENCODER
+    assemble.assemble_start(untrained, tmp_path / "run", encoder, preset="tiny")
+    run = open_release(tmp_path / "run")
+    size = assemble.package(run.folder, tmp_path / "packaged", encoder)
+    assert (tmp_path / "packaged" / AUDIO_ENCODER).read_bytes() == encoder.read_bytes()
     files = list((tmp_path / "packaged").iterdir())
     assert size == sum(file.stat().st_size for file in files)
     assert {file.name for file in files} == {*FILES, AUDIO_ENCODER}
@@ -113,6 +119,9 @@ def test_package_writes_eight_bits(
     assert packaged.fingerprint() != run.fingerprint()
     matrix = SafetensorsFile(packaged.folder / MODEL).read("embed.text")
     assert max(len(np.unique(row)) for row in matrix) <= 255
+    with pytest.raises(CheckpointError, match=r"audio_encoder\..*: expected the values of .*, found others"):
+        assemble.package(other.folder, tmp_path / "other", encoder)
+    assert not (tmp_path / "other").exists()
     monkeypatch.setattr(assemble, "MAX_BYTES", size - 1)
     with pytest.raises(CheckpointError, match="expected at most"):
-        assemble.package(run.folder, tmp_path / "large")
+        assemble.package(run.folder, tmp_path / "large", encoder)

@@ -32,6 +32,8 @@ FINGERPRINTS = {
     "written/typos_held_out": "04cbf1b3435032d7",
     "spoken/train": "c8b29946c9b0e51b",
     "spoken/natural_train": "88cc77259eea7801",
+    "spoken/smalltalk_train": "c66a919924f6422d",
+    "spoken/name_train": "369f89594bf1b195",
     "spoken/typed_train": "312ef03d04519cdf",
     "spoken/held_out_seen": "3d49f0756de41b98",
     "spoken/held_out_unseen": "5ebd8b1594d64bbd",
