@@ -20,6 +20,7 @@ class AsrJudge(Protocol):
 
 
 NUMERALS = frozenset("0123456789%$£€")
+"""Characters that stand for words."""
 
 
 class FasterWhisperJudge:

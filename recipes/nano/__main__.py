@@ -27,6 +27,8 @@ from omni_jax.checkpoint.release import AUDIO_ENCODER
 from recipes.nano.audio_encoder import WHISPER
 
 BUILD = Path("build/nano")
+WHISPER_BASE = BUILD / "audio_encoder"
+"""What recipes.nano.audio_encoder writes: the encoder, and the whole model as the ASR judge."""
 ROOT = Path(__file__).parents[2]
 OMNI_JAX = str(Path(sys.executable).with_name("omni-jax"))
 WRITTEN = (
@@ -122,18 +124,23 @@ def prepare_step(name: str) -> Step:
 
 def stage_steps(*, from_scratch: bool, trial: bool) -> list[Step]:
     """The audio encoder and the three stages."""
-    encoder, start = BUILD / "audio_encoder" / AUDIO_ENCODER, BUILD / "start"
+    start = BUILD / "start"
     trunk = ("--trunk", BUILD / "text_run") if from_scratch else ()
     return [
-        Step("audio_encoder", script("audio_encoder", "--out", encoder.parent), encoder.parent),
-        Step("start", script("assemble", "start", start, "--audio-encoder", encoder, *trunk), start),
+        Step("audio_encoder", script("audio_encoder", "--out", WHISPER_BASE), WHISPER_BASE),
+        Step(
+            "start",
+            script("assemble", "start", start, "--audio-encoder", WHISPER_BASE / AUDIO_ENCODER, *trunk),
+            start,
+        ),
         *(training_step(name, name, trial=trial) for name in ("stage1", "stage2", "stage3")),
     ]
 
 
 def release_steps(*, trial: bool) -> list[Step]:
     """The last stage's model in eight bits, evaluated and put into the package."""
-    packaged, suites, encoder = BUILD / "packaged", BUILD / "suites", BUILD / "audio_encoder" / AUDIO_ENCODER
+    packaged, suites = BUILD / "packaged", BUILD / "suites"
+    encoder = WHISPER_BASE / AUDIO_ENCODER
     package = script("assemble", "package", BUILD / "stage3", packaged, "--audio-encoder", encoder)
     return [
         Step("package", package, packaged),
@@ -147,8 +154,12 @@ def evaluation_step(name: str, model: Path, suites: Path, *, trial: bool) -> Ste
     """Evaluate the model on a suite."""
     out = BUILD / "evaluated" / name
     command = (OMNI_JAX, "evaluate", str(suites / f"{name}.jsonl"), "--model", str(model), "--out", str(out))
-    judge = ("--asr-judge", f"faster-whisper={BUILD / 'audio_encoder' / WHISPER}") if name in TRANSCRIBED else ()
-    return Step(f"evaluate_{name}", (*command, *(("--limit", "2") if trial else judge)), out / "report.html")
+    options: tuple[str, ...] = ()
+    if trial:
+        options = ("--limit", "2")
+    elif name in TRANSCRIBED:
+        options = ("--asr-judge", f"faster-whisper={WHISPER_BASE / WHISPER}")
+    return Step(f"evaluate_{name}", (*command, *options), out / "report.html")
 
 
 def run(step: Step) -> None:

@@ -84,6 +84,11 @@ def natural() -> VoiceSpec:
     return VoiceSpec("kokoro", alone + between, speed=SPEED, pitch=(-6.0, 2.0))
 
 
+def mixed() -> tuple[VoiceSpec, ...]:
+    """Those of `many`, and for one question in eleven a natural voice."""
+    return (*many(), natural(), natural())
+
+
 def unseen() -> tuple[VoiceSpec, ...]:
     """Voices that training does not have: other variants, half of them in another accent, and another voice."""
     accents = (UNSEEN_ACCENT,) * len(ACCENTS) + ACCENTS
@@ -95,8 +100,8 @@ UNSEEN_NATURAL = VoiceSpec("kokoro", ("jf_nezumi", "jm_kumo"), speed=SPEED, pitc
 QUESTION_VOICES: dict[str, tuple[VoiceSpec, ...]] = {
     "train": many(),
     "natural_train": (natural(),),
-    "smalltalk_train": (*many(), natural(), natural()),
-    "name_train": (*many(), natural(), natural()),
+    "smalltalk_train": mixed(),
+    "name_train": mixed(),
     "dictation_train": many(),
     "held_out_seen": many(),
     "dictation_seen": many(),
