@@ -294,7 +294,9 @@ class LiveSession:
         request = await self.service.prepare(
             **inputs, task=self.settings.task, truncate=self.settings.truncate, config=config
         )
-        await self.service.wait_until_ready()
+        if self.waiting is not None:
+            # The client is told first; a turn that is interrupted does not end the announcement.
+            await asyncio.shield(self.waiting)
         answer = self.answer = self.service.submit(request, ENDPOINT)
         if self.settings.transcript and request.task.takes_audio:
             task = asyncio.create_task(self._transcribe(turn, request))
