@@ -79,3 +79,10 @@ def test_write_puts_figures_into_texts(evaluated: Path, tmp_path: Path) -> None:
     assert "**Who?** *I.* (right; " in text
     card.write(card.read(tmp_path), tmp_path)
     assert (tmp_path / card.TEXTS[0]).read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("name", card.TEXTS)
+def test_texts_have_the_figures(name: str) -> None:
+    text = (card.ROOT / name).read_text(encoding="utf-8")
+    assert card.PLACE.search(text)
+    assert card.fill(text, card.read()) == text
