@@ -96,7 +96,7 @@ def pad(audio: np.ndarray, samples: int) -> np.ndarray:
 
     Args:
         audio: f32 [..., samples].
-        samples: length of the result, as `AudioEncoderConfig.samples`.
+        samples: length of the result, as `AudioEncoderConfig.max_samples`.
 
     Returns:
         f32 [..., samples].

@@ -161,9 +161,8 @@ def write(folder: Path, trunk: TrunkConfig, rows: int, tensors: Tensors) -> None
     """
     state = to_theirs(_table(trunk, rows), tensors, "trunk")
     values = config_to_json(trunk, rows)
-    if dtype := common_dtype(state):
-        # transformers 4 reads the second, transformers 5 the first.
-        values["dtype"] = values["torch_dtype"] = dtype
+    # transformers 4 reads the second, transformers 5 the first, and takes that of some tensor where there is none.
+    values["dtype"] = values["torch_dtype"] = common_dtype(state) or "float32"
     write_safetensors(folder / WEIGHTS, state)
     write_json(folder / CONFIG, values)
 

@@ -131,8 +131,8 @@ def write(folder: Path, config: AudioEncoderConfig, tensors: Tensors) -> None:
         "decoder_attention_heads": config.num_heads,
         "decoder_ffn_dim": config.intermediate_size,
     }
-    if (dtype := common_dtype(tensors)) not in (None, "float32"):
-        values["dtype"] = values["torch_dtype"] = dtype
+    # Where it is not stated, transformers takes that of the first tensor, which may be the smallest.
+    values["dtype"] = values["torch_dtype"] = common_dtype(tensors) or "float32"
     write_safetensors(folder / WEIGHTS, to_transformers(tensors, config))
     write_json(folder / CONFIG, values)
 

@@ -121,6 +121,18 @@ def test_half_precision_keeps_its_type_and_bits(state, tmp_path, dtype):
     assert loaded.dtype == (torch.float16 if dtype == np.float16 else torch.bfloat16)
 
 
+def test_export_of_mixed_precision_loads_as_float32(state, tmp_path):
+    """The first tensor, whose type transformers takes where none is stated, is in half precision."""
+    mixed = {name: array.astype(np.float16) if array.ndim == 1 else array for name, array in state.items()}
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(THEIRS.to_dict()))
+    save_file(mixed, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "back").mkdir()
+    whisper.write(tmp_path / "back", *whisper.read(tmp_path / "theirs"))
+    assert WhisperModel.from_pretrained(tmp_path / "back").dtype == torch.float32
+    assert WhisperModel.from_pretrained(tmp_path / "back", dtype="auto").dtype == torch.float32
+
+
 def test_tensors_are_read_when_they_are_needed(state):
     reads = []
     tensors = whisper.from_transformers(recorded(to_lazy(state), reads), CONFIG)
