@@ -25,6 +25,7 @@ import typer
 
 from omni_jax.checkpoint.release import AUDIO_ENCODER
 from recipes.nano.audio_encoder import WHISPER
+from recipes.nano.suites import SUITES
 
 BUILD = Path("build/nano")
 WHISPER_BASE = BUILD / "audio_encoder"
@@ -36,13 +37,8 @@ WRITTEN = (
     "held_out", "typos_held_out",
 )  # fmt: skip
 """Sets of texts that are not synthesized; see texts.py."""
-EVALUATIONS = (
-    "seen", "unseen", "natural", "natural_noise", "natural_telephone", "natural_silence", "noise", "dictation", "text",
-    "typos", "read",
-)  # fmt: skip
-"""Suites, as `recipes.nano.suites` names them."""
 TRANSCRIBED = ("natural", "read")
-"""Those whose spoken answers are transcribed, which takes a second each; those of the others are alike."""
+"""Suites whose spoken answers are transcribed, which takes a second each; those of the others are alike."""
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """A training step on CPUs allocates hundreds of megabytes; with small pages much of its time goes there."""
 TRIAL_TRAINING = (
@@ -145,7 +141,7 @@ def release_steps(*, trial: bool) -> list[Step]:
     return [
         Step("package", package, packaged),
         Step("suites", script("suites", "--out", suites), suites),
-        *(evaluation_step(name, packaged, suites, trial=trial) for name in EVALUATIONS),
+        *(evaluation_step(name, packaged, suites, trial=trial) for name in SUITES),
         Step("ship", script("ship", packaged)),
     ]
 

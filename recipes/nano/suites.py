@@ -77,10 +77,10 @@ CHANGES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 """What is done to the recordings of a suite: a function of audio f32 [samples] at 16 kHz and a seed."""
 
 
-def exchanges(folder: Path, limit: int | None = None) -> Iterator[Exchange]:
-    """The first exchanges of a folder of records."""
+def exchanges(folder: Path, limit: int) -> Iterator[Exchange]:
+    """The first exchanges of a folder of records, at most `limit`."""
     records = Records(folder)
-    for index in range(min(len(records), len(records) if limit is None else limit)):
+    for index in range(min(len(records), limit)):
         yield from_bytes(records[index])
 
 
