@@ -5,6 +5,7 @@ Whatever imports JAX is imported inside the function, so that `--help` and a mis
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -91,6 +92,9 @@ def _train(run: RunConfig, profile: str | None) -> bool:
     """Whether the run has finished."""
     import jax
     from tqdm.contrib.logging import logging_redirect_tqdm
+
+    # Orbax logs the stack of an error several times before it raises it.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
     with _requires_extra():
         from omni_jax.training.loop import train

@@ -16,14 +16,7 @@ from omni_jax.checkpoint.release import RELEASE
 from omni_jax.config.load import save_config
 from omni_jax.config.run import RunConfig
 from omni_jax.training.batches import shard_batch
-from omni_jax.training.checkpointing import (
-    DataPosition,
-    checkpoint_manager,
-    gather_states,
-    open_data,
-    restore_or_init,
-    save_checkpoint,
-)
+from omni_jax.training.checkpointing import Checkpoints, DataPosition, gather_states, open_data
 from omni_jax.training.evaluation import HeldOutEvaluation
 from omni_jax.training.metrics import MetricsWriter, Tally, log_step
 from omni_jax.training.profiler import ProfilerTrace
@@ -58,8 +51,8 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
     if jax.process_index() == 0:
         save_config(config, out / "run.yaml")
     step_fn, evaluate, last_step = compile_step(setup), HeldOutEvaluation(setup), config.optimizer.steps
-    with StopSignal() as stop, closing(checkpoint_manager(config, out)) as manager:
-        state, frozen, position = restore_or_init(setup, manager)
+    with StopSignal() as stop, closing(Checkpoints(config, out)) as checkpoints:
+        state, frozen, position = checkpoints.restore_or_init(setup)
         step = int(state.step)
         data, seed = open_data(setup, step, position)
         with (
@@ -75,6 +68,7 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
                 with jax.set_mesh(setup.mesh):
                     state, metrics = step_fn(state, frozen, batch.arrays)
                 step += 1
+                checkpoints.check()
                 # A checkpoint of this step continues with the batch after it, which is fetched ahead here.
                 data_state = data.get_state()
                 if step < last_step:
@@ -86,13 +80,13 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
                     log_step(setup, writer, step, metrics, tally, data.skipped)
                     tally = Tally()
                 if step % config.checkpoint.save_interval_steps == 0 or step == last_step:
-                    save_checkpoint(manager, step, state, frozen, DataPosition(seed, gather_states(data_state)))
+                    checkpoints.save(step, state, frozen, DataPosition(seed, gather_states(data_state)))
                 if step == last_step or (config.eval_interval_steps and step % config.eval_interval_steps == 0):
                     evaluate(step, combine(state.trainable, frozen), writer)
             trace.update(step, state)
-            if step < last_step and manager.latest_step() != step:
-                save_checkpoint(manager, step, state, frozen, DataPosition(seed, gather_states(data_state)))
-            manager.wait_until_finished()
+            if step < last_step and checkpoints.latest_step() != step:
+                checkpoints.save(step, state, frozen, DataPosition(seed, gather_states(data_state)))
+            checkpoints.wait()
     if step < last_step:
         if jax.process_index() == 0:
             logger.warning("stopped: saved a checkpoint at step %d; the same command continues from there", step)

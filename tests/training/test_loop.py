@@ -1,6 +1,7 @@
 """Whole runs: train, stop, kill, resume, start the next stage, release."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -27,9 +28,10 @@ from omni_jax.config.model import PRESETS
 from omni_jax.config.run import RunConfig
 from omni_jax.data.pipeline import REASONS
 from omni_jax.data.records import Exchange, RecordWriter
-from omni_jax.errors import CheckpointError, ConfigError
+from omni_jax.errors import CheckpointError, ConfigError, TrainingError
 from omni_jax.training import checkpointing
-from omni_jax.training.checkpointing import DataPosition, open_data
+from omni_jax.training.checkpointing import Checkpoints, DataPosition, open_data
+from omni_jax.training.checksums import find_damage
 from omni_jax.training.describe import describe
 from omni_jax.training.evaluation import HeldOutEvaluation
 from omni_jax.training.loop import train
@@ -305,6 +307,103 @@ def test_train_stopped_at_once_saves_nothing(
         config = run_config(out, records, checkpoint=checkpoint, num_samples=0)
         assert train(config) is None
     assert max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit()) == 4
+
+
+def copy_run(finished: Path, out: Path) -> Path:
+    """The run as it was when it had all its checkpoints and no release yet."""
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("release", "tensorboard"))
+    return out
+
+
+def flip_byte(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x10
+    path.write_bytes(data)
+
+
+def test_train_moves_a_damaged_checkpoint_aside_and_goes_on_from_the_one_before(
+    finished: Path, records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    out = copy_run(finished, tmp_path / "damaged")
+    newest = out / "checkpoints" / "6"
+    flip_byte(max(newest.rglob("*"), key=lambda path: path.stat().st_size), 1000)
+    (out / "checkpoints" / "9").mkdir()
+    (out / "checkpoints" / "7").write_text("stray")
+    (out / "metrics.jsonl").unlink()
+    assert train(run_config(out, records, num_samples=0)) == out / "release"
+    assert losses(out) == {step: losses(finished)[step] for step in (5, 6)}
+    assert sorted(path.name for path in (out / "damaged_checkpoints").iterdir()) == ["6-1", "7-1", "9-1"]
+    warnings = [record.getMessage() for record in caplog.records if "whole checkpoint" in record.getMessage()]
+    assert len(warnings) == 3
+    assert warnings[0].startswith(f"{out}/checkpoints/9: expected a whole checkpoint, found no SHA256SUMS: move")
+    assert warnings[1].startswith(f"{out}/checkpoints/7: expected a whole checkpoint, found a file: move")
+    assert warnings[2].startswith(f"{out}/checkpoints/6: expected a whole checkpoint, found other bytes in ")
+    assert warnings[2].endswith(f"move it to {out}/damaged_checkpoints/6-1, go on from the one before")
+    # Those that were written again are whole.
+    assert {find_damage(path) for path in (out / "checkpoints").iterdir()} == {None}
+
+
+def test_checkpoints_begin_at_step_0_where_no_whole_one_is_left(
+    finished: Path, records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    out = copy_run(finished, tmp_path / "damaged")
+    for step in (4, 6):
+        flip_byte(out / "checkpoints" / str(step) / "state" / "manifest.ocdbt", 20)
+    # Another one was moved aside before.
+    (out / "damaged_checkpoints" / "4-1").mkdir(parents=True)
+    with closing(Checkpoints(run_config(out, records), out)) as checkpoints:
+        assert checkpoints.latest_step() is None
+    assert "damaged_checkpoints/4-2, begin at step 0, as there is no other" in caplog.text
+
+
+def test_checkpoints_of_another_configuration_are_refused(finished: Path, records: Path, tmp_path: Path):
+    out = copy_run(finished, tmp_path / "other")
+    config = run_config(out, records, trainable=["adapter"])
+    with (
+        closing(Checkpoints(config, out)) as checkpoints,
+        pytest.raises(CheckpointError, match="checkpoints/6: expected the arrays of this configuration"),
+    ):
+        checkpoints.restore_or_init(TrainingSetup.of(config))
+
+
+def test_checkpoints_are_not_saved_where_there_is_no_room(
+    finished: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = copy_run(finished, tmp_path / "full")
+    setup = TrainingSetup.of(run_config(out, records))
+    with closing(Checkpoints(setup.config, out)) as checkpoints:
+        state, frozen, position = checkpoints.restore_or_init(setup)
+        usage = shutil.disk_usage(out)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+        with pytest.raises(TrainingError, match=r"7: expected 0.* GB of free space for the checkpoint, found 0.000 GB"):
+            checkpoints.save(7, state, frozen, position)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["4", "6"]
+
+
+def test_checkpoints_say_why_a_save_failed_and_keep_the_others(
+    finished: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = copy_run(finished, tmp_path / "full")
+    setup = TrainingSetup.of(run_config(out, records))
+
+    def fail(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+    with closing(Checkpoints(setup.config, out)) as checkpoints:
+        state, frozen, position = checkpoints.restore_or_init(setup)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpointing, "write_checksums", fail)
+            checkpoints.save(7, state, frozen, position)
+            while checkpoints._manager.is_saving_in_progress():
+                time.sleep(0.01)
+            with pytest.raises(TrainingError) as failed:
+                checkpoints.check()
+        assert str(failed.value) == (
+            f"{out}/checkpoints/7: the checkpoint could not be saved: No space left on device; "
+            "once it can be saved, the same command continues from step 6"
+        )
+        checkpoints.save(8, state, frozen, position)
+    assert {path.name for path in (out / "checkpoints").iterdir() if find_damage(path) is None} == {"4", "6", "8"}
 
 
 def test_a_sample_that_cannot_be_answered_is_skipped(
