@@ -34,6 +34,7 @@ from omni_jax.audio.decoding import HEADERLESS
 from omni_jax.config.load import build_config
 from omni_jax.errors import ConfigError, OmniError
 from omni_jax.file_names import safe_file_name
+from omni_jax.folder_lock import FolderLock
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.request import Request
 from omni_jax.tasks import Task
@@ -102,32 +103,34 @@ def answer_manifest(
 
     Raises:
         ConfigError: the source or the output folder cannot be used.
+        FolderInUseError: another job writes these answers.
     """
     output = AnswerFolder(Path(out), process_index, num_processes)
     defaults = Request(task=task, truncate=truncate, config=config or GenerationConfig())
     rows = read_rows(Path(source), output.folder, defaults)[process_index::num_processes]
-    output.open()
-
-    fingerprints = [row.fingerprint(model_id) for row in rows]
-    records = [output.find_answer(row.id, fingerprint) for row, fingerprint in zip(rows, fingerprints, strict=True)]
-    todo = [index for index, record in enumerate(records) if record is None]
-    omni = load() if any(rows[index].request for index in todo) else None
-    # Answers to other requests are dropped now, not before it is certain that this run can start.
-    output.write_all([record for record in records if record is not None])
-    num_failed = 0
-    report = progress or (lambda done, total: None)
-    for start in range(0, len(todo), WINDOW * max_batch_size):
-        report(len(rows) - len(todo) + start, len(rows))
-        window = todo[start : start + WINDOW * max_batch_size]
-        answers = _answer(omni, [rows[index] for index in window], max_batch_size)
-        for index, answer in zip(window, answers, strict=True):
-            records[index] = record = _to_record(rows[index], answer, fingerprints[index])
-            output.append(record, answer)
-            num_failed += "error" in record
-    report(len(rows), len(rows))
-    # A row that failed earlier and was tried again is at the end so far.
-    output.write_all([record for record in records if record is not None])
-    return BatchSummary(output.path, len(rows), len(todo) - num_failed, len(rows) - len(todo), num_failed)
+    with FolderLock(output.folder, "omni-jax batch", f".{output.path.name}.lock") as lock:
+        output.open()
+        fingerprints = [row.fingerprint(model_id) for row in rows]
+        records = [output.find_answer(row.id, fingerprint) for row, fingerprint in zip(rows, fingerprints, strict=True)]
+        todo = [index for index, record in enumerate(records) if record is None]
+        omni = load() if any(rows[index].request for index in todo) else None
+        # Answers to other requests are dropped now, not before it is certain that this run can start.
+        output.write_all([record for record in records if record is not None])
+        num_failed = 0
+        report = progress or (lambda done, total: None)
+        for start in range(0, len(todo), WINDOW * max_batch_size):
+            report(len(rows) - len(todo) + start, len(rows))
+            window = todo[start : start + WINDOW * max_batch_size]
+            answers = _answer(omni, [rows[index] for index in window], max_batch_size)
+            lock.check()
+            for index, answer in zip(window, answers, strict=True):
+                records[index] = record = _to_record(rows[index], answer, fingerprints[index])
+                output.append(record, answer)
+                num_failed += "error" in record
+        report(len(rows), len(rows))
+        # A row that failed earlier and was tried again is at the end so far.
+        output.write_all([record for record in records if record is not None])
+        return BatchSummary(output.path, len(rows), len(todo) - num_failed, len(rows) - len(todo), num_failed)
 
 
 def _answer(omni: Omni | None, rows: Sequence[Row], max_batch_size: int) -> list[Reply | str]:

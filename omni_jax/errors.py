@@ -94,6 +94,10 @@ class TrainingError(OmniError, RuntimeError):
     """A training run that cannot go on: says at which step and why."""
 
 
+class FolderInUseError(OmniError, RuntimeError):
+    """Another run writes to the folder: says who holds it."""
+
+
 class BusyError(OmniError, RuntimeError):
     """The request queue is full; try again later."""
 

@@ -11,7 +11,7 @@ import pytest
 
 from omni_jax.api import Omni
 from omni_jax.batch import BatchSummary, answer_manifest, read_rows
-from omni_jax.errors import ConfigError, UntrainedWarning
+from omni_jax.errors import ConfigError, FolderInUseError, UntrainedWarning
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.request import Request
 
@@ -77,6 +77,19 @@ def test_answer_manifest_overwrites_nothing_if_the_model_cannot_be_loaded(tiny: 
     with pytest.raises(ConfigError, match="no such model"):
         answer_manifest(fail, manifest, out, model_id="other", config=CONFIG)
     assert (out / "answers.jsonl").read_bytes() == before
+
+
+def test_answer_manifest_refuses_a_folder_that_another_job_writes_to(tiny: Omni, tmp_path: Path) -> None:
+    manifest, out = write_manifest(tmp_path / "m.jsonl", {"id": "a", "text": "x", "task": "T1T2"}), tmp_path / "out"
+
+    def load() -> Omni:
+        # A second job starts while this one loads its model.
+        with pytest.raises(FolderInUseError, match="found `omni-jax batch` of "):
+            answer_manifest(lambda: tiny, manifest, out, model_id="tiny", config=CONFIG)
+        return tiny
+
+    assert answer_manifest(load, manifest, out, model_id="tiny", config=CONFIG).num_answered == 1
+    assert [path.name for path in out.iterdir()] == ["answers.jsonl"]
 
 
 def test_answer_manifest_takes_its_share_of_the_rows(tiny: Omni, tmp_path: Path) -> None:

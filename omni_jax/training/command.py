@@ -19,8 +19,6 @@ from omni_jax.log import log_to_stderr
 
 EXIT_REFUSED = 2
 """Exit code of a run that cannot be done as configured."""
-EXIT_STOPPED = 75
-"""Exit code of a run that was stopped before its end, after saving a checkpoint: `EX_TEMPFAIL`, try again."""
 
 
 def train_command(
@@ -41,7 +39,7 @@ def train_command(
     On a TPU pod, start the same command on every host; the processes find each other. Elsewhere, several processes
     need --coordinator, --processes and --process.
 
-    Exit codes: 0 finished, 2 the run cannot be done as configured, 75 stopped after saving a checkpoint.
+    Exit codes: 0 finished, 2 the run cannot be done as configured, 75 stopped: the same command resumes it.
     """
     try:
         run = load_config(RunConfig, config, overrides or ())
@@ -51,6 +49,8 @@ def train_command(
         typer.echo(f"train: {error}", err=True)
         raise typer.Exit(EXIT_REFUSED) from None
     if not finished:
+        from omni_jax.training.stop_signal import EXIT_STOPPED
+
         raise typer.Exit(EXIT_STOPPED)
 
 

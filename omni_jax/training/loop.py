@@ -6,8 +6,10 @@ kill it at any moment and start it again with the same command.
 
 from __future__ import annotations
 
+import errno
 import logging
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import jax
@@ -15,8 +17,10 @@ import jax
 from omni_jax.checkpoint.release import RELEASE
 from omni_jax.config.load import save_config
 from omni_jax.config.run import RunConfig
+from omni_jax.errors import FolderInUseError, OmniError, TrainingError
+from omni_jax.folder_lock import FolderLock
 from omni_jax.training.batches import shard_batch
-from omni_jax.training.checkpointing import Checkpoints, DataPosition, gather_states, open_data
+from omni_jax.training.checkpointing import Checkpoints, DataPosition, gather, gather_states, open_data
 from omni_jax.training.evaluation import HeldOutEvaluation
 from omni_jax.training.metrics import MetricsWriter, Tally, log_step
 from omni_jax.training.profiler import ProfilerTrace
@@ -26,6 +30,9 @@ from omni_jax.training.stages import combine
 from omni_jax.training.stop_signal import StopSignal
 
 logger = logging.getLogger(__name__)
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of the system that say that a file cannot be written: space, quota, permissions."""
 
 
 def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
@@ -40,18 +47,59 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
 
     Raises:
         ConfigError, CheckpointError: the run cannot be started as configured.
+        FolderInUseError: another run writes to `config.out`.
         PipelineError: the data cannot be used.
-        TrainingError: the loss stayed non-finite.
+        TrainingError: the loss stayed non-finite, or something cannot be written.
     """
     setup = TrainingSetup.of(config)
     out = Path(config.out).resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    # A finished run may be in a folder that cannot be written to.
+    if (out / RELEASE).exists():
+        return out / RELEASE
+    try:
+        with run_lock(out) as lock:
+            return _train(setup, out, lock, profile)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        raise TrainingError(
+            f"{error.filename or out}: {error.strerror}; once that is repaired, the same command continues from the "
+            "last checkpoint"
+        ) from error
+
+
+@contextmanager
+def run_lock(out: Path) -> Iterator[FolderLock | None]:
+    """The lock of a run's folder, which process 0 holds; the others get None. Called by all processes.
+
+    Raises:
+        FolderInUseError: another run holds it.
+        ConfigError: the folder cannot be written to.
+    """
+    with ExitStack() as stack:
+        lock, error = None, None
+        if jax.process_index() == 0:
+            try:
+                lock = stack.enter_context(FolderLock(out, "omni-jax train"))
+            except OmniError as refused:
+                error = refused
+        if problem := gather(None if error is None else str(error))[0]:
+            raise error or FolderInUseError(problem)
+        yield lock
+
+
+def _train(setup: TrainingSetup, out: Path, lock: FolderLock | None, profile: str | None) -> Path | None:
+    config = setup.config
+    # The run that held the lock may have finished meanwhile.
     if (out / RELEASE).exists():
         return out / RELEASE
     if jax.process_index() == 0:
         save_config(config, out / "run.yaml")
     step_fn, evaluate, last_step = compile_step(setup), HeldOutEvaluation(setup), config.optimizer.steps
-    with StopSignal() as stop, closing(Checkpoints(config, out)) as checkpoints:
+    with (
+        StopSignal(None if lock is None else lock.release) as stop,
+        closing(Checkpoints(config, out)) as checkpoints,
+    ):
         state, frozen, position = checkpoints.restore_or_init(setup)
         step = int(state.step)
         data, seed = open_data(setup, step, position)
@@ -68,7 +116,10 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
                 with jax.set_mesh(setup.mesh):
                     state, metrics = step_fn(state, frozen, batch.arrays)
                 step += 1
+                stop.started()
                 checkpoints.check()
+                if lock is not None:
+                    lock.check()
                 # A checkpoint of this step continues with the batch after it, which is fetched ahead here.
                 data_state = data.get_state()
                 if step < last_step:

@@ -28,8 +28,9 @@ from omni_jax.config.model import PRESETS
 from omni_jax.config.run import RunConfig
 from omni_jax.data.pipeline import REASONS
 from omni_jax.data.records import Exchange, RecordWriter
-from omni_jax.errors import CheckpointError, ConfigError, TrainingError
-from omni_jax.training import checkpointing
+from omni_jax.errors import CheckpointError, ConfigError, FolderInUseError, TrainingError
+from omni_jax.folder_lock import FolderLock
+from omni_jax.training import checkpointing, loop
 from omni_jax.training.checkpointing import Checkpoints, DataPosition, open_data
 from omni_jax.training.checksums import find_damage
 from omni_jax.training.describe import describe
@@ -164,6 +165,25 @@ def test_train_does_not_repeat_a_finished_run(finished: Path, records: Path):
     before = (finished / "metrics.jsonl").read_text()
     assert train(run_config(finished, records)) == finished / "release"
     assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_train_refuses_a_folder_that_another_run_writes_to(records: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    with (
+        FolderLock(out, "omni-jax train"),
+        pytest.raises(FolderInUseError, match=rf"{out}: expected one run at a time, found `omni-jax train` of .*"),
+    ):
+        train(run_config(out, records))
+    assert not list(out.iterdir())
+
+
+def test_train_says_what_it_cannot_write(records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "run.yaml")
+
+    monkeypatch.setattr(loop, "save_config", fail)
+    with pytest.raises(TrainingError, match=r"run.yaml: Read-only file system; once that is repaired,"):
+        train(run_config(tmp_path / "out", records))
 
 
 def test_start_takes_the_run_folder_of_an_earlier_stage(finished: Path, records: Path, tmp_path: Path):
