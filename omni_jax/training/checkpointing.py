@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from omni_jax import sharding
 from omni_jax.checkpoint.release import RUN
 from omni_jax.config.run import RunConfig
 from omni_jax.data import pipeline
-from omni_jax.errors import CheckpointError, TrainingError
+from omni_jax.errors import CheckpointError, PeerLostError, TrainingError
 from omni_jax.training.checksums import SUMS, find_damage, write_checksums
 from omni_jax.training.feature_cache import open_caches
 from omni_jax.training.optimizer import adamw
@@ -72,6 +72,14 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         self._saving: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # A save waits for all processes: for one that is lost, it would wait in vain.
+        if kind is None or not issubclass(kind, PeerLostError):
+            self.close()
 
     def latest_step(self) -> int | None:
         """The step of the last checkpoint, which may still be written."""

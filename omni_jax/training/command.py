@@ -6,15 +6,17 @@ Whatever imports JAX is imported inside the function, so that `--help` and a mis
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from omni_jax.config.load import load_config
 from omni_jax.config.run import RunConfig
-from omni_jax.errors import EXTRAS, ConfigError, MissingExtraError, OmniError
+from omni_jax.errors import EXTRAS, ConfigError, MissingExtraError, OmniError, PeerLostError
 from omni_jax.log import log_to_stderr
 
 EXIT_REFUSED = 2
@@ -33,6 +35,9 @@ def train_command(
     coordinator: Annotated[str | None, typer.Option(help="host:port of the first process.", show_default=False)] = None,
     processes: Annotated[int | None, typer.Option(help="Number of processes.", show_default=False)] = None,
     process: Annotated[int | None, typer.Option(help="Index of this process, from 0.", show_default=False)] = None,
+    heartbeat_timeout: Annotated[
+        int, typer.Option(min=1, help="Seconds after which a process that gives no sign of life counts as lost.")
+    ] = 100,
 ) -> None:
     """Train a model, or resume an interrupted run with the same command.
 
@@ -43,10 +48,12 @@ def train_command(
     """
     try:
         run = load_config(RunConfig, config, overrides or ())
-        _initialize_processes(coordinator, processes, process, on_pod=not dry_run)
+        _initialize_processes(coordinator, processes, process, heartbeat_timeout, on_pod=not dry_run)
         finished = _describe(run) if dry_run else _train(run, profile)
     except OmniError as error:
         typer.echo(f"train: {error}", err=True)
+        if isinstance(error, PeerLostError):
+            _end_without_peers()
         raise typer.Exit(EXIT_REFUSED) from None
     if not finished:
         from omni_jax.training.stop_signal import EXIT_STOPPED
@@ -54,7 +61,9 @@ def train_command(
         raise typer.Exit(EXIT_STOPPED)
 
 
-def _initialize_processes(coordinator: str | None, processes: int | None, process: int | None, *, on_pod: bool) -> None:
+def _initialize_processes(
+    coordinator: str | None, processes: int | None, process: int | None, heartbeat_timeout: int, *, on_pod: bool
+) -> None:
     """Connect this process to the others, if there are others."""
     given = [value is not None for value in (coordinator, processes, process)]
     if any(given) and not all(given):
@@ -64,9 +73,18 @@ def _initialize_processes(coordinator: str | None, processes: int | None, proces
     from omni_jax import sharding
 
     if all(given):
-        jax.distributed.initialize(coordinator, processes, process)
+        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=heartbeat_timeout)
     elif on_pod and sharding.on_pod():
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout)
+
+
+def _end_without_peers() -> NoReturn:
+    """End this process now: the usual end waits until JAX, too, counts the lost process as lost."""
+    from omni_jax.training.stop_signal import EXIT_STOPPED
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_STOPPED)
 
 
 @contextmanager

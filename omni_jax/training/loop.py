@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import jax
 from omni_jax.checkpoint.release import RELEASE
 from omni_jax.config.load import save_config
 from omni_jax.config.run import RunConfig
-from omni_jax.errors import FolderInUseError, OmniError, TrainingError
+from omni_jax.errors import FolderInUseError, OmniError, PeerLostError, TrainingError
 from omni_jax.folder_lock import FolderLock
 from omni_jax.training.batches import shard_batch
 from omni_jax.training.checkpointing import Checkpoints, DataPosition, gather, gather_states, open_data
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors of the system that say that a file cannot be written: space, quota, permissions."""
 
+LOST_PEER = re.compile("Gloo|peer|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]oordination")
+"""In the message of an error: a collective failed because of another process, not for want of memory or the like."""
+
 
 def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
     """Train, from the last checkpoint of `config.out` if there is one.
@@ -48,6 +52,7 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
     Raises:
         ConfigError, CheckpointError: the run cannot be started as configured.
         FolderInUseError: another run writes to `config.out`.
+        PeerLostError: another process of the run has ended.
         PipelineError: the data cannot be used.
         TrainingError: the loss stayed non-finite, or something cannot be written.
     """
@@ -88,6 +93,25 @@ def run_lock(out: Path) -> Iterator[FolderLock | None]:
         yield lock
 
 
+@contextmanager
+def notice_lost_peer() -> Iterator[None]:
+    """Turn the error of a collective whose other processes are gone into one that says so.
+
+    Raises:
+        PeerLostError: another process of the run has ended, or cannot be reached.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or not LOST_PEER.search(str(error)):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise PeerLostError(
+            "another process of the run has ended or cannot be reached: its log says why; the same command on all "
+            f"of them continues from the last checkpoint ({reason})"
+        ) from error
+
+
 def _train(setup: TrainingSetup, out: Path, lock: FolderLock | None, profile: str | None) -> Path | None:
     config = setup.config
     # The run that held the lock may have finished meanwhile.
@@ -98,7 +122,8 @@ def _train(setup: TrainingSetup, out: Path, lock: FolderLock | None, profile: st
     step_fn, evaluate, last_step = compile_step(setup), HeldOutEvaluation(setup), config.optimizer.steps
     with (
         StopSignal(None if lock is None else lock.release) as stop,
-        closing(Checkpoints(config, out)) as checkpoints,
+        Checkpoints(config, out) as checkpoints,
+        notice_lost_peer(),
     ):
         state, frozen, position = checkpoints.restore_or_init(setup)
         step = int(state.step)

@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import json
 import os
+import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -28,7 +30,7 @@ from omni_jax.config.model import PRESETS
 from omni_jax.config.run import RunConfig
 from omni_jax.data.pipeline import REASONS
 from omni_jax.data.records import Exchange, RecordWriter
-from omni_jax.errors import CheckpointError, ConfigError, FolderInUseError, TrainingError
+from omni_jax.errors import CheckpointError, ConfigError, FolderInUseError, PeerLostError, TrainingError
 from omni_jax.folder_lock import FolderLock
 from omni_jax.training import checkpointing, loop
 from omni_jax.training.checkpointing import Checkpoints, DataPosition, open_data
@@ -101,13 +103,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory, records: Path) -> Path:
     return out
 
 
-def spawn(config: dict, folder: Path, *extra: str) -> subprocess.Popen:
-    """`train.py` as a process of its own, on 8 virtual devices like this one."""
+def whole_checkpoints(out: Path) -> list[str]:
+    """Names of the checkpoints that have their hashes, which are written last."""
+    return [path.parent.name for path in (out / "checkpoints").glob("*/SHA256SUMS") if path.parent.name.isdecimal()]
+
+
+def spawn(
+    config: dict, folder: Path, *extra: str, environment: dict[str, str] | None = None, name: str | None = None
+) -> subprocess.Popen:
+    """`train.py` as a process of its own, by default on 8 virtual devices like this one."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{len(list(folder.glob('*.yaml')))}.yaml"
+    file = folder / f"{name or len(list(folder.glob('*.yaml')))}.yaml"
     file.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "train.py", str(file), *extra]
     with (folder / f"{file.stem}.log").open("w") as log:
-        return subprocess.Popen([sys.executable, "train.py", str(file), *extra], cwd=ROOT, stdout=log, stderr=log)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
 def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
@@ -184,6 +194,21 @@ def test_train_says_what_it_cannot_write(records: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(loop, "save_config", fail)
     with pytest.raises(TrainingError, match=r"run.yaml: Read-only file system; once that is repaired,"):
         train(run_config(tmp_path / "out", records))
+
+
+def test_notice_lost_peer_tells_a_lost_process_from_other_errors(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    lost = "UNKNOWN: Gloo AllGather failed: Read error: Connection reset by peer\nmore"
+    with (
+        pytest.raises(PeerLostError, match=r"another process of the run has ended .*reset by peer\)$"),
+        loop.notice_lost_peer(),
+    ):
+        raise jax.errors.JaxRuntimeError(lost)
+    with pytest.raises(jax.errors.JaxRuntimeError), loop.notice_lost_peer():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4 bytes.")
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    with pytest.raises(jax.errors.JaxRuntimeError), loop.notice_lost_peer():
+        raise jax.errors.JaxRuntimeError(lost)
 
 
 def test_start_takes_the_run_folder_of_an_earlier_stage(finished: Path, records: Path, tmp_path: Path):
@@ -363,6 +388,20 @@ def test_train_moves_a_damaged_checkpoint_aside_and_goes_on_from_the_one_before(
     assert {find_damage(path) for path in (out / "checkpoints").iterdir()} == {None}
 
 
+def test_flips_at_50_random_places_of_a_checkpoint_are_noticed(finished: Path):
+    checkpoint = finished / "checkpoints" / "6"
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    sizes = [path.stat().st_size for path in files]
+    rng = np.random.default_rng(0)
+    for place in rng.integers(0, sum(sizes), 50):
+        index = int(np.searchsorted(np.cumsum(sizes), place, side="right"))
+        at = int(place) - sum(sizes[:index])
+        flip_byte(files[index], at)
+        assert find_damage(checkpoint), f"{files[index]} at {at}"
+        flip_byte(files[index], at)
+    assert find_damage(checkpoint) is None
+
+
 def test_checkpoints_begin_at_step_0_where_no_whole_one_is_left(
     finished: Path, records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -479,6 +518,37 @@ def test_train_profiles_a_resumed_run(finished: Path, records: Path, tmp_path: P
 
 
 @pytest.mark.slow
+def test_run_killed_ten_times_at_random_after_its_first_checkpoint_has_the_same_losses(records: Path, tmp_path: Path):
+    """On one device, whose compiled programs are kept: every start but the first takes seconds."""
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    checkpoint = {"save_interval_steps": 3, "max_to_keep": 2}
+
+    def start(out: Path) -> subprocess.Popen:
+        values = run_values(out, records, steps=100_000, checkpoint=checkpoint, num_samples=0, mesh={"data": 1})
+        return spawn(values, tmp_path / "logs", environment=environment)
+
+    rng, out, whole = random.Random(0), tmp_path / "killed", tmp_path / "whole"
+    for attempt in range(10):
+        process = start(out)
+        begun = max(map(int, whole_checkpoints(out)), default=0)
+        while max(map(int, whole_checkpoints(out)), default=0) <= begun:
+            assert process.poll() is None, (tmp_path / "logs" / f"{attempt}.log").read_text()
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        process.kill()
+        process.wait()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = {step: {line["loss"] for line in lines if line["step"] == step and "loss" in line} for step in losses(out)}
+    process = start(whole)
+    wait_for_step(whole, max(found), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    expected = losses(whole)
+    assert found == {step: {expected[step]} for step in found}
+
+
+@pytest.mark.slow
 def test_killed_and_resumed_run_is_bit_identical(finished: Path, records: Path, tmp_path: Path):
     out = tmp_path / "killed"
     values = run_values(out, records, steps=6)
@@ -529,25 +599,62 @@ def test_run_killed_during_a_save_resumes_from_the_last_checkpoint(finished: Pat
 
 
 @pytest.mark.slow
-def test_sigterm_saves_a_checkpoint_and_exits_with_75(records: Path, tmp_path: Path):
-    out = tmp_path / "stopped"
+def test_sigterm_before_the_first_step_ends_the_run_within_5_s(records: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    process = spawn(run_values(out, records), tmp_path / "logs")
+    deadline = time.monotonic() + 120
+    while not (out / "run.yaml").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    # Loading, tracing and compiling take seconds from here on.
+    time.sleep(1)
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    assert time.monotonic() - start < 5
+    assert "stopped before the first step" in (tmp_path / "logs" / "0.log").read_text()
+    assert not (out / "checkpoints" / "1").exists()
+    assert not (out / ".lock").exists()
+
+
+@pytest.mark.slow
+def test_run_that_cannot_write_any_more_says_so_and_resumes(finished: Path, records: Path, tmp_path: Path):
+    out = tmp_path / "full"
+    values = run_values(out, records, num_samples=0, checkpoint={"save_interval_steps": 1, "max_to_keep": 2})
+    process = spawn(values, tmp_path / "logs")
+    wait_for_step(out, 2, process)
+    # From now on no file may be larger than 1 kB, as if the disk were full.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    assert process.wait(timeout=120) == 2
+    shown = (tmp_path / "logs" / "0.log").read_text()
+    assert "File too large; once" in shown
+    assert not (out / ".lock").exists()
+    assert spawn(values, tmp_path / "logs").wait(timeout=280) == 0, (tmp_path / "logs" / "1.log").read_text()
+    assert losses(out) == losses(finished)
+
+
+def spawn_two(
+    values: dict, folder: Path, name: str, port: int, *extra: str
+) -> tuple[list[subprocess.Popen], list[Path]]:
+    """The two processes of a run, with four devices each, and their logs."""
     environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=4")}
     environment["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
+    processes, logs = [], []
+    for index in range(2):
+        options = ["--coordinator", f"localhost:{port}", "--processes", "2", "--process", str(index), *extra]
+        processes.append(spawn(values, folder, *options, environment=environment, name=f"{name}{index}"))
+        logs.append(folder / f"{name}{index}.log")
+    return processes, logs
+
+
+@pytest.mark.slow
+def test_sigterm_saves_a_checkpoint_and_exits_with_75(records: Path, tmp_path: Path):
+    out, checkpoint = tmp_path / "stopped", {"save_interval_steps": 10_000, "max_to_keep": 2}
 
     def start(name: str, port: int, steps: int) -> tuple[list[subprocess.Popen], list[Path]]:
-        values = run_values(
-            out, records, steps=steps, checkpoint={"save_interval_steps": 10_000, "max_to_keep": 2}, num_samples=0
-        )
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(values))
-        logs = [tmp_path / f"{name}{index}.log" for index in range(2)]
-        processes = []
-        for index, log in enumerate(logs):
-            command = [sys.executable, "train.py", str(file), "--coordinator", f"localhost:{port}"]
-            command += ["--processes", "2", "--process", str(index)]
-            with log.open("w") as shown:
-                processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=shown, stderr=shown))
-        return processes, logs
+        values = run_values(out, records, steps=steps, checkpoint=checkpoint, num_samples=0)
+        return spawn_two(values, tmp_path / "logs", name, port)
 
     processes, logs = start("first", 12357, 100_000)
     wait_for_step(out, 2, processes[0])
@@ -564,3 +671,35 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_75(records: Path, tmp_path: P
         assert "reshuffling" not in log.read_text()
     assert sorted(losses(out)) == list(range(1, saved[0] + 3))
     assert (out / "release").is_dir()
+
+
+@pytest.mark.slow
+def test_run_of_two_processes_says_that_one_is_lost_and_goes_on_from_a_whole_checkpoint(records: Path, tmp_path: Path):
+    out, checkpoint = tmp_path / "lost", {"save_interval_steps": 2, "max_to_keep": 3}
+
+    def start(name: str, port: int, steps: int, *extra: str) -> tuple[list[subprocess.Popen], list[Path]]:
+        values = run_values(out, records, steps=steps, checkpoint=checkpoint, num_samples=0)
+        return spawn_two(values, tmp_path / "logs", name, port, *extra)
+
+    processes, logs = start("first", 12359, 100_000, "--heartbeat-timeout", "20")
+    while len(whole_checkpoints(out)) < 2:
+        assert {process.poll() for process in processes} == {None}, logs[0].read_text()
+        time.sleep(0.05)
+    processes[1].kill()
+    killed = time.monotonic()
+    assert processes[0].wait(timeout=60) == 75, logs[0].read_text()
+    assert time.monotonic() - killed < 25
+    assert logs[0].read_text().count("another process of the run has ended or cannot be reached") == 1
+    processes[1].wait()
+    assert not (out / ".lock").exists()
+
+    before, newest = sorted(map(int, whole_checkpoints(out)))[-2:]
+    flip_byte(out / "checkpoints" / str(newest) / "state" / "manifest.ocdbt", 30)
+    processes, logs = start("second", 12360, newest + 2)
+    for process, log in zip(processes, logs, strict=True):
+        assert process.wait(timeout=180) == 0, log.read_text()
+    assert f"/{newest}: expected a whole checkpoint, found other bytes in state/manifest.ocdbt" in logs[0].read_text()
+    assert "whole checkpoint" not in logs[1].read_text()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps[-(newest + 2 - before) :] == list(range(before + 1, newest + 3))
