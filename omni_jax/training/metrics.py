@@ -51,6 +51,7 @@ class MetricsWriter:
         self.wandb: Any = None
         if config.wandb:
             self.wandb = _init_wandb(config, out)
+        _drop_half_line(out / METRICS)
         self.file = (out / METRICS).open("a", encoding="utf-8")
         self.board = SummaryWriter(str(out / "tensorboard"))
         self.bar = tqdm(total=config.optimizer.steps, initial=first_step, unit="step", dynamic_ncols=True)
@@ -91,6 +92,13 @@ class MetricsWriter:
             self.file.close()
             if self.wandb is not None:
                 self.wandb.finish()
+
+
+def _drop_half_line(path: Path) -> None:
+    """Drop what a full disk left at the end of a file of lines."""
+    text = path.read_bytes() if path.exists() else b""
+    if text and not text.endswith(b"\n"):
+        path.write_bytes(text[: text.rfind(b"\n") + 1])
 
 
 def _init_wandb(config: RunConfig, out: Path) -> Any:

@@ -1,13 +1,16 @@
 """Rates, skipped steps and FLOPs that a run reports."""
 
+import json
 import time
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from omni_jax.errors import TrainingError
 from omni_jax.training.batches import ShardedBatch
-from omni_jax.training.metrics import Tally, log_step, model_flops, peak_flops
+from omni_jax.training.metrics import METRICS, MetricsWriter, Tally, log_step, model_flops, peak_flops
 from omni_jax.training.setup import TrainingSetup
 from tests.training.test_step import run_config
 
@@ -32,6 +35,18 @@ def test_tally_rates(monkeypatch: pytest.MonkeyPatch):
         "padding_fraction": 0.25,
         "data_wait_fraction": 0.25,
     }
+
+
+@pytest.mark.parametrize("left", ["", '{"step": 2, "lo', "\x00\x00"])
+def test_metrics_writer_drops_the_half_line_that_a_full_disk_left(tmp_path: Path, setup: TrainingSetup, left: str):
+    file = tmp_path / METRICS
+    file.write_text('{"step": 1, "loss": 2.0}\n' + left)
+    with closing(MetricsWriter(replace(setup.config, out=str(tmp_path)), 1)) as writer:
+        writer.scalars(2, {"loss": 1.0})
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": 1.0},
+    ]
 
 
 def test_log_step_refuses_max_skipped_steps_in_a_row(setup: TrainingSetup):
