@@ -25,7 +25,7 @@ from omni_jax.checkpoint.release import RUN
 from omni_jax.config.run import RunConfig
 from omni_jax.data import pipeline
 from omni_jax.errors import CheckpointError, PeerLostError, TrainingError
-from omni_jax.training.checksums import SUMS, find_damage, write_checksums
+from omni_jax.training.checksums import SUMS, find_damage, hash_items, write_checksums
 from omni_jax.training.feature_cache import open_caches
 from omni_jax.training.optimizer import adamw
 from omni_jax.training.setup import TrainingSetup, row_share
@@ -204,11 +204,16 @@ class _HashedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
     async def finalize(self) -> None:
         """Rename, and write the hashes. Called by the first process, in the background."""
-        await super().finalize()
         folder = Path(self.get_final())
-        # The items of a checkpoint are renamed, too.
-        if folder.name.isdecimal():
-            await asyncio.to_thread(write_checksums, folder)
+        if not folder.name.isdecimal():
+            # An item of a checkpoint.
+            await super().finalize()
+            return
+        # What takes time comes before the rename: a checkpoint that is cut off before it leaves nothing but a temporary
+        # folder. The rename comes with changes to the files of the folder itself, which are small.
+        hashes = await asyncio.to_thread(hash_items, Path(self.get()))
+        await super().finalize()
+        await asyncio.to_thread(write_checksums, folder, hashes)
 
 
 def _set_damaged_aside(folder: Path) -> None:

@@ -18,18 +18,31 @@ READERS = 8
 """Files that are read at once: a mounted bucket answers each read late."""
 
 
-def write_checksums(folder: Path) -> None:
+def hash_items(folder: Path) -> dict[str, str]:
+    """The hashes of the files in the folders of a checkpoint, which are almost all of its bytes.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    names = [name for name in _files(folder) if "/" in name]
+    return dict(zip(names, _hashes(folder, names), strict=True))
+
+
+def write_checksums(folder: Path, known: Mapping[str, str]) -> None:
     """Write the hashes of all files of a checkpoint.
 
     Args:
         folder: of the checkpoint; its name is the step.
+        known: hashes of some of the files.
 
     Raises:
         OSError: a file cannot be read, or the hashes cannot be written.
     """
     names = _files(folder)
+    rest = [name for name in names if name not in known]
+    hashes = {**known, **dict(zip(rest, _hashes(folder, rest), strict=True))}
     with (folder / SUMS).open("wb") as file:
-        file.write(_render(folder.name, dict(zip(names, _hashes(folder, names), strict=True))))
+        file.write(_render(folder.name, {name: hashes[name] for name in names}))
         file.flush()
         os.fsync(file.fileno())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from omni_jax.training.checksums import SUMS, find_damage, write_checksums
+from omni_jax.training.checksums import SUMS, find_damage, hash_items, write_checksums
 
 
 @pytest.fixture
@@ -17,7 +17,9 @@ def checkpoint(tmp_path: Path) -> Path:
     rng = random.Random(0)
     for name in ("_CHECKPOINT_METADATA", "state/manifest.ocdbt", "state/d/0a", "state/d/1b", "state/empty"):
         (folder / name).write_bytes(rng.randbytes(0 if name == "state/empty" else 500))
-    write_checksums(folder)
+    known = hash_items(folder)
+    assert sorted(known) == ["state/d/0a", "state/d/1b", "state/empty", "state/manifest.ocdbt"]
+    write_checksums(folder, known)
     return folder
 
 
