@@ -313,6 +313,11 @@ def gather_states(state: dict[str, Any]) -> list[dict[str, Any]]:
     return [by_share[share] for share in sorted(by_share)]
 
 
+def barrier(name: str, seconds: float) -> None:
+    """Wait for all processes, up to so many seconds. Called by all of them."""
+    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=int(seconds * 1000))
+
+
 def gather(value: Any) -> list[Any]:
     """A value of every process, in their order; it must be possible as JSON. Called by all processes."""
     if jax.process_count() == 1:

@@ -19,9 +19,9 @@ from omni_jax.checkpoint.release import RELEASE
 from omni_jax.config.load import save_config
 from omni_jax.config.run import RunConfig
 from omni_jax.errors import FolderInUseError, OmniError, PeerLostError, TrainingError
-from omni_jax.folder_lock import FolderLock
+from omni_jax.folder_lock import SILENCE_SECONDS, FolderLock
 from omni_jax.training.batches import shard_batch
-from omni_jax.training.checkpointing import Checkpoints, DataPosition, gather, gather_states, open_data
+from omni_jax.training.checkpointing import Checkpoints, DataPosition, barrier, gather, gather_states, open_data
 from omni_jax.training.evaluation import HeldOutEvaluation
 from omni_jax.training.metrics import MetricsWriter, Tally, log_step
 from omni_jax.training.profiler import ProfilerTrace
@@ -62,7 +62,7 @@ def train(config: RunConfig, *, profile: str | None = None) -> Path | None:
     if (out / RELEASE).exists():
         return out / RELEASE
     try:
-        with run_lock(out) as lock:
+        with notice_lost_peer(), run_lock(out) as lock:
             return _train(setup, out, lock, profile)
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
@@ -88,6 +88,8 @@ def run_lock(out: Path) -> Iterator[FolderLock | None]:
                 lock = stack.enter_context(FolderLock(out, "omni-jax train"))
             except OmniError as refused:
                 error = refused
+        # In a collective the others would not wait as long as the first may wait for a sign of life.
+        barrier("run lock", 10 * SILENCE_SECONDS)
         if problem := gather(None if error is None else str(error))[0]:
             raise error or FolderInUseError(problem)
         yield lock
