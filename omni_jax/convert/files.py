@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import pickletools
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -12,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from omni_jax import input_files
 from omni_jax.checkpoint.safetensors_io import DTYPES, LazyTensor, SafetensorsFile, Tensors
 from omni_jax.errors import ConversionError, MissingExtraError
+from omni_jax.input_files import open_file
 
 CONFIG = "config.json"
 """The configuration in a folder of transformers or snac."""
@@ -28,10 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ConversionError: the file is missing or holds something else.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path}: expected JSON, found {error}") from None
+    values = input_files.read_json(path, ConversionError)
     if not isinstance(values, dict):
         raise ConversionError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
@@ -80,6 +81,42 @@ def import_torch(file: Path) -> Any:
     return torch
 
 
+def _check_archive(file: Path) -> None:
+    """Refuse an archive that says it holds more than it does, or a pickle that makes more than tensors.
+
+    Raises:
+        ConversionError: it is not a zip archive, as torch writes since version 1.6; something in it is compressed,
+            which torch never does; its files are larger than it; or its pickle names anything but tensors.
+    """
+    with open_file(file, ConversionError, "a state dict") as opened:
+        size = opened.seek(0, 2)
+        if not zipfile.is_zipfile(opened):
+            raise ConversionError(f"{file}: expected a state dict of torch 1.6 or later, found no zip archive")
+        try:
+            with zipfile.ZipFile(opened) as archive:
+                for entry in archive.infolist():
+                    if entry.compress_type != zipfile.ZIP_STORED:
+                        raise ConversionError(f"{file}: {entry.filename}: expected a file that is not compressed")
+                if (found := sum(entry.file_size for entry in archive.infolist())) > size:
+                    raise ConversionError(f"{file}: expected at most {size} bytes in the archive, found {found}")
+                pickles = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
+                if len(pickles) != 1:
+                    raise ConversionError(f"{file}: expected one data.pkl, found {len(pickles)}")
+                for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
+                    if opcode.name == "STACK_GLOBAL" or (opcode.name == "GLOBAL" and not _TENSOR.fullmatch(argument)):
+                        found_name = argument or "a name that it makes"
+                        raise ConversionError(f"{file}: expected a state dict with tensors only, found {found_name}")
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+            if isinstance(error, ConversionError):
+                raise
+            reason = next(iter(str(error).splitlines()), "")
+            raise ConversionError(f"{file}: expected a state dict with tensors only, found {reason}") from None
+
+
+_TENSOR = re.compile(r"collections OrderedDict|torch\.?\w* (\w+Storage|_rebuild_tensor_v2|_rebuild_parameter)")
+"""What the pickle of a state dict names."""
+
+
 def open_state_dict(file: Path) -> dict[str, LazyTensor]:
     """The tensors of a PyTorch state dict, mapped from the file where its format allows that.
 
@@ -90,12 +127,12 @@ def open_state_dict(file: Path) -> dict[str, LazyTensor]:
         MissingExtraError: torch is not installed.
     """
     torch = import_torch(file)
+    _check_archive(file)
     try:
         with warnings.catch_warnings():
             # Of a pickle protocol that torch does not write; what it cannot read is an error.
             warnings.simplefilter("ignore", UserWarning)
-            # Files of torch before 1.6 are no zip archives and cannot be mapped.
-            state = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+            state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise ConversionError(f"{file}: expected a state dict with tensors only, found {reason}") from None
@@ -116,6 +153,10 @@ def open_state_dict(file: Path) -> dict[str, LazyTensor]:
 
         return LazyTensor(tuple(tensor.shape), dtype, read)
 
+    for name, tensor in state.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            found = f"{tuple(tensor.shape)} in {tensor.untyped_storage().nbytes()} bytes"
+            raise ConversionError(f"{file}: {name}: expected a tensor whose values are all in the file, found {found}")
     return {name: lazy(tensor) for name, tensor in state.items()}
 
 

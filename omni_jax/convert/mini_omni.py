@@ -30,6 +30,7 @@ from omni_jax.convert.table import (
     without_tied_head,
 )
 from omni_jax.errors import ConfigError, ConversionError
+from omni_jax.input_files import read_yaml
 from omni_jax.vocab import NUM_CODEBOOKS, Vocab
 
 WEIGHTS = "lit_model.pth"
@@ -289,10 +290,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ConversionError: it is not YAML with named fields.
     """
     file = folder / CONFIG
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConversionError(f"{file}: expected YAML, found {error}") from None
+    values = read_yaml(file, ConversionError)
     if not isinstance(values, dict):
         raise ConversionError(f"{file}: expected fields and values, found {type(values).__name__}")
     return values

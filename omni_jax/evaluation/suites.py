@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ import pydantic
 from omni_jax.config.load import build_config
 from omni_jax.data.readers import corpus_files, open_parquet
 from omni_jax.data.sources import librispeech
-from omni_jax.errors import ConfigError
+from omni_jax.errors import ConfigError, OmniError
 from omni_jax.inference.request import Request
+from omni_jax.input_files import parse_json
 from omni_jax.tasks import Task
 
 
@@ -67,7 +67,7 @@ def manifest(path: Path) -> Iterator[Case]:
                 continue
             place = f"{path} line {number}"
             try:
-                values = json.loads(line)
+                values = parse_json(line)
             except ValueError as error:
                 raise ConfigError(f"{place}: expected a JSON object, found {error}") from None
             row = build_config(_Row, values, place)
@@ -110,7 +110,7 @@ def uro_bench(path: Path) -> Iterator[Case]:
         group = listing.parent.name
         with listing.open(encoding="utf-8") as lines:
             for number, line in enumerate(filter(str.strip, lines)):
-                row = json.loads(line)
+                row = parse_json(line)
                 target = row.get("target_text") or ()
                 expected = (target,) if isinstance(target, str) else tuple(target)
                 audio = listing.parent / row["source_wav"]
@@ -157,7 +157,9 @@ def read(name: str, path: Path) -> list[Case]:
         raise ConfigError(f"{path}: expected a {name} suite, there is no such file or folder")
     try:
         cases = list(SUITES[name](path))
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+    except OmniError:
+        raise
+    except (ValueError, KeyError) as error:
         raise ConfigError(f"{path}: expected a {name} suite, found {error!r}") from None
     if not cases:
         raise ConfigError(f"{path}: expected a {name} suite, found no case in it")

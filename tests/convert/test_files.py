@@ -1,6 +1,8 @@
 """Files of published checkpoints."""
 
 import json
+import os
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -37,12 +39,11 @@ def test_json_round_trip_and_errors(tmp_path):
         read_json(tmp_path / "a.json")
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_state_dict_round_trip(tmp_path, zipped):
+def test_state_dict_round_trip(tmp_path):
     write_state_dict(tmp_path / "a.pth", to_lazy(ARRAYS))
     state = torch.load(tmp_path / "a.pth", weights_only=True)
     assert state["brain"].dtype == torch.bfloat16
-    torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    torch.save(state, tmp_path / "a.pth")
     for name, array in read_all(open_state_dict(tmp_path / "a.pth")).items():
         assert array.dtype == ARRAYS[name].dtype
         np.testing.assert_array_equal(array, ARRAYS[name])
@@ -77,3 +78,55 @@ def test_common_dtype():
     tensors = to_lazy(ARRAYS)
     assert common_dtype({"a": tensors["half"], "b": tensors["half"]}) == "float16"
     assert common_dtype(tensors) is None
+
+
+class Call:
+    """Pickled as a call."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def with_entry(path, change):
+    """An archive whose files are written again by `change(archive, name, data)`."""
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            change(archive, name, data)
+
+
+def test_open_state_dict_refuses_hostile_archives(tmp_path):
+    path = tmp_path / "a.pth"
+
+    def refused(message):
+        with pytest.raises(ConversionError, match=message) as info:
+            open_state_dict(path)
+        assert str(info.value).startswith(f"{path}: ")
+
+    ones = {"a": torch.ones(4, 4)}
+    torch.save(ones, path, _use_new_zipfile_serialization=False)
+    refused("expected a state dict of torch 1.6 or later, found no zip archive")
+    torch.save(ones, path)
+    with_entry(path, lambda archive, name, data: archive.writestr(name, data, zipfile.ZIP_DEFLATED))
+    refused(r"data\.pkl: expected a file that is not compressed")
+    torch.save(ones, path)
+    with_entry(path, lambda archive, name, data: None)
+    refused(r"expected one data\.pkl, found 0")
+    for function, args in ((bytearray, (1 << 40,)), (eval, ("1",)), (torch.empty, (1 << 40,))):
+        torch.save({"a": Call(function, *args)}, path)
+        refused("with tensors only, found ")
+    torch.save({"a": torch.ones(1).expand(1 << 20, 1 << 20)}, path)
+    refused(r"a: expected a tensor whose values are all in the file, found \(1048576, 1048576\) in 4 bytes")
+    torch.save({"a": torch.ones(1000, 1000)}, path)
+    with_entry(path, lambda archive, name, data: archive.writestr(name, data[:8] if "data/0" in name else data))
+    refused("expected a state dict with tensors only, found ")
+    torch.save(ones, path)
+    path.write_bytes(path.read_bytes()[:-30])
+    refused("found no zip archive")
+    path.unlink()
+    os.mkfifo(path)
+    refused("expected a state dict, found a pipe")
