@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,16 +28,43 @@ def load_tokenizer(file: Path) -> tokenizers.Tokenizer:
     data = read_file(file, CheckpointError, "a tokenizer", max_bytes=MAX_BYTES)
     import tokenizers
 
-    try:
+    with _panics_as_errors(f"{file}: expected a tokenizer, found"):
         tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        tokenizer.decode(tokenizer.encode(SAMPLE, add_special_tokens=False).ids)
+        # Prompts are checked and padded elsewhere; a tokenizer that pads to a billion ends the process.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    tokenizer.decode(encode_text(tokenizer, SAMPLE, name=str(file)))
+    return tokenizer
+
+
+def encode_text(tokenizer: tokenizers.Tokenizer, text: str, *, name: str = "tokenizer") -> list[int]:
+    """The ids of a text, without special tokens.
+
+    Args:
+        tokenizer: of a release, which may come from anywhere.
+        text: any text.
+        name: of the tokenizer, in the message.
+
+    Raises:
+        CheckpointError: the tokenizer is damaged.
+    """
+    with _panics_as_errors(f"{name}: expected a tokenizer that takes {text[:40]!r}, found"):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@contextmanager
+def _panics_as_errors(message: str) -> Iterator[None]:
+    """Turn what tokenizers raises into a `CheckpointError`.
+
+    It raises nothing more precise than Exception. A bug in Rust, such as an index out of range, is a PanicException,
+    which is no Exception: it would end a thread that serves other requests.
+    """
+    try:
+        yield
     except BaseException as error:
-        # tokenizers raises nothing more precise than Exception. What is a bug in Rust, such as an index that is out of
-        # range, is a PanicException, which is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise CheckpointError(f"{file}: expected a tokenizer, found {' '.join(str(error).split())[:300]}") from None
-    return tokenizer
+        raise CheckpointError(f"{message} {' '.join(str(error).split())[:300]}") from None
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
