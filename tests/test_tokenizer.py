@@ -55,7 +55,7 @@ def test_load_tokenizer_refuses_damaged_ones(changes: dict[str, Any], tmp_path: 
 def test_load_tokenizer_neither_cuts_nor_pads(tmp_path: Path) -> None:
     """Padding to so many tokens would end the process: no memory, no exception."""
     cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 5}
-    pad = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None}
+    pad: dict[str, Any] = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None}
     pad |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
     tokenizer = load_tokenizer(tokenizer_file(tmp_path, truncation=cut, padding=pad))
     assert encode_text(tokenizer, "Hello") == encode_text(byte_tokenizer(), "Hello")

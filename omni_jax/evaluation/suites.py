@@ -14,7 +14,7 @@ from pathlib import Path
 import pydantic
 
 from omni_jax.config.load import build_config
-from omni_jax.data.readers import corpus_files, open_parquet
+from omni_jax.data.readers import corpus_files, open_parquet, read_parquet
 from omni_jax.data.sources import librispeech
 from omni_jax.errors import ConfigError, OmniError
 from omni_jax.inference.request import Request
@@ -93,14 +93,13 @@ def voicebench(path: Path) -> Iterator[Case]:
     Columns: https://huggingface.co/datasets/hlt-lab/voicebench
     """
     for file in corpus_files(path, ".parquet"):
-        number, group = 0, file.parent.name
-        for batch in open_parquet(file, ("prompt", "audio")).iter_batches(batch_size=16):
-            for row in batch.to_pylist():
-                audio = row["audio"].get("bytes") if isinstance(row["audio"], dict) else None
-                expected = (row["reference"],) if row.get("reference") else ()
-                id = f"{group}-{file.stem}-{number}"
-                yield Case(id, Task.A1A2, audio or b"", "", expected, row["prompt"], group)
-                number += 1
+        group = file.parent.name
+        groups = range(open_parquet(file, ("prompt", "audio")).num_row_groups)
+        for number, row in enumerate(read_parquet(file, groups, batch_size=16)):
+            audio = row["audio"].get("bytes") if isinstance(row["audio"], dict) else None
+            expected = (row["reference"],) if row.get("reference") else ()
+            id = f"{group}-{file.stem}-{number}"
+            yield Case(id, Task.A1A2, audio or b"", "", expected, row["prompt"], group)
 
 
 def uro_bench(path: Path) -> Iterator[Case]:
