@@ -7,6 +7,7 @@ is read to the end of what is there, whatever its header says; what is missing i
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
 import struct
@@ -14,6 +15,8 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
@@ -46,6 +49,8 @@ MAX_DECODE_SECONDS = 60.0
 sound."""
 MIN_SPEED = 4.0
 """For so many seconds of sound, decoding may take a second more. A processor core decodes hundreds."""
+MAX_ALLOCATION = 256 << 20
+"""Most bytes that FFmpeg allocates at once. The index of a day of sound, or a picture of a film, is below."""
 BLOCK_SAMPLES = 1 << 16
 """Samples of a channel that are converted at once."""
 
@@ -172,9 +177,25 @@ class _TimedFile(io.RawIOBase):
         return True
 
 
+@cache
+def _limit_allocations() -> None:
+    """Let FFmpeg allocate at most `MAX_ALLOCATION` at once: it allocates what a header claims, and fills it with zeros.
+
+    PyAV has no function for that. Its wheels have FFmpeg's libraries in a folder of their own, whose one copy in memory
+    is the one that is opened here; where FFmpeg comes from elsewhere, nothing is limited.
+    """
+    import av
+
+    package = Path(av.__file__).parent
+    for folder in (package.with_name("av.libs"), package / ".dylibs"):
+        for library in folder.glob("libavutil*"):
+            ctypes.CDLL(str(library)).av_max_alloc(ctypes.c_size_t(MAX_ALLOCATION))
+
+
 def _open_container(file: _TimedFile, head: _Head, options: dict[str, str]) -> InputContainer:
     import av
 
+    _limit_allocations()
     try:
         return av.open(file, "r", metadata_errors="ignore", options=options)
     except av.InvalidDataError:

@@ -7,6 +7,9 @@ import itertools
 import logging
 import os
 import struct
+import subprocess
+import sys
+import textwrap
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,6 +129,31 @@ def test_header_that_claims_gigabytes() -> None:
     at, fact = data.index(b"data") + 4, data.index(b"fact") + 8
     data = data[:fact] + b"\xff\xff\xff\x7f" + data[fact + 4 : at] + b"\xff\xff\xff\x7f" + data[at + 4 :]
     assert len(audio_io.read_audio(data)) == pytest.approx(16_000, abs=1000)
+
+
+def test_metadata_that_claims_gigabytes(tmp_path: Path) -> None:
+    """FFmpeg would fill 2 GB with zeros for this list with a title, and then find that the file ends."""
+    data = wav()
+    (tmp_path / "whole.wav").write_bytes(data)
+    title = b"LIST" + struct.pack("<I", 0x7FFFFFF0) + b"INFOINAM" + struct.pack("<I", 0x7FFFFFD0)
+    (tmp_path / "title.wav").write_bytes(data[:36] + title + data[36:])
+    code = """
+        import resource
+        from omni_jax.audio.io import read_audio
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        read_audio("whole.wav")
+        before = peak()
+        try:
+            read_audio("title.wav")
+        except ValueError as error:
+            print(peak() - before, error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    root = str(Path(__file__).parents[2])
+    child = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True)
+    megabytes, _, message = child.stdout.partition(" ")
+    assert int(megabytes) < 100, child.stderr
+    assert message.startswith("title.wav: expected audio")
 
 
 STREAMS = {"mp2", "adts", "ac3", "eac3", "amr", "g722", "mulaw", "alaw", "mpegts", "mpeg", "vob", "voc"}
@@ -353,8 +381,5 @@ def test_to_mono_scales_integers_and_takes_channels_first() -> None:
 
 def test_importing_audio_io_does_not_import_ffmpeg() -> None:
     """It takes a tenth of a second, which only who reads a file should wait for."""
-    import subprocess
-    import sys
-
     code = "import sys, omni_jax.audio.io, omni_jax.audio.encoding; sys.exit('av' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
