@@ -304,7 +304,7 @@ class Records:
             # A record has a header at least.
             if Path(name).name != name or not 0 <= count <= (self.folder / name).stat().st_size // _HEADER.size:
                 raise RecordError(
-                    f"{path}: expected the name of a file and its number of records, found {name}, {count}"
+                    f"{path}: expected a file of the folder and the number of its records, found {name!r} and {count}"
                 )
         if not shards:
             raise RecordError(f"{self.folder}: expected at least one exchange, found none")
