@@ -70,7 +70,9 @@ def read_file(path: Path, error: type[OmniError], expected: str, *, max_bytes: i
         error: as `open_file`; or it is larger than `max_bytes`.
     """
     with open_file(path, error, expected) as file:
-        data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+        # Not `max_bytes` more: that much memory would be allocated.
+        size = os.fstat(file.fileno()).st_size
+        data = file.read() if max_bytes is None else file.read(min(size, max_bytes) + 1)
     if max_bytes is not None and len(data) > max_bytes:
         raise error(f"{path}: expected {expected} of at most {max_bytes} bytes, found {path.stat().st_size}")
     return data

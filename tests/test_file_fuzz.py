@@ -6,6 +6,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from omni_jax.batch import read_rows
 from omni_jax.checkpoint.release import load_model_config
 from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile, write_safetensors
 from omni_jax.config.load import load_config
+from omni_jax.config.model import ModelConfig
 from omni_jax.config.run import RunConfig
-from omni_jax.errors import CheckpointError, ConfigError, OmniError
+from omni_jax.convert import mini_omni, qwen2, snac, whisper
+from omni_jax.errors import CheckpointError, ConfigError, ConversionError, OmniError
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.request import Request
 from omni_jax.input_files import parse_json
@@ -132,3 +135,39 @@ def test_fuzz_manifest(tmp_path: Path) -> None:
     num_refused = read_all([manifest], tmp_path / "m.jsonl", read, (ConfigError,))
     assert num_refused < NUM_FILES / 10
     assert NUM_FILES < num_errors < 20 * NUM_FILES
+
+
+STRANGE: list[Any] = [None, True, 0, -1, 10**30, 1e300, 0.5, "", "x", [], [0], [10**9, 10**9], ["x"], {}, {"a": {}}]
+
+
+@pytest.mark.parametrize("kind", ["mini_omni", "snac", "whisper", "qwen2"])
+def test_fuzz_config_of_other_formats(kind: str) -> None:
+    config = ModelConfig()
+    read: Callable[[dict[str, Any]], Any]
+    if kind == "mini_omni":
+        values = mini_omni.config_to_yaml(config)
+        read = partial(
+            mini_omni.config_from_yaml,
+            audio_encoder=config.audio_encoder, codec=config.codec, tts_adapter=True, source="here",
+        )  # fmt: skip
+    elif kind == "snac":
+        values, read = snac.config_to_json(config.codec), partial(snac.config_from_json, source="here")
+    elif kind == "whisper":
+        values = {"model_type": "whisper", "d_model": 768, "encoder_layers": 12, "encoder_attention_heads": 12}
+        values |= {"encoder_ffn_dim": 3072, "num_mel_bins": 80, "max_source_positions": 1500}
+        read = partial(whisper.config_from_json, source="here")
+    else:
+        values = qwen2.config_to_json(config.trunk, 151_936)
+        read = partial(qwen2.config_from_json, state={}, source="here")
+    num_refused = 0
+    for seed in range(NUM_FILES):
+        rng = random.Random(seed)
+        changes = {name: rng.choice(STRANGE) for name in rng.sample(sorted(values), rng.choice([1, 1, 2]))}
+        start = time.process_time()
+        try:
+            read(values | changes)
+        except (ConversionError, ConfigError) as error:
+            num_refused += 1
+            assert str(error).startswith("here"), changes  # noqa: PT017
+        assert time.process_time() - start < MAX_SECONDS, changes
+    assert num_refused > 0.3 * NUM_FILES

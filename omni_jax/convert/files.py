@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import io
 import json
 import pickle
 import pickletools
-import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from omni_jax import input_files
 from omni_jax.checkpoint.safetensors_io import DTYPES, LazyTensor, SafetensorsFile, Tensors
-from omni_jax.errors import ConversionError, MissingExtraError
+from omni_jax.errors import ConversionError, MissingExtraError, OmniError
 from omni_jax.input_files import open_file
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
 
 CONFIG = "config.json"
 """The configuration in a folder of transformers or snac."""
@@ -36,6 +42,31 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConversionError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+def refuse_wrong_types(read_config: Callable[Params, Result]) -> Callable[Params, Result]:
+    """Decorate a function that computes with the values of a foreign config, which may be of any type.
+
+    Args:
+        read_config: has a parameter `source`, the name of the file.
+
+    Returns:
+        The same function, which raises a `ConversionError` where a value does not fit a computation.
+    """
+
+    @functools.wraps(read_config)
+    def checked(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+        try:
+            return read_config(*args, **kwargs)
+        except (TypeError, AttributeError, LookupError, ArithmeticError, ValueError) as error:
+            if isinstance(error, OmniError):
+                raise
+            given = inspect.signature(read_config).bind(*args, **kwargs)
+            given.apply_defaults()
+            source = given.arguments["source"]
+            raise ConversionError(f"{source}: expected values of the types of the format, found {error}") from None
+
+    return checked
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -81,40 +112,82 @@ def import_torch(file: Path) -> Any:
     return torch
 
 
-def _check_archive(file: Path) -> None:
-    """Refuse an archive that says it holds more than it does, or a pickle that makes more than tensors.
+def _check_state_dict(file: Path, torch: Any) -> bool:
+    """Refuse a file that says it holds more than it does, or whose pickle makes more than tensors.
+
+    Returns:
+        Whether it is a zip archive, as torch writes since version 1.6.
 
     Raises:
-        ConversionError: it is not a zip archive, as torch writes since version 1.6; something in it is compressed,
-            which torch never does; its files are larger than it; or its pickle names anything but tensors.
+        ConversionError: something in the archive is compressed, which torch never does; its pickle names anything but
+            tensors; or a tensor's values are not all in the file.
     """
-    with open_file(file, ConversionError, "a state dict") as opened:
-        size = opened.seek(0, 2)
-        if not zipfile.is_zipfile(opened):
-            raise ConversionError(f"{file}: expected a state dict of torch 1.6 or later, found no zip archive")
-        try:
+    try:
+        with open_file(file, ConversionError, "a state dict") as opened:
+            size = opened.seek(0, 2)
+            if not zipfile.is_zipfile(opened):
+                opened.seek(0)
+                # A number that identifies the format, its version, the sizes of types, and the state dict.
+                sizes = [_storage_sizes(opened, size, torch) for _ in range(4)][-1]
+                if (total := sum(sizes.values())) > size:
+                    raise ValueError(f"tensors of {total} bytes in a file of {size}")
+                return False
             with zipfile.ZipFile(opened) as archive:
-                for entry in archive.infolist():
-                    if entry.compress_type != zipfile.ZIP_STORED:
-                        raise ConversionError(f"{file}: {entry.filename}: expected a file that is not compressed")
-                if (found := sum(entry.file_size for entry in archive.infolist())) > size:
-                    raise ConversionError(f"{file}: expected at most {size} bytes in the archive, found {found}")
-                pickles = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
+                entries = {entry.filename: entry for entry in archive.infolist()}
+                if packed := [name for name, entry in entries.items() if entry.compress_type != zipfile.ZIP_STORED]:
+                    raise ValueError(f"{packed[0]}, which is compressed")
+                pickles = [name for name in entries if name.endswith("/data.pkl")]
                 if len(pickles) != 1:
-                    raise ConversionError(f"{file}: expected one data.pkl, found {len(pickles)}")
-                for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
-                    if opcode.name == "STACK_GLOBAL" or (opcode.name == "GLOBAL" and not _TENSOR.fullmatch(argument)):
-                        found_name = argument or "a name that it makes"
-                        raise ConversionError(f"{file}: expected a state dict with tensors only, found {found_name}")
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-            if isinstance(error, ConversionError):
-                raise
-            reason = next(iter(str(error).splitlines()), "")
-            raise ConversionError(f"{file}: expected a state dict with tensors only, found {reason}") from None
+                    raise ValueError(f"{len(pickles)} files data.pkl")
+                # A file that is not compressed cannot be longer than the archive.
+                for key, needed in _storage_sizes(io.BytesIO(archive.read(pickles[0])), size, torch).items():
+                    entry = entries.get(pickles[0].removesuffix("data.pkl") + f"data/{key}")
+                    stored = 0 if entry is None else min(entry.file_size, entry.compress_size, size)
+                    if stored != needed:
+                        raise ValueError(f"data/{key} of {stored} bytes, for tensors of {needed}")
+                return True
+    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        reason: Exception = error
+    except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        reason = error
+    if isinstance(reason, OmniError):
+        raise reason
+    found = next(iter(str(reason).splitlines()), "")
+    raise ConversionError(f"{file}: expected a state dict with tensors only, found {found}")
 
 
-_TENSOR = re.compile(r"collections OrderedDict|torch\.?\w* (\w+Storage|_rebuild_tensor_v2|_rebuild_parameter)")
-"""What the pickle of a state dict names."""
+def _storage_sizes(file: IO[bytes], max_length: int, torch: Any) -> dict[str, int]:
+    """Bytes of each storage that a pickle asks for, by its key; the pickle is read to its end, and makes nothing.
+
+    Raises:
+        ValueError, pickle.UnpicklingError: it is no pickle, or names something that is not of a state dict.
+    """
+    start = file.tell()
+    for opcode, argument, _ in pickletools.genops(file):
+        # The unpickler would make a list that is as long.
+        if "PUT" in opcode.name and argument is not None and int(argument) > max_length:
+            raise ValueError(f"a pickle that remembers value {argument}")
+    sizes: dict[str, int] = {}
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if (module, name) == ("collections", "OrderedDict"):
+                return OrderedDict
+            if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
+                return lambda *values: None
+            if module in ("torch", "torch.storage") and name.endswith("Storage"):
+                return getattr(torch, name)
+            raise ValueError(f"{module} {name}")
+
+        def persistent_load(self, pid: Any) -> None:
+            _, storage, key, _, numel, *_ = pid
+            itemsize = 1 if storage is torch.UntypedStorage else storage.dtype.itemsize
+            sizes[str(key)] = max(sizes.get(str(key), 0), int(numel) * itemsize)
+
+    end = file.tell()
+    file.seek(start)
+    Reader(io.BytesIO(file.read(end - start))).load()
+    return sizes
 
 
 def open_state_dict(file: Path) -> dict[str, LazyTensor]:
@@ -127,12 +200,15 @@ def open_state_dict(file: Path) -> dict[str, LazyTensor]:
         MissingExtraError: torch is not installed.
     """
     torch = import_torch(file)
-    _check_archive(file)
     try:
         with warnings.catch_warnings():
-            # Of a pickle protocol that torch does not write; what it cannot read is an error.
+            # Of a pickle protocol that torch does not write (what it cannot read is an error), and of old classes.
             warnings.simplefilter("ignore", UserWarning)
-            state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            # The older format cannot be mapped.
+            is_zip = _check_state_dict(file, torch)
+            state = torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
+    except OmniError:
+        raise
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise ConversionError(f"{file}: expected a state dict with tensors only, found {reason}") from None

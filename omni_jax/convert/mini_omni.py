@@ -19,7 +19,7 @@ import yaml
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
 from omni_jax.config.load import build_config
 from omni_jax.config.model import AudioEncoderConfig, CodecConfig, ModelConfig, TrunkConfig
-from omni_jax.convert.files import open_state_dict, write_state_dict
+from omni_jax.convert.files import open_state_dict, refuse_wrong_types, write_state_dict
 from omni_jax.convert.table import (
     Entry,
     pad,
@@ -96,6 +96,7 @@ _IGNORED = (
 """Fields without effect on the loaded model."""
 
 
+@refuse_wrong_types
 def config_from_yaml(
     values: Mapping[str, Any], audio_encoder: AudioEncoderConfig, codec: CodecConfig, *, tts_adapter: bool, source: str
 ) -> ModelConfig:
