@@ -33,7 +33,7 @@ from omni_jax.prompts import speech_positions, speech_prompt, text_prompt
 from omni_jax.tasks import Task
 from omni_jax.text.normalize import normalize_text
 from omni_jax.text.sentences import split_sentences
-from omni_jax.tokenizer import byte_tokenizer
+from omni_jax.tokenizer import byte_tokenizer, encode_text
 from omni_jax.vocab import Vocab
 
 CodecName = Literal["jax", "torch"]
@@ -442,7 +442,7 @@ class Omni:
         return Part(speech_prompt(task, positions, self._vocab), speech, start=start)
 
     def _tokenize(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = encode_text(self.tokenizer, text)
         if not ids:
             raise ConfigError("text: expected some text, found none", field="text")
         if max(ids) >= self.config.vocab.text:

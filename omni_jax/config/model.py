@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid")
-"""Unknown fields are errors."""
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+"""Unknown fields are errors, and so are NaN and infinity."""
+
+MAX_LAYERS = 1024
+MAX_SIZE = 1 << 20
+"""Most hidden units and rows of a vocabulary. The largest of published models: 53,248 units, 262,144 rows."""
+MAX_HEADS = 1024
+"""Most heads, and most elements of a head."""
+MAX_POSITION = 1 << 24
+"""Longest context, in positions; of published models 10 million."""
+MAX_AUDIO_POSITION = 1 << 16
+"""Longest window of the audio encoder, in positions of 20 ms: 22 minutes. Its cost grows with the square."""
+MAX_SPECIALS = 1 << 16
+MAX_SAMPLE_RATE = 1 << 20
+MAX_CODEC_STAGES = 16
+MAX_CODEC_RATE = 1024
+MAX_STACK = 64
+MAX_MEL_BINS = 1024
 
 
 @dataclass(frozen=True, config=STRICT)
 class AudioEncoderConfig:
     """A Whisper encoder. Defaults: whisper-small."""
 
-    num_mel_bins: int = Field(default=80, gt=0)
+    num_mel_bins: int = Field(default=80, gt=0, le=MAX_MEL_BINS)
     """Mel bins of the log-mel input (M)."""
-    hidden_size: int = Field(default=768, gt=0)
-    num_layers: int = Field(default=12, gt=0)
-    num_heads: int = Field(default=12, gt=0)
-    intermediate_size: int = Field(default=3072, gt=0)
-    max_position: int = Field(default=1500, gt=0)
+    hidden_size: int = Field(default=768, gt=0, le=MAX_SIZE)
+    num_layers: int = Field(default=12, gt=0, le=MAX_LAYERS)
+    num_heads: int = Field(default=12, gt=0, le=MAX_HEADS)
+    intermediate_size: int = Field(default=3072, gt=0, le=MAX_SIZE)
+    max_position: int = Field(default=1500, gt=0, le=MAX_AUDIO_POSITION)
     """Feature frames of 20 ms that the encoder takes at once; a shorter recording is padded."""
     mask_padding: bool = False
     """Whether only the recording is attended to, not the silence that it is padded with. Its features are then the same
@@ -62,9 +78,9 @@ class AdapterConfig:
 
     kind: Literal["llamamlp", "mlp"] = "llamamlp"
     """`llamamlp`: gated SiLU MLP without biases. `mlp`: one affine map."""
-    intermediate_size: int = Field(default=4864, gt=0)
+    intermediate_size: int = Field(default=4864, gt=0, le=MAX_SIZE)
     """Hidden units of `llamamlp`."""
-    stack: int = Field(default=1, gt=0)
+    stack: int = Field(default=1, gt=0, le=MAX_STACK)
     """Consecutive feature frames stacked into one position. Mini-Omni: 1."""
 
 
@@ -75,7 +91,7 @@ class RopeScaling:
     factor: float = Field(gt=0)
     low_freq_factor: float = Field(gt=0)
     high_freq_factor: float = Field(gt=0)
-    original_max_position: int = Field(gt=0)
+    original_max_position: int = Field(gt=0, le=MAX_POSITION)
 
     @model_validator(mode="after")
     def _bands_in_order(self) -> RopeScaling:
@@ -91,21 +107,21 @@ class RopeScaling:
 class TrunkConfig:
     """A Qwen2- or Llama-family decoder. Defaults: Qwen2-0.5B."""
 
-    hidden_size: int = Field(default=896, gt=0)
-    num_layers: int = Field(default=24, gt=0)
-    num_heads: int = Field(default=14, gt=0)
+    hidden_size: int = Field(default=896, gt=0, le=MAX_SIZE)
+    num_layers: int = Field(default=24, gt=0, le=MAX_LAYERS)
+    num_heads: int = Field(default=14, gt=0, le=MAX_HEADS)
     """Query heads (N)."""
-    num_kv_heads: int = Field(default=2, gt=0)
+    num_kv_heads: int = Field(default=2, gt=0, le=MAX_HEADS)
     """Key/value heads (K); each serves num_heads / num_kv_heads query heads."""
-    head_dim: int = Field(default=64, gt=0)
-    intermediate_size: int = Field(default=4864, gt=0)
+    head_dim: int = Field(default=64, gt=0, le=MAX_HEADS)
+    intermediate_size: int = Field(default=4864, gt=0, le=MAX_SIZE)
     rope_theta: float = Field(default=1e6, gt=0)
     rope_scaling: RopeScaling | None = None
     norm_eps: float = Field(default=1e-6, gt=0)
     qkv_bias: bool = True
     tie_word_embeddings: bool = True
     """Whether the heads use the embedding tables (Qwen2-0.5B) or tables of their own."""
-    max_position: int = Field(default=2048, gt=0)
+    max_position: int = Field(default=2048, gt=0, le=MAX_POSITION)
     """Length of the context: positions the trunk may attend to, prompt and answer together."""
 
     @model_validator(mode="after")
@@ -123,25 +139,29 @@ class TrunkConfig:
 class VocabConfig:
     """Sizes of the token layout; `omni_jax.vocab` derives every id from them. Defaults: Mini-Omni."""
 
-    text: int = Field(default=151936, gt=0)
+    text: int = Field(default=151936, gt=0, le=MAX_SIZE)
     """Rows of the language model's own vocabulary; the text specials follow it."""
-    text_specials: int = Field(default=64, ge=6)
-    audio: int = Field(default=4096, gt=0)
+    text_specials: int = Field(default=64, ge=6, le=MAX_SPECIALS)
+    audio: int = Field(default=4096, gt=0, le=MAX_SIZE)
     """Codes per codebook; each codebook's specials follow it."""
-    audio_specials: int = Field(default=64, ge=5)
+    audio_specials: int = Field(default=64, ge=5, le=MAX_SPECIALS)
+
+
+Rate: TypeAlias = Annotated[int, Field(gt=0, le=MAX_CODEC_RATE)]
+"""Samples that a stage of the codec makes one of, or of one."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class CodecConfig:
     """A SNAC codec. Defaults: snac_24khz."""
 
-    sample_rate: int = Field(default=24000, gt=0)
-    encoder_dim: int = Field(default=48, gt=0)
-    encoder_rates: tuple[int, ...] = (2, 4, 8, 8)
-    decoder_dim: int = Field(default=1024, gt=0)
-    decoder_rates: tuple[int, ...] = (8, 8, 4, 2)
-    codebook_size: int = Field(default=4096, gt=0)
-    codebook_dim: int = Field(default=8, gt=0)
+    sample_rate: int = Field(default=24000, gt=0, le=MAX_SAMPLE_RATE)
+    encoder_dim: int = Field(default=48, gt=0, le=MAX_SIZE)
+    encoder_rates: tuple[Rate, ...] = Field(default=(2, 4, 8, 8), min_length=1, max_length=MAX_CODEC_STAGES)
+    decoder_dim: int = Field(default=1024, gt=0, le=MAX_SIZE)
+    decoder_rates: tuple[Rate, ...] = Field(default=(8, 8, 4, 2), min_length=1, max_length=MAX_CODEC_STAGES)
+    codebook_size: int = Field(default=4096, gt=0, le=MAX_SIZE)
+    codebook_dim: int = Field(default=8, gt=0, le=MAX_SIZE)
     vq_strides: tuple[int, ...] = (4, 2, 1)
     """Latents per code of each codebook, coarse to fine. Seven codes a frame need (4, 2, 1)."""
     noise: bool = True
@@ -159,6 +179,8 @@ class CodecConfig:
 
     @model_validator(mode="after")
     def _consistent(self) -> CodecConfig:
+        if self.hop_length > MAX_SIZE:
+            raise ValueError(f"decoder_rates must multiply to at most {MAX_SIZE} samples, found {self.hop_length}")
         encoder_hop = math.prod(self.encoder_rates)
         if encoder_hop != self.hop_length:
             raise ValueError(
@@ -211,7 +233,7 @@ class ModelConfig:
     codec: CodecConfig = CodecConfig()
     audio: AudioConfig = AudioConfig()
     text: TextConfig = TextConfig()
-    tts_adapter_layers: int = Field(default=0, ge=0)
+    tts_adapter_layers: int = Field(default=0, ge=0, le=MAX_LAYERS)
     """Blocks after the trunk that serve the audio heads only; 0 means no TTS adapter."""
 
     @model_validator(mode="after")

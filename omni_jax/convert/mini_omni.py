@@ -19,7 +19,7 @@ import yaml
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
 from omni_jax.config.load import build_config
 from omni_jax.config.model import AudioEncoderConfig, CodecConfig, ModelConfig, TrunkConfig
-from omni_jax.convert.files import open_state_dict, write_state_dict
+from omni_jax.convert.files import open_state_dict, refuse_wrong_types, write_state_dict
 from omni_jax.convert.table import (
     Entry,
     pad,
@@ -30,6 +30,7 @@ from omni_jax.convert.table import (
     without_tied_head,
 )
 from omni_jax.errors import ConfigError, ConversionError
+from omni_jax.input_files import read_yaml
 from omni_jax.vocab import NUM_CODEBOOKS, Vocab
 
 WEIGHTS = "lit_model.pth"
@@ -95,6 +96,7 @@ _IGNORED = (
 """Fields without effect on the loaded model."""
 
 
+@refuse_wrong_types
 def config_from_yaml(
     values: Mapping[str, Any], audio_encoder: AudioEncoderConfig, codec: CodecConfig, *, tts_adapter: bool, source: str
 ) -> ModelConfig:
@@ -289,10 +291,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ConversionError: it is not YAML with named fields.
     """
     file = folder / CONFIG
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConversionError(f"{file}: expected YAML, found {error}") from None
+    values = read_yaml(file, ConversionError)
     if not isinstance(values, dict):
         raise ConversionError(f"{file}: expected fields and values, found {type(values).__name__}")
     return values

@@ -16,7 +16,15 @@ import numpy as np
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors, write_safetensors
 from omni_jax.config.load import build_config
 from omni_jax.config.model import RopeScaling, TrunkConfig
-from omni_jax.convert.files import CONFIG, WEIGHTS, common_dtype, open_safetensors, read_json, write_json
+from omni_jax.convert.files import (
+    CONFIG,
+    WEIGHTS,
+    common_dtype,
+    open_safetensors,
+    read_json,
+    refuse_wrong_types,
+    write_json,
+)
 from omni_jax.convert.table import (
     Entry,
     rename,
@@ -51,6 +59,7 @@ _SCALING = {
 """Fields of RopeScaling and their names in transformers."""
 
 
+@refuse_wrong_types
 def config_from_json(values: Mapping[str, Any], state: Tensors, source: str) -> tuple[TrunkConfig, int]:
     """A trunk's config and the rows of its vocabulary, from the content of transformers' `config.json`.
 

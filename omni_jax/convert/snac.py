@@ -25,6 +25,7 @@ from omni_jax.convert.files import (
     open_safetensors,
     open_state_dict,
     read_json,
+    refuse_wrong_types,
     to_torch_tensor,
     write_json,
     write_state_dict,
@@ -111,6 +112,7 @@ def to_torch_module(config: CodecConfig, params: Mapping[str, ArrayLike]) -> Any
     return module
 
 
+@refuse_wrong_types
 def config_from_json(values: Mapping[str, Any], source: str = "config.json") -> CodecConfig:
     """The content of snac's config.json to a CodecConfig; `source` is the file's name for errors.
 

@@ -17,7 +17,15 @@ from typing import Any
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors, write_safetensors
 from omni_jax.config.load import build_config
 from omni_jax.config.model import AudioEncoderConfig
-from omni_jax.convert.files import CONFIG, WEIGHTS, common_dtype, open_safetensors, read_json, write_json
+from omni_jax.convert.files import (
+    CONFIG,
+    WEIGHTS,
+    common_dtype,
+    open_safetensors,
+    read_json,
+    refuse_wrong_types,
+    write_json,
+)
 from omni_jax.convert.table import (
     Entry,
     rename,
@@ -71,6 +79,7 @@ def to_transformers(tensors: Tensors, config: AudioEncoderConfig) -> dict[str, L
     return {PREFIXES[0] + name: tensor for name, tensor in state.items()}
 
 
+@refuse_wrong_types
 def config_from_json(values: Mapping[str, Any], source: str = "config.json") -> AudioEncoderConfig:
     """The encoder's config from the content of transformers' Whisper `config.json`; `source` is its name, for errors.
 

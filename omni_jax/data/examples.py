@@ -16,6 +16,7 @@ from omni_jax.data.records import Exchange, Records, from_bytes, serves
 from omni_jax.errors import PipelineError, RecordError
 from omni_jax.prompts import Example, example, max_speech_positions, speech_positions, speech_prompt, text_prompt
 from omni_jax.tasks import Task
+from omni_jax.tokenizer import encode_text
 from omni_jax.vocab import NUM_STREAMS, Vocab
 
 TASKS = tuple(Task)
@@ -208,4 +209,4 @@ class ExampleBuilder:
             raise SkippedRecord("refused", str(error)) from None
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return encode_text(self.tokenizer, text)

@@ -30,6 +30,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from omni_jax.audio import io as audio_io
 from omni_jax.errors import RecordError
+from omni_jax.input_files import read_json
 from omni_jax.tasks import Task
 from omni_jax.vocab import NUM_CODEBOOKS
 
@@ -40,6 +41,9 @@ RECORD_SUFFIX = ".array_record"
 WRITER_OPTIONS = "group_size:1,uncompressed"
 """Of ArrayRecord: one record per chunk, so that any one is read without its neighbors. FLAC and codes do not compress
 further."""
+
+MAX_QUESTION_SAMPLES = 3600 * audio_io.SAMPLE_RATE
+"""Longest question: an hour. A header of FLAC may claim years, and memory for them would be allocated."""
 
 _MAGIC = b"OMNI"
 _HEADER = struct.Struct("<4sBII")
@@ -282,22 +286,26 @@ class Records:
         path = self.folder / INDEX
         if not self.folder.is_dir():
             raise RecordError(f"{self.folder}: expected a folder of records, found no such folder")
+        if not path.exists():
+            raise RecordError(f"{self.folder}: expected a folder of records, found no {INDEX}, which is written last")
+        self.index: dict[str, Any] = read_json(path, RecordError, "the index of a folder of records")
         try:
-            self.index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             version = self.index["version"]
-            shards = [(shard["file"], int(shard["exchanges"])) for shard in self.index["shards"]]
+            shards = [(str(shard["file"]), int(shard["exchanges"])) for shard in self.index["shards"]]
             self._tasks = {task: int(self.index["tasks"][task.value]) for task in Task}
-        except FileNotFoundError:
-            raise RecordError(
-                f"{self.folder}: expected a folder of records, found no {INDEX}, which is written last"
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise RecordError(f"{path}: expected the index of a folder of records, found {error!r}") from None
         if version != VERSION:
             raise RecordError(f"{path}: version: expected {VERSION}, found {version!r}")
         missing = [name for name, _ in shards if not (self.folder / name).is_file()]
         if missing:
             raise RecordError(f"{self.folder}: expected {len(shards)} shards, found {', '.join(missing)} missing")
+        for name, count in shards:
+            # A record has a header at least.
+            if Path(name).name != name or not 0 <= count <= (self.folder / name).stat().st_size // _HEADER.size:
+                raise RecordError(
+                    f"{path}: expected a file of the folder and the number of its records, found {name!r} and {count}"
+                )
         if not shards:
             raise RecordError(f"{self.folder}: expected at least one exchange, found none")
         self._shards = shards
@@ -371,7 +379,11 @@ def _from_flac(flac: bytes) -> np.ndarray:
         with soundfile.SoundFile(io.BytesIO(flac)) as file:
             encoding = (file.format, file.subtype, file.channels, file.samplerate)
             declared = file.frames
-            audio = file.read(dtype="int16")
+            if encoding[2:] != (1, audio_io.SAMPLE_RATE) or declared > MAX_QUESTION_SAMPLES:
+                # Not what `to_bytes` writes: memory for it is not allocated.
+                audio = np.zeros(0, np.int16)
+            else:
+                audio = file.read(dtype="int16")
     except soundfile.LibsndfileError as error:
         raise RecordError(
             f"question_audio: expected FLAC, found {len(flac)} bytes that cannot be decoded: {error.error_string}"
@@ -380,6 +392,8 @@ def _from_flac(flac: bytes) -> np.ndarray:
         raise RecordError(
             f"question_audio: expected FLAC of 16 bits, one channel, {audio_io.SAMPLE_RATE} Hz, found {encoding}"
         )
+    if declared > MAX_QUESTION_SAMPLES:
+        raise RecordError(f"question_audio: expected at most {MAX_QUESTION_SAMPLES} samples, found {declared}")
     if len(audio) != declared or not declared:
         raise RecordError(f"question_audio: expected {declared} samples, at least one, found {len(audio)}")
     return audio

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from omni_jax.audio import io as audio_io
 from omni_jax.data.readers import byte_ranges, corpus_files, open_parquet, read_arrow, read_lines, read_parquet
 from omni_jax.data.records import Exchange
 from omni_jax.errors import AudioError, AudioTooLongError, ConfigError
+from omni_jax.input_files import parse_json
 from omni_jax.vocab import NUM_CODEBOOKS
 
 VOICE_ASSISTANT_COLUMNS = (
@@ -408,8 +408,8 @@ def sentence_case(text: str) -> str:
 
 def _parse_object(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = parse_json(line)
+    except ValueError as error:
         raise RejectedRow("not JSON", str(error)) from None
     if not isinstance(row, dict):
         raise RejectedRow("not an object", f"found {type(row).__name__}")

@@ -17,6 +17,7 @@ from omni_jax.evaluation.suites import Case
 from omni_jax.file_names import safe_file_name
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.request import Request
+from omni_jax.input_files import read_json
 from omni_jax.tasks import Task
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Evaluation:
         """
         path = folder / RESULTS
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path, ConfigError)
             results = [Result(**result) for result in values["results"]]
             names = ("model", "suite", "asr_judge", "trained", "speed")
             return cls(**{name: values[name] for name in names}, results=results)

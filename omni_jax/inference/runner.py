@@ -11,6 +11,7 @@ from flax import nnx, traverse_util
 
 from omni_jax import sharding
 from omni_jax.config.model import ModelConfig
+from omni_jax.hardware import require_memory
 from omni_jax.inference import decode
 from omni_jax.inference.decode import DecodeState, Routing
 from omni_jax.model.decoder import Cache
@@ -125,7 +126,16 @@ class ModelRunner:
             return self.jitted.decode_chunk(self.weights, state, routing, steps)
 
     def init_state(self, max_batch_size: int, max_len: int) -> DecodeState:
-        """See `omni_jax.inference.decode.init_state`."""
+        """See `omni_jax.inference.decode.init_state`.
+
+        Raises:
+            ConfigError: the cache is larger than the memory of the devices.
+        """
+        trunk = self.config.trunk
+        values = 2 * max_batch_size * max_len * trunk.num_layers * trunk.num_kv_heads * trunk.head_dim
+        what = f"a cache of {max_batch_size} x {max_len} positions"
+        # No type of the cache is smaller than bfloat16.
+        require_memory(2 * values, what, list(self._mesh.devices.flat))
         with jax.set_mesh(self._mesh):
             return self.jitted.init_state(self.weights, max_batch_size, max_len)
 

@@ -11,6 +11,7 @@ import pytest
 
 from omni_jax.config.load import build_config, load_config, save_config, to_dict
 from omni_jax.config.model import PRESETS, ModelConfig, RopeScaling, TrunkConfig
+from omni_jax.config.run import RunConfig
 from omni_jax.errors import ConfigError
 from omni_jax.vocab import Vocab
 
@@ -222,3 +223,46 @@ def test_config_needs_no_jax() -> None:
         "import sys, omni_jax.config.load, omni_jax.config.model, omni_jax.config.run; assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", command], check=True)
+
+
+RUN = """
+out: out
+start: preset:tiny
+trainable: [adapter]
+data: {sources: [{path: records}], tasks: {A1T1: 1}}
+optimizer: {steps: 10, peak_lr: 1.0e-3}
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.batch_size=1000000000000", "data.batch_size: Input should be less than or equal to 1048576"),
+        ("data.max_length=1000000000000", "data.max_length: Input should be less than or equal to 16777216"),
+        ("data.num_workers=1000000", "data.num_workers: Input should be less than or equal to 1024"),
+        ("optimizer.steps=1e400", "optimizer.steps: Input should be a valid integer"),
+        ("optimizer.peak_lr=.inf", "optimizer.peak_lr: Input should be a finite number, found inf"),
+        ("optimizer.eps=.nan", "optimizer.eps: Input should be a finite number, found nan"),
+        ("seed=" + "9" * 40, "a number of 40 digits"),
+        ("out=" + "[" * 1000, "more than 64 levels"),
+        ("out=&a [*a, *a]", "the alias or anchor 'a'"),
+        ("out=" + str(["x" * 100] * 30), "found ['xxxx"),
+    ],
+)
+def test_load_config_refuses_what_no_run_has(tmp_path: Path, override: str, says: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    assert load_config(RunConfig, path).data.batch_size == 8
+    with pytest.raises(ConfigError) as error:
+        load_config(RunConfig, path, [override])
+    assert says in str(error.value)
+    assert len(str(error.value)) < 1500
+
+
+def test_build_config_lists_some_of_many_wrong_fields() -> None:
+    with pytest.raises(ConfigError) as error:
+        build_config(ModelConfig, {f"field{number}": "x\n" * 1000 for number in range(1000)}, "here.yaml")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 21
+    assert lines[-1] == "here.yaml: 980 more"
+    assert max(map(len, lines)) < 400

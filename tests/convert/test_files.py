@@ -1,6 +1,8 @@
 """Files of published checkpoints."""
 
 import json
+import os
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -9,6 +11,8 @@ import safetensors.numpy
 import torch
 
 from omni_jax.checkpoint.safetensors_io import LazyTensor
+from omni_jax.config.model import ModelConfig
+from omni_jax.convert import mini_omni
 from omni_jax.convert.files import (
     common_dtype,
     open_safetensors,
@@ -77,3 +81,65 @@ def test_common_dtype():
     tensors = to_lazy(ARRAYS)
     assert common_dtype({"a": tensors["half"], "b": tensors["half"]}) == "float16"
     assert common_dtype(tensors) is None
+
+
+class Call:
+    """Pickled as a call."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def with_entry(path, change):
+    """An archive whose files are written again by `change(archive, name, data)`."""
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            change(archive, name, data)
+
+
+def test_open_state_dict_refuses_hostile_archives(tmp_path):
+    path = tmp_path / "a.pth"
+
+    def refused(message):
+        with pytest.raises(ConversionError, match=message) as info:
+            open_state_dict(path)
+        assert str(info.value).startswith(f"{path}: ")
+        assert str(info.value).count("expected") == 1
+
+    ones = {"a": torch.ones(4, 4)}
+    torch.save(ones, path)
+    with_entry(path, lambda archive, name, data: archive.writestr(name, data, zipfile.ZIP_DEFLATED))
+    refused(r"found .*, which is compressed")
+    torch.save(ones, path)
+    with_entry(path, lambda archive, name, data: None)
+    refused(r"found 0 files data\.pkl")
+    torch.save(ones, path)
+    with_entry(path, lambda archive, name, data: archive.writestr(name, data[:8] if "data/0" in name else data))
+    refused("found data/0 of 8 bytes, for tensors of 64")
+    with_entry(path, lambda archive, name, data: None if "data/0" in name else archive.writestr(name, data))
+    refused("found data/0 of 0 bytes, for tensors of 64")
+    for zipped in (True, False):
+        for function, args in ((bytearray, (1 << 40,)), (eval, ("1",)), (torch.empty, (1 << 40,))):
+            torch.save({"a": Call(function, *args)}, path, _use_new_zipfile_serialization=zipped)
+            refused("with tensors only, found ")
+        torch.save({"a": torch.ones(1).expand(1 << 20, 1 << 20)}, path, _use_new_zipfile_serialization=zipped)
+        refused(r"a: expected a tensor whose values are all in the file, found \(1048576, 1048576\) in 4 bytes")
+    torch.save(ones, path)
+    path.write_bytes(path.read_bytes()[:-30])
+    refused("with tensors only, found ")
+    path.unlink()
+    os.mkfifo(path)
+    refused("expected a state dict, found a pipe")
+
+
+@pytest.mark.parametrize("change", [{"n_head": 0}, {"hf_config": [1]}, {"hf_config": {"adapter_stack": None}}])
+def test_config_with_values_of_wrong_types_is_an_error(change):
+    config = ModelConfig()
+    values = mini_omni.config_to_yaml(config) | {"head_size": None} | change
+    with pytest.raises(ConversionError, match="here: expected values of the types of the format, found "):
+        mini_omni.config_from_yaml(values, config.audio_encoder, config.codec, tts_adapter=True, source="here")

@@ -247,7 +247,7 @@ def test_read_what_transformers_saves(model, state, tmp_path, shard):
 
 
 def test_read_names_what_is_missing_or_damaged(state, tmp_path):
-    with pytest.raises(ConversionError, match=r"config\.json: expected JSON, found .*No such file"):
+    with pytest.raises(ConversionError, match=r"config\.json: expected JSON, found no such file"):
         whisper.read(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(THEIRS.to_dict()))
     with pytest.raises(ConversionError, match="found neither"):

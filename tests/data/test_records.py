@@ -303,3 +303,49 @@ def test_record_counts_merge() -> None:
     assert (counts.exchanges, counts.samples, counts.frames) == (2, 1234, 5)
     assert counts.sources == {"tests": 1, "odd": 1}
     assert counts.tasks == {"A1A2": 1, "T1T2": 2}
+
+
+def test_from_bytes_refuses_flac_that_claims_more_than_it_has() -> None:
+    """libsndfile would allocate 137 GB for the length that this header claims."""
+    data = bytearray(flac(noise(0, 4000)))
+    # The last 36 bits of the length in STREAMINFO, after four bytes of "fLaC", four of a header, and 13 others.
+    data[21] |= 0x0F
+    data[22:26] = b"\xff" * 4
+    with pytest.raises(RecordError, match="question_audio: expected at most 57600000 samples, found 68719476735"):
+        from_bytes(changed(question_audio=bytes(data)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"file": "../00000.array_record"},
+            "expected a file of the folder and the number of its records, found '../00000",
+        ),
+        (
+            {"exchanges": 10**12},
+            "expected a file of the folder and the number of its records, found .* and 1000000000000",
+        ),
+        ({"exchanges": -1}, "expected a file of the folder and the number of its records, found .* and -1"),
+        ({"exchanges": "many"}, "expected the index of a folder of records, found ValueError"),
+    ],
+)
+def test_records_refuses_an_index_that_points_elsewhere(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    with RecordWriter(tmp_path / "a") as writer:
+        writer.write(numbered(0))
+    with RecordWriter(tmp_path / "a" / "b") as writer:
+        writer.write(numbered(0))
+    index = json.loads((tmp_path / "a" / "b" / INDEX).read_text())
+    index["shards"][0] |= change
+    (tmp_path / "a" / "b" / INDEX).write_text(json.dumps(index))
+    with pytest.raises(RecordError, match=message):
+        Records(tmp_path / "a" / "b")
+
+
+@pytest.mark.parametrize("text", ["[" * 10**6, '{"version": NaN}', '{"version": 1, "version": 1}', "1"])
+def test_records_refuses_an_index_that_is_no_json_object(tmp_path: Path, text: str) -> None:
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(RecordError, match=r"index\.json: expected the index of a folder of records, found"):
+        Records(tmp_path)
