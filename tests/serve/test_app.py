@@ -323,7 +323,7 @@ def test_shutdown_finishes_active_requests(omni: Omni) -> None:
 
 def test_warming_up_gives_status_503(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    monkeypatch.setattr(Engine, "warm_up", lambda self: gate.wait(60))
+    monkeypatch.setattr(Engine, "warm_up", lambda self, stop: gate.wait(60))
     with run_server(omni, ready=False) as server:
         try:
             assert server.call("/healthz")[0] == 200
@@ -338,7 +338,7 @@ def test_warming_up_gives_status_503(omni: Omni, monkeypatch: pytest.MonkeyPatch
 
 
 def test_failed_warm_up_is_reported_as_broken(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Engine) -> None:
+    def fail(self: Engine, stop: Any) -> None:
         raise MemoryError("too large")
 
     monkeypatch.setattr(Engine, "warm_up", fail)
