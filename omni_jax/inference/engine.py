@@ -393,8 +393,13 @@ class Engine:
             return Progress(active.key, new, finish)
         if active.step == active.request.config.max_steps:
             return Progress(active.key, new, "length")
-        # In front of the queue, so that the next part follows at once.
-        self.queue.appendleft((active.key, active.request.after_first(active.step)))
+        rest = (active.key, active.request.after_first(active.step))
+        if active.request.task is Task.A1T1:
+            # An hour of sound must not keep those waiting that want a sentence.
+            self.queue.append(rest)
+        else:
+            # The next sentence is spoken at once.
+            self.queue.appendleft(rest)
         return Progress(active.key, new, None, finish)
 
     def _finish_reason(self, active: ActiveRequest, new: np.ndarray) -> FinishReason:

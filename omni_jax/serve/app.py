@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from omni_jax.errors import OmniError
 from omni_jax.serve import mini_omni, openai, openai_audio, openai_responses, websocket
+from omni_jax.serve.binding import Listener
 from omni_jax.serve.connections import ServerConfig
 from omni_jax.serve.errors import RETRY_SECONDS, describe_validation_error, error_body, kind_of
 from omni_jax.serve.limits import LimitsMiddleware
@@ -190,7 +191,10 @@ class Server(uvicorn.Server):
     config: ServerConfig
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Say where."""
+        """Count connections; say where it listens."""
+        for found in sockets or []:
+            assert isinstance(found, Listener)
+            found.admit = self.config.admit
         await super().startup(sockets)
         for found in sockets or []:
             host, port, *_ = found.getsockname()

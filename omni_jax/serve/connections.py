@@ -31,8 +31,6 @@ TRY_AGAIN_LATER = 1013
 """Close code, RFC 6455 section 7.4.1 and IANA's registry."""
 TOO_BIG = 1009
 
-REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 2\r\ncontent-length: 0\r\n\r\n"
-
 
 class ServerConfig(uvicorn.Config):
     """uvicorn's configuration, with what the protocols need.
@@ -47,6 +45,19 @@ class ServerConfig(uvicorn.Config):
         self.service = service
         most = service.settings.max_connections
         self.open_connections = Budget(most, max(1, most // 4))
+        self._admitted: dict[Any, Share] = {}
+
+    def admit(self, address: Any) -> bool:
+        """Count a connection that is accepted, if it may be open; by its address and port."""
+        share = Share(self.open_connections, self.service.client_of(address))
+        if not share.take(1):
+            return False
+        self._admitted[address] = share
+        return True
+
+    def admitted(self, address: Any) -> Share:
+        """The share of a connection that was admitted; it is to be given back."""
+        return self._admitted.pop(address)
 
 
 class HttpProtocol(H11Protocol):
@@ -55,16 +66,12 @@ class HttpProtocol(H11Protocol):
     config: ServerConfig
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Count the connection, or refuse it; wait for a request."""
+        """Wait for a request."""
         super().connection_made(transport)
         transport.max_size = READ_BYTES  # type: ignore[attr-defined]
         self._overhead = 0
         self._deadline: asyncio.TimerHandle | None = None
-        self._counted = Share(self.config.open_connections, self.config.service.client_of(self.client))
-        if not self._counted.take(1):
-            transport.write(REFUSAL)
-            transport.close()
-            return
+        self._counted = self.config.admitted(transport.get_extra_info("peername"))
         self._await_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -104,6 +111,9 @@ class HttpProtocol(H11Protocol):
             discarded = cycle.response_complete
             if self._overhead > (self.config.service.settings.max_body_bytes if discarded else MAX_CHUNK_OVERHEAD):
                 self.transport.abort()
+        if self.conn.their_state is h11.DONE and self.conn.trailing_data[0] and self.cycle is not None:
+            # Several requests at once, which no client sends but to have the server write more than it reads.
+            self.cycle.keep_alive = False
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """Hand the connection on; it is counted until the WebSocket is closed."""

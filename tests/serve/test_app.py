@@ -7,8 +7,12 @@ import gc
 import io
 import json
 import logging
+import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -400,3 +404,33 @@ def test_log_says_when_the_server_is_ready(omni: Omni, caplog: pytest.LogCapture
     assert messages[0].startswith("compiling every program")
     assert re.fullmatch(r"listening at http://127\.0\.0\.1:\d+", messages[1])
     assert re.fullmatch(r"ready after \d+\.\d s of compiling", messages[2])
+
+
+def test_access_log_has_one_line_for_a_request(omni: Omni, capfd: pytest.CaptureFixture[str]) -> None:
+    with run_server(omni) as server, connect(server) as client:
+        path = b"/%0aINFO:%20forged?a=%0d%0aINFO:%1b[2J"
+        client.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 404")
+    output = "".join(capfd.readouterr())
+    assert next(line for line in output.splitlines() if "forged" in line).count("GET") == 1
+    assert not any(line.startswith("INFO: forged") or "\x1b[2J" in line for line in output.splitlines())
+
+
+@pytest.mark.slow
+def test_sigterm_while_compiling_ends_the_server_within_5_seconds(tmp_path: Any) -> None:
+    command = [sys.executable, "-m", "omni_jax.cli", "serve", "--model", "nano", "--port", "0"]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if "listening at" in line:
+                    break
+            time.sleep(3)
+            process.send_signal(signal.SIGTERM)
+            start = time.monotonic()
+            assert process.wait(30) == -signal.SIGTERM
+            assert time.monotonic() - start < 5
+            assert "ready after" not in process.stderr.read()
+        finally:
+            process.kill()
