@@ -40,13 +40,6 @@ class RunningServer:
     def port(self) -> int:
         return int(self.url.rpartition(":")[2])
 
-    def call_or_none(self, path: str) -> int | None:
-        """The status; None if the connection is refused or closed."""
-        try:
-            return self.call(path)[0]
-        except OSError:
-            return None
-
     @property
     def omni(self) -> Omni:
         return self.service.omni

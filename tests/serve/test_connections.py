@@ -19,6 +19,8 @@ from omni_jax.serve.connections import MAX_CHUNK_OVERHEAD, MAX_FRAGMENTS, START_
 from tests.serve.conftest import RunningServer, eventually, run_server
 from tests.serve.test_app import connect, post, still_answers
 
+MAX_DELAY = 2.0
+"""Seconds that /healthz may take while a client attacks, on a machine that has other things to do; it was 7 to 26."""
 START = b'{"type": "start"}'
 
 
@@ -110,7 +112,7 @@ def test_connections_of_a_client_are_bounded(omni: Omni) -> None:
             assert other.recv(100).startswith(b"HTTP/1.1 200")
         for client in held:
             client.close()
-        eventually(lambda: server.call_or_none("/healthz") == 200)
+        eventually(lambda: not server.server.server_state.connections)
         # A WebSocket is one, until it is closed.
         sockets = [upgrade(server) for _ in range(9)]
         assert server.call("/healthz")[0] == 200
@@ -174,7 +176,7 @@ def test_bodies_in_tiny_chunks_are_ended(server: RunningServer) -> None:
     with measured(server) as worst, connect(server) as client:
         client.sendall(post("/chat", b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked"))
         assert send_until_closed(client, b"1\r\na\r\n" * 1000, 10 * MAX_CHUNK_OVERHEAD // 5000)
-    assert worst() < 0.5
+    assert worst() < MAX_DELAY
     with connect(server) as client:
         # Chunks of an ordinary size.
         client.sendall(post("/chat", b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked"))
@@ -214,14 +216,14 @@ def test_live_first_message_is_small(omni: Omni) -> None:
             while b'"type": "end", "turn": 1' not in received:
                 received += client.recv(1000)
             assert b'"code": "bad_audio"' in received
-        assert worst() < 0.5
+        assert worst() < MAX_DELAY
 
 
 def test_live_refuses_json_of_many_values(server: RunningServer) -> None:
     with measured(server) as worst, started(server) as client:
         client.sendall(frame(b"[" + b"0," * (10 << 20) + b"0]"))
         assert b"commas, colons and brackets" in client.recv(1000)
-        assert worst() < 0.5
+        assert worst() < MAX_DELAY
     server.wait_until_idle()
 
 
@@ -231,7 +233,7 @@ def test_live_tiny_frames_block_no_one(server: RunningServer) -> None:
         while time.monotonic() < until:
             client.sendall(frame(b"\0\0", 2) * 2000)
         client.sendall(frame(b'{"type": "cancel"}'))
-    assert worst() < 0.5
+    assert worst() < MAX_DELAY
 
 
 def test_live_fragments_are_counted(server: RunningServer) -> None:
