@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from omni_jax.inference.answer import Chunk, Reply
     from omni_jax.inference.async_engine import AsyncEngine, RequestHandle
     from omni_jax.inference.generation import GenerationConfig
-    from omni_jax.inference.request import Request
+    from omni_jax.inference.request import Request, Turn
 
 __all__ = [
     "AsyncEngine",
@@ -44,6 +44,7 @@ __all__ = [
     "Reply",
     "Request",
     "RequestHandle",
+    "Turn",
     "UntrainedWarning",
 ]
 
@@ -55,6 +56,7 @@ _LAZY = {
     "Reply": "omni_jax.inference.answer",
     "Request": "omni_jax.inference.request",
     "RequestHandle": "omni_jax.inference.async_engine",
+    "Turn": "omni_jax.inference.request",
 }
 """Loaded on first use, so that reading a config or converting weights does not wait for the whole model."""
 
