@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from omni_jax.api import Omni
     from omni_jax.inference.answer import Chunk, Reply
     from omni_jax.inference.async_engine import AsyncEngine, RequestHandle
+    from omni_jax.inference.conversation import Conversation
     from omni_jax.inference.generation import GenerationConfig
     from omni_jax.inference.request import Request, Turn
 
@@ -36,6 +37,7 @@ __all__ = [
     "Chunk",
     "ClosedError",
     "ConfigError",
+    "Conversation",
     "ConversionError",
     "GenerationConfig",
     "NoSpeechError",
@@ -51,6 +53,7 @@ __all__ = [
 _LAZY = {
     "AsyncEngine": "omni_jax.inference.async_engine",
     "Chunk": "omni_jax.inference.answer",
+    "Conversation": "omni_jax.inference.conversation",
     "GenerationConfig": "omni_jax.inference.generation",
     "Omni": "omni_jax.api",
     "Reply": "omni_jax.inference.answer",

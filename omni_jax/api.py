@@ -24,6 +24,7 @@ from omni_jax.codec.stream import StreamDecoder
 from omni_jax.config.model import PRESETS, ModelConfig
 from omni_jax.errors import AudioError, CheckpointError, ConfigError, NoSpeechError, UntrainedWarning
 from omni_jax.inference.answer import AnswerBuilder, Chunk, OutputDecoder, Reply
+from omni_jax.inference.conversation import Conversation, load_conversation
 from omni_jax.inference.engine import Engine, Part, PreparedRequest, next_power_of_2
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.prefix_cache import PrefixCache
@@ -304,6 +305,31 @@ class Omni:
         Joined, the chunks are the answer of the other methods; the last one carries it whole.
         """
         return self.stream_prepared(self.prepare(Request(audio, text, task, sample_rate, truncate), **options))
+
+    def conversation(
+        self, load: str | Path | None = None, *, system: str = "", history: Iterable[Turn | Sequence[str]] = ()
+    ) -> Conversation:
+        """Begin a conversation, or go on with one.
+
+        Args:
+            load: a file of `Conversation.save`, which has system text and history.
+            system: text that it begins with, such as a name or a manner.
+            history: turns that were before: a `Turn` each, or a question and an answer.
+
+        Raises:
+            ConfigError: the model was not trained on conversations, the file cannot be used, or it is given together
+                with a system text or a history.
+        """
+        if not self.config.conversation:
+            raise ConfigError(
+                "conversation: expected a model that was trained on conversations, found one that was not "
+                "(conversation of its config)"
+            )
+        if load is not None:
+            if system or history:
+                raise ConfigError("load: expected no system text and history besides, found some", field="load")
+            system, history = load_conversation(load)
+        return Conversation(self, system, history)
 
     def prepare(
         self,
