@@ -53,11 +53,8 @@ def open_caches(setup: TrainingSetup) -> list[CachedFeatures | None] | None:
     cache = setup.config.data.cached_features
     if cache is None:
         return None
-    if setup.start.release is None:
-        raise ConfigError(
-            "data.cached_features: expected a release as start, found random weights", field="data.cached_features"
-        )
-    release, data = setup.start.release, setup.config.data
+    release, data = require_release(setup), setup.config.data
+    assert release is not None
     encoder = fingerprint(setup, release)
     # Loaded and compiled once, for the first source whose features are missing.
     encode = lru_cache(partial(make_encoder, setup, release))
@@ -66,6 +63,19 @@ def open_caches(setup: TrainingSetup) -> list[CachedFeatures | None] | None:
         _open_cache(setup, cache, encoder, encode, Path(source.path)) if spoken & set(source.tasks) else None
         for source in data.sources
     ]
+
+
+def require_release(setup: TrainingSetup) -> Release | None:
+    """The release that a run starts from, which it must have if it caches features.
+
+    Raises:
+        ConfigError: the run caches features, and starts from random weights.
+    """
+    if setup.start.release is None and setup.config.data.cached_features is not None:
+        raise ConfigError(
+            "data.cached_features: expected a release as start, found random weights", field="data.cached_features"
+        )
+    return setup.start.release
 
 
 def fingerprint(setup: TrainingSetup, release: Release) -> str:
