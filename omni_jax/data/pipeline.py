@@ -128,22 +128,28 @@ _LAYOUT_FIELDS = {
 
 
 def held_out(
-    config: DataConfig, model: ModelConfig, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
+    config: DataConfig,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    caches: Sequence[CachedFeatures | None] | None = None,
 ) -> Batches:
     """Every example of the held-out sources once, packed in order: task by task, source by source.
 
     The tasks are those of `config.tasks`, in each source that serves them. The last batch is filled up with rows of
     padding. All processes pack the same rows and take their share of each batch: they get the same number of batches,
-    and the batches do not depend on the number of processes. Arguments and errors are those of `batches`; records are
-    read in the calling process.
+    and the batches do not depend on the number of processes. Arguments and errors are those of `batches`; without
+    caches, questions are recordings in any case. Records are read in the calling process.
     """
     rows = _rows_per_process(config, process_count)
-    # Recordings: they are few, and each is encoded once per evaluation.
-    config = replace(config, cached_features=None)
+    if caches is None:
+        config = replace(config, cached_features=None)
     builder = ExampleBuilder(config, model, tokenizer)
     folders = open_sources(config.held_out)
     drawn = [
-        grain.MapDataset.source(RecordsOfTask(folders[index], Task(task), index))
+        grain.MapDataset.source(RecordsOfTask(folders[index], Task(task), index, caches[index] if caches else None))
         for task in config.tasks
         for index, source in enumerate(config.held_out)
         if task in source.tasks and folders[index].count(Task(task))

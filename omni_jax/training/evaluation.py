@@ -21,11 +21,13 @@ from omni_jax.api import Omni, Request
 from omni_jax.audio.io import SAMPLE_RATE
 from omni_jax.codec.snac import make_decoder
 from omni_jax.data import pipeline
+from omni_jax.data.cached_features import CachedFeatures
 from omni_jax.data.records import Exchange, Records, from_bytes, serves
 from omni_jax.errors import AudioError, ConfigError, RecordError
 from omni_jax.evaluation import metrics
 from omni_jax.tasks import Task
 from omni_jax.training.batches import shard_batch
+from omni_jax.training.feature_cache import open_held_out_caches
 from omni_jax.training.goodput import log_once
 from omni_jax.training.loss import HEADS, Sums
 from omni_jax.training.metrics import HELD_OUT_LOSS, MetricsWriter
@@ -96,6 +98,11 @@ class HeldOutEvaluation:
         log_once("held out: " + ", ".join(f"{name} {value}" for name, value in _shown(numbers).items()))
 
     @cached_property
+    def _caches(self) -> list[CachedFeatures | None] | None:
+        """Features of the held-out recordings, where the run caches features; computed in the first evaluation."""
+        return open_held_out_caches(self.setup)
+
+    @cached_property
     def _decode_audio(self) -> Any:
         return make_decoder(self.setup.start.codec())
 
@@ -122,7 +129,14 @@ class HeldOutEvaluation:
         config, start, mesh = self.setup.config, self.setup.start, self.setup.mesh
         share, num_shares = row_share(mesh, jax.process_index())
         data = replace(config.data, tasks={task: 1.0})
-        batches = pipeline.held_out(data, start.config, start.tokenizer, process_index=share, process_count=num_shares)
+        batches = pipeline.held_out(
+            data,
+            start.config,
+            start.tokenizer,
+            process_index=share,
+            process_count=num_shares,
+            caches=self._caches,
+        )
         total: dict[str, np.ndarray] = {}
         for batch in islice(batches, config.evaluation.max_batches):
             arrays = shard_batch(batch, mesh).arrays
