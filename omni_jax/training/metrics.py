@@ -15,11 +15,11 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 
+from omni_jax import hardware
 from omni_jax.audio.features import log_mel
 from omni_jax.config.load import to_dict
 from omni_jax.config.run import RunConfig
 from omni_jax.errors import TrainingError
-from omni_jax.hardware import CHIPS
 from omni_jax.inference.answer import Reply
 from omni_jax.training.batches import ShardedBatch
 from omni_jax.training.goodput import WAITING, Goodput
@@ -242,6 +242,5 @@ def model_flops(setup: TrainingSetup, positions_per_second: float) -> float:
 
 def peak_flops(mesh: Mesh) -> float | None:
     """Peak bfloat16 FLOP/s of the mesh's devices; None if it is not known."""
-    kind = mesh.devices.flat[0].device_kind
-    chip = next((chip for chip in CHIPS.values() if kind in (chip.device_kind, f"{chip.device_kind}p")), None)
-    return None if chip is None else chip.flops * mesh.devices.size
+    peak = hardware.peak_flops(mesh.devices.flat[0].device_kind)
+    return None if peak is None else peak * mesh.devices.size
