@@ -1,4 +1,4 @@
-"""Peak numbers of TPU chips, from their data sheets; memory of the devices that are there."""
+"""Peak numbers of TPU chips and NVIDIA GPUs, from their data sheets; memory of the devices that are there."""
 
 from __future__ import annotations
 
@@ -63,3 +63,36 @@ def require_memory(num_bytes: int, what: str, devices: Sequence[jax.Device]) -> 
             f"{what}: expected at most {capacity / 1e9:.1f} GB, the memory of the devices ({local[0].platform}), "
             f"found {needed / 1e9:.1f} GB"
         )
+
+
+GPU_FLOPS = {
+    # https://www.nvidia.com/en-us/data-center/: bfloat16 on tensor cores, dense matrices, half of what data sheets give
+    # for sparse ones. GeForce: the architecture's white paper, with float32 accumulation.
+    "NVIDIA A10": 125e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA A30": 165e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA A800": 312e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
+"""Peak bfloat16 floating-point operations per second of GPUs, by the beginning of `jax.Device.device_kind`."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bfloat16 floating-point operations per second of a device; None if it is not known."""
+    for chip in CHIPS.values():
+        # A v5p names itself with and without its letter.
+        if device_kind in (chip.device_kind, f"{chip.device_kind}p"):
+            return chip.flops
+    words = device_kind.replace("-", " ").split()
+    known = [name for name in GPU_FLOPS if words[: len(name.split())] == name.split()]
+    return GPU_FLOPS[max(known, key=len)] if known else None

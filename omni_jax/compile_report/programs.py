@@ -23,6 +23,7 @@ from omni_jax.inference.decode import MAX_CHUNK_STEPS, Routing
 from omni_jax.inference.runner import CACHE_AXES, ModelRunner, quantize_weights
 from omni_jax.model.layers import Int8
 from omni_jax.prompts import max_speech_positions
+from omni_jax.training.batches import abstract_batch
 from omni_jax.training.setup import TrainingSetup, compile_step
 from omni_jax.vocab import NUM_CODEBOOKS, NUM_STREAMS
 
@@ -61,27 +62,9 @@ def train_program(config: RunConfig, devices: Sequence[jax.Device]) -> Program:
     """
     setup = TrainingSetup.of(config, devices)
     state, frozen = setup.abstract()
-    model, data = setup.start.config, config.data
-    B, T = data.batch_size, data.max_length
-    arrays = {
-        "tokens": ((B, NUM_STREAMS, T), jnp.int32),
-        "targets": ((B, NUM_STREAMS, T), jnp.int32),
-        "mask": ((B, NUM_STREAMS, T), jnp.bool_),
-        "positions": ((B, T), jnp.int32),
-        "segments": ((B, T), jnp.int32),
-        "speech_index": ((B, T), jnp.int32),
-    }
-    encoder = model.audio_encoder
-    if data.cached_features is None:
-        arrays["sound"] = ((B, data.max_clips, encoder.max_samples), jnp.int16)
-    else:
-        stored = jnp.float32 if data.cached_features.dtype == "float32" else jnp.float16
-        arrays["features"] = ((B, data.max_clips, encoder.max_position, encoder.hidden_size), stored)
-    rows = sharding.rows(setup.mesh)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in arrays.items()}
     # Trained parameters and their two moments are read and written; frozen parameters are read.
     ideal = 2 * _bytes_per_chip(state) + _bytes_per_chip(frozen)
-    return Program(compile_step(setup), setup.mesh, (state, frozen, batch), ideal)
+    return Program(compile_step(setup), setup.mesh, (state, frozen, abstract_batch(setup)), ideal)
 
 
 def decode_program(

@@ -192,6 +192,30 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class EvaluationConfig:
+    """What is measured on `data.held_out` during a run."""
+
+    interval_steps: int | None = Field(default=None, gt=0)
+    """Steps between evaluations; None: only at the end."""
+    max_batches: int | None = Field(default=None, gt=0)
+    """Batches of each task that losses are measured on; None: all."""
+    num_answers: int = Field(default=0, ge=0)
+    """Held-out exchanges of each task that outputs text which are answered, for the accuracy of the answers and the WER
+    of the transcripts. Needs the extra `evaluation`, and a run of one process."""
+    num_samples: int = Field(default=2, ge=0)
+    """Held-out questions that are answered for TensorBoard, in text and speech."""
+    keep_best: Literal["loss", "answer_accuracy", "wer"] | None = None
+    """Also keep the model of the evaluation that was best by this metric, as a release in `best`; None: only the last
+    model is kept."""
+
+    @model_validator(mode="after")
+    def _measured(self) -> EvaluationConfig:
+        if self.keep_best in ("answer_accuracy", "wer") and not self.num_answers:
+            raise ValueError(f"keep_best: {self.keep_best} needs answers: expected num_answers above 0, found 0")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
 class RunConfig:
     """One stage of training: which modules are trained, on what, how, from where to where."""
 
@@ -206,16 +230,13 @@ class RunConfig:
     loss: LossConfig = LossConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of matrix products; parameters are float32. `auto`: bfloat16, on CPU float32."""
     log_interval_steps: int = Field(default=10, gt=0, le=MAX_STEPS)
     """Steps between log lines. Only at these steps does the host wait for the device."""
-    eval_interval_steps: int | None = Field(default=None, gt=0)
-    """Steps between evaluations on `data.held_out`; None: only at the end."""
-    num_samples: int = Field(default=2, ge=0, le=MAX_BATCH_SIZE)
-    """Held-out questions that are answered, in text and speech, at each evaluation."""
     max_skipped_steps: int = Field(default=10, gt=0)
     """Consecutive steps that may be skipped because their loss is not finite before the run stops."""
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
@@ -232,6 +253,16 @@ class RunConfig:
             )
         if self.data.cached_features and "audio_encoder" in self.trainable:
             raise ValueError("trainable: data.cached_features needs a frozen audio_encoder")
+        best = self.evaluation.keep_best
+        if best and not self.data.held_out:
+            raise ValueError(f"evaluation.keep_best: {best} is measured on data.held_out, which has no source")
+        if best == "wer" and "A1T1" not in self.data.tasks:
+            raise ValueError("evaluation.keep_best: wer is measured on A1T1, which data.tasks does not have")
+        if best == "answer_accuracy" and not {"A1A2", "A1T2", "T1A2", "T1T2"} & set(self.data.tasks):
+            raise ValueError(
+                "evaluation.keep_best: answer_accuracy is measured on A1A2, A1T2, T1A2 and T1T2, "
+                f"data.tasks has {', '.join(self.data.tasks)}"
+            )
         if self.data.batch_size % self.optimizer.gradient_accumulation_steps:
             raise ValueError(
                 "data.batch_size must be a multiple of optimizer.gradient_accumulation_steps, "

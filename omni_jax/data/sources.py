@@ -26,15 +26,15 @@ from omni_jax.inference.messages import from_messages
 from omni_jax.input_files import parse_json
 from omni_jax.vocab import NUM_CODEBOOKS
 
-VOICE_ASSISTANT_COLUMNS = (
-    "split_name", "index", "round", "question", "question_audio", "answer", "answer_snac",
-)  # fmt: skip
-"""Columns of VoiceAssistant-400K."""
+VOICE_ASSISTANT_COLUMNS = ("question", "question_audio", "answer", "answer_snac")
+"""Columns of VoiceAssistant-400K that are read; of the others only `OPTIONAL_COLUMNS`, where they are there."""
+OPTIONAL_COLUMNS = ("split_name", "index", "round")
+"""The split, and the conversation and the turn of it that a row is."""
 PERSONA_SPLIT = "identity"
 """The split of VoiceAssistant-400K that teaches the name and the makers of another model."""
 MAX_QUESTION_SECONDS = 15.0
 """Longest question of VoiceAssistant-400K that is used by default; longer ones are mostly not questions."""
-MANIFEST_FIELDS = ("question_text", "question_audio", "answer_text", "answer_audio", "source", "voice")
+MANIFEST_FIELDS = ("question_text", "question_audio", "answer_text", "answer_audio", "answer_codes", "source", "voice")
 """Fields of a manifest's row, besides those of `CONVERSATION_FIELDS`. All are optional; empty and null mean missing."""
 CONVERSATION_FIELDS = ("conversation", "turn", "system")
 """Fields of a manifest's row that is a turn of a conversation: its name, a rising number, and the system text."""
@@ -138,12 +138,15 @@ class VoiceAssistant:
     def rows(self, shard: SourceShard) -> Iterator[Row]:
         """The rows of a row group."""
         # Rows contain recordings: few at a time.
-        rows = read_parquet(shard.files[0], shard.part, VOICE_ASSISTANT_COLUMNS, batch_size=16)
+        path = shard.files[0]
+        names = open_parquet(path, VOICE_ASSISTANT_COLUMNS).schema_arrow.names
+        columns = [*VOICE_ASSISTANT_COLUMNS, *(name for name in OPTIONAL_COLUMNS if name in names)]
+        rows = read_parquet(path, shard.part, columns, batch_size=16)
         past: list[PastTurn] = []
         last: tuple[Any, int] | None = None
         for number, row in enumerate(rows):
-            turn = _round(row["round"])
-            name = row["split_name"], row["index"]
+            turn = _round(row.get("round"))
+            name = row.get("split_name"), row.get("index")
             # The next round of the conversation that the row before is of.
             if turn is None or last != (name, turn - 1):
                 past = []
@@ -152,7 +155,8 @@ class VoiceAssistant:
             past.append(_past_turn(row["question"], row["answer"]))
 
     def _load(self, row: dict[str, Any], history: tuple[PastTurn, ...]) -> PendingExchange:
-        if row["split_name"] == PERSONA_SPLIT and not self.keep_persona:
+        split = row.get("split_name") or ""
+        if split == PERSONA_SPLIT and not self.keep_persona:
             raise RejectedRow("persona")
         question, answer = _clean_text(row["question"], "question"), _clean_text(row["answer"], "answer")
         audio = row["question_audio"]
@@ -160,8 +164,8 @@ class VoiceAssistant:
         if not data:
             raise RejectedRow("question without audio")
         samples = _read_pcm16(io.BytesIO(data), self.max_question_seconds)
-        codes = parse_snac_codes(row["answer_snac"], self.codebook_size)
-        source = f"{self.name} {row['split_name']}"
+        codes = parse_codes(row["answer_snac"], self.codebook_size)
+        source = f"{self.name} {split}".strip()
         return PendingExchange(Exchange(question, samples, answer, codes, source, self.name, history=history))
 
 
@@ -176,28 +180,57 @@ def _past_turn(question: Any, answer: Any) -> PastTurn:
     return PastTurn(question, answer)
 
 
-def parse_snac_codes(text: Any, codebook_size: int) -> np.ndarray:
-    """Parse `answer_snac`: a `#` before each frame, then its seven codes in the order of its slots, not delayed.
+def parse_codes(value: Any, codebook_size: int) -> np.ndarray:
+    """Parse the codes of an answer, not delayed, seven of each frame in the order of its slots.
+
+    Args:
+        value: text, `#` before each frame as in `answer_snac`, or numbers alone, with spaces or commas between them; or
+            a list of frames, or of all codes.
+        codebook_size: every code must be below it.
 
     Returns:
         int32 [F, 7], F > 0.
 
     Raises:
-        RejectedRow: it has another form, no frame, or a code that is not below `codebook_size`.
+        RejectedRow: it has another form, no frame, or a code that is negative or not below `codebook_size`.
     """
-    if not isinstance(text, str) or not text.strip():
+    if isinstance(value, str) and value.strip():
+        codes = _parse_code_text(value.strip())
+    elif isinstance(value, (list, tuple, np.ndarray)) and len(value):
+        codes = _parse_code_list(value)
+    else:
         raise RejectedRow("answer without codes")
-    offset, text = 0, text.strip()
+    if codes.min() < 0 or codes.max() >= codebook_size:
+        found = codes.min() if codes.min() < 0 else codes.max()
+        raise RejectedRow("code out of range", f"expected codes below {codebook_size}, found {found}")
+    return codes.astype(np.int32)
+
+
+def _parse_code_text(text: str) -> np.ndarray:
+    if "#" not in text:
+        if not re.fullmatch(r"[0-9]{1,18}(?:[\s,]+[0-9]{1,18})*", text):
+            raise RejectedRow("malformed codes", f"expected numbers or '#' before each frame, found {text[:40]!r}")
+        return _parse_code_list(re.split(r"[\s,]+", text))
+    offset = 0
     while offset < len(text):
         match = _SNAC_FRAME.match(text, offset)
         if not match:
             found = text[offset : offset + 40]
             raise RejectedRow("malformed codes", f"expected '#' and {NUM_CODEBOOKS} codes, found {found!r}")
         offset = match.end()
-    codes = np.array(text.replace("#", " ").split(), np.int64).reshape(-1, NUM_CODEBOOKS)
-    if codes.max() >= codebook_size:
-        raise RejectedRow("code out of range", f"expected codes below {codebook_size}, found {codes.max()}")
-    return codes.astype(np.int32)
+    return np.array(text.replace("#", " ").split(), np.int64).reshape(-1, NUM_CODEBOOKS)
+
+
+def _parse_code_list(values: Any) -> np.ndarray:
+    try:
+        codes = np.array(values)
+        # Text of digits is a number; a fraction is none.
+        codes = codes.astype(np.int64, casting="unsafe" if codes.dtype.kind == "U" else "same_kind")
+        if codes.ndim == 2 and codes.shape[1] != NUM_CODEBOOKS:
+            raise ValueError(f"frames of {codes.shape[1]} codes")
+        return codes.reshape(-1, NUM_CODEBOOKS)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RejectedRow("malformed codes", f"expected frames of {NUM_CODEBOOKS} codes, found {error}") from None
 
 
 class Utterance(NamedTuple):
@@ -416,6 +449,8 @@ class Manifest:
     """The codec's sample rate."""
     max_seconds: float = 60.0
     """Longest recording that is used."""
+    codebook_size: int = 4096
+    """Every code must be below it."""
     name: str = "manifest"
     license: str = "unknown"
     range_bytes: int | None = None
@@ -463,6 +498,11 @@ class Manifest:
         if unknown := sorted(set(row) - set(MANIFEST_FIELDS) - set(CONVERSATION_FIELDS)):
             known = (*MANIFEST_FIELDS, *CONVERSATION_FIELDS)
             raise RejectedRow("unknown field", f"expected some of {', '.join(known)}, found {', '.join(unknown)}")
+        codes = row.pop("answer_codes", None) or None
+        if codes is not None:
+            if row.get("answer_audio"):
+                raise RejectedRow("two answers", "expected answer_audio or answer_codes, found both")
+            codes = parse_codes(codes, self.codebook_size)
         values = {name: row.get(name) or "" for name in MANIFEST_FIELDS}
         for name, value in values.items():
             if not isinstance(value, str):
@@ -472,6 +512,7 @@ class Manifest:
             question_text=values["question_text"],
             question_audio=_read_pcm16(folder / question, self.max_seconds) if question else None,
             answer_text=values["answer_text"],
+            answer_codes=codes,
             source=values["source"] or self.name,
             voice=values["voice"],
             system=before[0],

@@ -270,40 +270,51 @@ def _init(setup: TrainingSetup) -> tuple[TrainState, Params, None]:
     return TrainState(zero(), trainable, opt_state, zero(), zero()), frozen, None
 
 
-def open_data(setup: TrainingSetup, step: int, position: DataPosition | None) -> tuple[pipeline.Batches, int]:
+def open_data(
+    setup: TrainingSetup, step: int, position: DataPosition | None, *, reshuffle: bool = False
+) -> tuple[pipeline.Batches, int]:
     """This process's share of the data, from the position of the run.
 
     Args:
         setup: of the run.
         step: number of steps done.
         position: of the checkpoint; None: from the beginning.
+        reshuffle: whether to take the records in a new order if the position is one in other data.
 
     Returns:
         The data, and the seed of its order.
     """
     config = setup.config
     share, num_shares = row_share(setup.mesh, jax.process_index())
-    seed, states = config.seed, None
-    if position is not None:
-        seed, states = position.seed, position.states
-        if len(states) != num_shares:
-            # The records that each reader has seen cannot be divided among another number of readers; in the same
-            # order they would begin with records that all have seen.
-            if jax.process_index() == 0:
-                logger.warning("data: read by %d before, by %d now: reshuffling the records", len(states), num_shares)
-            seed, states = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]), None
-    data = pipeline.batches(
-        config.data,
-        setup.start.config,
-        setup.start.tokenizer,
-        seed=seed,
-        process_index=share,
-        process_count=num_shares,
-        caches=open_caches(setup),
-    )
-    if states is not None:
-        data.set_state(states[share])
-    return data, seed
+    caches = open_caches(setup)
+
+    def opened(seed: int) -> pipeline.Batches:
+        return pipeline.batches(
+            config.data,
+            setup.start.config,
+            setup.start.tokenizer,
+            seed=seed,
+            process_index=share,
+            process_count=num_shares,
+            caches=caches,
+        )
+
+    if position is None:
+        return opened(config.seed), config.seed
+    if len(position.states) == num_shares:
+        data = opened(position.seed)
+        difference = pipeline.layout_difference(data.layout, position.states[share]["layout"])
+        if difference is None or not reshuffle:
+            data.set_state(position.states[share])
+            return data, position.seed
+        data.close()
+    else:
+        difference = f"read by {len(position.states)} before, by {num_shares} now"
+    # The records that have been read cannot be told from the others; in the same order they would be the first ones.
+    if jax.process_index() == 0:
+        logger.warning("data: %s: reshuffling the records", difference)
+    seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
+    return opened(seed), seed
 
 
 def gather_states(state: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -28,7 +29,11 @@ def train_command(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="field=value, e.g. optimizer.peak_lr=1e-4.", show_default=False)
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Describe the run, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and describe the run, and stop.")] = False,
+    reshuffle: Annotated[
+        bool,
+        typer.Option("--reshuffle", help="Resume with other sources, tasks or workers: take records in a new order."),
+    ] = False,
     profile: Annotated[
         str | None, typer.Option(help="Folder for a profiler trace of a few steps.", show_default=False)
     ] = None,
@@ -49,9 +54,9 @@ def train_command(
     try:
         run = load_config(RunConfig, config, overrides or ())
         _initialize_processes(coordinator, processes, process, heartbeat_timeout, on_pod=not dry_run)
-        finished = _describe(run) if dry_run else _train(run, profile)
+        finished = _describe(run, reshuffle=reshuffle) if dry_run else _train(run, profile, reshuffle=reshuffle)
     except OmniError as error:
-        typer.echo(f"train: {error}", err=True)
+        typer.echo("\n".join(f"train: {line}" for line in str(error).splitlines()), err=True)
         if isinstance(error, PeerLostError):
             _end_without_peers()
         raise typer.Exit(EXIT_REFUSED) from None
@@ -98,15 +103,26 @@ def _requires_extra() -> Iterator[None]:
         raise MissingExtraError(f"training needs the package {error.name}", "train") from None
 
 
-def _describe(run: RunConfig) -> bool:
+def _describe(run: RunConfig, *, reshuffle: bool) -> bool:
+    """Print the description of a run, what is wrong with it, and its memory."""
     with _requires_extra():
-        from omni_jax.training.describe import describe
+        from omni_jax.training.checks import problems
+        from omni_jax.training.describe import compile_abstract_step, describe, memory_line
+        from omni_jax.training.setup import TrainingSetup
 
-    typer.echo(describe(run))
+    setup = TrainingSetup.of(run)
+    typer.echo(describe(setup))
+    found = problems(setup, Path(run.out).resolve(), reshuffle=reshuffle)
+    for line in found:
+        typer.echo(f"train: {line}", err=True)
+    typer.echo("compiling the train step ...", err=True)
+    typer.echo(memory_line(compile_abstract_step(setup)))
+    if found:
+        raise typer.Exit(EXIT_REFUSED)
     return True
 
 
-def _train(run: RunConfig, profile: str | None) -> bool:
+def _train(run: RunConfig, profile: str | None, *, reshuffle: bool) -> bool:
     """Whether the run has finished."""
     import jax
     from tqdm.contrib.logging import logging_redirect_tqdm
@@ -118,7 +134,7 @@ def _train(run: RunConfig, profile: str | None) -> bool:
         from omni_jax.training.loop import train
 
     with logging_redirect_tqdm([log_to_stderr()]):
-        release = train(run, profile=profile)
+        release = train(run, profile=profile, reshuffle=reshuffle)
     if release is not None and jax.process_index() == 0:
         typer.echo(f"trained: {release}")
     return release is not None

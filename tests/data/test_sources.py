@@ -27,6 +27,7 @@ from omni_jax.data.sources import (
     SourceShard,
     TextQA,
     VoiceAssistant,
+    parse_codes,
 )
 from omni_jax.errors import AudioTooLongError, ConfigError
 
@@ -91,6 +92,62 @@ def test_voice_assistant(tmp_path: Path) -> None:
     assert len(read(VoiceAssistant(tmp_path, keep_persona=True))[0]) == 3
 
 
+def test_voice_assistant_without_the_columns_that_are_not_read(tmp_path: Path) -> None:
+    row = voice_assistant_row()
+    for name in ("split_name", "index", "round"):
+        del row[name]
+    row["answer_snac"] = [1, 2, 3, 4, 5, 6, 7]
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    ((pending,), rejected) = read(VoiceAssistant(tmp_path))
+    assert not rejected
+    assert pending.exchange.source == "voice_assistant_400k"
+    assert pending.exchange.answer_codes is not None
+    assert pending.exchange.answer_codes.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+
+
+FRAMES = [[1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 4095]]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "# 1 2 3 4 5 6 7 # 8 9 10 11 12 13 4095",
+        "1 2 3 4 5 6 7 8 9 10 11 12 13 4095",
+        "1, 2,3,4,5,6,7, 8,9,10,11,12,13,4095",
+        FRAMES,
+        [*FRAMES[0], *FRAMES[1]],
+        [str(code) for frame in FRAMES for code in frame],
+    ],
+)
+def test_parse_codes_takes_lists_and_text(value: Any) -> None:
+    codes = parse_codes(value, 4096)
+    assert codes.dtype == np.int32
+    assert codes.tolist() == FRAMES
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ([], "answer without codes"),
+        (7, "answer without codes"),
+        ([1, 2, 3], "malformed codes"),
+        ([[1, 2, 3, 4, 5, 6, 7], [1]], "malformed codes"),
+        ([[1] * 14], "malformed codes"),
+        ([0.5] * 7, "malformed codes"),
+        (["a"] * 7, "malformed codes"),
+        ([None] * 7, "malformed codes"),
+        ([10**30] * 7, "malformed codes"),
+        ("1 2 x 4 5 6 7", "malformed codes"),
+        ([-1] * 7, "code out of range"),
+        ([4096] * 7, "code out of range"),
+    ],
+)
+def test_parse_codes_rejects(value: Any, reason: str) -> None:
+    with pytest.raises(RejectedRow) as found:
+        parse_codes(value, 4096)
+    assert found.value.reason == reason
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -98,7 +155,7 @@ def test_voice_assistant(tmp_path: Path) -> None:
         ({"answer_snac": None}, "answer without codes"),
         ({"answer_snac": "# 1 2 3 4 5 6"}, "malformed codes"),
         ({"answer_snac": "# 1 2 3 4 5 6 7 8"}, "malformed codes"),
-        ({"answer_snac": "1 2 3 4 5 6 7"}, "malformed codes"),
+        ({"answer_snac": "1 2 3 4 5 6"}, "malformed codes"),
         ({"answer_snac": "# 1 2 3 4 5 6 -7"}, "malformed codes"),
         ({"answer_snac": "# 1 2 3 4 5 6 7 #"}, "malformed codes"),
         ({"answer_snac": "# 1 2 3 4 5 6 4096"}, "code out of range"),
@@ -283,6 +340,9 @@ def test_manifest(tmp_path: Path) -> None:
         json.dumps(good | {"color": "red"}),
         json.dumps(good | {"voice": 3}),
         json.dumps(good | {"answer_audio": "none.wav"}),
+        json.dumps(good | {"answer_codes": [[1, 2, 3, 4, 5, 6, 7]]}),
+        json.dumps({"answer_text": "a", "answer_codes": "1 2 3 4 5 6 4096"}),
+        json.dumps({"answer_text": "a", "answer_codes": "1 2 3 4 5 6 7"}),
     ]
     put(tmp_path / "m.jsonl", "\n".join(lines))
     pending, rejected = read(Manifest(tmp_path / "m.jsonl", answer_sample_rate=24_000))
@@ -292,8 +352,12 @@ def test_manifest(tmp_path: Path) -> None:
     assert len(answer) == pytest.approx(0.3 * 24_000, abs=2)
     assert pending[1].exchange.source == "manifest"
     assert [row.reason for row in rejected] == [
-        "not JSON", "not an object", "unknown field", "voice is not text", "recording unusable",
+        "not JSON", "not an object", "unknown field", "voice is not text", "recording unusable", "two answers",
+        "code out of range",
     ]  # fmt: skip
+    codes = pending[2].exchange.answer_codes
+    assert codes is not None
+    assert codes.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
     with pytest.raises(ConfigError, match="expected a file"):
         Manifest(tmp_path / "none").shards()
     small = Manifest(tmp_path / "m.jsonl", range_bytes=50)

@@ -18,12 +18,13 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from flax import nnx
 from jax.experimental import topologies
 
 from omni_jax import sharding
+from omni_jax.api import Omni
 from omni_jax.checkpoint.release import open_release
 from omni_jax.checkpoint.tensors import init_model, model_tensors
+from omni_jax.codec.snac import make_decoder
 from omni_jax.compile_report.topology import Topology
 from omni_jax.config.load import build_config
 from omni_jax.config.model import PRESETS
@@ -82,7 +83,7 @@ def run_values(out: Path, records: Path, steps: int = 6, **changes) -> dict:
         "remat": "none",
         "checkpoint": {"save_interval_steps": 2, "max_to_keep": 2},
         "log_interval_steps": 1,
-        "num_samples": 1,
+        "evaluation": {"num_samples": 1},
     }
     return {**values, **changes}
 
@@ -211,6 +212,52 @@ def test_notice_lost_peer_tells_a_lost_process_from_other_errors(monkeypatch: py
         raise jax.errors.JaxRuntimeError(lost)
 
 
+def test_finished_run_goes_on_with_more_steps_and_keeps_the_best_model(
+    finished: Path, records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    out = tmp_path / "longer"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("tensorboard"))
+    before = (out / "release" / "model.safetensors").read_bytes()
+    # As if the run had been killed between its last checkpoint and the evaluation.
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(line for line in lines if "held_out" not in line))
+    evaluation = {"num_samples": 0, "num_answers": 2, "max_batches": 1, "interval_steps": 2, "keep_best": "loss"}
+    with caplog.at_level("INFO"):
+        assert train(run_config(out, records, steps=8, evaluation=evaluation)) == out / "release"
+    assert sorted(losses(out)) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert (out / "release" / "model.safetensors").read_bytes() != before
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    evaluations = {line["step"]: line for line in found if "held_out/loss" in line}
+    assert list(evaluations) == [6, 8]
+    # As training weighs them: the shares of the tasks, and the sum over heads.
+    last, heads = evaluations[8], [*(f"audio_{codebook}" for codebook in range(7)), "text"]
+    total = sum(
+        share * sum(last.get(f"held_out/{task}/loss/{head}", 0.0) for head in heads)
+        for task, share in {"A1A2": 2, "A1T1": 1, "T1A1": 1}.items()
+    )
+    assert last["held_out/loss"] == pytest.approx(total / 4)
+    # An untrained model transcribes nothing.
+    assert last["held_out/wer"] > 0.5
+    assert last["held_out/A1A2/answer_accuracy"] == last["held_out/answer_accuracy"] == 0.0
+    best = min(evaluations, key=lambda step: evaluations[step]["held_out/loss"])
+    tensors = {name: open_release(out / name).model_tensors() for name in ("best", "release")}
+    same = all(np.array_equal(x.read(), tensors["release"][name].read()) for name, x in tensors["best"].items())
+    assert same == (best == 8)
+    messages = [record.message for record in caplog.records]
+    for expected in (
+        "resuming from step 6: ",
+        "evaluating at step 6: ",
+        "compiling the train step: ",
+        "memory per device: ",
+        "step 7/8: loss ",
+        "evaluating at step 8: ",
+        "held out: loss ",
+        "writing the release: ",
+        "goodput of ",
+    ):
+        assert any(message.startswith(expected) for message in messages), expected
+
+
 def test_start_takes_the_run_folder_of_an_earlier_stage(finished: Path, records: Path, tmp_path: Path):
     config = run_config(tmp_path / "next", records, steps=1, start=str(finished), trainable=["trunk", "text_embedding"])
     setup = TrainingSetup.of(config)
@@ -285,16 +332,14 @@ def test_make_run_mesh_splits_the_batch_over_slices(tmp_path: Path, records: Pat
 
 
 def test_describe_counts_trainable_and_frozen_parameters(tmp_path: Path, records: Path):
-    rows = {line.split()[0]: line.split() for line in describe(run_config(tmp_path / "x", records)).splitlines()}
+    setup = TrainingSetup.of(run_config(tmp_path / "x", records))
+    rows = {line.split()[0]: line.split() for line in describe(setup).splitlines()}
     model = PRESETS["tiny"]
     # gate, up and down
     adapter = model.adapter.intermediate_size * (2 * model.audio_encoder.hidden_size * model.adapter.stack + 48)
     assert rows["adapter"][1:3] == [f"{adapter:,}", "trainable"]
     # 300 + 12 rows of 48
     assert rows["text_embedding"][1:3] == ["14,976", "frozen"]
-    # A trainable parameter takes four times its size, 8 devices without fsdp.
-    assert rows["adapter"][3] == f"{16 * adapter:,}"
-    assert rows["text_embedding"][3] == f"{4 * 14_976:,}"
     assert "on 8 x cpu" in " ".join(rows["mesh:"])
     assert not (tmp_path / "x").exists()
 
@@ -349,7 +394,7 @@ def test_train_stopped_at_once_saves_nothing(
     monkeypatch.setattr(StopSignal, "requested", lambda self, step: True)
     for interval in (2, 3):
         checkpoint = {"save_interval_steps": interval, "max_to_keep": 2}
-        config = run_config(out, records, checkpoint=checkpoint, num_samples=0)
+        config = run_config(out, records, checkpoint=checkpoint, evaluation={"num_samples": 0})
         assert train(config) is None
     assert max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit()) == 4
 
@@ -477,13 +522,16 @@ def test_a_sample_that_cannot_be_answered_is_skipped(
         writer.write(Exchange("q", too_long[:8000], "a", codes, "noise"))
     data = {**run_values(tmp_path, tmp_path)["data"], "tasks": {"T1A1": 1}}
     data |= {"sources": [{"path": str(tmp_path / "records")}], "held_out": [{"path": str(tmp_path / "records")}]}
-    setup = TrainingSetup.of(run_config(tmp_path / "out", tmp_path / "records", data=data, num_samples=3))
+    setup = TrainingSetup.of(
+        run_config(tmp_path / "out", tmp_path / "records", data=data, evaluation={"num_samples": 3})
+    )
     model = setup.start.model(stacked=setup.stacked, dtype=setup.dtype, mesh=setup.mesh)
     (tmp_path / "out").mkdir()
     written: list[str] = []
     monkeypatch.setattr(MetricsWriter, "sample", lambda self, step, name, *_: written.append(name))
+    omni = Omni(model, make_decoder(setup.start.codec()), setup.start.tokenizer)
     with closing(MetricsWriter(setup.config, 0)) as writer:
-        HeldOutEvaluation(setup)._write_samples(1, nnx.to_pure_dict(nnx.state(model)), writer)
+        HeldOutEvaluation(setup, tmp_path / "out")._write_samples(1, omni, writer)
     assert "sample 0 is skipped" in caplog.text
     assert written == ["1", "2"]
 
@@ -495,7 +543,7 @@ def test_train_resumes_on_another_mesh(finished: Path, records: Path, tmp_path: 
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 4))
     assert dict(make_run_mesh(run_config(finished, records)).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-    train(run_config(out, records, mesh={"data": 2, "fsdp": 2, "tensor": 2}, num_samples=0))
+    train(run_config(out, records, mesh={"data": 2, "fsdp": 2, "tensor": 2}, evaluation={"num_samples": 0}))
     mine, theirs = losses(out), losses(finished)
     assert sorted(mine) == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose([mine[5], mine[6]], [theirs[5], theirs[6]], rtol=1e-5)
@@ -509,7 +557,10 @@ def test_train_profiles_a_resumed_run(finished: Path, records: Path, tmp_path: P
     out = tmp_path / "resumed"
     shutil.copytree(finished, out, ignore=shutil.ignore_patterns("release", "6", "tensorboard"))
     handlers = [signal.getsignal(number) for number in SIGNALS]
-    train(run_config(out, records, num_samples=0, log_interval_steps=10), profile=str(tmp_path / "profile"))
+    train(
+        run_config(out, records, evaluation={"num_samples": 0}, log_interval_steps=10),
+        profile=str(tmp_path / "profile"),
+    )
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
     # The trace has ended: another one can start.
@@ -621,7 +672,9 @@ def test_sigterm_before_the_first_step_ends_the_run_within_5_s(records: Path, tm
 @pytest.mark.slow
 def test_run_that_cannot_write_any_more_says_so_and_resumes(finished: Path, records: Path, tmp_path: Path):
     out = tmp_path / "full"
-    values = run_values(out, records, num_samples=0, checkpoint={"save_interval_steps": 1, "max_to_keep": 2})
+    values = run_values(
+        out, records, evaluation={"num_samples": 0}, checkpoint={"save_interval_steps": 1, "max_to_keep": 2}
+    )
     process = spawn(values, tmp_path / "logs")
     wait_for_step(out, 2, process)
     # From now on no file may be larger than 1 kB, as if the disk were full.
@@ -653,7 +706,7 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_75(records: Path, tmp_path: P
     out, checkpoint = tmp_path / "stopped", {"save_interval_steps": 10_000, "max_to_keep": 2}
 
     def start(name: str, port: int, steps: int) -> tuple[list[subprocess.Popen], list[Path]]:
-        values = run_values(out, records, steps=steps, checkpoint=checkpoint, num_samples=0)
+        values = run_values(out, records, steps=steps, checkpoint=checkpoint, evaluation={"num_samples": 0})
         return spawn_two(values, tmp_path / "logs", name, port)
 
     processes, logs = start("first", 12357, 100_000)
