@@ -22,7 +22,7 @@ from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile, writ
 from omni_jax.config.load import load_config
 from omni_jax.config.model import ModelConfig
 from omni_jax.config.run import RunConfig
-from omni_jax.convert import mini_omni, qwen2, snac, whisper
+from omni_jax.convert import families, mini_omni, snac, whisper
 from omni_jax.errors import CheckpointError, ConfigError, ConversionError, OmniError
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.request import Request
@@ -157,8 +157,8 @@ def test_fuzz_config_of_other_formats(kind: str) -> None:
         values |= {"encoder_ffn_dim": 3072, "num_mel_bins": 80, "max_source_positions": 1500}
         read = partial(whisper.config_from_json, source="here")
     else:
-        values = qwen2.config_to_json(config.trunk, 151_936)
-        read = partial(qwen2.config_from_json, state={}, source="here")
+        values = families.config_to_json(config.trunk, 151_936)
+        read = partial(families.config_from_json, source="here")
     num_refused = 0
     for seed in range(NUM_FILES):
         rng = random.Random(seed)

@@ -99,7 +99,7 @@ def export(
 @app.command()
 def init(
     out: Out,
-    lm: Annotated[str, typer.Option(help="Qwen2 or Llama folder of transformers, or hub id, such as Qwen/Qwen2-0.5B")],
+    lm: Annotated[str, typer.Option(help="language model: folder of transformers, or hub id, such as Qwen/Qwen3-0.6B")],
     whisper: Whisper,
     snac: Snac,
     tts_adapter_layers: Annotated[int, typer.Option(min=0, help="blocks that serve the audio heads only")] = 0,

@@ -5,6 +5,7 @@ Sources are folders or hub ids. Tensors go from file to file one by one.
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from dataclasses import dataclass, replace
@@ -29,10 +30,12 @@ from omni_jax.checkpoint.release import (
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
 from omni_jax.checkpoint.tensors import tensor_name
 from omni_jax.config.model import AdapterConfig, AudioEncoderConfig, CodecConfig, ModelConfig, VocabConfig
-from omni_jax.convert import files, mini_omni, qwen2, snac, whisper
+from omni_jax.convert import files, language_model, mini_omni, snac, whisper
 from omni_jax.errors import ConversionError
 from omni_jax.model.omni import Adapter, TTSAdapter
 from omni_jax.vocab import NUM_CODEBOOKS, Vocab
+
+logger = logging.getLogger(__name__)
 
 _TRANSFORMERS_FILES = (files.CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
 _SNAC_FILES = (files.CONFIG, files.WEIGHTS, snac.TORCH_WEIGHTS)
@@ -85,9 +88,10 @@ def export_mini_omni(release: Release, out: str | Path) -> None:
 
 
 def export_transformers(release: Release, out: str | Path) -> None:
-    """Write the trunk alone, with its own vocabulary only, as a Qwen2 or Llama folder of transformers.
+    """Write the trunk alone, with its own vocabulary only, as a folder of transformers, of the trunk's family.
 
     Raises:
+        ConversionError: the family has no such trunk.
         CheckpointError: the release is damaged, or `out` is in use.
     """
     rows = release.config.vocab.text
@@ -102,7 +106,7 @@ def export_transformers(release: Release, out: str | Path) -> None:
         if name.startswith(("trunk.", "norm.")) or name in tables
     }
     with new_folder(out) as partial:
-        qwen2.write(partial, release.config.trunk, rows, tensors)
+        language_model.write(partial, release.config.trunk, rows, tensors)
         _copy(release.tokenizer_files(), partial)
 
 
@@ -139,11 +143,11 @@ def init_release(
 ) -> None:
     """Make a release ready for training of a language model, a Whisper and a SNAC.
 
-    Rows of the new tokens are drawn by `qwen2.extend`, adapters by their own initializers.
+    Rows of the new tokens are drawn by `language_model.extend`, adapters by their own initializers.
 
     Args:
         out: new or empty folder.
-        lm_source: Qwen2 or Llama folder of transformers.
+        lm_source: folder of transformers with a language model of one of `families.FAMILIES`.
         whisper_source: a Whisper folder of transformers, or a release whose audio encoder is taken.
         snac_source: a SNAC folder, or a release whose codec is taken.
         adapter: kind of the module between audio encoder and trunk.
@@ -158,7 +162,7 @@ def init_release(
     require_free(out)
     folder = fetch(lm_source, _TRANSFORMERS_FILES, "a language model")
     require_files(folder, (files.CONFIG, *TOKENIZER_FILES), "a language model")
-    trunk, rows, lm = qwen2.read(folder)
+    trunk, rows, lm = language_model.read(folder)
     encoder_config, encoder = _read_audio_encoder(whisper_source)
     codec_config, codec = _read_codec(snac_source)
     config = ModelConfig(
@@ -169,11 +173,15 @@ def init_release(
         codec=codec_config,
         tts_adapter_layers=tts_adapter_layers,
     )
+    if lines := mini_omni.unsupported(config):
+        logger.warning(
+            "Mini-Omni's published code has no such model; it cannot be exported to it:\n%s", "\n".join(lines)
+        )
     vocab = Vocab(config.vocab)
     tables: dict[str, LazyTensor] = {}
     for name in ("embed",) if trunk.tie_word_embeddings else ("embed", "head"):
         table = lm.pop(f"{name}.text")
-        tables.update(qwen2.extend(table, name, vocab.text_rows, (NUM_CODEBOOKS, vocab.audio_rows), seed))
+        tables.update(language_model.extend(table, name, vocab.text_rows, (NUM_CODEBOOKS, vocab.audio_rows), seed))
     tensors = {**encoder, **_init_adapters(config, seed), **lm, **tables}
     save_release(out, config, tensors, codec, _tokenizer_files(folder))
 

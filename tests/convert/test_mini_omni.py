@@ -276,14 +276,20 @@ def test_config_to_yaml_lists_what_the_published_code_lacks(tiny_config):
     config = replace(
         tiny_config,
         adapter=AdapterConfig(intermediate_size=100),
-        trunk=replace(tiny_config.trunk, rope_scaling=scaling),
+        trunk=replace(tiny_config.trunk, rope_scaling=scaling, qk_norm="head", sliding_window=191, sliding_layers=(0,)),
     )
     with pytest.raises(ConversionError) as error:
         mini_omni.config_to_yaml(config)
     assert [line.split(":")[0] for line in str(error.value).splitlines()[1:]] == [
         "adapter.intermediate_size",
         "trunk.rope_scaling",
+        "trunk.sliding_window",
+        "trunk.sliding_layers",
+        "trunk.qk_norm",
     ]
+    # A window as long as the context changes nothing.
+    trunk = replace(tiny_config.trunk, sliding_window=192, sliding_layers=(0,))
+    assert mini_omni.unsupported(replace(tiny_config, trunk=trunk)) == []
 
 
 def test_published_number_of_specials_needs_no_hint():
