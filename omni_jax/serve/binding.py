@@ -42,7 +42,7 @@ class Listener(socket.socket):
 
 
 @contextlib.contextmanager
-def bind(host: str, port: int) -> Iterator[list[Listener]]:
+def bind(host: str, port: int) -> Iterator[list[socket.socket]]:
     """Bind a port at every address of a host. Connections are refused until the server runs.
 
     Args:
@@ -57,7 +57,7 @@ def bind(host: str, port: int) -> Iterator[list[Listener]]:
     except OSError as error:
         raise ConfigError(f"--host: expected a name or an address of this machine, found {host!r}: {error}") from None
     with contextlib.ExitStack() as stack:
-        sockets: list[Listener] = []
+        sockets: list[socket.socket] = []
         for family, kind, protocol, _, address in found:
             # The same port at every address, if any will do.
             number = sockets[0].getsockname()[1] if sockets else port
