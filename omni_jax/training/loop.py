@@ -58,7 +58,7 @@ def train(config: RunConfig, *, profile: str | None = None, reshuffle: bool = Fa
     setup = TrainingSetup.of(config)
     out = Path(config.out).resolve()
     if is_finished(setup, out):
-        log_once(f"{out}: all {config.optimizer.steps} steps are done")
+        log_once(f"{out}: the run has finished")
         return out / RELEASE
     check_run(setup, out, reshuffle=reshuffle)
     out.mkdir(parents=True, exist_ok=True)
