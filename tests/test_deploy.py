@@ -47,7 +47,7 @@ def check_deployment(deployment: dict[str, Any]) -> dict[str, Any]:
     [container] = deployment["spec"]["template"]["spec"]["containers"]
     command, *options = container["args"]
     assert command == "serve"
-    known = {option for option in typer.main.get_command(typer_app()).params for option in option.opts}
+    known = {name for option in typer.main.get_command(typer_app()).params for name in option.opts}
     assert {option.partition("=")[0] for option in options} <= known
     mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert {"/cache", "/keys"} <= mounted

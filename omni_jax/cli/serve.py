@@ -110,7 +110,7 @@ def serve(
     log_to_stderr()
     with bind(host, port) as sockets:
         omni = load_model(model, codec, int8=int8)
-        make_server(Service(omni, name, settings)).run(sockets)
+        make_server(Service(omni, name, settings)).run([*sockets])
 
 
 def _aliases(options: list[str], name: str) -> tuple[str, ...]:

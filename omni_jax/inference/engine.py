@@ -247,7 +247,7 @@ class Engine:
         self.check(request)
         if request.parts:
             # Whatever it could fail with in the queue, it fails with here.
-            self._prefill_shape(request)
+            self._prefill_shape(request, None)
             self.queue.append((key, request))
             if request.transcription is not None:
                 self.queue.append((key, request.transcription))

@@ -65,7 +65,7 @@ def train(config: RunConfig, *, profile: str | None = None, reshuffle: bool = Fa
     out = Path(config.out).resolve()
     # A finished run may be in a folder that cannot be written to.
     if is_finished(setup, out):
-        log_once(f"{out}: all {config.optimizer.steps} steps are done")
+        log_once(f"{out}: the run has finished")
         return out / RELEASE
     check_run(setup, out, reshuffle=reshuffle)
     try:
