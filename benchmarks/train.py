@@ -233,7 +233,9 @@ class Torch:
         named = {name: x for name, x in weights.items() if name.startswith(("trunk.", "norm."))}
         named["embed.text"] = np.concatenate([weights["embed.text"], weights["embed.audio"].reshape(-1, D)])
         with tempfile.TemporaryDirectory() as folder:
-            language_model.write(Path(folder), config.trunk, vocab.rows, {k: LazyTensor.of(x) for k, x in named.items()})
+            language_model.write(
+                Path(folder), config.trunk, vocab.rows, {k: LazyTensor.of(x) for k, x in named.items()}
+            )
             self.model = transformers.Qwen2ForCausalLM.from_pretrained(folder).train()
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.ndim == 1]

@@ -475,7 +475,8 @@ class Omni:
         def part_of(part: Part) -> Part:
             return replace(part, prompt=speech_prompt(Task.A1T1, part.prompt.speech_positions, self._vocab))
 
-        return replace(request, task=Task.A1T1, parts=tuple(map(part_of, request.parts)), config=GenerationConfig())
+        parts = tuple(map(part_of, request.parts))
+        return replace(request, task=Task.A1T1, parts=parts, config=GenerationConfig(), transcription=None)
 
     def _spans_to_hear(self, task: Task, audio: np.ndarray, request: Request) -> list[vad.Span]:
         """What of a recording the model takes, each span at most as long as its audio encoder takes at once."""

@@ -77,7 +77,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # A save waits for all processes: for one that is lost, it would wait in vain.
+        # A save waits for all processes, and would not end where one is lost.
         if kind is None or not issubclass(kind, PeerLostError):
             self.close()
 

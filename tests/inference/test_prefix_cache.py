@@ -121,6 +121,33 @@ def test_truncation_reuses_the_same_beginning_for_several_turns(runner: ModelRun
     assert known == [0, 5, 13, 21, 5, 13, 21, 5]
 
 
+def test_sessions_that_do_not_fit_are_prefilled_again(runner: ModelRunner) -> None:
+    """Six conversations take turns where the keys and values of one or two fit: the tokens are the same."""
+    vocab = Vocab(runner.config.vocab)
+
+    def session(number: int, turns: int) -> PreparedRequest:
+        request = random_request(runner.config, Task.T1T2, 10 * number + turns, 4, max_steps=4)
+        past = make_history([number], [([number, n], [n]) for n in range(turns)], CONTEXT, vocab)
+        part = dataclasses.replace(request.parts[0], prompt=after_history(past, request.prompt))
+        return dataclasses.replace(request, parts=(part,))
+
+    longest = session(0, 3).prompt.history
+    probe = PrefixCache()
+    answers(Engine(runner, 1, CONTEXT, prefixes=probe), session(0, 3))
+    engine = Engine(runner, 2, CONTEXT, prefixes=PrefixCache(int(1.2 * probe.nbytes)))
+    plain = Engine(runner, 2, CONTEXT, prefixes=PrefixCache(0))
+    hits = 0
+    for turns in range(1, 4):
+        for number in range(6):
+            hits += engine.prefixes.find(session(number, turns).prompt.history) is not None
+            assert answers(engine, session(number, turns)) == answers(plain, session(number, turns))
+            assert engine.prefixes.nbytes <= engine.prefixes.max_bytes
+    assert len(longest) == 3 + 3 * 7
+    assert hits == 0, "six in turn push one another out"
+    answers(engine, session(5, 3))
+    assert engine.prefixes.find(session(5, 3).prompt.history) is not None
+
+
 def test_prefix_programs_are_compiled_once_per_shape(runner: ModelRunner) -> None:
     engine = Engine(runner, 1, CONTEXT)
     for number in range(3):
