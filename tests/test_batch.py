@@ -73,7 +73,7 @@ def test_a_row_that_fails_does_not_stop_the_others(tiny: Omni, tmp_path: Path, m
         tmp_path / "m.jsonl",
         *({"id": text, "text": text, "task": "T1T2"} for text in texts),
         {"id": "k", "text": "a", "top_k": 10**12},
-        {"id": "t", "text": "a", "temperature": 10**400},
+        {"id": "t", "text": "a", "temperature": 1000},
     )
     with manifest.open("a") as file:
         file.write('{"id": "deep", "text": ' + "[" * 100_000 + "\n")

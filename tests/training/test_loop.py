@@ -420,7 +420,7 @@ def test_train_moves_a_damaged_checkpoint_aside_and_goes_on_from_the_one_before(
     (out / "checkpoints" / "9").mkdir()
     (out / "checkpoints" / "7").write_text("stray")
     (out / "metrics.jsonl").unlink()
-    assert train(run_config(out, records, num_samples=0)) == out / "release"
+    assert train(run_config(out, records, evaluation={"num_samples": 0})) == out / "release"
     assert losses(out) == {step: losses(finished)[step] for step in (5, 6)}
     assert sorted(path.name for path in (out / "damaged_checkpoints").iterdir()) == ["6-1", "7-1", "9-1"]
     warnings = [record.getMessage() for record in caplog.records if "whole checkpoint" in record.getMessage()]
@@ -576,7 +576,9 @@ def test_run_killed_ten_times_at_random_after_its_first_checkpoint_has_the_same_
     checkpoint = {"save_interval_steps": 3, "max_to_keep": 2}
 
     def start(out: Path) -> subprocess.Popen:
-        values = run_values(out, records, steps=100_000, checkpoint=checkpoint, num_samples=0, mesh={"data": 1})
+        values = run_values(
+            out, records, steps=100_000, checkpoint=checkpoint, evaluation={"num_samples": 0}, mesh={"data": 1}
+        )
         return spawn(values, tmp_path / "logs", environment=environment)
 
     rng, out, whole = random.Random(0), tmp_path / "killed", tmp_path / "whole"
@@ -731,7 +733,7 @@ def test_run_of_two_processes_says_that_one_is_lost_and_goes_on_from_a_whole_che
     out, checkpoint = tmp_path / "lost", {"save_interval_steps": 2, "max_to_keep": 3}
 
     def start(name: str, port: int, steps: int, *extra: str) -> tuple[list[subprocess.Popen], list[Path]]:
-        values = run_values(out, records, steps=steps, checkpoint=checkpoint, num_samples=0)
+        values = run_values(out, records, steps=steps, checkpoint=checkpoint, evaluation={"num_samples": 0})
         return spawn_two(values, tmp_path / "logs", name, port, *extra)
 
     processes, logs = start("first", 12359, 100_000, "--heartbeat-timeout", "20")
