@@ -16,7 +16,7 @@ MAX_REFUSALS = 500
 NO_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
-class Listener(socket.socket):
+class AdmittingSocket(socket.socket):
     """A socket that closes at once what is not to be admitted: no more than that keeps up with a flood.
 
     Attributes:
@@ -62,7 +62,7 @@ def bind(host: str, port: int) -> Iterator[list[socket.socket]]:
             # The same port at every address, if any will do.
             number = sockets[0].getsockname()[1] if sockets else port
             try:
-                bound = stack.enter_context(Listener(family, kind, protocol))
+                bound = stack.enter_context(AdmittingSocket(family, kind, protocol))
                 # Otherwise a restart fails until the connections before it have timed out.
                 bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if family == socket.AF_INET6:
