@@ -77,7 +77,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # A save waits for all processes, and would not end where one is lost.
+        # A save waits for all processes, and would wait for the lost one until JAX gives up.
         if kind is None or not issubclass(kind, PeerLostError):
             self.close()
 
@@ -178,8 +178,8 @@ class Checkpoints:
         free = gather(shutil.disk_usage(self.folder).free)[0]
         if free < needed:
             raise TrainingError(
-                f"{self.folder / str(step)}: expected {needed / 1e9:.3f} GB of free space for the checkpoint, found "
-                f"{free / 1e9:.3f} GB; {self._left()}"
+                f"{self.folder / str(step)}: expected {needed / 1e6:,.1f} MB of free space for the checkpoint, found "
+                f"{free / 1e6:,.1f} MB; {self._left()}"
             )
 
     def _left(self) -> str:
