@@ -131,6 +131,10 @@ class SafetensorsFile:
         header.pop("__metadata__", None)
         stored, end = {}, 8 + length
         for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise CheckpointError(
+                    f"{self.path}: {name}: expected a type of {', '.join(DTYPES)}, found {entry['dtype']}"
+                )
             dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
             first, last = entry["data_offsets"]
             if last - first != math.prod(shape) * dtype.itemsize or first < 0:
