@@ -30,6 +30,11 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 """Names the shards where transformers wrote several files."""
+TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+"""The same of PyTorch."""
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+"""Names under which a file may hold its state dict, next to other things."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -74,23 +79,45 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def open_safetensors(folder: Path) -> dict[str, LazyTensor]:
-    """The tensors of a folder as transformers' `save_pretrained` writes it, in one file or in shards; none is read yet.
+def open_weights(folder: Path) -> dict[str, LazyTensor]:
+    """The tensors of a folder as transformers' `save_pretrained` writes it; none is read yet.
+
+    They are in one file or in shards, of safetensors or, where there are none, of PyTorch.
 
     Raises:
-        ConversionError: there are neither weights nor an index, or the index is damaged.
+        ConversionError: there are neither weights nor an index, the index is damaged, or a file of PyTorch is.
         CheckpointError: a file is missing or damaged.
+        MissingExtraError: the files are those of PyTorch, which is not installed.
     """
     if (folder / WEIGHTS).is_file():
-        files = [WEIGHTS]
-    elif (folder / INDEX).is_file():
-        shards = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise ConversionError(f"{folder / INDEX}: expected a file name for each tensor in weight_map")
-        files = sorted(set(shards.values()))
+        return SafetensorsFile(folder / WEIGHTS).tensors
+    if (folder / INDEX).is_file():
+        files = [SafetensorsFile(file).tensors for file in shards(folder)]
+    elif (folder / TORCH_WEIGHTS).is_file():
+        return open_state_dict(folder / TORCH_WEIGHTS)
+    elif (folder / TORCH_INDEX).is_file():
+        files = [open_state_dict(file) for file in shards(folder)]
     else:
-        raise ConversionError(f"{folder}: expected {WEIGHTS} or {INDEX}, found neither")
-    return {name: tensor for file in files for name, tensor in SafetensorsFile(folder / file).tensors.items()}
+        raise ConversionError(f"{folder}: expected {WEIGHTS} or {TORCH_WEIGHTS}, or an index of shards, found none")
+    return {name: tensor for tensors in files for name, tensor in tensors.items()}
+
+
+def shards(folder: Path) -> list[Path]:
+    """The shards that `open_weights` reads; none if the weights are in one file.
+
+    Raises:
+        ConversionError: the index is damaged.
+    """
+    whole = ((WEIGHTS, INDEX), (TORCH_WEIGHTS, TORCH_INDEX))
+    name, index = next((pair for pair in whole if any((folder / name).is_file() for name in pair)), whole[0])
+    return [] if (folder / name).is_file() or not (folder / index).is_file() else _named_in(folder / index)
+
+
+def _named_in(index: Path) -> list[Path]:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ConversionError(f"{index}: expected a file name for each tensor in weight_map")
+    return [index.parent / name for name in sorted(set(shards.values()))]
 
 
 def common_dtype(tensors: Tensors) -> str | None:
@@ -191,12 +218,24 @@ def _storage_sizes(file: IO[bytes], max_length: int, torch: Any) -> dict[str, in
 
 
 def open_state_dict(file: Path) -> dict[str, LazyTensor]:
-    """The tensors of a PyTorch state dict, mapped from the file where its format allows that.
+    """The tensors of a PyTorch state dict, which may be wrapped, mapped from the file where its format allows that.
 
     Nothing in the file is executed.
 
     Raises:
         ConversionError: the file is not a state dict, or holds more than tensors.
+        MissingExtraError: torch is not installed.
+    """
+    state = load_torch(file)
+    wrapped = [state[name] for name in _WRAPPERS if isinstance(state.get(name), dict)]
+    return lazy_state(wrapped[0] if wrapped else state, file)
+
+
+def load_torch(file: Path) -> dict[Any, Any]:
+    """The dict in a file of PyTorch; nothing in it is executed.
+
+    Raises:
+        ConversionError: the file is damaged, or holds something else.
         MissingExtraError: torch is not installed.
     """
     torch = import_torch(file)
@@ -214,6 +253,16 @@ def open_state_dict(file: Path) -> dict[str, LazyTensor]:
         raise ConversionError(f"{file}: expected a state dict with tensors only, found {reason}") from None
     if not isinstance(state, dict):
         raise ConversionError(f"{file}: expected a state dict, found {type(state).__name__}")
+    return state
+
+
+def lazy_state(state: Mapping[Any, Any], file: Path) -> dict[str, LazyTensor]:
+    """The tensors of a state dict that has been loaded from `file`.
+
+    Raises:
+        ConversionError: it holds more than tensors.
+    """
+    torch = import_torch(file)
     strange = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if strange:
         raise ConversionError(f"{file}: expected tensors only, found something else in {', '.join(strange)}")
@@ -233,7 +282,7 @@ def open_state_dict(file: Path) -> dict[str, LazyTensor]:
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             found = f"{tuple(tensor.shape)} in {tensor.untyped_storage().nbytes()} bytes"
             raise ConversionError(f"{file}: {name}: expected a tensor whose values are all in the file, found {found}")
-    return {name: lazy(tensor) for name, tensor in state.items()}
+    return {str(name): lazy(tensor) for name, tensor in state.items()}
 
 
 def write_state_dict(file: Path, tensors: Tensors) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors, write_safetensors
 from omni_jax.config.model import TrunkConfig
 from omni_jax.convert.families import FAMILIES, config_from_json, config_to_json, family_of
-from omni_jax.convert.files import CONFIG, WEIGHTS, common_dtype, open_safetensors, read_json, write_json
+from omni_jax.convert.files import CONFIG, WEIGHTS, common_dtype, open_weights, read_json, write_json
 from omni_jax.convert.table import (
     Entry,
     rename,
@@ -38,8 +39,13 @@ IGNORED = ("vision_tower.", "model.vision_tower.", "multi_modal_projector.", "mo
 """Prefixes of the other tensors of such a model, which are skipped."""
 
 
-def read(folder: Path) -> tuple[TrunkConfig, int, dict[str, LazyTensor]]:
+def read(folder: Path, *, tied: bool | None = None) -> tuple[TrunkConfig, int, dict[str, LazyTensor]]:
     """Read a folder as `save_pretrained` writes it.
+
+    Args:
+        folder: with `config.json` and the weights.
+        tied: whether the head is the embedding, where the file has a head of other values although the config says
+            that it is; None: that is an error.
 
     Returns:
         The trunk's config, the rows of the vocabulary (V), and the tensors by our names, none read yet: those of the
@@ -50,7 +56,12 @@ def read(folder: Path) -> tuple[TrunkConfig, int, dict[str, LazyTensor]]:
         CheckpointError: a file is damaged.
     """
     trunk, rows = config_from_json(read_json(folder / CONFIG), str(folder / CONFIG))
-    return trunk, rows, from_state(_text_tensors(open_safetensors(folder)), trunk, rows, str(folder))
+    state = _text_tensors(open_weights(folder))
+    if tied is not None and trunk.tie_word_embeddings and _HEAD in state:
+        trunk = replace(trunk, tie_word_embeddings=tied)
+        if tied:
+            del state[_HEAD]
+    return trunk, rows, from_state(state, trunk, rows, str(folder))
 
 
 def _text_tensors(state: Tensors) -> dict[str, LazyTensor]:
@@ -65,7 +76,10 @@ def _text_tensors(state: Tensors) -> dict[str, LazyTensor]:
                 name = alone + name.removeprefix(prefix)
                 break
         tensors[name] = tensor
-    return tensors
+    if any(name.startswith("model.") for name in tensors):
+        return tensors
+    # Of a model that was saved without its head.
+    return {name if name == _HEAD else f"model.{name}": tensor for name, tensor in tensors.items()}
 
 
 def write(folder: Path, trunk: TrunkConfig, rows: int, tensors: Tensors) -> None:
@@ -97,7 +111,8 @@ def from_state(state: Tensors, trunk: TrunkConfig, rows: int, source: str) -> di
     """
     table = _table(trunk, rows)
     if trunk.tie_word_embeddings and _HEAD in state:
-        state = without_tied_head(table, state, source, head=_HEAD, embedding=_EMBEDDING)
+        choose = "; choose one with --tied (the embedding) or --untied (a head of its own)"
+        state = without_tied_head(table, state, source, head=_HEAD, embedding=_EMBEDDING, advice=choose)
     return to_ours(table, state, source)
 
 

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 
 from omni_jax.checkpoint.safetensors_io import LazyTensor
@@ -15,9 +16,10 @@ from omni_jax.config.model import ModelConfig
 from omni_jax.convert import mini_omni
 from omni_jax.convert.files import (
     common_dtype,
-    open_safetensors,
     open_state_dict,
+    open_weights,
     read_json,
+    shards,
     write_json,
     write_state_dict,
 )
@@ -60,21 +62,42 @@ def test_write_state_dict_shares_a_tensor_of_two_names(tmp_path):
     assert (tmp_path / "a.pth").stat().st_size < 6000
 
 
-def test_open_safetensors_of_one_file_or_shards(tmp_path):
+def test_open_weights_of_one_file_or_shards(tmp_path):
     for name in ("scalar", "half"):
         safetensors.numpy.save_file({name: ARRAYS[name]}, tmp_path / f"{name}.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"scalar": "scalar.safetensors", "half": "half.safetensors"}}))
-    assert set(open_safetensors(tmp_path)) == {"scalar", "half"}
+    assert set(open_weights(tmp_path)) == {"scalar", "half"}
     (tmp_path / "half.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"half\.safetensors: expected a safetensors file, found no such file"):
-        open_safetensors(tmp_path)
+        open_weights(tmp_path)
     for damaged in ({}, {"weight_map": {"scalar": 1}}):
         index.write_text(json.dumps(damaged))
         with pytest.raises(ConversionError, match="expected a file name for each tensor in weight_map"):
-            open_safetensors(tmp_path)
+            open_weights(tmp_path)
     safetensors.numpy.save_file({"half": ARRAYS["half"]}, tmp_path / "model.safetensors")
-    assert set(open_safetensors(tmp_path)) == {"half"}
+    assert set(open_weights(tmp_path)) == {"half"}
+
+
+def test_open_weights_of_pytorch(tmp_path):
+    arrays = {"half": ARRAYS["half"], "brain": ARRAYS["brain"]}
+    for name in arrays:
+        write_state_dict(tmp_path / f"{name}.bin", to_lazy({name: arrays[name]}))
+    index = {"weight_map": {name: f"{name}.bin" for name in arrays}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert shards(tmp_path) == [tmp_path / "brain.bin", tmp_path / "half.bin"]
+    for name, array in read_all(open_weights(tmp_path)).items():
+        np.testing.assert_array_equal(array, arrays[name])
+    state = {name: torch.load(tmp_path / f"{name}.bin", weights_only=True)[name] for name in arrays}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "pytorch_model.bin")
+    assert set(open_weights(tmp_path)) == set(arrays)
+    assert shards(tmp_path) == []
+
+
+def test_open_weights_names_a_type_that_is_not_read(tmp_path):
+    safetensors.torch.save_file({"a": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: a: expected a type of F64, .*, found F8_E4M3$"):
+        open_weights(tmp_path)
 
 
 def test_common_dtype():

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -96,6 +97,23 @@ def test_import_error_lists_all_tensors(tiny_parts, tmp_path):
     ]
 
 
+def test_read_pytorch_files_and_tensors_without_prefix(tiny_parts, tmp_path):
+    model = models.language_model("qwen2", tied=True)
+    model.model.save_pretrained(tmp_path / "lm")
+    file = tmp_path / "lm" / "model.safetensors"
+    state = safetensors.torch.load_file(file)
+    assert not any(name.startswith("model.") for name in state)
+    _, _, expected = language_model.read(tmp_path / "lm")
+    file.unlink()
+    torch.save(state, tmp_path / "lm" / "pytorch_model.bin")
+    _, _, found = language_model.read(tmp_path / "lm")
+    assert found.keys() == expected.keys()
+    np.testing.assert_array_equal(
+        found["trunk.layers.1.attention.out.weight"].read(),
+        state["layers.1.self_attn.o_proj.weight"].numpy().reshape(48, 4, 12),
+    )
+
+
 def test_tied_head_in_the_file(tiny_parts, tmp_path):
     models.language_model_folder(tmp_path / "lm", "qwen2", tied=True)
     file = tmp_path / "lm" / "model.safetensors"
@@ -105,14 +123,20 @@ def test_tied_head_in_the_file(tiny_parts, tmp_path):
     assert "head.text" not in language_model.read(tmp_path / "lm")[2]
     state["lm_head.weight"][0, 0] += 1
     safetensors.numpy.save_file(state, file)
-    with pytest.raises(ConversionError, match=r"lm_head\.weight: expected the values of model\.embed_tokens"):
+    with pytest.raises(ConversionError, match=r"lm_head\.weight: expected the values of model\.embed_tokens.*--untied"):
         language_model.read(tmp_path / "lm")
+    trunk, _, tensors = language_model.read(tmp_path / "lm", tied=False)
+    assert not trunk.tie_word_embeddings
+    np.testing.assert_array_equal(tensors["head.text"].read(), state["lm_head.weight"])
+    trunk, _, tensors = language_model.read(tmp_path / "lm", tied=True)
+    assert trunk.tie_word_embeddings
+    assert "head.text" not in tensors
 
 
 def test_read_names_missing_files(tmp_path):
     models.language_model_folder(tmp_path / "lm", "qwen2", tied=True)
     (tmp_path / "lm" / "model.safetensors").unlink()
-    with pytest.raises(ConversionError, match=r"expected model\.safetensors or .*index\.json, found neither"):
+    with pytest.raises(ConversionError, match=r"expected model\.safetensors or pytorch_model\.bin, .*, found none"):
         language_model.read(tmp_path / "lm")
     (tmp_path / "lm" / "config.json").write_text("[]")
     with pytest.raises(ConversionError, match=r"config\.json: expected a JSON object, found list"):
