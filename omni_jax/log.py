@@ -12,4 +12,6 @@ def log_to_stderr() -> logging.Logger:
     logger.setLevel(logging.INFO)
     if not logging.getLogger().handlers and not logger.handlers:
         logger.addHandler(logging.StreamHandler(sys.stderr))
+        # A library may add a handler to the root logger later, which would show every line again.
+        logger.propagate = False
     return logger
