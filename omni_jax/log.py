@@ -17,7 +17,7 @@ def log_to_stderr() -> logging.Logger:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(OneLineFormatter())
         logger.addHandler(handler)
-        # Orbax gives the root logger a handler, which would show every line again.
+        # A library may add a handler to the root logger later, which would show every line again.
         logger.propagate = False
     return logger
 

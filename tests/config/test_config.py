@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -283,3 +285,25 @@ def test_build_config_lists_some_of_many_wrong_fields() -> None:
     assert len(lines) == 21
     assert lines[-1] == "here.yaml: 980 more"
     assert max(map(len, lines)) < 400
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"keep_best": "wer"}, "evaluation: Value error, keep_best: wer needs answers: expected num_answers above 0"),
+        ({"keep_best": "wer", "num_answers": 1}, "wer is measured on A1T1, which data.tasks does not have"),
+        ({"keep_best": "loss", "held_out": False}, "loss is measured on data.held_out, which has no source"),
+    ],
+)
+def test_keep_best_needs_what_it_is_measured_on(evaluation: dict[str, Any], message: str) -> None:
+    held_out = [{"path": "held"}] if evaluation.pop("held_out", True) else []
+    values = {
+        "out": "out",
+        "start": "preset:tiny",
+        "trainable": ["adapter"],
+        "data": {"sources": [{"path": "data"}], "tasks": {"A1T2": 1}, "held_out": held_out},
+        "optimizer": {"steps": 1, "peak_lr": 1e-3},
+        "evaluation": evaluation,
+    }
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build_config(RunConfig, values, "run.yaml")
