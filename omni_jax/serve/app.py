@@ -19,7 +19,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from omni_jax.errors import OmniError
-from omni_jax.serve import mini_omni, openai, openai_audio, openai_responses, websocket
+from omni_jax.serve import mini_omni, openai, openai_audio, openai_responses, realtime, websocket
+from omni_jax.serve.client_secrets import ClientSecrets
 from omni_jax.serve.errors import RETRY_SECONDS, describe_validation_error, error_body, kind_of
 from omni_jax.serve.limits import LimitsMiddleware
 from omni_jax.serve.sessions import Service
@@ -101,6 +102,7 @@ def make_app(service: Service) -> ASGIApp:
         title="omni_jax", version=metadata.version("omni-jax"), docs_url=None, redoc_url=None, lifespan=lifespan
     )
     app.state.service = service
+    app.state.client_secrets = ClientSecrets()
     for routes in (
         router,
         openai.router,
@@ -108,6 +110,7 @@ def make_app(service: Service) -> ASGIApp:
         openai_responses.router,
         mini_omni.router,
         websocket.router,
+        realtime.router,
     ):
         app.include_router(routes)
     _add_error_handlers(app)
@@ -189,6 +192,9 @@ def make_server(service: Service, host: str, port: int) -> uvicorn.Server:
             port=port,
             ws="websockets-sansio",
             ws_max_size=settings.max_body_bytes,
+            # A client that has vanished without a word answers no ping.
+            ws_ping_interval=min(20.0, settings.idle_timeout),
+            ws_ping_timeout=settings.idle_timeout,
             # Audio does not compress.
             ws_per_message_deflate=False,
             timeout_graceful_shutdown=math.ceil(settings.request_timeout),

@@ -79,6 +79,9 @@ class Metrics:
             buckets=(0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 4, 8),
             registry=registry,
         )
+        self.realtime_sessions = Gauge(
+            "omni_realtime_sessions", "Open sessions of the Realtime API.", registry=registry
+        )
         engine = service.engine
         gauges = {
             "omni_batch_slots": ("Requests that can be decoded at once.", lambda: engine.max_batch_size),
