@@ -213,6 +213,17 @@ class ModelConfig:
     text: TextConfig = TextConfig()
     tts_adapter_layers: int = Field(default=0, ge=0)
     """Blocks after the trunk that serve the audio heads only; 0 means no TTS adapter."""
+    conversation: bool = False
+    """Whether it was trained on conversations: it takes a system text and past turns before the present one."""
+
+    @model_validator(mode="after")
+    def _has_system_token(self) -> ModelConfig:
+        if self.conversation and self.vocab.text_specials < 7:
+            raise ValueError(
+                "conversation needs vocab.text_specials of 7 or more: the seventh begins a system text, "
+                f"found {self.vocab.text_specials}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_codebook_size(self) -> ModelConfig:

@@ -20,6 +20,7 @@ from omni_jax.codec.stream import StreamDecoder
 from omni_jax.errors import BusyError, ClosedError
 from omni_jax.inference.answer import AnswerBuilder, Chunk, OutputDecoder
 from omni_jax.inference.engine import COARSE_PROMPT_BUCKETS, Engine, PreparedRequest
+from omni_jax.inference.prefix_cache import DEFAULT_MAX_BYTES, PrefixCache
 from omni_jax.inference.runner import ModelRunner
 
 Outcome = Literal["done", "cancelled", "expired", "failed"]
@@ -114,6 +115,7 @@ class AsyncEngine:
         max_queue_size: int = 64,
         max_len: int | None = None,
         warm_up: bool = False,
+        prefix_cache_bytes: int = DEFAULT_MAX_BYTES,
     ):
         """Start.
 
@@ -123,6 +125,7 @@ class AsyncEngine:
             max_queue_size: how many more may be queued; further ones are refused.
             max_len: positions of each slot's cache; None: the trunk's context.
             warm_up: compile all that any request can need first, so that none waits for it later.
+            prefix_cache_bytes: memory for the keys and values of conversations that wait for their next turn.
         """
         if max_batch_size < 1 or max_queue_size < 0:
             raise ValueError(
@@ -140,7 +143,8 @@ class AsyncEngine:
         # The thread's own; changed under the lock too, so that others can count them.
         self._answers: dict[int, tuple[RequestHandle, AnswerBuilder]] = {}
         max_len = max_len or self._outputs.config.trunk.max_position
-        self._engine = Engine(model.runner, max_batch_size, max_len, COARSE_PROMPT_BUCKETS)
+        prefixes = PrefixCache(prefix_cache_bytes)
+        self._engine = Engine(model.runner, max_batch_size, max_len, COARSE_PROMPT_BUCKETS, prefixes)
         self.ready = threading.Event()
         self.broken = False
         self._thread = threading.Thread(target=self._run, args=(warm_up,), name="omni_jax engine", daemon=True)
@@ -292,7 +296,7 @@ class AsyncEngine:
                 continue
             if chunk is not None:
                 handle._put(chunk)
-            if progress.finish:
+            if progress.done:
                 self._end(progress.key, "done")
 
     def _end(self, key: int, outcome: Outcome) -> None:

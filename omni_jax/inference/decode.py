@@ -203,7 +203,15 @@ def decode_chunk(
 
 
 def prefill(
-    model: OmniModel, tokens: Array, speech: Array | None, speech_positions: Array | None, *, audio: bool
+    model: OmniModel,
+    tokens: Array,
+    speech: Array | None,
+    speech_positions: Array | None,
+    speech_start: Array | None = None,
+    prefix: dict[str, Cache] | None = None,
+    prefix_lengths: Array | None = None,
+    *,
+    audio: bool,
 ) -> dict[str, Cache]:
     """Keys and values of prompts without their last column.
 
@@ -212,21 +220,28 @@ def prefill(
 
     Args:
         model: the model.
-        tokens: int32 [n, 8, T], padded at the end.
+        tokens: int32 [n, 8, T], padded at the end; with a prefix, what follows it.
         speech: [n, A, D] from `OmniModel.encode_audio`, or None.
-        speech_positions: int32 [n]: prompt positions 1..speech_positions take the first that many embeddings.
+        speech_positions: int32 [n]: so many prompt positions take the first that many embeddings.
+        speech_start: int32 [n], the first of these positions; None: 1, of prompts without a history.
+        prefix: caches of n rows and S positions, which hold the beginnings of the prompts; None: there are none.
+        prefix_lengths: int32 [n], positions of each that are filled.
         audio: whether any of them will output audio.
 
     Returns:
-        Caches of n rows and T positions.
+        Caches of n rows and T positions, with a prefix S positions.
     """
     n, _, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T), (n, T))
+    if prefix is not None:
+        assert prefix_lengths is not None
+        positions = positions + prefix_lengths[:, None]
     index = None
     if speech is not None:
         assert speech_positions is not None
-        index = jnp.where((positions >= 1) & (positions <= speech_positions[:, None]), positions - 1, -1)
-    _, _, caches = model(tokens, positions, speech, index, audio=audio)
+        frames = positions - (1 if speech_start is None else speech_start[:, None])
+        index = jnp.where((frames >= 0) & (frames < speech_positions[:, None]), frames, -1)
+    _, _, caches = model(tokens, positions, speech, index, audio=audio, prefix=prefix)
     return caches
 
 

@@ -21,9 +21,11 @@ from omni_jax.audio.features import pad
 from omni_jax.errors import ConfigError
 from omni_jax.inference.decode import MAX_CHUNK_STEPS, DecodeState, Routing, SlotParams
 from omni_jax.inference.generation import GenerationConfig
+from omni_jax.inference.prefix_cache import Prefix, PrefixCache
 from omni_jax.inference.runner import ModelRunner
 from omni_jax.inference.sampling import Sampling
-from omni_jax.prompts import Prompt, max_speech_positions, speech_prompt, text_prompt
+from omni_jax.model.decoder import Cache
+from omni_jax.prompts import History, Prompt, max_speech_positions, speech_prompt, text_prompt
 from omni_jax.tasks import Task
 from omni_jax.vocab import NUM_STREAMS, TEXT_STREAM, Vocab
 
@@ -76,6 +78,10 @@ class PreparedRequest:
     config: GenerationConfig = field(default_factory=GenerationConfig)
     duration: float = 0.0
     """Seconds of the recording, whatever of it is used."""
+    transcription: PreparedRequest | None = None
+    """Transcribes the question next to the answer, in a batch slot of its own."""
+    of_question: bool = False
+    """Whether it is the `transcription` of a request, whose key it has."""
 
     @classmethod
     def of(
@@ -127,6 +133,15 @@ class Progress:
     """None while it goes on."""
     part_finish: FinishReason | None = None
     """How a part ended that others follow; `finish` is None then."""
+    of_question: bool = False
+    """Whether the tokens are those of the question's transcription; `finish` is the transcription's then."""
+    pending: bool = False
+    """Whether the other one of the answer and the transcription goes on when this one has ended."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the request has ended, and its transcription, if it has one."""
+        return self.finish is not None and not self.pending
 
 
 @dataclass
@@ -140,6 +155,8 @@ class ActiveRequest:
     text_pending: bool = True
     companion: int | None = None
     """Its companion row."""
+    prefix: Prefix | None = None
+    """The beginning of its history, if it was found in the prefix cache."""
 
 
 class Engine:
@@ -152,7 +169,14 @@ class Engine:
         active: the request of each batch slot.
     """
 
-    def __init__(self, runner: ModelRunner, max_batch_size: int, max_len: int, buckets: Sequence[int] = PROMPT_BUCKETS):
+    def __init__(
+        self,
+        runner: ModelRunner,
+        max_batch_size: int,
+        max_len: int,
+        buckets: Sequence[int] = PROMPT_BUCKETS,
+        prefixes: PrefixCache | None = None,
+    ):
         """Allocate the batch.
 
         Args:
@@ -160,12 +184,16 @@ class Engine:
             max_batch_size: requests decoded at once.
             max_len: positions of each slot's cache.
             buckets: lengths that prompts are padded to.
+            prefixes: histories whose keys and values are known; None: a new one.
         """
+        self.prefixes = PrefixCache() if prefixes is None else prefixes
         self.runner, self.max_batch_size, self.max_len, self.buckets = runner, max_batch_size, max_len, buckets
         self.vocab = Vocab(runner.config.vocab)
         self.context = runner.config.trunk.max_position
         self.queue: deque[tuple[int, PreparedRequest]] = deque()
         self._nothing_to_do: list[int] = []
+        # Of requests with a transcription, how many of the two have not ended.
+        self._unfinished: dict[int, int] = {}
         self._init_batch()
 
     def _init_batch(self) -> None:
@@ -173,6 +201,10 @@ class Engine:
         self.active: list[ActiveRequest | None] = [None] * self.max_batch_size
         self.companion_rows = 0
         self.in_flight: tuple[list[ActiveRequest | None], jax.Array, jax.Array] | None = None
+        # Prefilled histories, each with its row of the caches, that are not in the prefix cache yet.
+        self._to_keep: list[tuple[dict[str, Cache], list[tuple[int, History]]]] = []
+        # The last recordings that were encoded, if they may be needed once more.
+        self._encoded: tuple[list[np.ndarray], jax.Array] | None = None
 
     def check(self, request: PreparedRequest) -> None:
         """Make sure that a request can be answered here.
@@ -199,6 +231,9 @@ class Engine:
         self.check(request)
         if request.parts:
             self.queue.append((key, request))
+            if request.transcription is not None:
+                self.queue.append((key, request.transcription))
+                self._unfinished[key] = 2
         else:
             self._nothing_to_do.append(key)
 
@@ -219,6 +254,7 @@ class Engine:
                 self.state, routing, jnp.int32(min(steps, MAX_CHUNK_STEPS))
             )
             self.in_flight = (list(self.active), tokens, status)
+        self._keep_histories()
         empty, self._nothing_to_do = self._nothing_to_do, []
         progress = [Progress(key, np.zeros((NUM_STREAMS, 0), np.int32), "stop") for key in empty]
         return progress + self._read(*previous) if previous else progress
@@ -232,21 +268,24 @@ class Engine:
         if key in self._nothing_to_do:
             self._nothing_to_do.remove(key)
             return True
-        for index, (queued, _) in enumerate(self.queue):
-            if queued == key:
-                del self.queue[index]
-                return True
+        self._unfinished.pop(key, None)
+        left = deque(entry for entry in self.queue if entry[0] != key)
+        found = len(left) < len(self.queue)
+        self.queue = left
         for slot, active in enumerate(self.active):
             if active is not None and active.key == key:
                 # The chunk in flight may have tokens for it: `_read` skips requests that do not run.
                 active.running = False
                 self.active[slot] = None
                 self.state = self.runner.stop(self.state, jnp.int32(slot))
-                return True
-        return False
+                found = True
+        return found
 
     def reset(self) -> None:
         """Drop active requests and keep queued ones: after a fault, when a program may have consumed the state."""
+        lost = {active.key for active in self.active if active is not None}
+        # A transcription is of no use without its answer, nor the other way round.
+        self.queue = deque(entry for entry in self.queue if entry[0] not in lost)
         # The old state is freed before the new one is allocated.
         del self.state, self.in_flight
         self._init_batch()
@@ -284,17 +323,25 @@ class Engine:
         longest = max_speech_positions(config)
         max_rows = min(self.max_batch_size, MAX_PREFILL_ROWS)
         rows = sorted({next_power_of_2(count) for count in range(1, max_rows + 1)})
+        prefixes: list[Prefix | None] = [None]
+        if config.conversation:
+            empty = jax.tree.map(lambda x: np.zeros((*x.shape[:-4], 1, x.shape[-3], 0, x.shape[-1])), self.state.caches)
+            prefixes.append(Prefix(0, empty))
         # Without a TTS adapter prefill does not depend on what is output.
         tasks = (Task.T1A1, Task.A1A2, Task.T1T2, Task.A1T1) if config.tts_adapter_layers else (Task.T1A1, Task.A1A2)
         for task in tasks:
-            max_prompt = min(longest + 2, self.max_len) if task.takes_audio else self.max_len
+            # Any prompt may follow a history.
+            max_prompt = (
+                min(longest + 2, self.max_len) if task.takes_audio and not config.conversation else self.max_len
+            )
             if task.takes_audio:
                 request = PreparedRequest.of(speech_prompt(task, 1, self.vocab), np.zeros(0, np.float32))
             else:
                 request = PreparedRequest.of(text_prompt(task, [0], self.vocab))
             lengths = sorted({self._padded(length) for length in range(1, max_prompt + 1)})
-            for length, count in itertools.product(lengths, rows):
-                self._prefill(length, [(self.max_batch_size, ActiveRequest(-1, request))] * count)
+            for length, count, prefix in itertools.product(lengths, rows, prefixes):
+                active = ActiveRequest(-1, request, prefix=prefix)
+                self._prefill(length, [(self.max_batch_size, active)] * count)
             if task.takes_audio:
                 # The longer windows of the audio encoder, whatever the prompt is padded to.
                 for window, count in itertools.product(config.audio_encoder.windows[1:], rows):
@@ -316,7 +363,7 @@ class Engine:
             active.step, active.running = int(steps[slot]), bool(running[slot])
             active.text_pending = bool(text_pending[slot])
             if active.running:
-                progress.append(Progress(active.key, new, None))
+                progress.append(Progress(active.key, new, None, of_question=active.request.of_question))
                 continue
             self.active[slot] = None
             progress.append(self._end_part(active, new))
@@ -326,7 +373,11 @@ class Engine:
         """The last tokens of a part; the next one, if any, is queued."""
         finish = self._finish_reason(active, new)
         if len(active.request.parts) == 1:
-            return Progress(active.key, new, finish)
+            unfinished = self._unfinished.pop(active.key, 1) - 1
+            if unfinished:
+                self._unfinished[active.key] = unfinished
+            question = active.request.of_question
+            return Progress(active.key, new, finish, of_question=question, pending=unfinished > 0)
         if active.step == active.request.config.max_steps:
             return Progress(active.key, new, "length")
         # In front of the queue, so that the next part follows at once.
@@ -391,7 +442,8 @@ class Engine:
         free = [slot for slot, active in enumerate(self.active) if active is None]
         arrivals = []
         for key, request in self._take_from_queue(len(free)):
-            active = ActiveRequest(key, request, text_pending=request.task.outputs_text)
+            prefix = self.prefixes.find(request.prompt.history)
+            active = ActiveRequest(key, request, text_pending=request.task.outputs_text, prefix=prefix)
             slot = free.pop(0)
             self.active[slot] = active
             arrivals.append((slot, active))
@@ -408,10 +460,10 @@ class Engine:
             unused = (row for row in range(self.companion_rows) if row not in used)
             for active in newcomers:
                 active.companion = next(unused)
-        groups: dict[tuple[int, bool], list[tuple[int, ActiveRequest]]] = {}
+        groups: dict[tuple[int, bool, bool], list[tuple[int, ActiveRequest]]] = {}
         for slot, active in arrivals:
-            groups.setdefault(self._prefill_shape(active.request), []).append((slot, active))
-        for (length, _), group in groups.items():
+            groups.setdefault(self._prefill_shape(active.request, active.prefix), []).append((slot, active))
+        for (length, _, _), group in groups.items():
             for start in range(0, len(group), MAX_PREFILL_ROWS):
                 self._prefill(length, group[start : start + MAX_PREFILL_ROWS])
 
@@ -424,18 +476,23 @@ class Engine:
             return [self.queue.popleft() for _ in range(min(free, len(self.queue)))]
         if not free or not self.queue:
             return []
-        shape, rows = self._prefill_shape(self.queue[0][1]), min(free, MAX_PREFILL_ROWS)
+
+        def shape_of(request: PreparedRequest) -> tuple[int, bool, bool]:
+            return self._prefill_shape(request, self.prefixes.find(request.prompt.history))
+
+        shape, rows = shape_of(self.queue[0][1]), min(free, MAX_PREFILL_ROWS)
         chosen: list[tuple[int, PreparedRequest]] = []
         left: deque[tuple[int, PreparedRequest]] = deque()
         for entry in self.queue:
-            together = len(chosen) < rows and self._prefill_shape(entry[1]) == shape
+            together = len(chosen) < rows and shape_of(entry[1]) == shape
             (chosen if together else left).append(entry)
         self.queue = left
         return chosen
 
-    def _prefill_shape(self, request: PreparedRequest) -> tuple[int, bool]:
-        """Padded length, and whether there is speech: prompts alike in this are prefilled together."""
-        return self._padded(len(request.prompt) - 1), request.task.takes_audio
+    def _prefill_shape(self, request: PreparedRequest, prefix: Prefix | None) -> tuple[int, bool, bool]:
+        """Padded length, and whether there are speech and a prefix: prompts alike in this are prefilled together."""
+        known = 0 if prefix is None else prefix.length
+        return self._padded(len(request.prompt) - 1 - known), request.task.takes_audio, prefix is not None
 
     def _padded(self, length: int) -> int:
         return min(next(size for size in self.buckets if size >= length), self.max_len)
@@ -445,29 +502,34 @@ class Engine:
         count = len(group)
         rows = next_power_of_2(count)
         requests = [active.request for _, active in group]
+        known = [0 if active.prefix is None else active.prefix.length for _, active in group]
         tokens = np.tile(self.vocab.padding[:, None], (rows, 1, length))
-        for row, request in enumerate(requests):
-            prompt = request.prompt.tokens[:, :-1]
+        for row, (request, begin) in enumerate(zip(requests, known, strict=True)):
+            prompt = request.prompt.tokens[:, begin:-1]
             tokens[row, :, : prompt.shape[1]] = prompt
-        speech = positions = None
+        speech = positions = starts = prefix = lengths = None
         if requests[0].task.takes_audio:
-            encoder = self.runner.config.audio_encoder
-            recordings = [sound for request in requests if (sound := request.parts[0].speech) is not None]
-            assert len(recordings) == count
-            samples = 320 * max(encoder.window(len(recording)) for recording in recordings)
-            audio = np.zeros((rows, samples), np.float32)
-            for row, recording in enumerate(recordings):
-                audio[row] = pad(recording, samples)
-            speech = self.runner.encode_audio(jnp.asarray(audio))
+            speech = self._encode(requests, rows)
             positions = _column([request.prompt.speech_positions for request in requests], rows, np.int32)
-        # Only a TTS adapter's cache depends on what is output: without one there is one program less per shape.
-        outputs_audio = any(request.task.outputs_audio for request in requests)
+            starts = _column([request.prompt.speech_start for request in requests], rows, np.int32)
+        if group[0][1].prefix is not None:
+            prefix = self._load_prefixes([a.prefix for _, a in group if a.prefix is not None], rows)
+            lengths = _column(known, rows, np.int32)
+        # Only a TTS adapter's cache depends on what is output: without one there is one program less per shape. That of
+        # a history has both, whatever this turn outputs.
+        histories = [(row, r.prompt.history) for row, r in enumerate(requests) if len(r.prompt.history) > known[row]]
+        outputs_audio = any(request.task.outputs_audio for request in requests) or prefix is not None or histories
         caches = self.runner.prefill(
             jnp.asarray(tokens),
             speech,
             positions,
-            audio=self.runner.config.tts_adapter_layers > 0 and outputs_audio,
+            starts,
+            prefix,
+            lengths,
+            audio=self.runner.config.tts_adapter_layers > 0 and bool(outputs_audio),
         )
+        if histories:
+            self._to_keep.append((caches, histories))
         nowhere = self.max_batch_size
         companions = [nowhere if active.companion is None else active.companion for _, active in group]
         self.state = self.runner.insert(
@@ -477,6 +539,44 @@ class Engine:
             _column(companions, rows, np.int32, nowhere),
             self._arrivals(requests, rows),
         )
+
+    def _encode(self, requests: Sequence[PreparedRequest], rows: int) -> jax.Array:
+        """The speech embeddings [rows, A, D] of the requests; a question and its transcription are encoded once."""
+        recordings = [sound for request in requests if (sound := request.parts[0].speech) is not None]
+        assert len(recordings) == len(requests)
+        if self._encoded is not None:
+            known, speech = self._encoded
+            if len(known) == len(recordings) and all(a is b for a, b in zip(known, recordings, strict=True)):
+                return speech
+        encoder = self.runner.config.audio_encoder
+        samples = 320 * max(encoder.window(len(recording)) for recording in recordings)
+        audio = np.zeros((rows, samples), np.float32)
+        for row, recording in enumerate(recordings):
+            audio[row] = pad(recording, samples)
+        speech = self.runner.encode_audio(jnp.asarray(audio))
+        again = any(request.transcription is not None for request in requests)
+        self._encoded = (recordings, speech) if again else None
+        return speech
+
+    def _load_prefixes(self, prefixes: Sequence[Prefix], rows: int) -> dict[str, Cache]:
+        """Caches of `rows` rows, as long as the running batch's, that hold these prefixes."""
+
+        def load(like: jax.Array, *kept: np.ndarray) -> jax.Array:
+            # A stacked cache has its layers in front of the rows.
+            array = np.zeros((*like.shape[:-4], rows, *like.shape[-3:]), like.dtype)
+            for row, (prefix, known) in enumerate(zip(prefixes, kept, strict=True)):
+                array[..., row : row + 1, :, : prefix.length, :] = known[..., : prefix.length, :]
+            return jnp.asarray(array)
+
+        return jax.tree.map(load, self.state.caches, *(prefix.caches for prefix in prefixes))
+
+    def _keep_histories(self) -> None:
+        """Put prefilled histories into the prefix cache; waits for their prefill, while a chunk may be running."""
+        for caches, histories in self._to_keep:
+            arrays = jax.tree.map(np.asarray, caches)
+            for row, history in histories:
+                self.prefixes.keep(history, arrays, row)
+        self._to_keep.clear()
 
     def _arrivals(self, requests: Sequence[PreparedRequest], rows: int) -> DecodeState:
         """The state of requests that have just been prefilled, without caches, padded to `rows` rows."""

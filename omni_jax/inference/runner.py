@@ -75,8 +75,8 @@ class ModelRunner:
     """A model's weights, as a plain dict (cheap to dispatch), and the programs that run on them.
 
     Each program is compiled once per shape: `encode_audio` per batch of recordings, `prefill` per rows and padded
-    length, `decode_chunk` per batch size, cache length and routing sizes. If the weights are sharded over a mesh, so
-    is the running batch.
+    length, with and without a prefix, `decode_chunk` per batch size, cache length and routing sizes. If the weights are
+    sharded over a mesh, so is the running batch.
 
     Attributes:
         config: the model's shape.
@@ -112,12 +112,10 @@ class ModelRunner:
         with jax.set_mesh(self._mesh):
             return self.jitted.encode_audio(self.weights, audio)
 
-    def prefill(
-        self, tokens: Array, speech: Array | None, speech_positions: Array | None, *, audio: bool
-    ) -> dict[str, Cache]:
+    def prefill(self, tokens: Array, *args: Any, audio: bool) -> dict[str, Cache]:
         """See `omni_jax.inference.decode.prefill`."""
         with jax.set_mesh(self._mesh):
-            return self.jitted.prefill(self.weights, tokens, speech, speech_positions, audio=audio)
+            return self.jitted.prefill(self.weights, tokens, *args, audio=audio)
 
     def decode_chunk(self, state: DecodeState, routing: Routing, steps: Array) -> tuple[DecodeState, Array, Array]:
         """See `omni_jax.inference.decode.decode_chunk`; `state` is donated."""

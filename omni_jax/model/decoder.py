@@ -72,9 +72,14 @@ class Decoder(nnx.Module):
         return {name: tuple(jnp.zeros(shape, self.dtype) for _ in range(self.num_layers)) for name in "kv"}
 
     def __call__(
-        self, x: Array, positions: Array, segments: Array | None = None, remat: Remat = "none"
+        self,
+        x: Array,
+        positions: Array,
+        segments: Array | None = None,
+        remat: Remat = "none",
+        prefix: Cache | None = None,
     ) -> tuple[Array, Cache]:
-        """Run whole sequences: training and prefill.
+        """Run whole sequences, or what follows the beginnings of some: training and prefill.
 
         Args:
             x: [B, T, D] embeddings.
@@ -82,14 +87,19 @@ class Decoder(nnx.Module):
             segments: int32 [B, T] when several sequences are packed into a row: each attends only to its own. Padding
                 forms a segment of its own.
             remat: what a backward pass computes again: nothing, all but matrix products, or whole blocks.
+            prefix: keys and values of the positions before each row's first, B rows of S positions; what it has at
+                others is not used. Not with segments.
 
         Returns:
-            [B, T, D] and the keys and values of these T positions as a cache.
+            [B, T, D] and the keys and values of these T positions as a cache; with a prefix, the prefix with them in.
         """
-        T = x.shape[1]
+        B, T, _ = x.shape
         cos, sin = rope(positions, self.config)
         attention: Callable[[Array, Array, Array], Array]
-        if can_use_splash(T):
+        if prefix is not None:
+            seen = jnp.arange(cache_length(prefix)) <= positions[:, :, None]
+            attention = partial(attend, mask=seen)
+        elif can_use_splash(T):
             attention = partial(attend_splash, segments=segments)
         else:
             mask = jnp.tril(jnp.ones((1, T, T), bool))
@@ -97,27 +107,42 @@ class Decoder(nnx.Module):
                 mask = mask & (segments[:, :, None] == segments[:, None, :])
             attention = partial(attend, mask=mask)
 
-        def block(layer: DecoderBlock, x: Array) -> tuple[Array, tuple[Array, Array]]:
+        def cached(new: Array, before: Array | None) -> Array:
+            """Keys or values [B, T, K, H] as the cache has them, [B, K / P, S or T, P * H]."""
+            if before is None:
+                return self.pack(new).swapaxes(1, 2)
+            # A row's padding may go beyond the cache.
+            return before.at[jnp.arange(B)[:, None], :, positions].set(self.pack(new), mode="drop")
+
+        def attended(new: Array, cache: Array) -> Array:
+            """Keys or values that are attended to: [B, S or T, K, H]."""
+            return new if prefix is None else cache.swapaxes(1, 2).reshape(B, -1, *new.shape[2:])
+
+        def block(layer: DecoderBlock, x: Array, before: Any) -> tuple[Array, tuple[Array, Array]]:
             x = sharding.constrain_rows(x)
             query, key, value = layer.attention.project(layer.attention_norm(x), cos, sin)
-            x = x + layer.attention.out(attention(query, key, value))
+            keys, values = cached(key, before[0]), cached(value, before[1])
+            x = x + layer.attention.out(attention(query, attended(key, keys), attended(value, values)))
             x = x + layer.mlp(layer.mlp_norm(x))
-            return x, (self.pack(key).swapaxes(1, 2), self.pack(value).swapaxes(1, 2))
+            return x, (keys, values)
 
-        def run(graph: nnx.GraphDef, weights: Any, x: Array) -> tuple[Array, tuple[Array, Array]]:
-            return block(nnx.merge(graph, weights), x)
+        def run(graph: nnx.GraphDef, weights: Any, x: Array, before: Any) -> tuple[Array, tuple[Array, Array]]:
+            return block(nnx.merge(graph, weights), x, before)
 
         if remat != "none":
             # Inside a scan the compiler cannot undo the recomputation, so it needs no barriers against that.
             policy = None if remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             run = jax.checkpoint(run, policy=policy, prevent_cse=not self.stacked, static_argnums=0)
+        nothing = (None, None)
         if self.stacked:
             graph, weights = nnx.split(self.layers)
-            x, (keys, values) = jax.lax.scan(lambda x, w: run(graph, w, x), x, weights)
+            xs = (weights, nothing if prefix is None else (prefix["k"], prefix["v"]))
+            x, (keys, values) = jax.lax.scan(lambda x, xs: run(graph, xs[0], x, xs[1]), x, xs)
             return x, {"k": keys, "v": values}
         pairs = []
-        for layer in self.layers:
-            x, pair = run(*nnx.split(layer), x)
+        for index, layer in enumerate(self.layers):
+            before = nothing if prefix is None else (prefix["k"][index], prefix["v"][index])
+            x, pair = run(*nnx.split(layer), x, before)
             pairs.append(pair)
         return x, {"k": tuple(k for k, _ in pairs), "v": tuple(v for _, v in pairs)}
 

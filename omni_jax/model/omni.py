@@ -153,6 +153,7 @@ class OmniModel(nnx.Module):
         *,
         audio: bool = True,
         remat: Remat = "none",
+        prefix: dict[str, Cache] | None = None,
     ) -> tuple[Array, Array, Cache]:
         """Whole sequences through trunk and TTS adapter: training and prefill.
 
@@ -164,16 +165,19 @@ class OmniModel(nnx.Module):
             segments: see `Decoder.__call__`.
             audio: whether the audio heads will be used; False skips the TTS adapter.
             remat: see `Decoder.__call__`.
+            prefix: caches of the positions before these, named as those returned; see `Decoder.__call__`.
 
         Returns:
             Normed hidden states for the text head and for the audio heads, each [B, T, D] (the same array without
             TTS adapter), and the cache: `trunk`, and `tts_adapter` where it ran.
         """
-        x, cache = self.trunk(self.embed_prompt(tokens, speech, speech_index), positions, segments, remat)
+        before = prefix or {}
+        embedded = self.embed_prompt(tokens, speech, speech_index)
+        x, cache = self.trunk(embedded, positions, segments, remat, before.get("trunk"))
         text_hidden = self.norm(x)
         if self.tts_adapter is None or not audio:
             return text_hidden, text_hidden, {"trunk": cache}
-        y, tts_cache = self.tts_adapter.blocks(x, positions, segments, remat)
+        y, tts_cache = self.tts_adapter.blocks(x, positions, segments, remat, before.get("tts_adapter"))
         return text_hidden, self.tts_adapter.norm(y), {"trunk": cache, "tts_adapter": tts_cache}
 
     def head_tables(self) -> tuple[Array | Int8, Array | Int8]:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from omni_jax import sharding
-from omni_jax.api import Omni, Request
+from omni_jax.api import Omni, Request, Turn
 from omni_jax.audio.io import SAMPLE_RATE
 from omni_jax.codec.snac import make_decoder
 from omni_jax.data import pipeline
@@ -90,8 +90,10 @@ class HeldOutEvaluation:
 
 def _request(exchange: Exchange) -> Request:
     """The question of an exchange; without one, its answer to be read aloud."""
+    history = [Turn(turn.question, turn.answer) for turn in exchange.history]
     if exchange.question_audio is not None:
-        return Request(audio=exchange.question_audio, sample_rate=SAMPLE_RATE)
+        audio = exchange.question_audio
+        return Request(audio=audio, sample_rate=SAMPLE_RATE, system=exchange.system, history=history)
     if exchange.question_text:
-        return Request(text=exchange.question_text)
+        return Request(text=exchange.question_text, system=exchange.system, history=history)
     return Request(text=exchange.answer_text, task=Task.T1A1)
