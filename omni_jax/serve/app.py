@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from omni_jax.errors import OmniError
 from omni_jax.serve import mini_omni, openai, openai_audio, openai_responses, realtime, websocket
+from omni_jax.serve.chat_history import TextCache
 from omni_jax.serve.client_secrets import ClientSecrets
 from omni_jax.serve.errors import RETRY_SECONDS, describe_validation_error, error_body, kind_of
 from omni_jax.serve.limits import LimitsMiddleware
@@ -103,6 +104,7 @@ def make_app(service: Service) -> ASGIApp:
     )
     app.state.service = service
     app.state.client_secrets = ClientSecrets()
+    app.state.texts = TextCache()
     for routes in (
         router,
         openai.router,

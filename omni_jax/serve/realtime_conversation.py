@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import secrets
 import time
@@ -11,15 +12,16 @@ from typing import Any, Literal
 
 from omni_jax.audio.raw import RawFormat
 from omni_jax.errors import ConfigError
+from omni_jax.inference.messages import from_messages
+from omni_jax.inference.request import Turn
 from omni_jax.serve.realtime_schema import RAW_FORMATS, ItemParam, invalid
 from omni_jax.serve.sessions import decode_base64
+from omni_jax.text.played import played_text
 
 ContentType = Literal["input_text", "input_audio", "output_text", "output_audio"]
 
 MAX_ITEMS = 1024
 """Of a conversation; the oldest are dropped."""
-CHARACTERS_PER_SECOND = 15
-"""Of fluent English speech, to tell which part of an answer was spoken before its audio is complete."""
 
 
 def new_id(kind: str) -> str:
@@ -65,6 +67,8 @@ class Part:
     """What was played of an answer that was interrupted."""
     complete: bool = True
     """Whether the answer was decoded to its end."""
+    transcription: asyncio.Task[None] | None = None
+    """Transcribes the recording; None before it was begun."""
 
     @property
     def is_audio(self) -> bool:
@@ -73,15 +77,11 @@ class Part:
 
     @property
     def kept_text(self) -> str:
-        """The text, of an interrupted answer what was spoken by then, up to the end of a word."""
+        """The text, of an interrupted answer what was spoken by then; see `played_text`."""
         text = self.text or ""
         if self.cut_seconds is None:
             return text
-        total = self.seconds if self.complete else max(self.seconds, len(text) / CHARACTERS_PER_SECOND)
-        length = int(len(text) * self.cut_seconds / total) if total else 0
-        if length >= len(text):
-            return text
-        return text[: text.rfind(" ", 0, length + 1) + 1].rstrip() if not text[length].isspace() else text[:length]
+        return played_text(text, self.cut_seconds, self.seconds if self.complete else None)
 
     def render(self, *, with_audio: bool = False) -> dict[str, Any]:
         """As events have it."""
@@ -95,6 +95,11 @@ class Part:
     def kept_audio(self) -> bytes:
         """The audio, of an interrupted answer what was played."""
         return bytes(self.audio if self.cut_seconds is None else self.audio[: self.format.size(self.cut_seconds)])
+
+    async def wait_for_transcript(self) -> None:
+        """Wait until the recording has been transcribed, if that was begun."""
+        if self.transcription is not None:
+            await asyncio.wait([self.transcription])
 
 
 @dataclass(eq=False)
@@ -131,6 +136,33 @@ class Item:
     def num_bytes(self) -> int:
         """Bytes that it keeps."""
         return sum(len(part.audio) + len(part.text or "") for part in self.parts)
+
+
+@dataclass
+class Context:
+    """What a response answers, and what was said before."""
+
+    asked: Item | None
+    """The last message of the user; None if there is none."""
+    before: list[Item]
+    """Items before it, or all."""
+
+    @classmethod
+    def of(cls, items: list[Item]) -> Context:
+        """The context that items are."""
+        for index in reversed(range(len(items))):
+            if items[index].role == "user":
+                return cls(items[index], items[:index])
+        return cls(None, items)
+
+    async def history(self, instructions: str) -> tuple[str, list[Turn]]:
+        """System text and past turns, once all recordings that are being transcribed have been."""
+        for item in self.before:
+            for part in item.parts:
+                await part.wait_for_transcript()
+        said = [("system", instructions), *((item.role, item.text) for item in self.before)]
+        system, turns, _ = from_messages([{"role": role, "content": text} for role, text in said if text])
+        return system, turns
 
 
 def make_item(param: ItemParam, format: RawFormat, prefix: str = "item") -> Item:

@@ -13,9 +13,10 @@ from omni_jax.errors import ConfigError, OmniError
 from omni_jax.inference.answer import Chunk, Reply
 from omni_jax.inference.engine import PreparedRequest
 from omni_jax.inference.generation import GenerationConfig
+from omni_jax.inference.request import Turn
 from omni_jax.serve.errors import error_body, kind_of
 from omni_jax.serve.openai_schema import input_output_usage
-from omni_jax.serve.realtime_conversation import Conversation, Item, Part, PlaybackClock, new_id
+from omni_jax.serve.realtime_conversation import Context, Conversation, Item, Part, PlaybackClock, new_id
 from omni_jax.serve.realtime_schema import ResponseParams
 from omni_jax.serve.sessions import AnswerStream, Service
 from omni_jax.tasks import Task
@@ -41,8 +42,9 @@ class Response:
         service: Service,
         send: Send,
         params: ResponseParams,
-        context: list[Item],
+        context: Context,
         conversation: Conversation | None,
+        transcribe: Callable[[Item, PreparedRequest | None], Awaitable[None]],
     ):
         """Prepare.
 
@@ -50,8 +52,10 @@ class Response:
             service: answers.
             send: sends an event to the client.
             params: how to answer.
-            context: the items before the answer, in order.
+            context: what is asked, and what was said before.
             conversation: that the answer is added to; None: to none.
+            transcribe: called when the question may be transcribed: its item, and the prepared request if it could be
+                prepared. Not before the first audio was sent, which should come soon.
         """
         self.id = new_id("resp")
         self.item: Item | None = None
@@ -59,7 +63,8 @@ class Response:
         self._done: Callable[[Response], object]
         self.conversation = conversation
         self._service, self._send_event, self._params = service, send, params
-        self._context = context
+        self._context, self._transcribe = context, transcribe
+        self._prepared: PreparedRequest | None = None
         self._status = "in_progress"
         self._details: dict[str, Any] | None = None
         self._usage: dict[str, Any] | None = None
@@ -90,6 +95,7 @@ class Response:
         await asyncio.wait([task])
         if task.cancelled():
             await self._end("cancelled", {"type": "cancelled", "reason": reason})
+            await self._transcribe_question()
 
     def abandon(self) -> None:
         """Stop answering; the client is gone."""
@@ -100,6 +106,7 @@ class Response:
         try:
             reply = await self._answer()
         except OmniError as error:
+            await self._transcribe_question()
             self._service.metrics.count_error(ENDPOINT, error)
             found = describe_error(error)
             found = {name: found[name] for name in ("type", "code", "message")}
@@ -111,7 +118,7 @@ class Response:
             await self._end("incomplete", {"type": "incomplete", "reason": "max_output_tokens"})
 
     async def _answer(self) -> Reply:
-        prepared = await self._prepare()
+        prepared = self._prepared = await self._prepare()
         await self._service.wait_until_ready()
         answer = self._service.submit(prepared, ENDPOINT)
         try:
@@ -119,8 +126,11 @@ class Response:
             encoder = _AudioStream(self._service.omni.sample_rate, self._params)
             async for chunk in answer:
                 await self._send_chunk(chunk, encoder)
+                if self.clock.remaining or not self._params.outputs_audio:
+                    await self._transcribe_question()
         finally:
             answer.close()
+        await self._transcribe_question()
         if answer.reply is None:
             raise answer.failure()
         self._usage = _usage(prepared, answer.reply, spoken=self._params.outputs_audio)
@@ -133,20 +143,38 @@ class Response:
         """
         config = self._params.generation_config()
         spoken = self._params.outputs_audio
-        asked = next((item for item in reversed(self._context) if item.role == "user"), None)
+        asked = self._context.asked
+        system, history = "", list[Turn]()
+        if self._service.remembers:
+            for item in self._context.before:
+                await self._transcribe(item, None)
+            # Without a message of the user the instructions are what is answered.
+            instructions = "" if asked is None else self._params.instructions
+            system, history = await self._context.history(instructions)
         recording = None if asked is None else asked.audio
         if recording is not None:
             if not recording.audio:
-                raise ConfigError("input: expected a message whose audio is still there, found one too old")
+                raise ConfigError("input: expected a recording that is still there, found one without samples")
             samples = recording.format.decode(bytes(recording.audio))
-            task = Task.A1A2 if spoken else Task.A1T2
             return await self._service.prepare(
-                audio=samples, sample_rate=recording.format.rate, task=task, config=config
+                audio=samples,
+                sample_rate=recording.format.rate,
+                task=Task.A1A2 if spoken else Task.A1T2,
+                system=system,
+                history=history,
+                config=config,
             )
         text = self._params.instructions if asked is None else asked.text
         if not text:
             raise ConfigError("input: expected a message of the user to answer, found none", field="input")
-        return await self._service.prepare(text=text, task=Task.T1A2 if spoken else Task.T1T2, config=config)
+        return await self._service.prepare(
+            text=text, task=Task.T1A2 if spoken else Task.T1T2, system=system, history=history, config=config
+        )
+
+    async def _transcribe_question(self) -> None:
+        asked, self._context.asked = self._context.asked, None
+        if asked is not None:
+            await self._transcribe(asked, self._prepared)
 
     async def _begin_item(self) -> None:
         spoken = self._params.outputs_audio
@@ -240,33 +268,45 @@ class _AudioStream:
         return self._encoder.push(self._tempo.push(chunk.audio, last=last), last=last)
 
 
-async def transcribe(service: Service, send: Send, item: Item) -> None:
-    """Transcribe the recording of an item, and send the text as it is decoded."""
+async def transcribe(service: Service, send: Send | None, item: Item, prepared: PreparedRequest | None) -> None:
+    """Transcribe the recording of an item.
+
+    Args:
+        service: transcribes.
+        send: sends the text as it is decoded; None: it is for the history alone.
+        item: has a recording.
+        prepared: a request with that recording, if there is one already.
+    """
     index = next(index for index, part in enumerate(item.parts) if part.type == "input_audio")
     part, where = item.parts[index], {"item_id": item.id, "content_index": index}
-    kind = "conversation.item.input_audio_transcription"
+
+    async def tell(kind: str, **fields: Any) -> None:
+        if send is not None:
+            await send(f"conversation.item.input_audio_transcription.{kind}", **where, **fields)
+
     try:
-        samples = part.format.decode(bytes(part.audio))
-        prepared = await service.prepare(
-            audio=samples, sample_rate=part.format.rate, task=Task.A1T1, config=GenerationConfig()
-        )
+        if prepared is None:
+            samples, rate = part.format.decode(bytes(part.audio)), part.format.rate
+            prepared = await service.prepare(audio=samples, sample_rate=rate, task=Task.A1T1, config=GenerationConfig())
+        else:
+            prepared = service.omni.to_transcription(prepared)
         await service.wait_until_ready()
         answer: AnswerStream = service.submit(prepared, ENDPOINT)
         try:
             async for chunk in answer:
                 if chunk.text:
-                    await send(f"{kind}.delta", **where, delta=chunk.text)
+                    await tell("delta", delta=chunk.text)
         finally:
             answer.close()
         if answer.reply is None:
             raise answer.failure()
     except OmniError as error:
         service.metrics.count_error(ENDPOINT, error)
-        await send(f"{kind}.failed", **where, error=describe_error(error))
+        await tell("failed", error=describe_error(error))
         return
     part.text = answer.reply.text
     usage = {"type": "duration", "seconds": round(part.seconds, 3)}
-    await send(f"{kind}.completed", **where, transcript=part.text, usage=usage)
+    await tell("completed", transcript=part.text, usage=usage)
 
 
 def describe_error(error: OmniError) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from typing import Any, cast
+from typing import Any
 
 from omni_jax.audio.io import SAMPLE_RATE
 from omni_jax.errors import ConfigError, OmniError
+from omni_jax.inference.engine import PreparedRequest
 from omni_jax.serve.errors import RequestRefusedError
 from omni_jax.serve.realtime_beta import from_beta
-from omni_jax.serve.realtime_conversation import Conversation, Item, Part, make_item, new_id
+from omni_jax.serve.realtime_conversation import Context, Conversation, Item, Part, make_item, new_id
 from omni_jax.serve.realtime_input import InputBuffer, TurnEdge
 from omni_jax.serve.realtime_response import Response, Send, describe_error, transcribe
 from omni_jax.serve.realtime_schema import (
@@ -80,19 +81,6 @@ class RealtimeSession:
         self._idle: asyncio.Task[None] | None = None
         # A client's event and an idle time-out are not handled at once.
         self._lock = asyncio.Lock()
-        self._handlers: dict[str, Callable[[Event], Awaitable[None]]] = {
-            "session.update": self._update,
-            "transcription_session.update": self._update,
-            "input_audio_buffer.append": self._append,
-            "input_audio_buffer.commit": self._commit_all,
-            "input_audio_buffer.clear": self._clear,
-            "conversation.item.create": self._create_item,
-            "conversation.item.delete": self._delete_item,
-            "conversation.item.retrieve": self._retrieve_item,
-            "conversation.item.truncate": self._truncate_item,
-            "response.create": self._create_response,
-            "response.cancel": self._cancel_response,
-        }
 
     def render(self) -> dict[str, Any]:
         """The session as events have it."""
@@ -110,7 +98,7 @@ class RealtimeSession:
         """Do what a client's event asks for; what is wrong with it is sent as an error."""
         async with self._lock:
             try:
-                await self._handlers[event.type](event)
+                await HANDLERS[event.type](self, event)
             except OmniError as error:
                 await self.send_error(error, event.event_id)
 
@@ -125,11 +113,14 @@ class RealtimeSession:
         for task in (self._idle, *self._transcribing):
             if task is not None:
                 task.cancel()
+        # They refer to this session: as a cycle all would keep their audio until garbage collection.
+        self._responses.clear()
+        self._spoken = self._idle = None
 
     # Settings
 
-    async def _update(self, event: Event) -> None:
-        patch = from_beta(cast(SessionUpdate, event).session)
+    async def _update(self, event: SessionUpdate) -> None:
+        patch = from_beta(event.session)
         if event.type == "transcription_session.update":
             patch["type"] = "transcription"
         self.settings = update_session(self._service, self.settings, patch)
@@ -141,8 +132,8 @@ class RealtimeSession:
 
     # Audio from the client
 
-    async def _append(self, event: Event) -> None:
-        encoded = cast(AudioAppend, event).audio
+    async def _append(self, event: AudioAppend) -> None:
+        encoded = event.audio
         try:
             data = decode_base64(encoded, "audio") if encoded else b""
         except ConfigError as error:
@@ -199,7 +190,9 @@ class RealtimeSession:
             except OmniError as error:
                 # The samples that follow are taken all the same.
                 await self.send_error(error)
-        await self._transcribe(item)
+                await self._transcribe(item)
+        else:
+            await self._transcribe(item)
 
     async def _commit_all(self, _: Event) -> None:
         found = self._input.seconds * 1000
@@ -210,7 +203,9 @@ class RealtimeSession:
             )
         item_id = self._turn[0] if self._turn else new_id("item")
         self._turn = None
-        await self._transcribe(await self._commit(self._input.take_all(), item_id))
+        item = await self._commit(self._input.take_all(), item_id)
+        if self._transcription_wanted:
+            await self._transcribe(item)
 
     async def _commit(self, data: bytes, item_id: str) -> Item:
         """Make a message of the user of audio."""
@@ -222,14 +217,26 @@ class RealtimeSession:
         await self._announce(item, before)
         return item
 
-    async def _transcribe(self, item: Item) -> None:
-        """Begin to transcribe a recording, if that is wanted."""
-        if self.settings.type == "realtime" and self.settings.audio.input.transcription is None:
+    @property
+    def _transcription_wanted(self) -> bool:
+        return self.settings.type == "transcription" or self.settings.audio.input.transcription is not None
+
+    async def _transcribe(self, item: Item, prepared: PreparedRequest | None = None) -> None:
+        """Begin to transcribe the recording of an item, if the client or the history needs it.
+
+        Args:
+            item: a message of the user.
+            prepared: a request with its recording, if there is one already.
+        """
+        part, wanted = item.audio, self._transcription_wanted
+        known = part is None or part.type != "input_audio" or part.text is not None or part.transcription is not None
+        if part is None or known or not (wanted or self._service.remembers):
             return
         if len(self._transcribing) >= MAX_PENDING:
             # The client's next events wait too, which is back-pressure.
             await asyncio.wait(self._transcribing, return_when=asyncio.FIRST_COMPLETED)
-        task = asyncio.create_task(transcribe(self._service, self._send, item))
+        send = self._send if wanted else None
+        task = part.transcription = asyncio.create_task(transcribe(self._service, send, item, prepared))
         self._transcribing.add(task)
         task.add_done_callback(self._transcribing.discard)
 
@@ -248,23 +255,20 @@ class RealtimeSession:
 
     # Items
 
-    async def _create_item(self, event: Event) -> None:
-        create = cast(ItemCreate, event)
-        item = make_item(create.item, self._input.format)
-        await self._announce(item, self.conversation.add(item, create.previous_item_id))
+    async def _create_item(self, event: ItemCreate) -> None:
+        item = make_item(event.item, self._input.format)
+        await self._announce(item, self.conversation.add(item, event.previous_item_id))
 
-    async def _delete_item(self, event: Event) -> None:
-        item_id = cast(ItemEvent, event).item_id
-        self.conversation.delete(item_id)
-        await self._send("conversation.item.deleted", item_id=item_id)
+    async def _delete_item(self, event: ItemEvent) -> None:
+        self.conversation.delete(event.item_id)
+        await self._send("conversation.item.deleted", item_id=event.item_id)
 
-    async def _retrieve_item(self, event: Event) -> None:
-        item = self.conversation.find(cast(ItemEvent, event).item_id, "retrieve")
+    async def _retrieve_item(self, event: ItemEvent) -> None:
+        item = self.conversation.find(event.item_id, "retrieve")
         await self._send("conversation.item.retrieved", item=item.render(with_audio=True))
 
-    async def _truncate_item(self, event: Event) -> None:
-        truncate = cast(ItemTruncate, event)
-        await self._truncate(truncate.item_id, truncate.content_index, truncate.audio_end_ms)
+    async def _truncate_item(self, event: ItemTruncate) -> None:
+        await self._truncate(event.item_id, event.content_index, event.audio_end_ms)
 
     async def _truncate(self, item_id: str, content_index: int, audio_end_ms: int) -> None:
         self.conversation.truncate(item_id, content_index, audio_end_ms)
@@ -276,10 +280,10 @@ class RealtimeSession:
     def _params(self, patch: dict[str, Any]) -> ResponseParams:
         return update(self.settings, from_beta(patch), ResponseParams, "response.")
 
-    async def _create_response(self, event: Event) -> None:
+    async def _create_response(self, event: ResponseCreate) -> None:
         if self.settings.type == "transcription":
             raise invalid("response.create: a transcription session has no responses")
-        params = self._params(cast(ResponseCreate, event).response)
+        params = self._params(event.response)
         await self._respond(params, self._context(params))
 
     def _context(self, params: ResponseParams) -> list[Item]:
@@ -311,7 +315,8 @@ class RealtimeSession:
         if len(self._responses) >= MAX_PENDING:
             raise RequestRefusedError(429, f"expected at most {MAX_PENDING} responses in progress", code="busy")
         self._stop_idle()
-        response = Response(self._service, self._send, params, context, self.conversation if in_conversation else None)
+        conversation = self.conversation if in_conversation else None
+        response = Response(self._service, self._send, params, Context.of(context), conversation, self._transcribe)
         self._responses[response.id] = response
         if in_conversation:
             self._spoken = response
@@ -322,8 +327,8 @@ class RealtimeSession:
         if response is self._spoken:
             self._watch_idle()
 
-    async def _cancel_response(self, event: Event) -> None:
-        response_id = cast(ResponseCancel, event).response_id
+    async def _cancel_response(self, event: ResponseCancel) -> None:
+        response_id = event.response_id
         chosen = [
             response
             for response in self._responses.values()
@@ -362,7 +367,22 @@ class RealtimeSession:
             item_id = new_id("item")
             times = {"audio_start_ms": round(start * 1000), "audio_end_ms": round(self._input.end * 1000)}
             await self._send("input_audio_buffer.timeout_triggered", item_id=item_id, **times)
-            item = await self._commit(self._input.take(start, self._input.end), item_id)
+            await self._commit(self._input.take(start, self._input.end), item_id)
             with contextlib.suppress(RequestRefusedError):
-                await self._respond(self._params({}), [item])
-            await self._transcribe(item)
+                await self._respond(self._params({}), list(self.conversation))
+
+
+HANDLERS: dict[str, Callable[[RealtimeSession, Any], Awaitable[None]]] = {
+    "session.update": RealtimeSession._update,
+    "transcription_session.update": RealtimeSession._update,
+    "input_audio_buffer.append": RealtimeSession._append,
+    "input_audio_buffer.commit": RealtimeSession._commit_all,
+    "input_audio_buffer.clear": RealtimeSession._clear,
+    "conversation.item.create": RealtimeSession._create_item,
+    "conversation.item.delete": RealtimeSession._delete_item,
+    "conversation.item.retrieve": RealtimeSession._retrieve_item,
+    "conversation.item.truncate": RealtimeSession._truncate_item,
+    "response.create": RealtimeSession._create_response,
+    "response.cancel": RealtimeSession._cancel_response,
+}
+"""What does what each of `CLIENT_EVENTS` asks for."""

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import binascii
 import queue
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,7 @@ from omni_jax.inference.answer import Chunk, Reply
 from omni_jax.inference.async_engine import AsyncEngine, Outcome, RequestHandle
 from omni_jax.inference.engine import PreparedRequest
 from omni_jax.inference.generation import GenerationConfig
+from omni_jax.inference.request import Turn
 from omni_jax.serve.errors import RequestRefusedError, kind_of
 from omni_jax.tasks import Task
 
@@ -140,6 +141,11 @@ class Service:
         return (self.name, *self.settings.aliases)
 
     @property
+    def remembers(self) -> bool:
+        """Whether the model takes a system text and past turns."""
+        return self.omni.config.conversation
+
+    @property
     def ready(self) -> bool:
         """Whether every program is compiled."""
         return self.engine.ready.is_set()
@@ -164,6 +170,8 @@ class Service:
         text: str | None = None,
         task: Task | None = None,
         truncate: bool = False,
+        system: str = "",
+        history: Sequence[Turn] = (),
         config: GenerationConfig,
     ) -> PreparedRequest:
         """Validate and prepare a request, in a thread.
@@ -174,6 +182,8 @@ class Service:
             text: the input, where it is no recording.
             task: see `Request`.
             truncate: answer the beginning of a recording that is too long.
+            system: text that a conversation begins with.
+            history: its turns so far. A model that was not trained on conversations (`remembers`) takes neither.
             config: how to answer.
 
         Raises:
@@ -184,7 +194,9 @@ class Service:
             limit = max(limit, MAX_READ_CHARACTERS)
         if text is not None and len(text) > limit:
             raise ConfigError(f"text: expected at most {limit} characters, found {len(text)}", field="text")
-        request = Request(audio, text, task, sample_rate, truncate, config, name="recording")
+        request = Request(
+            audio, text, task, sample_rate, truncate, config, name="recording", system=system, history=history
+        )
         async with self._decoding:
             return await asyncio.to_thread(self.omni.prepare, request, max_samples=self.max_samples(task))
 

@@ -7,15 +7,21 @@ import contextlib
 import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pydantic
+import soxr
 from openai.types.beta.realtime import RealtimeServerEvent as BetaServerEvent
 from openai.types.realtime import RealtimeServerEvent
 from websockets.sync.client import ClientConnection, connect
 
+import omni_jax
+from omni_jax.audio import io as audio_io
+
 RATE = 24_000
+QUESTIONS = Path(omni_jax.__file__).parent / "assets" / "questions"
 SESSION_FIELDS = {"id", "object", "expires_at", "temperature"}
 """Of sessions: OpenAI's server sends them, and its package has them in other types."""
 
@@ -126,3 +132,9 @@ def audio_bytes(events: list[Event], type: str = "response.output_audio") -> byt
 
 def pcm(data: bytes) -> np.ndarray:
     return np.frombuffer(data, "<i2").astype(np.int16)
+
+
+def question(name: str, rate: int = RATE) -> np.ndarray:
+    """A recorded question as int16 samples."""
+    samples = audio_io.read_audio(QUESTIONS / f"{name}.wav")
+    return audio_io.to_pcm16(soxr.resample(samples, audio_io.SAMPLE_RATE, rate))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import re
 import socket as sockets
 import time
+import wave
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +15,26 @@ import numpy as np
 import openai
 import pytest
 import soxr
-from flax import nnx
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-import omni_jax
 from omni_jax.api import Omni
-from omni_jax.audio import io as audio_io
 from omni_jax.audio.raw import RawFormat
-from omni_jax.codec.snac import Snac, make_decoder
-from omni_jax.config.model import CodecConfig
-from omni_jax.tokenizer import byte_tokenizer
-from tests.inference.reference_decoder import random_model, small_config
-from tests.model.randomized import randomized
-from tests.models import quick_compile
+from omni_jax.inference.request import Request, Turn
+from omni_jax.serve.sessions import Service
 from tests.serve.conftest import HeldBatch, RunningServer, assert_same_audio, eventually, run_server
-from tests.serve.realtime_client import RATE, Client, Event, audio_bytes, joined, pcm
+from tests.serve.realtime_client import RATE, Client, Event, audio_bytes, joined, pcm, question
 
-QUESTIONS = Path(omni_jax.__file__).parent / "assets" / "questions"
 TRANSCRIPTION = "conversation.item.input_audio_transcription"
 
 
 @pytest.fixture(scope="module")
-def omni() -> Iterator[Omni]:
-    """A small model that takes recordings of six seconds, and answers for seconds, as people do."""
-    with quick_compile():
-        config = small_config(text=260, max_position=128)
-        config = replace(
-            config,
-            audio_encoder=replace(config.audio_encoder, max_position=300),
-            adapter=replace(config.adapter, stack=8),
-            codec=CodecConfig(
-                encoder_dim=4, encoder_rates=(16, 32), decoder_dim=8, decoder_rates=(32, 16), codebook_size=12
-            ),
-        )
-        codec = make_decoder(randomized(lambda: Snac(config.codec, rngs=nnx.Rngs(0))))
-        yield Omni(random_model(config, seed=3, eot=2.5, eoa=0.5), codec, byte_tokenizer())
+def server(conversation_server: RunningServer) -> RunningServer:
+    return conversation_server
 
 
 @pytest.fixture(scope="module")
-def server(omni: Omni) -> Iterator[RunningServer]:
-    with run_server(omni) as server:
-        yield server
+def omni(conversation_server: RunningServer) -> Omni:
+    return conversation_server.omni
 
 
 @pytest.fixture
@@ -64,12 +44,6 @@ def client(server: RunningServer) -> Iterator[Client]:
         yield client
     eventually(lambda: server.metric("omni_realtime_sessions") == 0)
     server.wait_until_idle()
-
-
-def question(name: str, rate: int = RATE) -> np.ndarray:
-    """A recorded question as int16 samples."""
-    samples = audio_io.read_audio(QUESTIONS / f"{name}.wav")
-    return audio_io.to_pcm16(soxr.resample(samples, audio_io.SAMPLE_RATE, rate))
 
 
 def silence(seconds: float, rate: int = RATE) -> np.ndarray:
@@ -85,8 +59,12 @@ def push_to_talk(client: Client, samples: np.ndarray) -> list[Event]:
 
 
 def types_of(events: list[Event]) -> list[str]:
-    """Types in order, repeated ones once."""
-    return list(dict.fromkeys(event["type"] for event in events))
+    """Types in order, repeated ones once; the first sound may come before the first text."""
+    types = list(dict.fromkeys(event["type"] for event in events))
+    deltas = [index for index, type in enumerate(types) if type.endswith(".delta")]
+    for index, type in zip(deltas, sorted((types[index] for index in deltas), reverse=True), strict=True):
+        types[index] = type
+    return types
 
 
 # OpenAI's own client. It uses websockets as it was before version 17.1.
@@ -139,7 +117,10 @@ def test_realtime_openai_client_server_vad(server: RunningServer) -> None:
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as openai_client,
         openai_client.realtime.connect(model="small") as connection,
     ):
+        turns: list[Turn] = []
+        connection.session.update(session={"type": "realtime", "max_output_tokens": 10})
         for _ in range(2):
+            played = time.monotonic()
             for start in range(0, len(stream), 960):
                 piece = base64.b64encode(stream[start : start + 960].tobytes()).decode()
                 connection.input_audio_buffer.append(audio=piece)
@@ -156,11 +137,32 @@ def test_realtime_openai_client_server_vad(server: RunningServer) -> None:
                 if event.type == "conversation.item.retrieved":
                     break
             samples = pcm(base64.b64decode(event.item.content[0].audio))
-            expected = server.omni.reply(samples, sample_rate=RATE)
+            expected = server.omni.generate(Request((RATE, samples), history=turns), max_steps=10)
             audio = b"".join(
                 base64.b64decode(event.delta) for event in events if event.type == "response.output_audio.delta"
             )
             assert_same_audio(pcm(audio), expected.audio)
+            # All of the first answer was played by then.
+            turns.append(Turn(server.omni.transcribe(samples, sample_rate=RATE).text, expected.text))
+            time.sleep(max(0, played + expected.seconds - time.monotonic()))
+
+
+@openai_client_warns
+def test_realtime_example_of_the_documentation(
+    server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page.split("## Realtime")[1].split("\n## ")[0], re.DOTALL)
+    code = code.replace("http://127.0.0.1:8000", server.url).replace('model="nano"', 'model="small"')
+    code = code.replace("asyncio.sleep(0.02)", "asyncio.sleep(0)")
+    monkeypatch.chdir(tmp_path)
+    with wave.open("question.wav", "wb") as file:
+        file.setparams((1, 2, RATE, 0, "NONE", ""))
+        file.writeframes(question("name").tobytes())
+    exec(compile(code, "docs/serving.md", "exec"), {})
+    with wave.open("answer.wav") as file:
+        assert file.getnframes() > RATE
+    assert capsys.readouterr().out
 
 
 # Turns
@@ -248,6 +250,52 @@ def test_realtime_vad_create_response(client: Client, create: bool, transcribe: 
         assert {event["type"] for event in events} == {f"{TRANSCRIPTION}.delta", f"{TRANSCRIPTION}.completed"}
     else:
         assert client.receive()["type"] == "response.created"
+
+
+def ask_text(client: Client, text: str, **response: Any) -> list[Event]:
+    client.add_text(text)
+    client.send("response.create", response=response)
+    return client.until("response.done")
+
+
+def test_realtime_remembers(client: Client, server: RunningServer) -> None:
+    """System text and past turns, spoken ones by their transcripts, are before the question."""
+    client.update(instructions="Be brief.", audio={"input": {"turn_detection": None}}, max_output_tokens=10)
+    samples, omni = question("name"), server.omni
+    first = joined(push_to_talk(client, samples), "response.output_audio_transcript")
+    assert first == omni.generate(Request((RATE, samples), system="Be brief."), max_steps=10).text
+    # The transcript is not told to a client that has not asked for it.
+    turns = [Turn(omni.transcribe(samples, sample_rate=RATE, truncate=True).text, first)]
+    second = joined(ask_text(client, "hello"), "response.output_audio_transcript")
+    assert second == omni.generate(Request(text="hello", system="Be brief.", history=turns), max_steps=10).text
+    turns.append(Turn("hello", second))
+    client.add_text("Speak slowly.", role="system")
+    found = joined(ask_text(client, "hi", output_modalities=["text"]), "response.output_text")
+    request = Request(text="hi", task="T1T2", system="Be brief. Speak slowly.", history=turns)
+    assert found == omni.generate(request, max_steps=10).text
+
+
+def test_realtime_remembers_what_was_played(client: Client, server: RunningServer) -> None:
+    """An answer that the client cut is in the history up to the cut."""
+    client.update(output_modalities=["audio"], max_output_tokens=40)
+    item = client.add_text("one two three four five six", role="assistant")
+    assert item["content"] == [{"type": "output_text", "text": "one two three four five six"}]
+    events = ask_text(client, "hello")
+    (spoken,) = events[-1]["response"]["output"]
+    client.send("conversation.item.truncate", item_id=spoken["id"], content_index=0, audio_end_ms=0)
+    client.last("conversation.item.truncated")
+    found = joined(ask_text(client, "hi"), "response.output_audio_transcript")
+    turns = [Turn("", "one two three four five six"), Turn("hello")]
+    assert found == server.omni.generate(Request(text="hi", history=turns), max_steps=40).text
+
+
+def test_realtime_without_memory(client: Client, server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that was not trained on conversations answers each turn on its own."""
+    monkeypatch.setattr(Service, "remembers", False)
+    client.update(instructions="Be brief.", output_modalities=["text"], max_output_tokens=10)
+    for text in ("hello", "hi"):
+        found = joined(ask_text(client, text), "response.output_text")
+        assert found == server.omni.answer(text=text, max_steps=10).text
 
 
 def test_realtime_speech_interrupts_and_truncates(client: Client, server: RunningServer) -> None:
