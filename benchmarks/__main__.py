@@ -13,6 +13,7 @@ NAMES = (
     "live",
     "realtime",
     "serve",
+    "attacks",
     "load",
     "prepare",
     "pipeline",

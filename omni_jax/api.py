@@ -381,6 +381,8 @@ class Omni:
         while engine.busy:
             ended, finished = [], []
             for progress in engine.advance():
+                if progress.error is not None:
+                    raise progress.error
                 answers[progress.key].add(progress)
                 if (progress.finish or progress.part_finish) and not progress.of_question:
                     ended.append(progress.key)
@@ -401,6 +403,8 @@ class Omni:
         engine.submit(0, request)
         while engine.busy:
             for progress in engine.advance(answer.next_steps):
+                if progress.error is not None:
+                    raise progress.error
                 chunk = answer.add(progress)
                 if chunk is not None:
                     yield chunk

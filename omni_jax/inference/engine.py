@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +30,16 @@ from omni_jax.prompts import History, Prompt, max_speech_positions, speech_promp
 from omni_jax.tasks import Task
 from omni_jax.vocab import NUM_STREAMS, TEXT_STREAM, Vocab
 
+log = logging.getLogger(__name__)
+
 PROMPT_BUCKETS = tuple(sorted({int(base * 2**power) for base in (16, 20, 24, 28) for power in range(12)}))
 """Lengths prompts are padded to: 16, 20, 24, 28, 32, 40, ..., so that at most a fifth is padding."""
 COARSE_PROMPT_BUCKETS = tuple(2**power for power in range(4, 16))
 """For engines that compile everything beforehand: 16, 32, 64, ..., a quarter as many programs."""
 CACHE_LEN_STEP = 256
 """Cache lengths are multiples of this, up to the trunk's context."""
+Row: TypeAlias = tuple[int, bool]
+"""Of the running batch: the key of a request, and whether it is the transcription of its question."""
 MAX_PREFILL_ROWS = 8
 """Prompts prefilled at once; more are taken in turns."""
 
@@ -137,6 +142,8 @@ class Progress:
     """Whether the tokens are those of the question's transcription; `finish` is the transcription's then."""
     pending: bool = False
     """Whether the other one of the answer and the transcription goes on when this one has ended."""
+    error: Exception | None = None
+    """Why the request has failed: nothing follows, and the other requests go on."""
 
     @property
     def done(self) -> bool:
@@ -150,6 +157,8 @@ class ActiveRequest:
 
     key: int
     request: PreparedRequest
+    reported: int = 0
+    """Steps that were reported before the batch was reset; they are decoded again, but not reported again."""
     step: int = 0
     running: bool = True
     text_pending: bool = True
@@ -157,6 +166,11 @@ class ActiveRequest:
     """Its companion row."""
     prefix: Prefix | None = None
     """The beginning of its history, if it was found in the prefix cache."""
+
+    @property
+    def row(self) -> Row:
+        """Tells it from the transcription of its question, which has the same key."""
+        return self.key, self.request.of_question
 
 
 class Engine:
@@ -194,6 +208,9 @@ class Engine:
         self._nothing_to_do: list[int] = []
         # Of requests with a transcription, how many of the two have not ended.
         self._unfinished: dict[int, int] = {}
+        self._failures: list[Progress] = []
+        # Steps reported of rows that are decoded again after a fault.
+        self._reported: dict[Row, int] = {}
         self._init_batch()
 
     def _init_batch(self) -> None:
@@ -230,6 +247,8 @@ class Engine:
         """
         self.check(request)
         if request.parts:
+            # Whatever it could fail with in the queue, it fails with here.
+            self._prefill_shape(request, None)
             self.queue.append((key, request))
             if request.transcription is not None:
                 self.queue.append((key, request.transcription))
@@ -240,10 +259,16 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether anything is queued, active or in flight."""
-        return bool(self.queue or self._nothing_to_do) or self.in_flight is not None or any(self.active)
+        return (
+            bool(self.queue or self._nothing_to_do or self._failures) or self.in_flight is not None or any(self.active)
+        )
 
     def advance(self, steps: int = MAX_CHUNK_STEPS) -> list[Progress]:
-        """Admit queued requests, start a chunk of up to `steps` steps, and return the tokens of the chunk before."""
+        """Admit queued requests, start a chunk of up to `steps` steps, and return the tokens of the chunk before.
+
+        A request that cannot be admitted or read fails by itself: see `Progress.error`. Any other exception concerns
+        the whole batch: see `reset`.
+        """
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, found {steps}")
         self._admit()
@@ -256,8 +281,11 @@ class Engine:
             self.in_flight = (list(self.active), tokens, status)
         self._keep_histories()
         empty, self._nothing_to_do = self._nothing_to_do, []
-        progress = [Progress(key, np.zeros((NUM_STREAMS, 0), np.int32), "stop") for key in empty]
-        return progress + self._read(*previous) if previous else progress
+        progress = [Progress(key, _no_tokens(), "stop") for key in empty]
+        if previous:
+            progress += self._read(*previous)
+        failures, self._failures = self._failures, []
+        return progress + failures
 
     def cancel(self, key: int) -> bool:
         """Drop a request, queued or active; its slot is free at once, and no more progress is returned for it.
@@ -265,10 +293,10 @@ class Engine:
         Returns:
             Whether it was still there.
         """
+        self._forget(key)
         if key in self._nothing_to_do:
             self._nothing_to_do.remove(key)
             return True
-        self._unfinished.pop(key, None)
         left = deque(entry for entry in self.queue if entry[0] != key)
         found = len(left) < len(self.queue)
         self.queue = left
@@ -281,28 +309,60 @@ class Engine:
                 found = True
         return found
 
-    def reset(self) -> None:
-        """Drop active requests and keep queued ones: after a fault, when a program may have consumed the state."""
-        lost = {active.key for active in self.active if active is not None}
-        # A transcription is of no use without its answer, nor the other way round.
-        self.queue = deque(entry for entry in self.queue if entry[0] not in lost)
+    def reset(self) -> list[int]:
+        """Start over after a fault of the whole batch, when a program may have consumed the state.
+
+        Active requests are answered again, once: their tokens are the same, and those that were reported are not
+        reported again. Queued requests stay queued.
+
+        Returns:
+            Keys of requests that are dropped: this was their second fault. If none was active, it is the first in the
+            queue, so that no request can cause faults forever.
+        """
+        active = [active for active in self.active if active is not None]
         # The old state is freed before the new one is allocated.
         del self.state, self.in_flight
         self._init_batch()
+        # A transcription is of no use without its answer, nor the other way round.
+        dropped = {request.key for request in active if request.row in self._reported}
+        for request in reversed(active):
+            self._reported[request.row] = request.step
+            self.queue.appendleft((request.key, request.request))
+        if not active and self.queue:
+            dropped = {self.queue[0][0]}
+        self.queue = deque(entry for entry in self.queue if entry[0] not in dropped)
+        for key in dropped:
+            self._forget(key)
+        return list(dropped)
 
-    def warm_up(self) -> None:
+    def _forget(self, key: int) -> None:
+        """Drop what is known of a request that has ended."""
+        self._unfinished.pop(key, None)
+        for of_question in (False, True):
+            self._reported.pop((key, of_question), None)
+
+    def warm_up(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Compile every program that any request can need here, by running it on nothing.
+
+        Args:
+            stop: asked between two programs whether to leave out the rest.
 
         Raises:
             RuntimeError: something is queued or active.
         """
         if self.busy:
             raise RuntimeError("a busy engine cannot be warmed up")
+        for _ in self._warm_up_programs():
+            if stop():
+                return
+
+    def _warm_up_programs(self) -> Iterator[None]:
+        """Run every program; stops after each."""
         sizes = sorted({self._bucket_rows(count) for count in range(self.max_batch_size + 1)})
         for companions in sizes:
             self._resize_companions([], 0)
             self._resize_companions([], companions)
-            self._warm_up_prefill()
+            yield from self._warm_up_prefill()
             for texts, audios in itertools.product(sizes, sizes):
                 # A request with a companion row outputs text and audio.
                 if min(texts, audios) >= companions and texts + audios:
@@ -312,13 +372,14 @@ class Engine:
                         for size in (companions, texts, texts, audios)
                     ]
                     self.state, *_ = self.runner.decode_chunk(self.state, Routing(*unused), jnp.int32(1))
+                    yield
             self.state = self.runner.stop(self.state, jnp.int32(0))
             for other in sizes:
                 self._resize_companions([], other)
                 self._resize_companions([], companions)
         self._resize_companions([], 0)
 
-    def _warm_up_prefill(self) -> None:
+    def _warm_up_prefill(self) -> Iterator[None]:
         config = self.runner.config
         longest = max_speech_positions(config)
         max_rows = min(self.max_batch_size, MAX_PREFILL_ROWS)
@@ -342,11 +403,13 @@ class Engine:
             for length, count, prefix in itertools.product(lengths, rows, prefixes):
                 active = ActiveRequest(-1, request, prefix=prefix)
                 self._prefill(length, [(self.max_batch_size, active)] * count)
+                yield
             if task.takes_audio:
                 # The longer windows of the audio encoder, whatever the prompt is padded to.
                 for window, count in itertools.product(config.audio_encoder.windows[1:], rows):
                     longer = PreparedRequest.of(request.prompt, np.zeros(320 * (window - 2), np.float32))
                     self._prefill(lengths[0], [(self.max_batch_size, ActiveRequest(-1, longer))] * count)
+                    yield
 
     def run(self, steps: int = MAX_CHUNK_STEPS) -> Iterator[Progress]:
         """Advance until nothing is left."""
@@ -359,19 +422,30 @@ class Engine:
         for slot, active in enumerate(slots):
             if active is None or not active.running:
                 continue
-            new = chunk[: steps[slot] - active.step, slot].T
+            new = chunk[: steps[slot] - active.step, slot].T[:, max(0, active.reported - active.step) :]
             active.step, active.running = int(steps[slot]), bool(running[slot])
             active.text_pending = bool(text_pending[slot])
             if active.running:
                 progress.append(Progress(active.key, new, None, of_question=active.request.of_question))
                 continue
             self.active[slot] = None
-            progress.append(self._end_part(active, new))
+            try:
+                progress.append(self._end_part(active, new))
+            except Exception as error:
+                self._fail(slot, active, error)
         return progress
+
+    def _fail(self, slot: int, active: ActiveRequest, error: Exception) -> None:
+        """End a request that has failed by itself."""
+        log.error("a request has failed; the others go on", exc_info=error)
+        active.running, self.active[slot] = False, None
+        self._forget(active.key)
+        self._failures.append(Progress(active.key, _no_tokens(), None, error=error))
 
     def _end_part(self, active: ActiveRequest, new: np.ndarray) -> Progress:
         """The last tokens of a part; the next one, if any, is queued."""
         finish = self._finish_reason(active, new)
+        self._reported.pop(active.row, None)
         if len(active.request.parts) == 1:
             unfinished = self._unfinished.pop(active.key, 1) - 1
             if unfinished:
@@ -380,8 +454,13 @@ class Engine:
             return Progress(active.key, new, finish, of_question=question, pending=unfinished > 0)
         if active.step == active.request.config.max_steps:
             return Progress(active.key, new, "length")
-        # In front of the queue, so that the next part follows at once.
-        self.queue.appendleft((active.key, active.request.after_first(active.step)))
+        rest = (active.key, active.request.after_first(active.step))
+        if active.request.task is Task.A1T1:
+            # An hour of sound must not keep those waiting that want a sentence.
+            self.queue.append(rest)
+        else:
+            # The next sentence is spoken at once.
+            self.queue.appendleft(rest)
         return Progress(active.key, new, None, finish)
 
     def _finish_reason(self, active: ActiveRequest, new: np.ndarray) -> FinishReason:
@@ -443,7 +522,8 @@ class Engine:
         arrivals = []
         for key, request in self._take_from_queue(len(free)):
             prefix = self.prefixes.find(request.prompt.history)
-            active = ActiveRequest(key, request, text_pending=request.task.outputs_text, prefix=prefix)
+            reported = self._reported.get((key, request.of_question), 0)
+            active = ActiveRequest(key, request, reported, text_pending=request.task.outputs_text, prefix=prefix)
             slot = free.pop(0)
             self.active[slot] = active
             arrivals.append((slot, active))
@@ -465,7 +545,21 @@ class Engine:
             groups.setdefault(self._prefill_shape(active.request, active.prefix), []).append((slot, active))
         for (length, _, _), group in groups.items():
             for start in range(0, len(group), MAX_PREFILL_ROWS):
-                self._prefill(length, group[start : start + MAX_PREFILL_ROWS])
+                self._try_prefill(length, group[start : start + MAX_PREFILL_ROWS])
+
+    def _try_prefill(self, length: int, group: list[tuple[int, ActiveRequest]]) -> None:
+        """Prefill requests; where that fails, each by itself, so that only one that cannot be prefilled fails."""
+        try:
+            self._prefill(length, group)
+        except Exception as error:
+            if any(array.is_deleted() for array in jax.tree.leaves(self.state)):
+                # The running batch went into the program that failed.
+                raise
+            if len(group) == 1:
+                self._fail(*group[0], error)
+                return
+            for entry in group:
+                self._try_prefill(length, [entry])
 
     def _take_from_queue(self, free: int) -> list[tuple[int, PreparedRequest]]:
         """Take from the queue the requests that are admitted now, at most `free`.
@@ -594,7 +688,7 @@ class Engine:
                 max_steps=_column([request.max_steps(self.context) for request in requests], rows, np.int32),
                 enforce_delay=_column([config.enforce_delay for config in configs], rows, bool),
                 sampling=Sampling(
-                    temperature=_column([config.temperature for config in configs], rows, np.float32),
+                    temperature=_column([config.sampling_temperature for config in configs], rows, np.float32),
                     top_k=_column([config.top_k for config in configs], rows, np.int32),
                     top_p=_column([config.top_p for config in configs], rows, np.float32, 1),
                     seed=_column([config.seed for config in configs], rows, np.uint32),
@@ -603,6 +697,10 @@ class Engine:
             caches={},
             companions=None,
         )
+
+
+def _no_tokens() -> np.ndarray:
+    return np.zeros((NUM_STREAMS, 0), np.int32)
 
 
 def _column(values: Sequence[float], rows: int, dtype: type, filler: float = 0) -> jax.Array:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import math
+import socket
 from collections.abc import AsyncIterator
 from importlib import metadata, resources
 
@@ -20,12 +22,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from omni_jax.errors import OmniError
 from omni_jax.serve import mini_omni, openai, openai_audio, openai_responses, realtime, websocket
+from omni_jax.serve.binding import Listener
 from omni_jax.serve.chat_history import TextCache
 from omni_jax.serve.client_secrets import ClientSecrets
+from omni_jax.serve.connections import ServerConfig
 from omni_jax.serve.errors import RETRY_SECONDS, describe_validation_error, error_body, kind_of
 from omni_jax.serve.limits import LimitsMiddleware
 from omni_jax.serve.sessions import Service
 from omni_jax.serve.streaming import service_of
+
+log = logging.getLogger(__name__)
 
 PAGE = {
     "index.html": "text/html",
@@ -122,7 +128,7 @@ def make_app(service: Service) -> ASGIApp:
     def count(path: str, outcome: str) -> None:
         service.metrics.count(path if path in paths else "other", outcome)
 
-    limited = LimitsMiddleware(app, service.settings, count)
+    limited = LimitsMiddleware(app, service, count)
     # Outside of the limits: a browser asks without a key whether it may ask, and reads errors too.
     return CORSMiddleware(
         _head_as_get(limited),
@@ -184,15 +190,37 @@ def _endpoint(request: Request) -> str:
     return getattr(request.scope.get("route"), "path", "") or "other"
 
 
-def make_server(service: Service, host: str, port: int) -> uvicorn.Server:
-    """A server to be run. Told to stop, it first finishes active requests, for at most `Settings.request_timeout`."""
+class Server(uvicorn.Server):
+    """Told to stop, it first finishes active requests, for at most `Settings.request_timeout`."""
+
+    config: ServerConfig
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Count connections; say where it listens."""
+        for found in sockets or []:
+            assert isinstance(found, Listener)
+            found.admit = self.config.admit
+        await super().startup(sockets)
+        for found in sockets or []:
+            host, port, *_ = found.getsockname()
+            log.info("listening at http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish; before the model is ready there is nothing to be finished."""
+        if not self.config.service.ready:
+            self.config.timeout_graceful_shutdown = 1
+        await super().shutdown(sockets)
+
+
+def make_server(service: Service) -> Server:
+    """A server to be run on sockets that have been bound."""
     settings = service.settings
-    return uvicorn.Server(
-        uvicorn.Config(
+    return Server(
+        ServerConfig(
             make_app(service),
-            host=host,
-            port=port,
-            ws="websockets-sansio",
+            service,
+            proxy_headers=bool(settings.trusted_proxies),
+            forwarded_allow_ips=list(settings.trusted_proxies),
             ws_max_size=settings.max_body_bytes,
             # A client that has vanished without a word answers no ping.
             ws_ping_interval=min(20.0, settings.idle_timeout),

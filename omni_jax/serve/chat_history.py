@@ -16,7 +16,7 @@ from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.messages import from_messages
 from omni_jax.inference.request import Turn
 from omni_jax.serve.openai_schema import AudioPart, Message, TextPart
-from omni_jax.serve.sessions import Service, decode_base64
+from omni_jax.serve.sessions import Base64, Service
 from omni_jax.tasks import Task
 
 MAX_TEXTS = 4096
@@ -61,11 +61,14 @@ class ChatHistory:
     """Messages that are not in it."""
 
 
-async def read_history(service: Service, texts: TextCache, messages: Sequence[Message], endpoint: str) -> ChatHistory:
+async def read_history(
+    service: Service, client: str | None, texts: TextCache, messages: Sequence[Message], endpoint: str
+) -> ChatHistory:
     """System text and turns of the messages before the last one; none for a model that takes none.
 
     Args:
         service: transcribes recordings.
+        client: see `Service.client_of`.
         texts: of answers in speech, and of recordings.
         messages: before the last one.
         endpoint: that transcriptions are counted for.
@@ -81,7 +84,7 @@ async def read_history(service: Service, texts: TextCache, messages: Sequence[Me
             if isinstance(part, TextPart):
                 found.append(part.text)
             elif id(part) in used:
-                found.append(await _transcribe(service, texts, part, endpoint))
+                found.append(await _transcribe(service, client, texts, part, endpoint))
         if isinstance(message.content, str):
             found.append(message.content)
         if message.audio is not None and not any(found):
@@ -100,13 +103,13 @@ def _parts(message: Message) -> list[TextPart | AudioPart]:
     return [part for part in content if isinstance(part, TextPart | AudioPart)]
 
 
-async def _transcribe(service: Service, texts: TextCache, part: AudioPart, endpoint: str) -> str:
+async def _transcribe(service: Service, client: str | None, texts: TextCache, part: AudioPart, endpoint: str) -> str:
     """What is said in a recording of an earlier turn; nothing if it cannot be used."""
     key = hashlib.sha256(part.input_audio.data.encode(errors="replace")).hexdigest()
     if (text := texts.get(key)) is None:
         try:
-            data = decode_base64(part.input_audio.data, "input_audio.data")
-            prepared = await service.prepare(audio=data, task=Task.A1T1, config=GenerationConfig())
+            data = Base64(part.input_audio.data, "input_audio.data")
+            prepared = await service.prepare(client=client, audio=data, task=Task.A1T1, config=GenerationConfig())
             answer = service.submit(prepared, endpoint)
             try:
                 text = (await answer.wait()).text

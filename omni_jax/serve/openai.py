@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse
 from omni_jax.audio.encoding import encode
 from omni_jax.audio.io import pcm_bytes
 from omni_jax.errors import ConfigError
+from omni_jax.serve.bodies import JsonRoute
 from omni_jax.serve.chat_history import TextCache, read_history
 from omni_jax.serve.errors import client_fields
 from omni_jax.serve.openai_schema import (
@@ -36,10 +37,17 @@ from omni_jax.serve.openai_schema import (
     server_sent_event,
     usage,
 )
-from omni_jax.serve.sessions import AnswerStream, decode_base64
-from omni_jax.serve.streaming import StreamedAnswer, check_model, service_of, streamed_beginning, whole_answer
+from omni_jax.serve.sessions import AnswerStream, Base64
+from omni_jax.serve.streaming import (
+    StreamedAnswer,
+    check_model,
+    client_of,
+    service_of,
+    streamed_beginning,
+    whole_answer,
+)
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", route_class=JsonRoute)
 
 
 @router.get("/models")
@@ -74,9 +82,11 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     task = body.task(takes_audio=recording is not None)
     service = service_of(request)
     texts: TextCache = request.app.state.texts
-    history = await read_history(service, texts, body.messages[:-1], "/v1/chat/completions")
+    client = client_of(request)
+    history = await read_history(service, client, texts, body.messages[:-1], "/v1/chat/completions")
     with client_fields(text="messages"):
         prepared = await service.prepare(
+            client=client,
             audio=recording,
             text=text,
             task=task,
@@ -117,7 +127,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     return JSONResponse(content, headers=headers)
 
 
-def _last_message(messages: list[Message]) -> tuple[bytes | None, str | None, bool]:
+def _last_message(messages: list[Message]) -> tuple[Base64 | None, str | None, bool]:
     """The recording or the text of the last message, which must be the user's, and whether it has text too."""
     if messages[-1].role != "user":
         raise ConfigError("messages: expected the last one to be the user's", field="messages")
@@ -138,7 +148,7 @@ def _last_message(messages: list[Message]) -> tuple[bytes | None, str | None, bo
             field="messages",
         )
     if recordings:
-        return decode_base64(recordings[0], "input_audio.data"), None, bool(text)
+        return Base64(recordings[0], "input_audio.data"), None, bool(text)
     return None, text, False
 
 

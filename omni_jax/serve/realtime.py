@@ -10,16 +10,16 @@ import asyncio
 import contextlib
 import json
 from typing import Annotated, Any, Literal, cast
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Request, WebSocket, WebSocketDisconnect
 from pydantic import Field
 from starlette.responses import JSONResponse
 
 from omni_jax.errors import OmniError
+from omni_jax.serve.bodies import JsonRoute
 from omni_jax.serve.client_secrets import ClientSecrets
 from omni_jax.serve.errors import RequestRefusedError, error_body
-from omni_jax.serve.limits import is_known_key
+from omni_jax.serve.limits import POLICY_VIOLATION, is_known_key
 from omni_jax.serve.realtime_beta import from_beta, is_beta, session_to_beta, to_beta
 from omni_jax.serve.realtime_conversation import new_id
 from omni_jax.serve.realtime_response import ENDPOINT
@@ -27,9 +27,9 @@ from omni_jax.serve.realtime_schema import Model, Session, invalid, parse_event,
 from omni_jax.serve.realtime_session import RealtimeSession, update_session
 from omni_jax.serve.sessions import Service
 from omni_jax.serve.streaming import service_of
-from omni_jax.serve.websocket import DISCONNECTED, POLICY_VIOLATION
+from omni_jax.serve.websocket import DISCONNECTED, SMALL_MESSAGE
 
-router = APIRouter(prefix="/v1/realtime")
+router = APIRouter(prefix="/v1/realtime", route_class=JsonRoute)
 
 KEY_PROTOCOL = "openai-insecure-api-key."
 """Subprotocol of clients in browsers, which cannot send headers: the key follows."""
@@ -89,11 +89,6 @@ def _secrets(connection: Request | WebSocket) -> ClientSecrets:
 async def realtime(socket: WebSocket) -> None:
     """Talk until the client disconnects."""
     service = cast(Service, socket.app.state.service)
-    origin, host = socket.headers.get("origin"), socket.headers.get("host")
-    allowed = service.settings.allowed_origins
-    if origin is not None and urlsplit(origin).netloc != host and not {"*", origin} & set(allowed):
-        await socket.close(POLICY_VIOLATION, "expected a page of this server, or of an allowed origin")
-        return
     protocols = [name.strip() for name in socket.headers.get("sec-websocket-protocol", "").split(",")]
     key = socket.headers.get("authorization", "").partition(" ")[2].strip()
     key = key or next((name.removeprefix(KEY_PROTOCOL) for name in protocols if name.startswith(KEY_PROTOCOL)), "")
@@ -104,6 +99,9 @@ async def realtime(socket: WebSocket) -> None:
         await socket.send_denial_response(JSONResponse(body, 401, headers={"www-authenticate": "Bearer"}))
         return
     await socket.accept("realtime" if "realtime" in protocols else None)
+    # From now on messages may be large.
+    if trust := socket.scope.get("state", {}).get("trust"):
+        trust()
     beta = socket.headers.get("openai-beta") == "realtime=v1" or BETA_PROTOCOL in protocols
     with service.metrics.realtime_sessions.track_inprogress():
         await Connection(socket, service, beta=beta).run(session)
@@ -119,6 +117,7 @@ class Connection:
     def __init__(self, socket: WebSocket, service: Service, *, beta: bool):
         self.beta = beta
         self._socket, self._service = socket, service
+        self._client = service.client_of(socket.client)
         self._gone = False
 
     async def run(self, settings: Session | None) -> None:
@@ -130,16 +129,18 @@ class Connection:
         try:
             settings = self._settings(settings)
         except RequestRefusedError as error:
-            session = RealtimeSession(self._service, Session(model=self._service.name), self.send)
+            session = RealtimeSession(self._service, self._client, Session(model=self._service.name), self.send)
             await session.send_error(error)
             with contextlib.suppress(*DISCONNECTED):
                 await self._socket.close(POLICY_VIOLATION, error.code or "")
             return
-        session = RealtimeSession(self._service, settings, self.send)
+        session = RealtimeSession(self._service, self._client, settings, self.send)
         try:
             await session.open()
             while not self._gone:
                 await self._handle(session, await self._socket.receive())
+                # Others have their turn between two messages, however many have arrived.
+                await asyncio.sleep(0)
         except DISCONNECTED:
             pass
         finally:
@@ -160,7 +161,8 @@ class Connection:
         try:
             if received.get("text") is None:
                 raise invalid("event: expected a message of text, found one of bytes")
-            fields = parse_json(received["text"])
+            text = received["text"]
+            fields = parse_json(text) if len(text) <= SMALL_MESSAGE else await asyncio.to_thread(parse_json, text)
             event_id = fields.get("event_id") if isinstance(fields.get("event_id"), str) else None
             event = parse_event(fields)
         except OmniError as error:

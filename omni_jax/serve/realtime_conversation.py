@@ -15,7 +15,7 @@ from omni_jax.errors import ConfigError
 from omni_jax.inference.messages import from_messages
 from omni_jax.inference.request import Turn
 from omni_jax.serve.realtime_schema import RAW_FORMATS, ItemParam, invalid
-from omni_jax.serve.sessions import decode_base64
+from omni_jax.serve.sessions import Base64
 from omni_jax.text.played import played_text
 
 ContentType = Literal["input_text", "input_audio", "output_text", "output_audio"]
@@ -78,10 +78,11 @@ class Part:
     @property
     def kept_text(self) -> str:
         """The text, of an interrupted answer what was spoken by then; see `played_text`."""
-        text = self.text or ""
-        if self.cut_seconds is None:
+        text, cut = self.text or "", self.cut_seconds
+        if self.complete and cut is None:
             return text
-        return played_text(text, self.cut_seconds, self.seconds if self.complete else None)
+        # The text of an answer that did not come to its end is ahead of its audio.
+        return played_text(text, self.seconds if cut is None else cut, self.seconds if self.complete else None)
 
     def render(self, *, with_audio: bool = False) -> dict[str, Any]:
         """As events have it."""
@@ -213,10 +214,10 @@ def decode_samples(data: str, format: RawFormat, field: str) -> bytes:
         RequestRefusedError: it is not base64, or has no samples.
     """
     try:
-        decoded = decode_base64(data, field)
+        decoded = Base64(data, field).decode()
     except ConfigError as error:
         raise invalid(str(error), field) from None
-    return decoded[: len(decoded) // format.sample_bytes * format.sample_bytes]
+    return bytes(decoded[: len(decoded) // format.sample_bytes * format.sample_bytes])
 
 
 class Conversation:
@@ -282,9 +283,20 @@ class Conversation:
         self.limit_memory(item)
         return ids[index - 1] if index else None
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that its items keep."""
+        return sum(item.num_bytes for item in self._items)
+
+    def drop_audio(self) -> None:
+        """Drop the audio of all items."""
+        for item in self._items:
+            for part in item.parts:
+                part.audio = bytearray()
+
     def limit_memory(self, newest: Item) -> None:
         """Drop audio of the oldest items but `newest`, and then the oldest items, until there is room."""
-        size = sum(item.num_bytes for item in self._items)
+        size = self.num_bytes
         for item in self._items:
             for part in item.parts:
                 if size > self._max_bytes and item is not newest:

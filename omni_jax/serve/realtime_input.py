@@ -72,6 +72,11 @@ class InputBuffer:
         return self.format.seconds(len(self._data) // self.format.sample_bytes * self.format.sample_bytes)
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes in the buffer."""
+        return len(self._data)
+
+    @property
     def speaking(self) -> bool:
         """Whether a turn has begun and not ended."""
         return self._detector is not None and self._detector.speaking

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ from omni_jax.tasks import Task
 
 ENDPOINT = "/v1/realtime"
 
+log = logging.getLogger(__name__)
+
 Send = Callable[..., Awaitable[None]]
 """Sends an event: its type, and its fields by name."""
 
@@ -40,6 +43,7 @@ class Response:
     def __init__(
         self,
         service: Service,
+        client: str | None,
         send: Send,
         params: ResponseParams,
         context: Context,
@@ -50,6 +54,7 @@ class Response:
 
         Args:
             service: answers.
+            client: see `Service.client_of`.
             send: sends an event to the client.
             params: how to answer.
             context: what is asked, and what was said before.
@@ -62,7 +67,7 @@ class Response:
         self.clock = PlaybackClock()
         self._done: Callable[[Response], object]
         self.conversation = conversation
-        self._service, self._send_event, self._params = service, send, params
+        self._service, self._client, self._send_event, self._params = service, client, send, params
         self._context, self._transcribe = context, transcribe
         self._prepared: PreparedRequest | None = None
         self._status = "in_progress"
@@ -106,16 +111,23 @@ class Response:
         try:
             reply = await self._answer()
         except OmniError as error:
-            await self._transcribe_question()
             self._service.metrics.count_error(ENDPOINT, error)
-            found = describe_error(error)
-            found = {name: found[name] for name in ("type", "code", "message")}
-            await self._end("failed", {"type": "failed", "error": found})
+            await self._fail(error)
+            return
+        except Exception:
+            log.exception("a response has failed; the session goes on")
+            await self._fail(OmniError("the answer failed; the server's log says why"))
             return
         if reply.finish_reason == "stop":
             await self._end("completed", None)
         else:
             await self._end("incomplete", {"type": "incomplete", "reason": "max_output_tokens"})
+
+    async def _fail(self, error: OmniError) -> None:
+        await self._transcribe_question()
+        found = describe_error(error)
+        error_fields = {name: found[name] for name in ("type", "code", "message")}
+        await self._end("failed", {"type": "failed", "error": error_fields})
 
     async def _answer(self) -> Reply:
         prepared = self._prepared = await self._prepare()
@@ -157,6 +169,7 @@ class Response:
                 raise ConfigError("input: expected a recording that is still there, found one without samples")
             samples = recording.format.decode(bytes(recording.audio))
             return await self._service.prepare(
+                client=self._client,
                 audio=samples,
                 sample_rate=recording.format.rate,
                 task=Task.A1A2 if spoken else Task.A1T2,
@@ -168,7 +181,12 @@ class Response:
         if not text:
             raise ConfigError("input: expected a message of the user to answer, found none", field="input")
         return await self._service.prepare(
-            text=text, task=Task.T1A2 if spoken else Task.T1T2, system=system, history=history, config=config
+            client=self._client,
+            text=text,
+            task=Task.T1A2 if spoken else Task.T1T2,
+            system=system,
+            history=history,
+            config=config,
         )
 
     async def _transcribe_question(self) -> None:
@@ -268,11 +286,14 @@ class _AudioStream:
         return self._encoder.push(self._tempo.push(chunk.audio, last=last), last=last)
 
 
-async def transcribe(service: Service, send: Send | None, item: Item, prepared: PreparedRequest | None) -> None:
+async def transcribe(
+    service: Service, client: str | None, send: Send | None, item: Item, prepared: PreparedRequest | None
+) -> None:
     """Transcribe the recording of an item.
 
     Args:
         service: transcribes.
+        client: see `Service.client_of`.
         send: sends the text as it is decoded; None: it is for the history alone.
         item: has a recording.
         prepared: a request with that recording, if there is one already.
@@ -287,7 +308,9 @@ async def transcribe(service: Service, send: Send | None, item: Item, prepared: 
     try:
         if prepared is None:
             samples, rate = part.format.decode(bytes(part.audio)), part.format.rate
-            prepared = await service.prepare(audio=samples, sample_rate=rate, task=Task.A1T1, config=GenerationConfig())
+            prepared = await service.prepare(
+                client=client, audio=samples, sample_rate=rate, task=Task.A1T1, config=GenerationConfig()
+            )
         else:
             prepared = service.omni.to_transcription(prepared)
         await service.wait_until_ready()

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from omni_jax.audio.raw import RawFormat
 from omni_jax.inference.generation import GenerationConfig
+from omni_jax.serve.bodies import MAX_VALUES, check_number_of_values
 from omni_jax.serve.errors import RequestRefusedError, describe_validation_error
 from omni_jax.serve.openai_schema import Temperature
 
@@ -306,6 +307,11 @@ def parse_json(text: str) -> dict[str, Any]:
     Raises:
         RequestRefusedError: it is none.
     """
+    try:
+        check_number_of_values(text)
+    except ValueError as error:
+        message = f"event: expected JSON of at most {MAX_VALUES} commas, colons and brackets, found {error}"
+        raise invalid(message, code="invalid_json") from None
     try:
         found = pydantic_core.from_json(text, allow_inf_nan=False)
     except ValueError as error:

@@ -10,6 +10,7 @@ from typing import Any
 from omni_jax.audio.io import SAMPLE_RATE
 from omni_jax.errors import ConfigError, OmniError
 from omni_jax.inference.engine import PreparedRequest
+from omni_jax.serve.budget import Share
 from omni_jax.serve.errors import RequestRefusedError
 from omni_jax.serve.realtime_beta import from_beta
 from omni_jax.serve.realtime_conversation import Context, Conversation, Item, Part, make_item, new_id
@@ -31,12 +32,15 @@ from omni_jax.serve.realtime_schema import (
     update,
     validate,
 )
-from omni_jax.serve.sessions import Service, decode_base64
+from omni_jax.serve.sessions import Base64, Service
 from omni_jax.serve.streaming import check_language
+from omni_jax.serve.websocket import SMALL_MESSAGE
 from omni_jax.tasks import Task
 
 MIN_COMMIT_MS = 100
 """Shortest recording that a client may commit."""
+MAX_CONVERSATION_BYTES = 8 << 20
+"""Most bytes of texts and audio that a conversation keeps."""
 MAX_PENDING = 8
 """Most responses, and most transcriptions, that a session has in progress."""
 
@@ -66,11 +70,20 @@ class RealtimeSession:
         conversation: its items.
     """
 
-    def __init__(self, service: Service, settings: Session, send: Send):
+    def __init__(self, service: Service, client: str | None, settings: Session, send: Send):
+        """Begin a session.
+
+        Args:
+            service: answers.
+            client: see `Service.client_of`.
+            settings: how it begins.
+            send: sends an event to the client.
+        """
         self.id = new_id("sess")
         self.settings = settings
-        self.conversation = Conversation(service.settings.max_body_bytes)
-        self._service, self._send = service, send
+        self.conversation = Conversation(min(MAX_CONVERSATION_BYTES, service.settings.max_body_bytes))
+        self._service, self._client, self._send = service, client, send
+        self._held = Share(service.bodies, client)
         self._input = InputBuffer(settings.audio.input)
         self._turn: tuple[str, float] | None = None
         """Id and beginning of the turn that is being spoken."""
@@ -99,8 +112,23 @@ class RealtimeSession:
         async with self._lock:
             try:
                 await HANDLERS[event.type](self, event)
+                await self._account()
             except OmniError as error:
                 await self.send_error(error, event.event_id)
+
+    async def _account(self) -> None:
+        """Count what the session holds for its client.
+
+        Raises:
+            RequestRefusedError: all that the client holds is too much, and the input was discarded.
+        """
+        self._held.give_back()
+        if self._held.take(self._input.num_bytes + self.conversation.num_bytes):
+            return
+        self.conversation.drop_audio()
+        if not self._held.take(self._input.num_bytes + self.conversation.num_bytes):
+            await self._clear_input()
+            raise RequestRefusedError(429, "too much audio at once; it was discarded, speak again", code="busy")
 
     async def send_error(self, error: OmniError, event_id: str | None = None) -> None:
         """Tell the client what is wrong."""
@@ -108,6 +136,7 @@ class RealtimeSession:
 
     def close(self) -> None:
         """Free all that the session holds; the client is gone."""
+        self._held.give_back()
         for response in self._responses.values():
             response.abandon()
         for task in (self._idle, *self._transcribing):
@@ -133,9 +162,12 @@ class RealtimeSession:
     # Audio from the client
 
     async def _append(self, event: AudioAppend) -> None:
-        encoded = event.audio
+        encoded = Base64(event.audio, "audio")
         try:
-            data = decode_base64(encoded, "audio") if encoded else b""
+            if len(event.audio) <= SMALL_MESSAGE:
+                data = bytes(encoded.decode() if event.audio else b"")
+            else:
+                data = bytes(await asyncio.to_thread(encoded.decode))
         except ConfigError as error:
             raise invalid(str(error), "audio") from None
         for piece in self._input.slices(data):
@@ -236,7 +268,7 @@ class RealtimeSession:
             # The client's next events wait too, which is back-pressure.
             await asyncio.wait(self._transcribing, return_when=asyncio.FIRST_COMPLETED)
         send = self._send if wanted else None
-        task = part.transcription = asyncio.create_task(transcribe(self._service, send, item, prepared))
+        task = part.transcription = asyncio.create_task(transcribe(self._service, self._client, send, item, prepared))
         self._transcribing.add(task)
         task.add_done_callback(self._transcribing.discard)
 
@@ -316,7 +348,9 @@ class RealtimeSession:
             raise RequestRefusedError(429, f"expected at most {MAX_PENDING} responses in progress", code="busy")
         self._stop_idle()
         conversation = self.conversation if in_conversation else None
-        response = Response(self._service, self._send, params, Context.of(context), conversation, self._transcribe)
+        response = Response(
+            self._service, self._client, self._send, params, Context.of(context), conversation, self._transcribe
+        )
         self._responses[response.id] = response
         if in_conversation:
             self._spoken = response
@@ -346,7 +380,8 @@ class RealtimeSession:
         self._stop_idle()
         detection = self.settings.audio.input.turn_detection
         timeout = None if detection is None else detection.idle_timeout_ms
-        if timeout is not None and self._spoken is not None and self.settings.type == "realtime" and not self._turn:
+        waiting = self._spoken is not None and self._turn is None and self._spoken.id not in self._responses
+        if timeout is not None and waiting and self.settings.type == "realtime":
             self._idle = asyncio.create_task(self._wait_for_speech(timeout / 1000))
 
     def _stop_idle(self) -> None:

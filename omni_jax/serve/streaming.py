@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import reprlib
 from collections.abc import AsyncIterator, Mapping
 from typing import cast
 
@@ -27,6 +28,11 @@ def service_of(request: Request) -> Service:
     return cast(Service, request.app.state.service)
 
 
+def client_of(request: Request) -> str | None:
+    """Whom a request is counted for; see `Service.client_of`."""
+    return service_of(request).client_of(request.client)
+
+
 def check_model(name: str, request: Request) -> None:
     """Refuse a request for another model.
 
@@ -35,7 +41,7 @@ def check_model(name: str, request: Request) -> None:
     """
     names = service_of(request).names
     if name not in names:
-        message = f"model: expected {' or '.join(map(repr, names))}, found {name!r}"
+        message = f"model: expected {' or '.join(map(repr, names))}, found {reprlib.repr(name)}"
         raise RequestRefusedError(404, message, field="model", code="model_not_found")
 
 

@@ -181,18 +181,22 @@ def test_exception_in_one_answer_fails_only_that_request(
     monkeypatch.setattr(AnswerBuilder, "add", add)
 
 
-def test_exception_in_batch_fails_active_requests_and_answers_queued_ones(
-    omni: Omni, requests: list[PreparedRequest], replies: list[Reply], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("faults", [1, 2])
+def test_exception_in_batch_is_survived_once_by_active_requests_and_always_by_queued_ones(
+    faults: int, omni: Omni, requests: list[PreparedRequest], replies: list[Reply], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with AsyncEngine(omni, max_batch_size=1, max_queue_size=2) as engine:
         batch = engine._engine
         route, stepper = batch._route, Stepper(engine, monkeypatch)
+        left = [True] * faults
 
         def fail() -> Any:
+            if not left:
+                return route()
+            left.pop()
             # As when a program that was given the state does not return.
             for array in jax.tree.leaves(batch.state):
                 array.delete()
-            monkeypatch.setattr(batch, "_route", route)
             raise ZeroDivisionError("in the batch")
 
         monkeypatch.setattr(batch, "_route", fail)
@@ -200,8 +204,11 @@ def test_exception_in_batch_fails_active_requests_and_answers_queued_ones(
         failed, queued = engine.submit(requests[0], notify=notified.set), engine.submit(requests[3])
         stepper.go()
         assert notified.wait(60), "the thread ended without a notification"
-        assert list(failed) == []
-        assert failed.outcome == "failed"
+        if faults == 1:
+            assert_same_answer(list(failed), replies[0])
+        else:
+            assert list(failed) == []
+            assert failed.outcome == "failed"
         assert_same_answer(list(queued), replies[3])
         assert_same_answer(list(engine.submit(requests[0])), replies[0])
         assert engine.num_requests == engine.num_active == 0
@@ -230,20 +237,25 @@ def test_failing_reset_breaks_engine_and_fails_all_requests(
             engine.submit(requests[0])
 
 
-def test_exception_on_submit_breaks_engine_and_notifies(
-    omni: Omni, requests: list[PreparedRequest], monkeypatch: pytest.MonkeyPatch
+def test_exception_on_submit_fails_only_that_request(
+    omni: Omni, requests: list[PreparedRequest], replies: list[Reply], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> Any:
-        raise MemoryError("no room")
-
     with AsyncEngine(omni, max_batch_size=1, max_queue_size=2) as engine:
+        submit = engine._engine.submit
+
+        def fail(key: int, request: PreparedRequest) -> None:
+            if key == 0:
+                raise MemoryError("no room")
+            submit(key, request)
+
         monkeypatch.setattr(engine._engine, "submit", fail)
         notified = threading.Event()
         handle = engine.submit(requests[0], notify=notified.set)
         assert notified.wait(60), "the thread ended without a notification"
         assert list(handle) == []
         assert handle.outcome == "failed"
-        assert engine.broken
+        assert not engine.broken
+        assert_same_answer(list(engine.submit(requests[1])), replies[1])
 
 
 def test_slow_reader_and_failing_notify_do_not_block(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+import uvicorn
 from flax import nnx
 
 from omni_jax.api import Omni
@@ -24,6 +25,7 @@ from omni_jax.audio.encoding import encode
 from omni_jax.codec.snac import Snac, make_decoder
 from omni_jax.config.model import CodecConfig
 from omni_jax.serve.app import make_server
+from omni_jax.serve.binding import bind
 from omni_jax.serve.sessions import Service, Settings
 from omni_jax.tokenizer import byte_tokenizer
 from tests.inference.reference_decoder import random_model, small_config, small_omni
@@ -37,6 +39,11 @@ class RunningServer:
 
     url: str
     service: Service
+    server: uvicorn.Server
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
     @property
     def omni(self) -> Omni:
@@ -121,17 +128,24 @@ class HeldBatch:
 @contextlib.contextmanager
 def run_server(omni: Omni, *, ready: bool = True, **settings: Any) -> Iterator[RunningServer]:
     service = Service(omni, "small", Settings(**{"max_batch_size": 2, "max_queue_size": 20, **settings}))
-    server = make_server(service, "127.0.0.1", 0)
-    thread = threading.Thread(target=server.run)
-    thread.start()
+    server = make_server(service)
+    with bind("127.0.0.1", 0) as sockets:
+        port = sockets[0].getsockname()[1]
+        thread = threading.Thread(target=server.run, args=(sockets,))
+        thread.start()
+        yield from _running(thread, server, service, f"http://127.0.0.1:{port}", ready=ready)
+
+
+def _running(
+    thread: threading.Thread, server: uvicorn.Server, service: Service, url: str, *, ready: bool
+) -> Iterator[RunningServer]:
     try:
         until = time.monotonic() + 600
         while not (server.started and (service.ready or not ready)):
             assert thread.is_alive()
             assert time.monotonic() < until
             time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield RunningServer(f"http://127.0.0.1:{port}", service)
+        yield RunningServer(url, service, server)
     finally:
         server.should_exit = True
         thread.join(60)

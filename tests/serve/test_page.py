@@ -192,7 +192,7 @@ def test_page_sends_at_the_limit_what_was_said(browser: Any, omni: Omni) -> None
 
 def test_page_waits_for_the_compiler(browser: Any, omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = threading.Event()
-    monkeypatch.setattr(Engine, "warm_up", lambda self: compiled.wait(60))
+    monkeypatch.setattr(Engine, "warm_up", lambda self, stop: compiled.wait(60))
     with run_server(omni, ready=False) as server, opened(browser, server) as page:
         try:
             until(page, "document.getElementById('state').textContent.includes('compiling')")

@@ -33,8 +33,10 @@ def test_kept_text_ends_with_a_word_that_was_spoken(cut: float | None, kept: str
 def test_kept_text_of_an_answer_that_was_not_decoded_to_its_end() -> None:
     """Its text is ahead of its audio."""
     text = "one two three four five six seven eight"
-    whole, part = (spoken(text, 0.5, cut_seconds=0.5, complete=complete) for complete in (True, False))
-    assert (whole.text, part.text) == (text, "one two")
+    for cut in (0.5, None):
+        whole, part = (spoken(text, 0.5, cut_seconds=cut, complete=complete) for complete in (True, False))
+        assert (whole.text, part.text) == (text, "one two")
+    assert spoken(text, 0.0, complete=False).text == ""
 
 
 def test_conversation_drops_the_oldest_audio_and_then_the_oldest_items(monkeypatch: pytest.MonkeyPatch) -> None:
