@@ -12,6 +12,7 @@ NAMES = (
     "conversation",
     "first_audio",
     "live",
+    "realtime",
     "serve",
     "attacks",
     "load",

@@ -296,6 +296,9 @@ class AsyncEngine:
         newcomers = self.max_batch_size > len(active) and self._engine.queue
         steps = [answer.next_steps for key, (_, answer) in self._answers.items() if key in active or newcomers]
         for progress in self._engine.advance(min(steps, default=1)):
+            if progress.key not in self._answers:
+                # Its answer has failed in this chunk, or the transcription of its question.
+                continue
             handle, answer = self._answers[progress.key]
             if progress.error is not None:
                 self._end(progress.key, "failed")

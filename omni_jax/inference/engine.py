@@ -142,6 +142,8 @@ class Progress:
     """Whether the tokens are those of the question's transcription; `finish` is the transcription's then."""
     pending: bool = False
     """Whether the other one of the answer and the transcription goes on when this one has ended."""
+    error: Exception | None = None
+    """Why the request has failed: nothing follows, and the other requests go on."""
 
     @property
     def done(self) -> bool:
@@ -298,7 +300,6 @@ class Engine:
         if key in self._nothing_to_do:
             self._nothing_to_do.remove(key)
             return True
-        self._unfinished.pop(key, None)
         left = deque(entry for entry in self.queue if entry[0] != key)
         found = len(left) < len(self.queue)
         self.queue = left

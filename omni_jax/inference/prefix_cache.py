@@ -93,7 +93,8 @@ class PrefixCache:
         if entry.nbytes > self.max_bytes:
             return
         with self._lock:
-            for length in history.ends:
+            # An empty turn ends where the one before it does.
+            for length in set(history.ends):
                 key = _key(history, length)
                 if (older := self._by_prefix.get(key)) is not None:
                     older.keys.discard(key)

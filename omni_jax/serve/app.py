@@ -21,8 +21,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from omni_jax.errors import OmniError
-from omni_jax.serve import mini_omni, openai, openai_audio, openai_responses, websocket
+from omni_jax.serve import mini_omni, openai, openai_audio, openai_responses, realtime, websocket
 from omni_jax.serve.binding import AdmittingSocket
+from omni_jax.serve.chat_history import TextCache
+from omni_jax.serve.client_secrets import ClientSecrets
 from omni_jax.serve.connections import ServerConfig
 from omni_jax.serve.errors import RETRY_SECONDS, describe_validation_error, error_body, kind_of
 from omni_jax.serve.limits import LimitsMiddleware
@@ -107,6 +109,8 @@ def make_app(service: Service) -> ASGIApp:
         title="omni_jax", version=metadata.version("omni-jax"), docs_url=None, redoc_url=None, lifespan=lifespan
     )
     app.state.service = service
+    app.state.client_secrets = ClientSecrets()
+    app.state.texts = TextCache()
     for routes in (
         router,
         openai.router,
@@ -114,6 +118,7 @@ def make_app(service: Service) -> ASGIApp:
         openai_responses.router,
         mini_omni.router,
         websocket.router,
+        realtime.router,
     ):
         app.include_router(routes)
     _add_error_handlers(app)
@@ -217,6 +222,9 @@ def make_server(service: Service) -> Server:
             proxy_headers=bool(settings.trusted_proxies),
             forwarded_allow_ips=list(settings.trusted_proxies),
             ws_max_size=settings.max_body_bytes,
+            # A client that has vanished without a word answers no ping.
+            ws_ping_interval=min(20.0, settings.idle_timeout),
+            ws_ping_timeout=settings.idle_timeout,
             # Audio does not compress.
             ws_per_message_deflate=False,
             timeout_graceful_shutdown=math.ceil(settings.request_timeout),

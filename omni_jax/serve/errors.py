@@ -81,7 +81,7 @@ def error_body(message: str, *, status: int, field: str | None = None, code: str
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 
-_TYPE = re.compile(r"(?:str|int|float|bool|list|dict)$|.*\[[^\]]")
+_TYPE = re.compile(r"(?:str|int|float|bool|list|dict|constrained-int)$|.*\[[^\]]")
 """What pydantic adds to a field's path where the field may be of several types."""
 
 

@@ -12,7 +12,6 @@ from starlette.responses import JSONResponse, PlainTextResponse
 
 from omni_jax.audio.encoding import MEDIA_TYPES, encode
 from omni_jax.audio.tempo import TempoStream
-from omni_jax.errors import ConfigError
 from omni_jax.inference.answer import Reply
 from omni_jax.serve.bodies import JsonRoute
 from omni_jax.serve.errors import client_fields
@@ -28,6 +27,7 @@ from omni_jax.serve.sessions import AnswerStream
 from omni_jax.serve.streaming import (
     STREAMABLE_FORMATS,
     StreamedAnswer,
+    check_language,
     check_model,
     client_of,
     service_of,
@@ -67,8 +67,8 @@ async def transcriptions(
     check_model(model, request)
     service = service_of(request)
     spoken = "english" if service.omni.config.text.spoken_english else ""
-    if spoken and language and language.lower().split("-")[0] not in ("en", "english"):
-        raise ConfigError(f"language: expected en, which this model knows, found {language!r}", field="language")
+    if language:
+        check_language(language, service, "language")
     config = generation_config(options)
     prepared = await service.prepare(client=client_of(request), audio=await file.read(), task=Task.A1T1, config=config)
     answer = service.submit(prepared, "/v1/audio/transcriptions")

@@ -82,10 +82,17 @@ class AudioPart(Body):
     input_audio: InputAudio
 
 
+class AnswerReference(Body):
+    """An answer in speech, by its id."""
+
+    id: str
+
+
 class Message(Body):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    audio: AnswerReference | None = None
     content: (
         str
         | Annotated[list[Annotated[TextPart | AudioPart, Field(discriminator="type")]], Field(fail_fast=True)]

@@ -23,6 +23,7 @@ from omni_jax.inference.answer import Chunk, Reply
 from omni_jax.inference.async_engine import AsyncEngine, Outcome, RequestHandle
 from omni_jax.inference.engine import PreparedRequest
 from omni_jax.inference.generation import GenerationConfig
+from omni_jax.inference.request import Turn
 from omni_jax.serve.budget import Budget, Share, client_name
 from omni_jax.serve.errors import RequestRefusedError, kind_of
 from omni_jax.tasks import Task
@@ -99,6 +100,9 @@ class Metrics:
             buckets=(0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 4, 8),
             registry=registry,
         )
+        self.realtime_sessions = Gauge(
+            "omni_realtime_sessions", "Open sessions of the Realtime API.", registry=registry
+        )
         engine = service.engine
         gauges = {
             "omni_batch_slots": ("Requests that can be decoded at once.", lambda: engine.max_batch_size),
@@ -170,6 +174,11 @@ class Service:
         return (self.name, *self.settings.aliases)
 
     @property
+    def remembers(self) -> bool:
+        """Whether the model takes a system text and past turns."""
+        return self.omni.config.conversation
+
+    @property
     def ready(self) -> bool:
         """Whether every program is compiled."""
         return self.engine.ready.is_set()
@@ -195,6 +204,8 @@ class Service:
         text: str | None = None,
         task: Task | None = None,
         truncate: bool = False,
+        system: str = "",
+        history: Sequence[Turn] = (),
         config: GenerationConfig,
     ) -> PreparedRequest:
         """Validate and prepare a request, in a thread.
@@ -206,6 +217,8 @@ class Service:
             text: the input, where it is no recording.
             task: see `Request`.
             truncate: answer the beginning of a recording that is too long.
+            system: text that a conversation begins with.
+            history: its turns so far. A model that was not trained on conversations (`remembers`) takes neither.
             config: how to answer.
 
         Raises:
@@ -220,7 +233,9 @@ class Service:
 
         def prepare(max_samples: int) -> PreparedRequest:
             source: Any = audio.decode() if isinstance(audio, Base64) else audio
-            request = Request(source, text, task, sample_rate, truncate, config, name="recording")
+            request = Request(
+                source, text, task, sample_rate, truncate, config, name="recording", system=system, history=history
+            )
             return self.omni.prepare(request, max_samples=max_samples)
 
         if audio is None:

@@ -244,3 +244,12 @@ def test_question_is_transcribed_next_to_its_answer(runner: ModelRunner, slots: 
     assert engine.cancel(8)
     assert not engine.busy or not engine.advance(1)
     assert not engine.busy
+
+
+def test_prefix_cache_keeps_a_history_with_an_empty_turn() -> None:
+    """Such as one whose answer was interrupted before anything of it was played."""
+    cache = PrefixCache()
+    past = kept([], cache, [([2], [3]), ([], [])])
+    found = cache.find(past)
+    assert found is not None
+    assert (found.length, len(cache)) == (len(past), 1)

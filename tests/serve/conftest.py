@@ -10,21 +10,26 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
 import uvicorn
+from flax import nnx
 
 from omni_jax.api import Omni
 from omni_jax.audio import io as audio_io
 from omni_jax.audio.encoding import encode
+from omni_jax.codec.snac import Snac, make_decoder
+from omni_jax.config.model import CodecConfig
 from omni_jax.serve.app import make_server
 from omni_jax.serve.binding import bind
 from omni_jax.serve.sessions import Service, Settings
-from tests.inference.reference_decoder import small_omni
+from omni_jax.tokenizer import byte_tokenizer
+from tests.inference.reference_decoder import random_model, small_config, small_omni
+from tests.model.randomized import randomized
 from tests.models import quick_compile
 
 
@@ -151,6 +156,27 @@ def _running(
 def omni() -> Iterator[Omni]:
     with quick_compile():
         yield small_omni()
+
+
+def conversation_omni() -> Omni:
+    """A small model for conversations: takes recordings of six seconds, and answers for seconds, as people do."""
+    config = small_config(text=260, max_position=128, text_specials=7, conversation=True)
+    config = replace(
+        config,
+        audio_encoder=replace(config.audio_encoder, max_position=300),
+        adapter=replace(config.adapter, stack=8),
+        codec=CodecConfig(
+            encoder_dim=4, encoder_rates=(16, 32), decoder_dim=8, decoder_rates=(32, 16), codebook_size=12
+        ),
+    )
+    codec = make_decoder(randomized(lambda: Snac(config.codec, rngs=nnx.Rngs(0))))
+    return Omni(random_model(config, seed=3, eot=2.5, eoa=0.5), codec, byte_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def conversation_server() -> Iterator[RunningServer]:
+    with quick_compile(), run_server(conversation_omni()) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
