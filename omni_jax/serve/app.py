@@ -29,6 +29,8 @@ from omni_jax.serve.streaming import service_of
 PAGE = {
     "index.html": "text/html",
     "page.js": "text/javascript",
+    "realtime.js": "text/javascript",
+    "audio.js": "text/javascript",
     "worklets.js": "text/javascript",
     "page.css": "text/css",
 }
