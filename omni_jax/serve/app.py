@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 PAGE = {
     "index.html": "text/html",
     "page.js": "text/javascript",
+    "realtime.js": "text/javascript",
+    "audio.js": "text/javascript",
     "worklets.js": "text/javascript",
     "page.css": "text/css",
 }

@@ -18,7 +18,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from omni_jax.audio.encoding import encode
-from omni_jax.audio.io import pcm_bytes
+from omni_jax.audio.io import SAMPLE_RATE, pcm_bytes
 from omni_jax.errors import ConfigError
 from omni_jax.serve.bodies import JsonRoute
 from omni_jax.serve.chat_history import TextCache, read_history
@@ -37,7 +37,7 @@ from omni_jax.serve.openai_schema import (
     server_sent_event,
     usage,
 )
-from omni_jax.serve.sessions import AnswerStream, Base64
+from omni_jax.serve.sessions import AnswerStream, Base64, Service
 from omni_jax.serve.streaming import (
     StreamedAnswer,
     check_model,
@@ -54,18 +54,29 @@ router = APIRouter(prefix="/v1", route_class=JsonRoute)
 @router.get("/models/", include_in_schema=False)
 async def models(request: Request) -> Any:
     """List the names of the model."""
-    return {"object": "list", "data": [_model(name) for name in service_of(request).names]}
+    service = service_of(request)
+    return {"object": "list", "data": [_model(name, service) for name in service.names]}
 
 
 @router.get("/models/{name:path}")
 async def model(request: Request, name: str) -> Any:
     """One of `models`."""
     check_model(name, request)
-    return _model(name)
+    return _model(name, service_of(request))
 
 
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "omni_jax"}
+def _model(name: str, service: Service) -> dict[str, Any]:
+    """OpenAI's fields, and what our page needs to know."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "omni_jax",
+        "state": service.state,
+        "trained": service.omni.trained,
+        "conversation": service.omni.config.conversation,
+        "max_audio_seconds": service.max_samples(None) / SAMPLE_RATE,
+    }
 
 
 @router.post("/chat/completions", response_model=None)
