@@ -142,8 +142,6 @@ class Progress:
     """Whether the tokens are those of the question's transcription; `finish` is the transcription's then."""
     pending: bool = False
     """Whether the other one of the answer and the transcription goes on when this one has ended."""
-    error: Exception | None = None
-    """Why the request has failed: nothing follows, and the other requests go on."""
 
     @property
     def done(self) -> bool:

@@ -343,7 +343,7 @@ class Malicious:
         return (print, ("this must never be printed",))
 
 
-@pytest.mark.parametrize("content", [{"a": Malicious()}, {"a": [1, 2]}, [1, 2], {"model": {"a": torch.zeros(2)}}])
+@pytest.mark.parametrize("content", [{"a": Malicious()}, {"a": [1, 2]}, [1, 2], {"b": {"a": torch.zeros(2)}}])
 def test_import_executes_nothing_and_takes_tensors_only(content, folder, tiny_parts, tmp_path, capfd):
     torch.save(content, folder / "lit_model.pth")
     with pytest.raises(ConversionError, match=r"lit_model\.pth: expected"):
