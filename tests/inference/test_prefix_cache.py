@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from omni_jax.errors import ConfigError
 from omni_jax.inference.engine import Engine, PreparedRequest
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.prefix_cache import PrefixCache
@@ -146,6 +147,29 @@ def test_sessions_that_do_not_fit_are_prefilled_again(runner: ModelRunner) -> No
     assert hits == 0, "six in turn push one another out"
     answers(engine, session(5, 3))
     assert engine.prefixes.find(session(5, 3).prompt.history) is not None
+
+
+def test_remembered_history_leaves_only_the_question_to_prefill(runner: ModelRunner) -> None:
+    """A turn's text is prefilled before the next turn, after what is queued; and only once."""
+    counting = Counting(runner)
+    engine = Engine(counting, 1, CONTEXT)
+    request = turn(runner, Task.T1T2, 2)
+    expected = answers(Engine(runner, 1, CONTEXT, prefixes=PrefixCache(0)), request)
+    answers(engine, turn(runner, Task.T1T2, 1))
+    engine.submit(0, turn(runner, Task.T1T2, 0))
+    engine.remember(request.prompt.history)
+    engine.remember(request.prompt.history)
+    assert engine.busy
+    for _ in engine.run(5):
+        pass
+    found = engine.prefixes.find(request.prompt.history)
+    assert found is not None
+    assert found.length == len(request.prompt.history)
+    del counting.prefills[:2]
+    assert counting.prefills == [(16, True)]
+    assert answers(engine, request) == expected
+    with pytest.raises(ConfigError, match="takes 65 positions"):
+        engine.remember(make_history([1] * (CONTEXT - 1), [], CONTEXT, Vocab(runner.config.vocab)))
 
 
 def test_prefix_programs_are_compiled_once_per_shape(runner: ModelRunner) -> None:
