@@ -5,7 +5,20 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("codec", "decode", "answer", "first_audio", "live", "serve", "load", "prepare", "pipeline", "train", "formats")
+NAMES = (
+    "codec",
+    "decode",
+    "answer",
+    "first_audio",
+    "live",
+    "serve",
+    "start",
+    "load",
+    "prepare",
+    "pipeline",
+    "train",
+    "formats",
+)
 
 if __name__ == "__main__":
     chosen = sys.argv[1:] or NAMES

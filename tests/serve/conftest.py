@@ -121,7 +121,7 @@ def run_server(omni: Omni, *, ready: bool = True, **settings: Any) -> Iterator[R
     thread.start()
     try:
         until = time.monotonic() + 600
-        while not (server.started and (service.ready or not ready)):
+        while not (server.started and (service.engine.warmed_up.is_set() or not ready)):
             assert thread.is_alive()
             assert time.monotonic() < until
             time.sleep(0.01)

@@ -111,7 +111,7 @@ def test_warm_up_compiles_everything(
 
 @pytest.mark.parametrize("body", [HELLO, STREAM], ids=["whole", "streamed"])
 def test_answer_streams_are_freed_without_garbage_collection(server: RunningServer, body: Any) -> None:
-    """They hold their audio; see also `omni_jax.serve.app._freeze_when_ready`."""
+    """They hold their audio; see also `omni_jax.serve.app._freeze_when_warmed_up`."""
 
     def count() -> int:
         return sum(isinstance(thing, AnswerStream) for thing in gc.get_objects())
