@@ -69,7 +69,7 @@ def serve(environment: dict[str, str]) -> str:
     }
     port = free_port()
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([*COMMAND, "serve", "--port", str(port)], env=environment, stderr=log)
+        process = subprocess.Popen([*COMMAND, "serve", "--port", str(port)], env=environment, stdout=log, stderr=log)
         clock = Clock(process)
         try:
             until_ready(process, port)
