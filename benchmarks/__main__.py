@@ -14,6 +14,7 @@ NAMES = (
     "live",
     "realtime",
     "serve",
+    "start",
     "attacks",
     "load",
     "prepare",

@@ -436,7 +436,10 @@ class Omni:
         Compiles for a running batch of `max_batch_size` whose caches are as long as the context, as `AsyncEngine` has
         it, and for streaming.
         """
-        Engine(self.runner, max_batch_size, self.config.trunk.max_position).warm_up()
+        engine = Engine(self.runner, max_batch_size, self.config.trunk.max_position)
+        engine.warm_up()
+        for _ in engine.warm_up_rest():
+            pass
         StreamDecoder(self.outputs.codec, self.config.codec).warm_up()
 
     def _follow_history(self, prepared: PreparedRequest, system: str, turns: Sequence[Turn]) -> PreparedRequest:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.extend import core
+
+PASSES = {jax.lax.Precision.HIGH: 3, jax.lax.Precision.HIGHEST: 6}
+"""Products of bfloat16 parts that make one of float32 factors, by precision."""
 
 
 def count(traced: core.ClosedJaxpr, loop_trips: int = 1) -> float:
     """Floating-point operations of a call over all devices together; a multiplication and its addition are two.
 
-    A loop of known length counts as often as it runs. Recomputation in a backward pass counts.
+    A loop of known length counts as often as it runs. Recomputation in a backward pass counts. A product of float32
+    matrices counts as often as a TPU multiplies bfloat16 parts of them: its default rounds the factors, `PASSES` are
+    those of other precisions.
 
     Args:
         traced: the program: `jax.make_jaxpr(function)(*arguments)`, or the `jaxpr` of a jitted function's trace.
@@ -29,7 +36,9 @@ def _count_equation(equation: Any, loop_trips: int) -> float:
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+        work = 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+        is_float32 = all(factor.aval.dtype == jnp.float32 for factor in equation.invars)
+        return work * PASSES.get((params["precision"] or [None])[0], 1) if is_float32 else work
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         outputs = kernel[params["dimension_numbers"].rhs_spec[0]]

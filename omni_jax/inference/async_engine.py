@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -108,7 +109,8 @@ class AsyncEngine:
     Attributes:
         max_batch_size: requests decoded at once.
         max_queue_size: how many more may be queued.
-        ready: set when everything that is compiled beforehand has been.
+        ready: set once requests are answered; with `warm_up`, when the programs of the first one are compiled.
+        warmed_up: set once nothing is left to compile beforehand.
         broken: whether a fault has ended the thread: nothing is answered any more.
     """
 
@@ -129,7 +131,8 @@ class AsyncEngine:
             max_batch_size: requests decoded at once.
             max_queue_size: how many more may be queued; further ones are refused.
             max_len: positions of each slot's cache; None: the trunk's context.
-            warm_up: compile all that any request can need first, so that none waits for it later.
+            warm_up: compile what the first request needs before `ready` is set, and the rest whenever there is no
+                request. A request that needs a program which is not compiled yet waits for it.
             prefix_cache_bytes: memory for the keys and values of conversations that wait for their next turn.
         """
         if max_batch_size < 1 or max_queue_size < 0:
@@ -151,7 +154,8 @@ class AsyncEngine:
         max_len = max_len or self._outputs.config.trunk.max_position
         prefixes = PrefixCache(prefix_cache_bytes)
         self._engine = Engine(model.runner, max_batch_size, max_len, COARSE_PROMPT_BUCKETS, prefixes)
-        self.ready = threading.Event()
+        self.ready, self.warmed_up = threading.Event(), threading.Event()
+        self._rest: Iterator[None] = iter(())
         self.broken = False
         self._thread = threading.Thread(target=self._run, args=(warm_up,), name="omni_jax engine", daemon=True)
         self._thread.start()
@@ -266,16 +270,27 @@ class AsyncEngine:
     def _serve(self, warm_up: bool) -> None:
         if warm_up:
             start = time.monotonic()
-            log.info("compiling every program that requests can need ...")
-            self._engine.warm_up(stop=lambda: self._closing == "cancel")
+            log.info("compiling what the first request needs ...")
+            stream = StreamDecoder(self._outputs.codec, self._outputs.config.codec)
+            # The compiler of the codec's programs runs while the others are traced, and the other way round.
+            with ThreadPoolExecutor(1) as pool:
+                codec = pool.submit(stream.warm_up)
+                self._engine.warm_up(stop=lambda: self._closing == "cancel")
+                codec.result()
             if self._closing != "cancel":
-                StreamDecoder(self._outputs.codec, self._outputs.config.codec).warm_up()
-                log.info("ready after %.1f s of compiling", time.monotonic() - start)
+                seconds = time.monotonic() - start
+                log.info("ready after %.1f s of compiling; the rest is compiled between requests", seconds)
+            self._rest = self._engine.warm_up_rest()
+        else:
+            self.warmed_up.set()
         if self._closing != "cancel":
             self.ready.set()
         while self._process_orders():
             try:
-                self._advance()
+                if self._engine.busy or self.warmed_up.is_set():
+                    self._advance()
+                else:
+                    self._compile_next()
             except Exception:
                 # A fault must not end the service: requests that it hits for the first time are answered again.
                 log.exception("the running batch failed and is reset")
@@ -285,7 +300,9 @@ class AsyncEngine:
     def _process_orders(self) -> bool:
         """Wait for something to do; submit, cancel and expire requests. False when all is done."""
         with self._lock:
-            while not (self._new or self._cancelled or self._answers or self._histories or self._closing):
+            while self.warmed_up.is_set() and not (
+                self._new or self._cancelled or self._answers or self._histories or self._closing
+            ):
                 self._lock.wait()
             # One at a time: a request that arrives meanwhile comes first.
             history = self._histories.popleft() if self._histories else None
@@ -335,6 +352,14 @@ class AsyncEngine:
                 handle._put(chunk)
             if progress.done:
                 self._end(progress.key, "done")
+
+    def _compile_next(self) -> None:
+        """Compile one more of the programs that requests can need."""
+        try:
+            next(self._rest)
+        except StopIteration:
+            log.info("every program is compiled")
+            self.warmed_up.set()
 
     def _end(self, key: int, outcome: Outcome) -> None:
         self._engine.cancel(key)

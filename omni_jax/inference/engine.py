@@ -12,13 +12,14 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from omni_jax.audio.features import pad
+from omni_jax.audio.io import SAMPLE_RATE
 from omni_jax.errors import ConfigError
 from omni_jax.inference.decode import MAX_CHUNK_STEPS, DecodeState, Routing, SlotParams
 from omni_jax.inference.generation import GenerationConfig
@@ -26,7 +27,14 @@ from omni_jax.inference.prefix_cache import Prefix, PrefixCache
 from omni_jax.inference.runner import ModelRunner
 from omni_jax.inference.sampling import Sampling
 from omni_jax.model.decoder import Cache
-from omni_jax.prompts import History, Prompt, max_speech_positions, speech_prompt, text_prompt
+from omni_jax.prompts import (
+    History,
+    Prompt,
+    max_speech_positions,
+    speech_positions,
+    speech_prompt,
+    text_prompt,
+)
 from omni_jax.tasks import Task
 from omni_jax.vocab import NUM_STREAMS, TEXT_STREAM, Vocab
 
@@ -172,6 +180,10 @@ class ActiveRequest:
     def identity(self) -> tuple[int, bool]:
         """What no other request in a batch slot has: an answer and the transcription of its question share a key."""
         return self.key, self.request.of_question
+
+
+_Program = tuple[Callable[..., None], tuple[Any, ...]]
+"""A method of `Engine` that compiles programs, and its arguments."""
 
 
 class Engine:
@@ -360,7 +372,9 @@ class Engine:
         return sorted(dropped)
 
     def warm_up(self, stop: Callable[[], bool] = lambda: False) -> None:
-        """Compile every program that any request can need here, by running it on nothing.
+        """Compile the programs of one spoken question of 3 s, by running them on nothing.
+
+        They are what the first request most likely needs, and a small part of all; see `warm_up_rest`.
 
         Args:
             stop: asked between two programs whether to leave out the rest.
@@ -368,66 +382,117 @@ class Engine:
         Raises:
             RuntimeError: something is queued or active.
         """
-        if self.busy:
-            raise RuntimeError("a busy engine cannot be warmed up")
-        for _ in self._warm_up_programs():
+        for compile_program, sizes in self._first_programs():
             if stop():
                 return
+            self._compile(compile_program, sizes)
 
-    def _warm_up_programs(self) -> Iterator[None]:
-        """Run every program; stops after each."""
-        sizes = sorted({self._bucket_rows(count) for count in range(self.max_batch_size + 1)})
-        for companions in sizes:
-            self._resize_companions([], 0)
-            self._resize_companions([], companions)
-            yield from self._warm_up_prefill()
-            for texts, audios in itertools.product(sizes, sizes):
-                # A request with a companion row outputs text and audio.
-                if min(texts, audios) >= companions and texts + audios:
-                    # From the host, as `_route` sends them: that is compiled, too.
-                    unused = [
-                        jnp.asarray(np.full(size, self.max_batch_size, np.int32))
-                        for size in (companions, texts, texts, audios)
-                    ]
-                    self.state, *_ = self.runner.decode_chunk(self.state, Routing(*unused), jnp.int32(1))
-                    yield
-            self.state = self.runner.stop(self.state, jnp.int32(0))
-            for other in sizes:
-                self._resize_companions([], other)
-                self._resize_companions([], companions)
-        self._resize_companions([], 0)
+    def warm_up_rest(self) -> Iterator[None]:
+        """Compile every other program that any request can need here, one for each item.
 
-    def _warm_up_prefill(self) -> Iterator[None]:
+        The likeliest come first: those of one request alone. Between two items, requests may be answered.
+
+        Raises:
+            RuntimeError: something is queued or active.
+        """
+        first = self._first_programs()
+        for program in sorted(dict.fromkeys(self._other_programs()), key=lambda program: self._num_requests(*program)):
+            if program not in first:
+                self._compile(*program)
+                yield
+
+    def _compile(self, compile_program: Callable[..., None], sizes: tuple[Any, ...]) -> None:
+        if self.busy:
+            raise RuntimeError("a busy engine cannot be warmed up")
+        compile_program(*sizes)
+
+    def _first_programs(self) -> list[_Program]:
+        encoder, few = self.runner.config.audio_encoder, self._bucket_rows(1)
+        samples = min(3 * SAMPLE_RATE, encoder.max_samples)
+        positions = speech_positions(samples, encoder.max_position, self.runner.config.adapter.stack)
+        length = self._padded(len(speech_prompt(Task.A1A2, positions, self.vocab)) - 1)
+        return [
+            (self._compile_prefill, (Task.A1A2, length, encoder.window(samples), False, 1, few)),
+            (self._compile_decode, (few, few, few)),
+            (self._compile_decode, (0, 0, few)),
+            (self._compile_stop, (0,)),
+        ]
+
+    def _other_programs(self) -> Iterator[_Program]:
         config = self.runner.config
-        longest = max_speech_positions(config)
+        sizes = sorted({self._bucket_rows(count) for count in range(self.max_batch_size + 1)})
+        for companions, texts, audios in itertools.product(sizes, sizes, sizes):
+            # A request with a companion row outputs text and audio.
+            if min(texts, audios) >= companions and texts + audios:
+                yield self._compile_decode, (companions, texts, audios)
         max_rows = min(self.max_batch_size, MAX_PREFILL_ROWS)
         rows = sorted({next_power_of_2(count) for count in range(1, max_rows + 1)})
-        prefixes: list[Prefix | None] = [None]
-        if config.conversation:
-            empty = jax.tree.map(lambda x: np.zeros((*x.shape[:-4], 1, x.shape[-3], 0, x.shape[-1])), self.state.caches)
-            prefixes.append(Prefix(0, empty))
+        after = (False, True) if config.conversation else (False,)
         # Without a TTS adapter prefill does not depend on what is output.
-        tasks = (Task.T1A1, Task.A1A2, Task.T1T2, Task.A1T1) if config.tts_adapter_layers else (Task.T1A1, Task.A1A2)
+        tasks = (Task.A1A2, Task.T1A1, Task.A1T1, Task.T1T2) if config.tts_adapter_layers else (Task.A1A2, Task.T1A1)
         for task in tasks:
             # Any prompt may follow a history.
-            max_prompt = (
-                min(longest + 2, self.max_len) if task.takes_audio and not config.conversation else self.max_len
-            )
-            if task.takes_audio:
-                request = PreparedRequest.of(speech_prompt(task, 1, self.vocab), np.zeros(0, np.float32))
-            else:
-                request = PreparedRequest.of(text_prompt(task, [0], self.vocab))
+            speech_only = task.takes_audio and not config.conversation
+            max_prompt = min(max_speech_positions(config) + 2, self.max_len) if speech_only else self.max_len
             lengths = sorted({self._padded(length) for length in range(1, max_prompt + 1)})
-            for length, count, prefix in itertools.product(lengths, rows, prefixes):
-                active = ActiveRequest(-1, request, prefix=prefix)
-                self._prefill(length, [(self.max_batch_size, active)] * count)
-                yield
-            if task.takes_audio:
+            windows = config.audio_encoder.windows if task.takes_audio else (0,)
+            for companions, count in itertools.product(sizes, rows):
+                for length, after_prefix in itertools.product(lengths, after):
+                    yield self._compile_prefill, (task, length, windows[0], after_prefix, count, companions)
                 # The longer windows of the audio encoder, whatever the prompt is padded to.
-                for window, count in itertools.product(config.audio_encoder.windows[1:], rows):
-                    longer = PreparedRequest.of(request.prompt, np.zeros(320 * (window - 2), np.float32))
-                    self._prefill(lengths[0], [(self.max_batch_size, ActiveRequest(-1, longer))] * count)
-                    yield
+                for window in windows[1:]:
+                    yield self._compile_prefill, (task, lengths[0], window, False, count, companions)
+        for companions, other in itertools.product(sizes, sizes):
+            yield self._compile_stop, (companions,)
+            yield self._compile_resize, (companions, other)
+
+    def _num_requests(self, compile_program: Callable[..., None], sizes: tuple[Any, ...]) -> int:
+        """How many requests there must be at once for a program to be needed."""
+        few = self._bucket_rows(1)
+        if compile_program == self._compile_prefill:
+            *_, rows, companions = sizes
+            return max(rows // 2 + 1, 1 if companions <= few else few + 1)
+        return max(1 if size <= few else few + 1 for size in sizes)
+
+    def _compile_decode(self, companions: int, texts: int, audios: int) -> None:
+        self._set_companions(companions)
+        # From the host, as `_route` sends them: that is compiled, too.
+        unused = [
+            jnp.asarray(np.full(size, self.max_batch_size, np.int32)) for size in (companions, texts, texts, audios)
+        ]
+        self.state, *_ = self.runner.decode_chunk(self.state, Routing(*unused), jnp.int32(1))
+
+    def _compile_prefill(
+        self, task: Task, length: int, window: int, after_prefix: bool, rows: int, companions: int
+    ) -> None:
+        self._set_companions(companions)
+        if task.takes_audio:
+            prompt, speech = speech_prompt(task, 1, self.vocab), np.zeros(320 * (window - 2), np.float32)
+            request = PreparedRequest.of(prompt, speech)
+        else:
+            request = PreparedRequest.of(text_prompt(task, [0], self.vocab))
+        prefix = self._empty_prefix() if after_prefix else None
+        self._prefill(length, [(self.max_batch_size, ActiveRequest(-1, request, prefix=prefix))] * rows)
+
+    def _empty_prefix(self) -> Prefix:
+        """A prefix of no positions."""
+        return Prefix(
+            0, jax.tree.map(lambda x: np.zeros((*x.shape[:-4], 1, x.shape[-3], 0, x.shape[-1])), self.state.caches)
+        )
+
+    def _compile_stop(self, companions: int) -> None:
+        self._set_companions(companions)
+        self.state = self.runner.stop(self.state, jnp.int32(0))
+
+    def _compile_resize(self, companions: int, other: int) -> None:
+        self._set_companions(companions)
+        self._resize_companions([], other)
+
+    def _set_companions(self, size: int) -> None:
+        """Empty companion rows, as many as `size`."""
+        if size != self.companion_rows:
+            self._resize_companions([], 0)
+            self._resize_companions([], size)
 
     def run(self, steps: int = MAX_CHUNK_STEPS) -> Iterator[Progress]:
         """Advance until nothing is left."""

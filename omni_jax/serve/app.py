@@ -28,7 +28,7 @@ from omni_jax.serve.client_secrets import ClientSecrets
 from omni_jax.serve.connections import ServerConfig
 from omni_jax.serve.errors import RETRY_SECONDS, describe_validation_error, error_body, kind_of
 from omni_jax.serve.limits import LimitsMiddleware
-from omni_jax.serve.sessions import Service
+from omni_jax.serve.sessions import READY_INTERVAL, Service
 from omni_jax.serve.streaming import service_of
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def make_app(service: Service) -> ASGIApp:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        freezing = asyncio.create_task(_freeze_when_ready(service))
+        freezing = asyncio.create_task(_freeze_when_warmed_up(service))
         try:
             yield
         finally:
@@ -152,13 +152,14 @@ def _head_as_get(app: ASGIApp) -> ASGIApp:
     return answer
 
 
-async def _freeze_when_ready(service: Service) -> None:
+async def _freeze_when_warmed_up(service: Service) -> None:
     """Exempt from garbage collection what exists once every program is compiled.
 
     A full collection visits the half a million objects of a model and a compiler, so Python delays it, until hundreds
     of interrupted requests have left their audio behind.
     """
-    await service.wait_until_ready()
+    while service.state != "broken" and not service.engine.warmed_up.is_set():
+        await asyncio.sleep(READY_INTERVAL)
     gc.collect()
     gc.freeze()
 

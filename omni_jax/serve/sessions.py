@@ -108,7 +108,7 @@ class Metrics:
             "omni_batch_slots": ("Requests that can be decoded at once.", lambda: engine.max_batch_size),
             "omni_batch_slots_in_use": ("Requests being decoded.", lambda: engine.num_active),
             "omni_queue_length": ("Requests queued.", lambda: max(0, engine.num_requests - engine.num_active)),
-            "omni_ready": ("1 once every program is compiled.", lambda: service.ready),
+            "omni_ready": ("1 once requests are answered.", lambda: service.ready),
         }
         for name, (meaning, value) in gauges.items():
             Gauge(name, meaning, registry=registry).set_function(value)
@@ -180,7 +180,7 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether every program is compiled."""
+        """Whether requests are answered: the programs of the first one are compiled."""
         return self.engine.ready.is_set()
 
     @property
@@ -191,7 +191,7 @@ class Service:
         return "ready" if self.ready else "warming up"
 
     async def wait_until_ready(self) -> None:
-        """Wait until every program is compiled, or that has failed."""
+        """Wait until requests are answered, or that has failed."""
         while self.state == "warming up":
             await asyncio.sleep(READY_INTERVAL)
 

@@ -97,6 +97,16 @@ def test_decode_reads_weights_and_cache_once(batch: int) -> None:
 
 
 @pytest.mark.slow
+def test_codec_stays_on_the_chip() -> None:
+    """32 frames at a time. All 64 rows at once move 39 GB and take 48 ms; four rows at a time 11 GB."""
+    report = compile_report("codec", Topology.parse(ONE), model="mini_omni", batch=64)
+    assert_consistent(report)
+    assert report.bound_by == "compute"
+    assert report.bytes < 1.3e9
+    assert report.roofline_seconds < 4.5e-3
+
+
+@pytest.mark.slow
 def test_decode_int8_halves_weight_bytes() -> None:
     sixteen, eight = (
         compile_report("decode", Topology.parse(ONE), model="nano", batch=1, int8=int8) for int8 in (False, True)

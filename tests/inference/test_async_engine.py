@@ -16,7 +16,7 @@ from omni_jax.errors import BusyError, ClosedError, ConfigError
 from omni_jax.inference import async_engine
 from omni_jax.inference.answer import AnswerBuilder, Chunk, Reply
 from omni_jax.inference.async_engine import AsyncEngine, RequestHandle
-from omni_jax.inference.engine import PreparedRequest, Progress
+from omni_jax.inference.engine import Engine, PreparedRequest, Progress
 from omni_jax.inference.generation import GenerationConfig
 from tests.inference.reference_decoder import CONTEXT, small_omni
 
@@ -212,6 +212,29 @@ def test_exception_in_batch_is_survived_once_by_active_requests_and_always_by_qu
         assert_same_answer(list(queued), replies[3])
         assert_same_answer(list(engine.submit(requests[0])), replies[0])
         assert engine.num_requests == engine.num_active == 0
+
+
+def test_requests_are_answered_between_programs_of_the_warm_up(
+    omni: Omni, requests: list[PreparedRequest], replies: list[Reply], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = threading.Semaphore(0)
+
+    def compile_rest(engine: Engine) -> Iterator[None]:
+        for _ in range(3):
+            assert compiled.acquire(timeout=60)
+            yield
+
+    monkeypatch.setattr(Engine, "warm_up", lambda self, stop: None)
+    monkeypatch.setattr(Engine, "warm_up_rest", compile_rest)
+    with AsyncEngine(omni, max_batch_size=4, warm_up=True) as engine:
+        assert engine.ready.wait(60)
+        handle = engine.submit(requests[1])
+        compiled.release()
+        assert_same_answer(list(handle), replies[1])
+        assert not engine.warmed_up.is_set()
+        compiled.release(2)
+        assert engine.warmed_up.wait(60)
+        assert_same_answer(list(engine.submit(requests[3])), replies[3])
 
 
 def test_failing_reset_breaks_engine_and_fails_all_requests(

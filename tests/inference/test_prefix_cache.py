@@ -189,6 +189,7 @@ def test_warm_up_compiles_turns_of_conversations() -> None:
     runner = ModelRunner(random_model(config, seed=1))
     engine = Engine(runner, 1, 32)
     engine.warm_up()
+    list(engine.warm_up_rest())
     before = (runner.jitted.prefill._cache_size(), runner.jitted.insert._cache_size())
     for number in range(3):
         for task in (Task.A1A2, Task.T1T2):

@@ -141,7 +141,7 @@ def _running(
 ) -> Iterator[RunningServer]:
     try:
         until = time.monotonic() + 600
-        while not (server.started and (service.ready or not ready)):
+        while not (server.started and (service.engine.warmed_up.is_set() or not ready)):
             assert thread.is_alive()
             assert time.monotonic() < until
             time.sleep(0.01)

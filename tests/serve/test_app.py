@@ -120,7 +120,7 @@ def test_warm_up_compiles_everything(
 
 @pytest.mark.parametrize("body", [HELLO, STREAM], ids=["whole", "streamed"])
 def test_answer_streams_are_freed_without_garbage_collection(server: RunningServer, body: Any) -> None:
-    """They hold their audio; see also `omni_jax.serve.app._freeze_when_ready`."""
+    """They hold their audio; see also `omni_jax.serve.app._freeze_when_warmed_up`."""
 
     def count() -> int:
         return sum(isinstance(thing, AnswerStream) for thing in gc.get_objects())
@@ -401,9 +401,10 @@ def test_log_says_when_the_server_is_ready(omni: Omni, caplog: pytest.LogCapture
     with caplog.at_level(logging.INFO, "omni_jax"), run_server(omni):
         pass
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("omni_jax")]
-    assert messages[0].startswith("compiling every program")
+    assert messages[0].startswith("compiling what the first request needs")
     assert re.fullmatch(r"listening at http://127\.0\.0\.1:\d+", messages[1])
-    assert re.fullmatch(r"ready after \d+\.\d s of compiling", messages[2])
+    assert re.fullmatch(r"ready after \d+\.\d s of compiling; the rest is compiled between requests", messages[2])
+    assert messages[3] == "every program is compiled"
 
 
 def test_access_log_has_one_line_for_a_request(omni: Omni, capfd: pytest.CaptureFixture[str]) -> None:
