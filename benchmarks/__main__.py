@@ -9,6 +9,7 @@ NAMES = (
     "codec",
     "decode",
     "answer",
+    "conversation",
     "first_audio",
     "live",
     "realtime",

@@ -31,7 +31,15 @@ from omni_jax.inference.prefix_cache import PrefixCache
 from omni_jax.inference.request import Audio, Request, Turn
 from omni_jax.inference.runner import ModelRunner
 from omni_jax.model.omni import OmniModel
-from omni_jax.prompts import after_history, history_room, make_history, speech_positions, speech_prompt, text_prompt
+from omni_jax.prompts import (
+    History,
+    after_history,
+    history_room,
+    make_history,
+    speech_positions,
+    speech_prompt,
+    text_prompt,
+)
 from omni_jax.tasks import Task
 from omni_jax.text.normalize import normalize_text
 from omni_jax.text.sentences import split_sentences
@@ -368,6 +376,19 @@ class Omni:
             raise ConfigError(f"the prompt takes {longest} positions; expected at most the context of {context}")
         return replace(prepared, config=settings)
 
+    def prepare_history(self, system: str, turns: Sequence[Turn], *, present: int = 1) -> History:
+        """A system text and past turns as a prompt begins with them, for `AsyncEngine.remember`.
+
+        Args:
+            system: may be empty.
+            turns: the oldest first.
+            present: positions of the prompt that follows; of another prompt the history is the same, unless one of
+                them takes more than a quarter of the context.
+        """
+        ids = [(self._past_text(turn.question), self._past_text(turn.answer)) for turn in turns]
+        room = history_room(self.config.trunk.max_position, present)
+        return make_history(self._past_text(system), ids, room, self._vocab)
+
     def run(self, requests: Sequence[PreparedRequest], max_batch_size: int = 8) -> list[Reply]:
         """Answer prepared requests, up to `max_batch_size` at a time in one running batch; in their order."""
         if not requests:
@@ -427,9 +448,7 @@ class Omni:
                 field=field,
             )
         (part,) = prepared.parts
-        room = history_room(self.config.trunk.max_position, len(part.prompt))
-        ids = [(self._past_text(turn.question), self._past_text(turn.answer)) for turn in turns]
-        history = make_history(self._past_text(system), ids, room, self._vocab)
+        history = self.prepare_history(system, turns, present=len(part.prompt))
         return replace(prepared, parts=(replace(part, prompt=after_history(history, part.prompt)),))
 
     def _past_text(self, text: str) -> list[int]:
@@ -475,7 +494,8 @@ class Omni:
         def part_of(part: Part) -> Part:
             return replace(part, prompt=speech_prompt(Task.A1T1, part.prompt.speech_positions, self._vocab))
 
-        return replace(request, task=Task.A1T1, parts=tuple(map(part_of, request.parts)), config=GenerationConfig())
+        parts = tuple(map(part_of, request.parts))
+        return replace(request, task=Task.A1T1, parts=parts, config=GenerationConfig(), transcription=None)
 
     def _spans_to_hear(self, task: Task, audio: np.ndarray, request: Request) -> list[vad.Span]:
         """What of a recording the model takes, each span at most as long as its audio encoder takes at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -77,6 +78,26 @@ def test_streams_and_the_async_engine_answer_turns_alike(omni: Omni) -> None:
             assert "".join(chunk.question for chunk in chunks) == expected.question
             assert "".join(chunk.text for chunk in chunks) == expected.text
         assert engine.num_requests == 0
+
+
+def test_async_engine_remembers_histories(omni: Omni) -> None:
+    request = omni.prepare(spoken(system="Bob", history=TURNS), max_steps=10)
+    history = omni.prepare_history("Bob", TURNS)
+    np.testing.assert_array_equal(history.tokens, request.prompt.history.tokens)
+    expected = omni.run([request])[0]
+    with AsyncEngine(omni, max_batch_size=1) as engine:
+        for turns in (TURNS[:1], TURNS, TURNS):
+            engine.remember(omni.prepare_history("Bob", turns))
+        prefixes = engine._engine.prefixes
+        deadline = time.monotonic() + 60
+        while (known := prefixes.find(history)) is None or known.length < len(history):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        reply = list(engine.submit(request))[-1].reply
+        assert reply is not None
+        np.testing.assert_array_equal(reply.tokens, expected.tokens)
+        with pytest.raises(ConfigError, match="the slots have 128"):
+            engine.remember(omni.prepare_history("a" * 130, []))
 
 
 def test_many_turns_with_transcripts_in_one_batch(omni: Omni) -> None:

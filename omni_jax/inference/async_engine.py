@@ -12,16 +12,18 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from omni_jax.codec.stream import StreamDecoder
-from omni_jax.errors import BusyError, ClosedError
+from omni_jax.errors import BusyError, ClosedError, ConfigError
 from omni_jax.inference.answer import AnswerBuilder, Chunk, OutputDecoder
-from omni_jax.inference.engine import COARSE_PROMPT_BUCKETS, Engine, PreparedRequest
+from omni_jax.inference.engine import COARSE_PROMPT_BUCKETS, MAX_TO_REMEMBER, Engine, PreparedRequest
 from omni_jax.inference.prefix_cache import DEFAULT_MAX_BYTES, PrefixCache
 from omni_jax.inference.runner import ModelRunner
+from omni_jax.prompts import History
 
 Outcome = Literal["done", "cancelled", "expired", "failed"]
 """How a request ended."""
@@ -142,6 +144,7 @@ class AsyncEngine:
         # What other threads want; under the lock.
         self._new: list[tuple[int, RequestHandle]] = []
         self._cancelled: set[RequestHandle] = set()
+        self._histories: deque[History] = deque(maxlen=MAX_TO_REMEMBER)
         self._closing: Literal["finish", "cancel"] | None = None
         # The thread's own; changed under the lock too, so that others can count them.
         self._answers: dict[int, tuple[RequestHandle, AnswerBuilder]] = {}
@@ -198,6 +201,21 @@ class AsyncEngine:
             self._new.append((next(self._keys), handle))
             self._lock.notify()
         return handle
+
+    def remember(self, history: History) -> None:
+        """Compute the keys and values of a history while no request is queued, so that the next turn is faster.
+
+        Args:
+            history: as `Omni.prepare_history` makes it, at the end of a turn.
+
+        Raises:
+            ConfigError: it does not fit the slots' caches.
+        """
+        if len(history) > self._engine.max_len:
+            raise ConfigError(f"the history takes {len(history)} positions, the slots have {self._engine.max_len}")
+        with self._lock:
+            self._histories.append(history)
+            self._lock.notify()
 
     def close(self, *, finish: bool = True, timeout: float | None = None) -> bool:
         """Take no more requests, and end.
@@ -267,8 +285,10 @@ class AsyncEngine:
     def _process_orders(self) -> bool:
         """Wait for something to do; submit, cancel and expire requests. False when all is done."""
         with self._lock:
-            while not (self._new or self._cancelled or self._answers or self._closing):
+            while not (self._new or self._cancelled or self._answers or self._histories or self._closing):
                 self._lock.wait()
+            # One at a time: a request that arrives meanwhile comes first.
+            history = self._histories.popleft() if self._histories else None
             new, self._new = self._new, []
             cancelled, self._cancelled = self._cancelled, set()
             closing = self._closing
@@ -280,6 +300,8 @@ class AsyncEngine:
             except Exception:
                 log.exception("a request could not be queued")
                 self._end(key, "failed")
+        if history is not None:
+            self._engine.remember(history)
         now = time.monotonic()
         for key, (handle, _) in list(self._answers.items()):
             if handle in cancelled or closing == "cancel":

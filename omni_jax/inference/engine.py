@@ -43,6 +43,9 @@ Row: TypeAlias = tuple[int, bool]
 MAX_PREFILL_ROWS = 8
 """Prompts prefilled at once; more are taken in turns."""
 
+MAX_TO_REMEMBER = 64
+"""Histories that wait to be remembered; of more, the first are forgotten, and prefilled with their next turn."""
+
 FinishReason = Literal["stop", "length", "context"]
 """`stop`: end of audio, or of text in text-only tasks; `length`: max_steps; `context`: the trunk's context is full."""
 
@@ -206,6 +209,7 @@ class Engine:
         self.context = runner.config.trunk.max_position
         self.queue: deque[tuple[int, PreparedRequest]] = deque()
         self._nothing_to_do: list[int] = []
+        self._to_remember: deque[History] = deque(maxlen=MAX_TO_REMEMBER)
         # Of requests with a transcription, how many of the two have not ended.
         self._unfinished: dict[int, int] = {}
         self._failures: list[Progress] = []
@@ -256,11 +260,23 @@ class Engine:
         else:
             self._nothing_to_do.append(key)
 
+    def remember(self, history: History) -> None:
+        """Compute the keys and values of a history before the turn that will follow, once no request is queued.
+
+        Raises:
+            ConfigError: it is longer than the slots' caches.
+        """
+        if len(history) > self.max_len:
+            raise ConfigError(f"the history takes {len(history)} positions, this batch has {self.max_len}")
+        self._to_remember.append(history)
+
     @property
     def busy(self) -> bool:
-        """Whether anything is queued, active or in flight."""
+        """Whether anything is queued, active or in flight, or a history is to be remembered."""
         return (
-            bool(self.queue or self._nothing_to_do or self._failures) or self.in_flight is not None or any(self.active)
+            bool(self.queue or self._nothing_to_do or self._to_remember or self._failures)
+            or self.in_flight is not None
+            or any(self.active)
         )
 
     def advance(self, steps: int = MAX_CHUNK_STEPS) -> list[Progress]:
@@ -272,6 +288,8 @@ class Engine:
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, found {steps}")
         self._admit()
+        if self._to_remember and not self.queue:
+            self._prefill_history(self._to_remember.popleft())
         previous, self.in_flight = self.in_flight, None
         if any(active is not None and active.running for active in self.active):
             routing = self._route()
@@ -633,6 +651,16 @@ class Engine:
             _column(companions, rows, np.int32, nowhere),
             self._arrivals(requests, rows),
         )
+
+    def _prefill_history(self, history: History) -> None:
+        """Prefill a history for the prefix cache, in no batch slot."""
+        prefix = self.prefixes.find(history)
+        new = len(history) - (0 if prefix is None else prefix.length)
+        if new:
+            # Of a prompt, all but the last column is prefilled.
+            tokens = np.concatenate([history.tokens, self.vocab.padding[:, None]], axis=1)
+            request = PreparedRequest.of(Prompt(Task.T1T2, tokens, 0, history))
+            self._prefill(self._padded(new), [(self.max_batch_size, ActiveRequest(-1, request, prefix=prefix))])
 
     def _encode(self, requests: Sequence[PreparedRequest], rows: int) -> jax.Array:
         """The speech embeddings [rows, A, D] of the requests; a question and its transcription are encoded once."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from omni_jax.errors import ConfigError
 from omni_jax.inference.engine import Engine, PreparedRequest
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.prefix_cache import PrefixCache
@@ -119,6 +120,56 @@ def test_truncation_reuses_the_same_beginning_for_several_turns(runner: ModelRun
         prompt = after_history(past, request.prompt)
         answers(engine, dataclasses.replace(request, parts=(dataclasses.replace(request.parts[0], prompt=prompt),)))
     assert known == [0, 5, 13, 21, 5, 13, 21, 5]
+
+
+def test_sessions_that_do_not_fit_are_prefilled_again(runner: ModelRunner) -> None:
+    """Six conversations take turns where the keys and values of one or two fit: the tokens are the same."""
+    vocab = Vocab(runner.config.vocab)
+
+    def session(number: int, turns: int) -> PreparedRequest:
+        request = random_request(runner.config, Task.T1T2, 10 * number + turns, 4, max_steps=4)
+        past = make_history([number], [([number, n], [n]) for n in range(turns)], CONTEXT, vocab)
+        part = dataclasses.replace(request.parts[0], prompt=after_history(past, request.prompt))
+        return dataclasses.replace(request, parts=(part,))
+
+    longest = session(0, 3).prompt.history
+    probe = PrefixCache()
+    answers(Engine(runner, 1, CONTEXT, prefixes=probe), session(0, 3))
+    engine = Engine(runner, 2, CONTEXT, prefixes=PrefixCache(int(1.2 * probe.nbytes)))
+    plain = Engine(runner, 2, CONTEXT, prefixes=PrefixCache(0))
+    hits = 0
+    for turns in range(1, 4):
+        for number in range(6):
+            hits += engine.prefixes.find(session(number, turns).prompt.history) is not None
+            assert answers(engine, session(number, turns)) == answers(plain, session(number, turns))
+            assert engine.prefixes.nbytes <= engine.prefixes.max_bytes
+    assert len(longest) == 3 + 3 * 7
+    assert hits == 0, "six in turn push one another out"
+    answers(engine, session(5, 3))
+    assert engine.prefixes.find(session(5, 3).prompt.history) is not None
+
+
+def test_remembered_history_leaves_only_the_question_to_prefill(runner: ModelRunner) -> None:
+    """A turn's text is prefilled before the next turn, after what is queued; and only once."""
+    counting = Counting(runner)
+    engine = Engine(counting, 1, CONTEXT)
+    request = turn(runner, Task.T1T2, 2)
+    expected = answers(Engine(runner, 1, CONTEXT, prefixes=PrefixCache(0)), request)
+    answers(engine, turn(runner, Task.T1T2, 1))
+    engine.submit(0, turn(runner, Task.T1T2, 0))
+    engine.remember(request.prompt.history)
+    engine.remember(request.prompt.history)
+    assert engine.busy
+    for _ in engine.run(5):
+        pass
+    found = engine.prefixes.find(request.prompt.history)
+    assert found is not None
+    assert found.length == len(request.prompt.history)
+    del counting.prefills[:2]
+    assert counting.prefills == [(16, True)]
+    assert answers(engine, request) == expected
+    with pytest.raises(ConfigError, match="takes 65 positions"):
+        engine.remember(make_history([1] * (CONTEXT - 1), [], CONTEXT, Vocab(runner.config.vocab)))
 
 
 def test_prefix_programs_are_compiled_once_per_shape(runner: ModelRunner) -> None:

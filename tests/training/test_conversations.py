@@ -40,7 +40,7 @@ def run_config(sources: list[Path], **changes: object) -> RunConfig:
         "optimizer": {"steps": 1, "peak_lr": 1e-3},
         **changes,
     }
-    return RunConfig(**values)  # type: ignore[arg-type]
+    return RunConfig(**values)
 
 
 def test_training_on_conversations_makes_a_model_of_conversations(tmp_path: Path) -> None:
