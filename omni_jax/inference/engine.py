@@ -302,6 +302,7 @@ class Engine:
         progress = [Progress(key, _no_tokens(), "stop") for key in empty]
         if previous:
             progress += self._read(*previous)
+        self._drop_unread_chunk()
         failures, self._failures = self._failures, []
         return progress + failures
 
@@ -325,7 +326,13 @@ class Engine:
                 self.active[slot] = None
                 self.state = self.runner.stop(self.state, jnp.int32(slot))
                 found = True
+        self._drop_unread_chunk()
         return found
+
+    def _drop_unread_chunk(self) -> None:
+        """Drop the chunk in flight if all its requests have ended: with it they and their recordings would stay."""
+        if self.in_flight is not None and not any(active and active.running for active in self.in_flight[0]):
+            self.in_flight = None
 
     def reset(self) -> list[int]:
         """Start over after a fault of the whole batch, when a program may have consumed the state.

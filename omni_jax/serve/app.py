@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from omni_jax.errors import OmniError
 from omni_jax.serve import mini_omni, openai, openai_audio, openai_responses, realtime, websocket
-from omni_jax.serve.binding import Listener
+from omni_jax.serve.binding import AdmittingSocket
 from omni_jax.serve.chat_history import TextCache
 from omni_jax.serve.client_secrets import ClientSecrets
 from omni_jax.serve.connections import ServerConfig
@@ -198,7 +198,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Count connections; say where it listens."""
         for found in sockets or []:
-            assert isinstance(found, Listener)
+            assert isinstance(found, AdmittingSocket)
             found.admit = self.config.admit
         await super().startup(sockets)
         for found in sockets or []:

@@ -16,7 +16,7 @@ MAX_REFUSALS = 500
 NO_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
-class Listener(socket.socket):
+class AdmittingSocket(socket.socket):
     """A socket that closes at once what is not to be admitted: no more than that keeps up with a flood.
 
     Attributes:
@@ -42,7 +42,7 @@ class Listener(socket.socket):
 
 
 @contextlib.contextmanager
-def bind(host: str, port: int) -> Iterator[list[Listener]]:
+def bind(host: str, port: int) -> Iterator[list[socket.socket]]:
     """Bind a port at every address of a host. Connections are refused until the server runs.
 
     Args:
@@ -57,12 +57,12 @@ def bind(host: str, port: int) -> Iterator[list[Listener]]:
     except OSError as error:
         raise ConfigError(f"--host: expected a name or an address of this machine, found {host!r}: {error}") from None
     with contextlib.ExitStack() as stack:
-        sockets: list[Listener] = []
+        sockets: list[socket.socket] = []
         for family, kind, protocol, _, address in found:
             # The same port at every address, if any will do.
             number = sockets[0].getsockname()[1] if sockets else port
             try:
-                bound = stack.enter_context(Listener(family, kind, protocol))
+                bound = stack.enter_context(AdmittingSocket(family, kind, protocol))
                 # Otherwise a restart fails until the connections before it have timed out.
                 bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if family == socket.AF_INET6:

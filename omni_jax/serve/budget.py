@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import threading
 from collections import Counter
 
 
+@functools.lru_cache(maxsize=4096)
 def client_name(address: str) -> str:
     """Whom an address is counted for: itself, or of IPv6 the network of 64 bits, which one client has to itself."""
     try:

@@ -29,7 +29,7 @@ MAX_UNREAD_BYTES = 1 << 18
 """Answers to pings that a client may leave unread."""
 TRY_AGAIN_LATER = 1013
 """Close code, RFC 6455 section 7.4.1 and IANA's registry."""
-TOO_BIG = 1009
+INVALID_DATA, TOO_BIG = 1007, 1009
 
 
 class ServerConfig(uvicorn.Config):
@@ -170,6 +170,10 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def send_receive_event_to_app(self) -> None:
         """Hand a complete message on."""
         self._fragments = 0
+        if self.curr_msg_data_type == "text" and not _is_utf8(self.frames):
+            self.frames = []
+            self._end(INVALID_DATA, "expected text in UTF-8")
+            return
         super().send_receive_event_to_app()
         self._unread.give_back()
 
@@ -191,3 +195,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if not self.close_sent and not self.transport.is_closing():
             self.conn.fail(code, reason)
             self.handle_parser_exception()
+
+
+def _is_utf8(pieces: list[bytes]) -> bool:
+    try:
+        b"".join(pieces).decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -247,6 +247,8 @@ class Service:
             decoding = asyncio.ensure_future(
                 self._prepare_recording(client, prepare, self.max_samples(task), turn.pop_all())
             )
+        # What it raises after it was given up is of no interest.
+        decoding.add_done_callback(lambda done: done.cancelled() or done.exception())
         # A thread cannot be ended: if this is cancelled, the client's next recording waits for it all the same.
         return await asyncio.shield(decoding)
 
