@@ -337,8 +337,8 @@ class Engine:
                 active.running = False
                 self.active[slot] = None
                 self.state = self.runner.stop(self.state, jnp.int32(slot))
-                self._drop_unread_chunk()
                 found = True
+        self._drop_unread_chunk()
         return found
 
     def _drop_unread_chunk(self) -> None:

@@ -191,8 +191,9 @@ class Response:
 
     async def _transcribe_question(self) -> None:
         asked, self._context.asked = self._context.asked, None
+        prepared, self._prepared = self._prepared, None
         if asked is not None:
-            await self._transcribe(asked, self._prepared)
+            await self._transcribe(asked, prepared)
 
     async def _begin_item(self) -> None:
         spoken = self._params.outputs_audio
