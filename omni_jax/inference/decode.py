@@ -107,7 +107,7 @@ def decode_step(model: OmniModel, state: DecodeState, routing: Routing) -> tuple
         rows = jnp.concatenate([rows, column])
         positions = jnp.concatenate([positions, positions.at[routing.companion_slot].get(mode="clip")])
         caches.append(state.companions)
-    hidden, caches = model.trunk.decode(model.embed_tokens(rows), positions, caches)
+    hidden, caches = model.trunk.decode(model.embed_tokens(rows), positions, caches, _live(state))
 
     text = jnp.full(state.running.shape, vocab.pad_t, jnp.int32)
     if texts:
@@ -135,6 +135,11 @@ def decode_step(model: OmniModel, state: DecodeState, routing: Routing) -> tuple
     )
 
 
+def _live(state: DecodeState) -> Array:
+    """How many positions of the caches the running requests use, int32 []; a companion row is as long as its slot's."""
+    return jnp.max(jnp.where(state.running, state.positions, 0)) + 1
+
+
 def _sample_text(model: OmniModel, state: DecodeState, routing: Routing, hidden: Array) -> Array:
     """The text token of every slot, int32 [B]; padding where the text has ended."""
     vocab, (_, texts, _) = Vocab(model.config.vocab), routing.sizes
@@ -160,7 +165,9 @@ def _sample_audio(model: OmniModel, state: DecodeState, routing: Routing, hidden
     if model.tts_adapter is None:
         hidden = model.norm(hidden)
     else:
-        hidden, (cache,) = model.tts_adapter.blocks.decode(hidden, state.positions, [state.caches["tts_adapter"]])
+        hidden, (cache,) = model.tts_adapter.blocks.decode(
+            hidden, state.positions, [state.caches["tts_adapter"]], _live(state)
+        )
         hidden = model.tts_adapter.norm(hidden)
     logits = model.audio_logits(sharding.constrain_rows(hidden.at[routing.audio_slot].get(mode="clip")))
     sampling = state.params.sampling.take(jnp.repeat(routing.audio_slot, NUM_CODEBOOKS))

@@ -244,7 +244,7 @@ class Decoder(nnx.Module):
 
         return seen
 
-    def decode(self, x: Array, positions: Array, caches: Sequence[Cache]) -> tuple[Array, list[Cache]]:
+    def decode(self, x: Array, positions: Array, caches: Sequence[Cache], live: Array) -> tuple[Array, list[Cache]]:
         """Run one position of many rows against their caches.
 
         The rows may be in several caches (the batch, and the companion rows of batch-parallel decoding); every
@@ -254,6 +254,7 @@ class Decoder(nnx.Module):
             x: [R, D] embeddings, rows in the order of the caches.
             positions: int32 [R], the cache position each row writes; it attends to 0..position.
             caches: together R rows.
+            live: int32 [], how many positions attention must read: results of rows at later positions are wrong.
 
         Returns:
             [R, D] and the caches with this position in.
@@ -271,9 +272,11 @@ class Decoder(nnx.Module):
             heads, updated = [], []
             for rows, cache in zip(groups, caches, strict=True):
                 new = self.pack(key[rows]), self.pack(value[rows])
-                cache, keys, values = write_cache(cache, index, positions[rows], *new)
+                cache = write_cache(cache, index, positions[rows], *new)
                 heads.append(
-                    attend_cache(query[rows], keys, values, positions[rows], window_of(kind), **self._score_options)
+                    attend_prefix(
+                        query[rows], cache, index, positions[rows], live, window_of(kind), **self._score_options
+                    )
                 )
                 updated.append(cache)
             return layer.finish(x, jnp.concatenate(heads)), updated
@@ -304,7 +307,57 @@ def cache_length(cache: Cache) -> int:
     return jax.tree.leaves(cache)[0].shape[-2]
 
 
-def write_cache(cache: Cache, layer: Any, positions: Array, key: Array, value: Array) -> tuple[Cache, Array, Array]:
+def prefix_lengths(cache: Cache) -> tuple[int, ...]:
+    """The numbers of positions that attention can read of a cache's rows, the last of them all.
+
+    From an eighth, the short ones close together. Layers that are not stacked are compiled one by one, each for all
+    lengths: there are three of them, from a quarter.
+    """
+    eighths = (2, 4, 8) if isinstance(cache["k"], tuple) else (1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8)
+    return tuple(sorted({math.ceil(cache_length(cache) * part / 8) for part in eighths}))
+
+
+def attend_prefix(
+    query: Array,
+    cache: Cache,
+    layer: Any,
+    positions: Array,
+    live: Array,
+    window: int | Array | None = None,
+    **score_options: float | None,
+) -> Array:
+    """`attend_cache` to a layer of a cache: of `prefix_lengths`, the shortest that has all live positions is read.
+
+    Args:
+        query: [R, N, H].
+        cache: the whole cache.
+        layer: which layer; a traced index if the cache is stacked.
+        positions: int32 [R].
+        live: int32 [], positions that are in use.
+        window: see `attend_cache`.
+        score_options: see `attend_cache`.
+
+    Returns:
+        [R, N, H].
+    """
+
+    def attend_to(length: int) -> Callable[[], Array]:
+        def attend() -> Array:
+            if isinstance(cache["k"], tuple):
+                keys, values = (cache[name][layer][:, :, :length] for name in "kv")
+            else:
+                start, size = (layer, 0, 0, 0, 0), (1, *cache["k"].shape[1:3], length, cache["k"].shape[4])
+                keys, values = (jax.lax.dynamic_slice(cache[name], start, size)[0] for name in "kv")
+            return attend_cache(query, keys, values, positions, window, **score_options)
+
+        return attend
+
+    lengths = prefix_lengths(cache)
+    index = (live > jnp.array(lengths[:-1])).sum()
+    return jax.lax.switch(index, [attend_to(length) for length in lengths])
+
+
+def write_cache(cache: Cache, layer: Any, positions: Array, key: Array, value: Array) -> Cache:
     """Put one position of every row into a layer's cache, in place when the cache is donated.
 
     Args:
@@ -315,7 +368,7 @@ def write_cache(cache: Cache, layer: Any, positions: Array, key: Array, value: A
         value: [R, K / P, P * H].
 
     Returns:
-        The cache, and the layer's keys and values [R, K / P, S, P * H].
+        The cache.
     """
     R, K, H = key.shape
     if isinstance(cache["k"], tuple):
@@ -327,8 +380,8 @@ def write_cache(cache: Cache, layer: Any, positions: Array, key: Array, value: A
             old = cache[name][layer]
             flat = old.reshape(R * K, -1, H).at[at].set(item.reshape(R * K, H), mode="promise_in_bounds")
             new[name] = (*cache[name][:layer], flat.reshape(old.shape), *cache[name][layer + 1 :])
-        return new, new["k"][layer], new["v"][layer]
+        return new
     where = (layer, jnp.arange(R)[:, None], jnp.arange(K), positions[:, None])
     keys = cache["k"].at[where].set(key, mode="promise_in_bounds")
     values = cache["v"].at[where].set(value, mode="promise_in_bounds")
-    return {"k": keys, "v": values}, keys[layer], values[layer]
+    return {"k": keys, "v": values}

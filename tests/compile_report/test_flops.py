@@ -52,6 +52,12 @@ def test_count_loops_and_branches() -> None:
 
     assert count(branched, square) == 2 * 2 * 4**3
 
+    def switched(w: jax.Array) -> jax.Array:
+        return jax.lax.switch(2, [lambda w: w, lambda w: w @ w, lambda w: w @ w @ w], w)
+
+    traced = jax.make_jaxpr(switched)(square)
+    assert [flops.count(traced, branch=branch) for branch in (0, 1, -1)] == [0, 2 * 4**3, 2 * 2 * 4**3]
+
 
 @pytest.mark.parametrize(("remat", "products"), [(False, 5), (True, 6)])
 def test_count_includes_recomputation(remat: bool, products: int) -> None:

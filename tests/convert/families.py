@@ -153,7 +153,7 @@ def measure(case: Case, parts: Path, folder: Path, *, stacked: bool) -> dict[str
         cache = jax.tree.map(lambda x: x.at[..., PROMPT:, :].set(100.0), cache)
 
         def step(cache: Any, position: jax.Array) -> tuple[Any, jax.Array]:
-            x, (cache,) = model.trunk.decode(embed(ids[:, position]), jnp.full(2, position), [cache])
+            x, (cache,) = model.trunk.decode(embed(ids[:, position]), jnp.full(2, position), [cache], position + 1)
             return cache, logits(x)
 
         _, decoded = jax.lax.scan(step, cache, jnp.arange(PROMPT, LENGTH))

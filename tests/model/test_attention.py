@@ -13,6 +13,7 @@ import pytest
 
 from omni_jax import sharding
 from omni_jax.model.attention import attend, attend_cache, attend_splash, can_use_splash
+from omni_jax.model.decoder import Cache, attend_prefix, prefix_lengths
 
 B, T, N, K, H = 4, 256, 4, 2, 64
 
@@ -103,6 +104,29 @@ def test_attend_cache_of_packed_heads_equals_separate_heads(side_by_side: int) -
 
     packed = attend_cache(query, pack(keys), pack(values), positions)
     close(packed, attend_cache(query, keys, values, positions))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_attend_prefix_reads_live_positions_only(stacked: bool) -> None:
+    """The same as attention to the whole cache, whatever is in the rest: also at the lengths' borders."""
+    R, K, S, H, L = 3, 2, 32, 4, 2
+    query, keys, values = normal(R, 6, H), normal(L, R, K, S, H), normal(L, R, K, S, H)
+    lengths = (4, 5, 6, 8, 10, 12, 16, 24, 32) if stacked else (8, 16, 32)
+
+    @jax.jit
+    def attend(cache: Cache, positions: jax.Array, live: jax.Array) -> jax.Array:
+        return attend_prefix(query, cache, jnp.int32(1) if stacked else 1, positions, live)
+
+    def as_cache(keys: np.ndarray, values: np.ndarray) -> Cache:
+        return {"k": keys, "v": values} if stacked else {"k": tuple(keys), "v": tuple(values)}
+
+    assert prefix_lengths(as_cache(keys, values)) == lengths
+    for live in (1, *lengths, *(length + 1 for length in lengths[:-1])):
+        positions = np.array([0, live - 1, live // 2])
+        read = next(length for length in lengths if length >= live)
+        spoiled = [np.where(np.arange(S)[:, None] < read, x, np.nan) for x in (keys, values)]
+        found = attend(as_cache(*spoiled), positions, jnp.int32(live))
+        close(found, attend_cache(query, keys[1], values[1], positions))
 
 
 @pytest.mark.parametrize("positions", [1, 7, 512, 513, 600])

@@ -168,7 +168,7 @@ class Ours:
 
         @jax.jit
         def step(weights: Any, x: Any, positions: Any, caches: Any) -> tuple[jax.Array, Any]:
-            y, caches = nnx.merge(graph, weights).decode(x, positions, caches)
+            y, caches = nnx.merge(graph, weights).decode(x, positions, caches, positions.max() + 1)
             return norm(y) @ head.T, caches
 
         self._whole, self._step = whole, step
