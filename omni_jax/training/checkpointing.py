@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -191,9 +192,9 @@ class Checkpoints:
 def _reason(error: OSError | ValueError) -> str:
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    # TensorStore raises ValueError, with "[OS error 28: No space left on device]" in a text of many lines.
-    found = re.search(r"OS error \d+: ([^\]]*)", str(error))
-    return found[1] if found else str(error)
+    # TensorStore raises ValueError, with the number of the system's error in a text of many lines.
+    found = re.search(r"OS error (\d+)|os_error_code='(\d+)'", str(error))
+    return os.strerror(int(found[1] or found[2])) if found else str(error)
 
 
 class _HashedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):

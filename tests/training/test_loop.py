@@ -682,11 +682,12 @@ def test_run_that_cannot_write_any_more_says_so_and_resumes(finished: Path, reco
     )
     process = spawn(values, tmp_path / "logs")
     wait_for_step(out, 2, process)
-    # From now on no file may be larger than 1 kB, as if the disk were full.
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    # From now on no file may be larger than 100 kB, more than the log needs, as if the disk were full.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     assert process.wait(timeout=120) == 2
     shown = (tmp_path / "logs" / "0.log").read_text()
     assert "File too large; once" in shown
+    assert "Traceback" not in shown
     assert not (out / ".lock").exists()
     assert spawn(values, tmp_path / "logs").wait(timeout=280) == 0, (tmp_path / "logs" / "1.log").read_text()
     assert losses(out) == losses(finished)
