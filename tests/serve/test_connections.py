@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -274,3 +275,26 @@ def test_live_recordings_are_bounded(omni: Omni) -> None:
         for client in held:
             client.close()
         eventually(lambda: server.service.bodies.left("127.0.0.1") == 40_000)
+
+
+def test_live_requests_in_progress_are_counted(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request is in memory until it is answered, however many wait for a turn to be decoded."""
+
+    async def wait(**_: Any) -> None:
+        await asyncio.sleep(60)
+
+    with run_server(omni, max_body_bytes=100_000) as server, contextlib.ExitStack() as closing:
+        monkeypatch.setattr(server.service, "prepare", wait)
+        held = [closing.enter_context(started(server)) for _ in range(3)]
+        message = frame(json.dumps({"type": "file", "data": "A" * 70_000}).encode())
+        for number, client in enumerate(held[:2], start=1):
+            client.sendall(message)
+            eventually(lambda most=200_000 - number * 70_000: server.service.bodies.left("127.0.0.1") <= most)
+        # It stays so, as the requests wait.
+        time.sleep(0.2)
+        assert server.service.bodies.left("127.0.0.1") <= 60_000
+        held[2].sendall(message)
+        assert b"try again later" in held[2].recv(1000)
+        for client in held:
+            client.close()
+        eventually(lambda: server.service.bodies.left("127.0.0.1") == 200_000)
