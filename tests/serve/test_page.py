@@ -277,10 +277,10 @@ def test_page_lets_the_server_read_what_no_browser_reads(
 
 def test_page_talks_hands_free(playwright: Any, tmp_path: Path) -> None:
     """Five turns of a conversation, found by the server; the fourth is spoken during an answer and interrupts it."""
-    names = ("sum", "day", "name", "sum", "day")
+    names = ("name", "day", "sum", "name", "day")
     questions = [read_audio(QUESTIONS / f"{name}.wav") for name in names]
     # Seconds after each question: time for the answer, but for the third one.
-    pauses = (7, 7, 2.2, 7, 20)
+    pauses = (7, 7, 1.8, 7, 20)
     sound = [np.zeros(8_000, np.float32)]
     for question, pause in zip(questions, pauses, strict=True):
         sound += [question, np.zeros(int(16_000 * pause), np.float32)]
