@@ -32,6 +32,9 @@ TRY_AGAIN_LATER = 1013
 """Close code, RFC 6455 section 7.4.1 and IANA's registry."""
 INVALID_DATA, TOO_BIG = 1007, 1009
 
+BACKLOG = 64
+"""Connections that wait to be accepted."""
+
 
 class ServerConfig(uvicorn.Config):
     """uvicorn's configuration, with what the protocols need.
@@ -42,7 +45,8 @@ class ServerConfig(uvicorn.Config):
     """
 
     def __init__(self, app: Any, service: Service, **options: Any):
-        super().__init__(app, http=HttpProtocol, ws=WebSocketProtocol, loop="asyncio", **options)
+        # As many connections are accepted in a row, before anything else is done.
+        super().__init__(app, http=HttpProtocol, ws=WebSocketProtocol, loop="asyncio", backlog=BACKLOG, **options)
         self.service = service
         most = service.settings.max_connections
         self.open_connections = Budget(most, max(1, most // 4))
