@@ -43,9 +43,9 @@ DATA_URI_HEAD = 1024
 BODIES_PER_CLIENT, BODIES = 2, 8
 """Bodies of the largest size that the requests of one client, and of all, may hold at once."""
 RECORDINGS = 4
-"""Recordings of the greatest length that the requests of all clients may hold at once; those of one client hold one."""
+"""How many times as much of recordings as those of one client the requests of all clients may hold at once."""
 SECONDS_PER_CLIENT = 600
-"""Of recordings that a client may have in progress at least, where the longest single one is shorter."""
+"""Of recordings that a client may have in progress, or else one of the greatest length, if that is longer."""
 READY_INTERVAL = 0.2
 """Seconds between two looks whether the model is ready."""
 

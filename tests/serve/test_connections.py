@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.attacks import frame
 from omni_jax.api import Omni
 from omni_jax.serve.connections import MAX_CHUNK_OVERHEAD, MAX_FRAGMENTS, START_BYTES
 from tests.serve.conftest import RunningServer, eventually, run_server
@@ -24,18 +24,6 @@ from tests.serve.test_app import connect, post, still_answers
 MAX_DELAY = 2.0
 """Seconds that /healthz may take while a client attacks, on a machine that has other things to do; it was 7 to 26."""
 START = b'{"type": "start"}'
-
-
-def frame(data: bytes, opcode: int = 1, *, last: bool = True) -> bytes:
-    """A frame of a client: masked with zeros."""
-    size = len(data)
-    if size < 126:
-        head = struct.pack("!BB", opcode | 128 * last, size | 128)
-    elif size < 1 << 16:
-        head = struct.pack("!BBH", opcode | 128 * last, 126 | 128, size)
-    else:
-        head = struct.pack("!BBQ", opcode | 128 * last, 127 | 128, size)
-    return head + bytes(4) + data
 
 
 def upgrade(server: RunningServer) -> socket.socket:

@@ -18,9 +18,10 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.generation import GenerationMode
 
+from benchmarks.attacks import frame
 from tests.serve.conftest import RunningServer
 from tests.serve.test_app import still_answers
-from tests.serve.test_connections import frame, started, upgrade
+from tests.serve.test_connections import started, upgrade
 
 EXAMPLES = 350
 """Requests of each kind to each endpoint, about."""

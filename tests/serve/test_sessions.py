@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.attacks import frame
 from omni_jax.api import Omni
 from omni_jax.serve import sessions
 from tests.serve.conftest import HeldBatch, eventually, run_server
 from tests.serve.test_app import post
-from tests.serve.test_connections import frame, started
+from tests.serve.test_connections import started
 
 
 def test_recordings_of_a_client_are_decoded_one_at_a_time(
