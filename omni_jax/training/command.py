@@ -18,7 +18,7 @@ import typer
 
 from omni_jax.config.load import load_config
 from omni_jax.config.run import RunConfig
-from omni_jax.errors import EXTRAS, ConfigError, MissingExtraError, OmniError, PeerLostError
+from omni_jax.errors import EXTRAS, ConfigError, MissingExtraError, OmniError, PeerLostError, TrainingError
 from omni_jax.log import log_to_stderr
 
 EXIT_REFUSED = 2
@@ -60,8 +60,8 @@ def train_command(
         finished = _describe(run, reshuffle=reshuffle) if dry_run else _train(run, profile, reshuffle=reshuffle)
     except OmniError as error:
         typer.echo("\n".join(f"train: {line}" for line in str(error).splitlines()), err=True)
-        if isinstance(error, PeerLostError):
-            _end_without_peers()
+        if isinstance(error, TrainingError):
+            _end_now(error)
         raise typer.Exit(EXIT_REFUSED) from None
     if not finished:
         from omni_jax.training.stop_signal import EXIT_STOPPED
@@ -86,13 +86,17 @@ def _initialize_processes(
         jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout)
 
 
-def _end_without_peers() -> NoReturn:
-    """End this process now: the usual end waits until JAX, too, counts the lost process as lost."""
+def _end_now(error: TrainingError) -> NoReturn:
+    """End this process, from which the run has closed what it had open.
+
+    The usual end would wait until JAX, too, counts a lost process as lost; and threads of TensorStore would print a
+    stack for each array that could not be saved while the interpreter ends.
+    """
     from omni_jax.training.stop_signal import EXIT_STOPPED
 
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(EXIT_STOPPED)
+    os._exit(EXIT_STOPPED if isinstance(error, PeerLostError) else EXIT_REFUSED)
 
 
 @contextmanager
