@@ -34,6 +34,14 @@ def serve(
     max_queue_size: Annotated[
         int, typer.Option(min=0, help="Requests that may wait for a batch slot; more get status 429.")
     ] = 64,
+    cache_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="GB of memory for the keys and values of the requests that are answered, which take it as they grow. "
+            "Default: enough for --max-batch-size requests of full length.",
+        ),
+    ] = None,
     api_key_file: Annotated[
         Path | None,
         typer.Option(help="File with one API key per line; requests must send one of them. Default: no key needed."),
@@ -94,6 +102,7 @@ def serve(
     settings = Settings(
         max_batch_size=max_batch_size,
         max_queue_size=max_queue_size,
+        cache_bytes=None if cache_memory is None else int(cache_memory * 1e9),
         max_audio_seconds=max_audio_seconds,
         max_body_bytes=max_body_bytes,
         request_timeout=request_timeout,

@@ -203,9 +203,9 @@ def report_program(
     # The TPU compiler gives both.
     assert memory is not None
     assert text is not None
-    cost = hlo.parse(text, unknown_trips=program.steps, branch=program.branch).cost
+    cost = hlo.parse(text, unknown_trips=program.steps, branches=program.branches).cost
     chip = topology.chip
-    work = flops.count(traced.jaxpr, program.steps, program.branch) / topology.num_chips / program.steps
+    work = flops.count(traced.jaxpr, program.steps, program.branches) / topology.num_chips / program.steps
     hbm_traffic = cost.hbm / program.steps
     collectives = {kind: amount / program.steps for kind, amount in cost.collectives.items()}
     times: dict[Bound, float] = {

@@ -25,6 +25,7 @@ from omni_jax.compile_report.programs import (
     codec_program,
     decode_program,
     encode_program,
+    mean_pages,
     prefill_program,
 )
 from omni_jax.compile_report.report import CompileReport, check_groups, check_model, report_program
@@ -32,6 +33,7 @@ from omni_jax.compile_report.topology import Topology
 from omni_jax.config.model import ModelConfig
 from omni_jax.errors import ConfigError
 from omni_jax.inference.engine import MAX_PREFILL_ROWS, PROMPT_BUCKETS
+from omni_jax.model.pages import num_pages
 from omni_jax.vocab import NUM_CODEBOOKS
 
 DELAY_STEPS = NUM_CODEBOOKS + 1
@@ -63,7 +65,7 @@ class ServingReport:
     int8: bool
     profile: ServingProfile
     rows: int
-    """Conversations whose caches each group of `tensor` chips holds."""
+    """Conversations whose caches each group of `tensor` chips holds, each of half an answer: page by page."""
     reports: dict[str, CompileReport]
     """By program: `encode`, `prefill`, `decode`, `codec`."""
     seconds: dict[str, float]
@@ -164,7 +166,8 @@ def serving_report(
         name: report_program(name, model, topology, batch, program, int8=int8 and name != "codec")
         for name, (program, batch) in programs.items()
     }
-    rows = _rows(decode_program(config, mesh, groups, int8=int8), topology)
+    one_row = decode_program(config, mesh, groups, int8=int8, positions=positions)
+    rows = _rows(one_row, topology, mean_pages(config, positions) * groups)
     while "decode" not in reports:
         decode = decode_program(config, mesh, rows * groups, int8=int8, positions=positions)
         try:
@@ -216,15 +219,20 @@ def _steps(config: ModelConfig, profile: ServingProfile) -> int:
     return math.ceil(profile.answer_seconds * config.codec.sample_rate / config.codec.frame_size) + DELAY_STEPS
 
 
-def _rows(one_row: Program, topology: Topology) -> int:
-    """How many rows a group of chips holds, besides the weights; a multiple of 8 where there are so many.
+def _rows(one_row: Program, topology: Topology, pages_of_row: float) -> int:
+    """How many rows of a group of chips fit besides the weights; a multiple of 8 where there are so many.
+
+    Args:
+        one_row: the program of one row in each group.
+        topology: the slice.
+        pages_of_row: the mean number of pages of a row, times the groups.
 
     Raises:
         ConfigError: not one.
     """
     weights, state, *_ = one_row.arguments
     room = topology.chip.hbm_bytes * (1 - FREE_MEMORY) - bytes_per_chip(weights)
-    rows = int(room / bytes_per_chip(state))
+    rows = int(room / (bytes_per_chip(state) / num_pages(state.caches["trunk"]) * pages_of_row))
     if rows < 1:
         raise ConfigError(
             f"topology {topology.name}: expected room for the weights, {bytes_per_chip(weights) / 2**30:.1f} GiB a "

@@ -24,6 +24,7 @@ from omni_jax.inference.answer import AnswerBuilder, Chunk, OutputDecoder
 from omni_jax.inference.engine import COARSE_PROMPT_BUCKETS, MAX_TO_REMEMBER, Engine, PreparedRequest
 from omni_jax.inference.prefix_cache import DEFAULT_MAX_BYTES, PrefixCache
 from omni_jax.inference.runner import ModelRunner
+from omni_jax.model.pages import PAGE_LEN
 from omni_jax.prompts import History
 
 Outcome = Literal["done", "cancelled", "expired", "failed"]
@@ -123,6 +124,7 @@ class AsyncEngine:
         max_len: int | None = None,
         warm_up: bool = False,
         prefix_cache_bytes: int = DEFAULT_MAX_BYTES,
+        cache_bytes: int | None = None,
     ):
         """Start.
 
@@ -134,6 +136,11 @@ class AsyncEngine:
             warm_up: compile what the first request needs before `ready` is set, and the rest whenever there is no
                 request. A request that needs a program which is not compiled yet waits for it.
             prefix_cache_bytes: memory for the keys and values of conversations that wait for their next turn.
+            cache_bytes: memory for the keys and values of the running batch, which requests take page by page; None:
+                what all batch slots and companion rows at full length take.
+
+        Raises:
+            ConfigError: `cache_bytes` is not enough for one request, or more than the devices have.
         """
         if max_batch_size < 1 or max_queue_size < 0:
             raise ValueError(
@@ -153,7 +160,17 @@ class AsyncEngine:
         self._answers: dict[int, tuple[RequestHandle, AnswerBuilder]] = {}
         max_len = max_len or self._outputs.config.trunk.max_position
         prefixes = PrefixCache(prefix_cache_bytes)
-        self._engine = Engine(model.runner, max_batch_size, max_len, COARSE_PROMPT_BUCKETS, prefixes)
+        page_len = min(PAGE_LEN, max_len)
+        num_pages = None if cache_bytes is None else cache_bytes // model.runner.page_bytes(page_len)
+        self._engine = Engine(
+            model.runner,
+            max_batch_size,
+            max_len,
+            COARSE_PROMPT_BUCKETS,
+            prefixes,
+            num_pages=num_pages,
+            page_len=page_len,
+        )
         self.ready, self.warmed_up = threading.Event(), threading.Event()
         self._rest: Iterator[None] = iter(())
         self.broken = False
@@ -332,7 +349,7 @@ class AsyncEngine:
             return
         active = {request.key for request in self._engine.active if request is not None}
         # Newcomers are admitted before the chunk begins, and their first audio should come soon.
-        newcomers = self.max_batch_size > len(active) and self._engine.queue
+        newcomers = self._engine.has_room
         steps = [answer.next_steps for key, (_, answer) in self._answers.items() if key in active or newcomers]
         for progress in self._engine.advance(min(steps, default=1)):
             if progress.key not in self._answers:

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,10 +23,11 @@ from omni_jax.audio.io import SAMPLE_RATE
 from omni_jax.errors import ConfigError
 from omni_jax.inference.decode import MAX_CHUNK_STEPS, DecodeState, Routing, SlotParams
 from omni_jax.inference.generation import GenerationConfig
+from omni_jax.inference.page_pool import PagePool
 from omni_jax.inference.prefix_cache import Prefix, PrefixCache
 from omni_jax.inference.runner import ModelRunner
 from omni_jax.inference.sampling import Sampling
-from omni_jax.model.decoder import Cache
+from omni_jax.model.pages import PAGE_LEN, Cache, PageTable, pages_for
 from omni_jax.prompts import (
     History,
     Prompt,
@@ -49,6 +50,8 @@ CACHE_LEN_STEP = 256
 MAX_PREFILL_ROWS = 8
 """Prompts prefilled at once; more are taken in turns."""
 
+AHEAD_STEPS = 16
+"""A request is admitted if there are pages for so many more steps of it and of all that run, or for a longer chunk."""
 MAX_TO_REMEMBER = 64
 """Histories that wait to be remembered; of more, the first are forgotten, and prefilled with their next turn."""
 
@@ -171,15 +174,31 @@ class ActiveRequest:
     step: int = 0
     running: bool = True
     text_pending: bool = True
-    companion: int | None = None
-    """Its companion row."""
     prefix: Prefix | None = None
     """The beginning of its history, if it was found in the prefix cache."""
+    number: int = 0
+    """Counts admissions: the youngest has the highest."""
+    started: int = 0
+    """Steps at most, with those of chunks that have not been read."""
+    pages: list[int] = field(default_factory=list)
+    """Of its batch slot, numbered within the group."""
+    companion_pages: list[int] = field(default_factory=list)
+    """Of its companion row."""
 
     @property
     def identity(self) -> tuple[int, bool]:
         """What no other request in a batch slot has: an answer and the transcription of its question share a key."""
         return self.key, self.request.of_question
+
+    @property
+    def has_companion_row(self) -> bool:
+        """Whether its text comes from a companion row, and goes on."""
+        return self.request.has_companion and self.text_pending
+
+    def pages_needed(self, steps: int, page_len: int, context: int) -> int:
+        """Pages that a row of it needs when so many steps have been started."""
+        steps = min(steps, self.request.max_steps(context))
+        return pages_for(len(self.request.prompt) - 1 + steps, page_len)
 
 
 _Program = tuple[Callable[..., None], tuple[Any, ...]]
@@ -191,9 +210,12 @@ class Engine:
 
     Attributes:
         max_batch_size: requests decoded at once.
-        max_len: positions of each slot's cache.
+        max_len: positions of each slot's cache at most.
+        page_len: positions of a page.
         queue: submitted requests that have no slot yet, with their keys.
         active: the request of each batch slot.
+        pages: the pages of the cache. If they run out, the youngest request gives its own back and returns to the
+            queue.
     """
 
     def __init__(
@@ -203,36 +225,59 @@ class Engine:
         max_len: int,
         buckets: Sequence[int] = PROMPT_BUCKETS,
         prefixes: PrefixCache | None = None,
+        *,
+        num_pages: int | None = None,
+        page_len: int = PAGE_LEN,
     ):
         """Allocate the batch.
 
         Args:
             runner: the model.
             max_batch_size: requests decoded at once.
-            max_len: positions of each slot's cache.
+            max_len: positions of each slot's cache at most.
             buckets: lengths that prompts are padded to.
             prefixes: histories whose keys and values are known; None: a new one.
+            num_pages: of the cache, at least those of one request with its companion row; None: those of all batch
+                slots and companion rows at full length, which are never short of pages.
+            page_len: positions of a page.
+
+        Raises:
+            ConfigError: there are too few pages.
         """
         self.prefixes = PrefixCache() if prefixes is None else prefixes
         self.runner, self.max_batch_size, self.max_len, self.buckets = runner, max_batch_size, max_len, buckets
+        self.page_len = page_len = min(page_len, max_len)
+        self.groups, columns = runner.row_groups(max_batch_size), pages_for(max_len, page_len)
+        per_group = (2 * max_batch_size * columns if num_pages is None else num_pages) // self.groups
+        if per_group < 2 * columns:
+            raise ConfigError(
+                f"the cache has {per_group} pages of {page_len} positions for each of {self.groups} groups of rows; "
+                f"expected at least {2 * columns}, those of one request and its companion row"
+            )
+        self.columns, self._per_group = columns, per_group
         self.vocab = Vocab(runner.config.vocab)
         self.context = runner.config.trunk.max_position
         self.queue: deque[tuple[int, PreparedRequest]] = deque()
         self._nothing_to_do: list[int] = []
         self._failures: list[Progress] = []
-        # Steps reported of requests that are answered again after a fault, by key and whether they transcribe the
-        # question.
+        # Steps reported of requests that are answered again, after a fault or because the pages ran out, by key and
+        # whether they transcribe the question.
         self._reported: dict[tuple[int, bool], int] = {}
+        self._faulted: set[tuple[int, bool]] = set()
+        self._admitted = 0
         self._to_remember: deque[History] = deque(maxlen=MAX_TO_REMEMBER)
         # Of requests with a transcription, how many of the two have not ended.
         self._unfinished: dict[int, int] = {}
         self._init_batch()
 
     def _init_batch(self) -> None:
-        self.state: DecodeState = self.runner.init_state(self.max_batch_size, self.max_len)
+        self.state: DecodeState = self.runner.init_state(
+            self.max_batch_size, self.groups * self._per_group, self.page_len
+        )
         self.active: list[ActiveRequest | None] = [None] * self.max_batch_size
-        self.companion_rows = 0
-        self.in_flight: tuple[list[ActiveRequest | None], jax.Array, jax.Array] | None = None
+        self.pages = PagePool(self.groups, self._per_group)
+        # With how many steps it was started.
+        self.in_flight: tuple[list[ActiveRequest | None], jax.Array, jax.Array, int] | None = None
         # Prefilled histories, each with its row of the caches, that are not in the prefix cache yet.
         self._to_keep: list[tuple[dict[str, Cache], list[tuple[int, History]]]] = []
         # The last recordings that were encoded, if they may be needed once more.
@@ -290,6 +335,16 @@ class Engine:
             or any(self.active)
         )
 
+    @property
+    def has_room(self) -> bool:
+        """Whether the first request of the queue is admitted before the next chunk, if that is a short one."""
+        if not self.queue:
+            return False
+        slots, room = self._room(AHEAD_STEPS)
+        first = self._to_admit(*self.queue[0])
+        needed = self._needed(first, first.reported + AHEAD_STEPS)
+        return any(free and needed <= pages for free, pages in zip(slots, room, strict=True))
+
     def advance(self, steps: int = MAX_CHUNK_STEPS) -> list[Progress]:
         """Admit queued requests, start a chunk of up to `steps` steps, and return the tokens of the chunk before.
 
@@ -298,16 +353,16 @@ class Engine:
         """
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, found {steps}")
-        self._admit()
+        steps = min(steps, MAX_CHUNK_STEPS)
+        self._admit(max(steps, AHEAD_STEPS))
         if self._to_remember and not self.queue:
             self._prefill_history(self._to_remember.popleft())
         previous, self.in_flight = self.in_flight, None
+        self._take_pages(steps)
         if any(active is not None and active.running for active in self.active):
             routing = self._route()
-            self.state, tokens, status = self.runner.decode_chunk(
-                self.state, routing, jnp.int32(min(steps, MAX_CHUNK_STEPS))
-            )
-            self.in_flight = (list(self.active), tokens, status)
+            self.state, tokens, status = self.runner.decode_chunk(self.state, routing, jnp.int32(steps))
+            self.in_flight = (list(self.active), tokens, status, steps)
         self._keep_histories()
         empty, self._nothing_to_do = self._nothing_to_do, []
         progress = [Progress(key, _no_tokens(), "stop") for key in empty]
@@ -325,6 +380,7 @@ class Engine:
         """
         for of_question in (False, True):
             self._reported.pop((key, of_question), None)
+            self._faulted.discard((key, of_question))
         if key in self._nothing_to_do:
             self._nothing_to_do.remove(key)
             return True
@@ -333,13 +389,29 @@ class Engine:
         self.queue = left
         for slot, active in enumerate(self.active):
             if active is not None and active.key == key:
-                # The chunk in flight may have tokens for it: `_read` skips requests that do not run.
-                active.running = False
-                self.active[slot] = None
-                self.state = self.runner.stop(self.state, jnp.int32(slot))
+                self._stop(slot, active)
                 found = True
         self._drop_unread_chunk()
         return found
+
+    def _stop(self, slot: int, active: ActiveRequest) -> None:
+        """Stop an active request; its slot and its pages are free."""
+        self._free(slot, active)
+        self.state = self.runner.stop(self.state, jnp.int32(slot))
+
+    def _free(self, slot: int, active: ActiveRequest) -> None:
+        """Free the slot and the pages of a request that has ended or is stopped.
+
+        The chunk in flight may have tokens for it, which `_read` skips, and still writes to its pages, before any other
+        request does.
+        """
+        active.running = False
+        self.active[slot] = None
+        self.pages.give_back(self._group_of(slot), [*active.pages, *active.companion_pages])
+        active.pages, active.companion_pages = [], []
+
+    def _group_of(self, slot: int) -> int:
+        return slot * self.groups // self.max_batch_size
 
     def _drop_unread_chunk(self) -> None:
         """Drop the chunk in flight if all its requests have ended: with it they and their recordings would stay."""
@@ -360,8 +432,9 @@ class Engine:
         # The old state is freed before the new one is allocated.
         del self.state, self.in_flight
         self._init_batch()
-        dropped = {entry.key for entry in active if entry.identity in self._reported}
-        for entry in reversed(active):
+        dropped = {entry.key for entry in active if entry.identity in self._faulted}
+        for entry in sorted(active, key=lambda entry: entry.number, reverse=True):
+            self._faulted.add(entry.identity)
             self._reported[entry.identity] = max(entry.step, entry.reported)
             self.queue.appendleft((entry.key, entry.request))
         if not active and self.queue:
@@ -412,18 +485,19 @@ class Engine:
         positions = speech_positions(samples, encoder.max_position, self.runner.config.adapter.stack)
         length = self._padded(len(speech_prompt(Task.A1A2, positions, self.vocab)) - 1)
         return [
-            (self._compile_prefill, (Task.A1A2, length, encoder.window(samples), False, 1, few)),
+            (self._compile_prefill, (Task.A1A2, length, encoder.window(samples), False, 1)),
             (self._compile_decode, (few, few, few)),
             (self._compile_decode, (0, 0, few)),
-            (self._compile_stop, (0,)),
+            (self._compile_stop, ()),
         ]
 
     def _other_programs(self) -> Iterator[_Program]:
         config = self.runner.config
         sizes = sorted({self._bucket_rows(count) for count in range(self.max_batch_size + 1)})
-        for companions, texts, audios in itertools.product(sizes, sizes, sizes):
+        of_companions = sorted({self._bucket_companions(n) for n in range(self.max_batch_size // self.groups + 1)})
+        for companions, texts, audios in itertools.product(of_companions, sizes, sizes):
             # A request with a companion row outputs text and audio.
-            if min(texts, audios) >= companions and texts + audios:
+            if (min(texts, audios) >= companions or self.groups > 1) and texts + audios:
                 yield self._compile_decode, (companions, texts, audios)
         max_rows = min(self.max_batch_size, MAX_PREFILL_ROWS)
         rows = sorted({next_power_of_2(count) for count in range(1, max_rows + 1)})
@@ -436,36 +510,29 @@ class Engine:
             max_prompt = min(max_speech_positions(config) + 2, self.max_len) if speech_only else self.max_len
             lengths = sorted({self._padded(length) for length in range(1, max_prompt + 1)})
             windows = config.audio_encoder.windows if task.takes_audio else (0,)
-            for companions, count in itertools.product(sizes, rows):
+            for count in rows:
                 for length, after_prefix in itertools.product(lengths, after):
-                    yield self._compile_prefill, (task, length, windows[0], after_prefix, count, companions)
+                    yield self._compile_prefill, (task, length, windows[0], after_prefix, count)
                 # The longer windows of the audio encoder, whatever the prompt is padded to.
                 for window in windows[1:]:
-                    yield self._compile_prefill, (task, lengths[0], window, False, count, companions)
-        for companions, other in itertools.product(sizes, sizes):
-            yield self._compile_stop, (companions,)
-            yield self._compile_resize, (companions, other)
+                    yield self._compile_prefill, (task, lengths[0], window, False, count)
 
     def _num_requests(self, compile_program: Callable[..., None], sizes: tuple[Any, ...]) -> int:
         """How many requests there must be at once for a program to be needed."""
         few = self._bucket_rows(1)
         if compile_program == self._compile_prefill:
-            *_, rows, companions = sizes
-            return max(rows // 2 + 1, 1 if companions <= few else few + 1)
+            return int(sizes[-1]) // 2 + 1
         return max(1 if size <= few else few + 1 for size in sizes)
 
     def _compile_decode(self, companions: int, texts: int, audios: int) -> None:
-        self._set_companions(companions)
         # From the host, as `_route` sends them: that is compiled, too.
         unused = [
             jnp.asarray(np.full(size, self.max_batch_size, np.int32)) for size in (companions, texts, texts, audios)
         ]
-        self.state, *_ = self.runner.decode_chunk(self.state, Routing(*unused), jnp.int32(1))
+        routing = Routing(*unused, self._page_table({}, companions))
+        self.state, *_ = self.runner.decode_chunk(self.state, routing, jnp.int32(1))
 
-    def _compile_prefill(
-        self, task: Task, length: int, window: int, after_prefix: bool, rows: int, companions: int
-    ) -> None:
-        self._set_companions(companions)
+    def _compile_prefill(self, task: Task, length: int, window: int, after_prefix: bool, rows: int) -> None:
         if task.takes_audio:
             prompt, speech = speech_prompt(task, 1, self.vocab), np.zeros(320 * (window - 2), np.float32)
             request = PreparedRequest.of(prompt, speech)
@@ -480,38 +547,33 @@ class Engine:
             0, jax.tree.map(lambda x: np.zeros((*x.shape[:-4], 1, x.shape[-3], 0, x.shape[-1])), self.state.caches)
         )
 
-    def _compile_stop(self, companions: int) -> None:
-        self._set_companions(companions)
+    def _compile_stop(self) -> None:
         self.state = self.runner.stop(self.state, jnp.int32(0))
-
-    def _compile_resize(self, companions: int, other: int) -> None:
-        self._set_companions(companions)
-        self._resize_companions([], other)
-
-    def _set_companions(self, size: int) -> None:
-        """Empty companion rows, as many as `size`."""
-        if size != self.companion_rows:
-            self._resize_companions([], 0)
-            self._resize_companions([], size)
 
     def run(self, steps: int = MAX_CHUNK_STEPS) -> Iterator[Progress]:
         """Advance until nothing is left."""
         while self.busy:
             yield from self.advance(steps)
 
-    def _read(self, slots: list[ActiveRequest | None], tokens: jax.Array, status: jax.Array) -> list[Progress]:
+    def _read(
+        self, slots: list[ActiveRequest | None], tokens: jax.Array, status: jax.Array, most_steps: int
+    ) -> list[Progress]:
         chunk, (steps, running, text_pending) = np.asarray(tokens), np.asarray(status)
         progress = []
         for slot, active in enumerate(slots):
             if active is None or not active.running:
                 continue
             new = chunk[: steps[slot] - active.step, slot].T[:, max(0, active.reported - active.step) :]
+            active.started += int(steps[slot]) - active.step - most_steps
             active.step, active.running = int(steps[slot]), bool(running[slot])
             active.text_pending = bool(text_pending[slot])
+            if not active.has_companion_row:
+                self.pages.give_back(self._group_of(slot), active.companion_pages)
+                active.companion_pages = []
             if active.running:
                 progress.append(Progress(active.key, new, None, of_question=active.request.of_question))
                 continue
-            self.active[slot] = None
+            self._free(slot, active)
             try:
                 progress.append(self._end_part(active, new))
             except Exception as error:
@@ -521,7 +583,7 @@ class Engine:
     def _fail(self, slot: int, active: ActiveRequest, error: Exception) -> None:
         """End a request that has failed by itself, and the transcription of its question."""
         log.error("a request has failed; the others go on", exc_info=error)
-        active.running, self.active[slot] = False, None
+        self._free(slot, active)
         self.cancel(active.key)
         self._failures.append(Progress(active.key, _no_tokens(), None, error=error))
 
@@ -529,6 +591,7 @@ class Engine:
         """The last tokens of a part; the next one, if any, is queued."""
         finish = self._finish_reason(active, new)
         self._reported.pop(active.identity, None)
+        self._faulted.discard(active.identity)
         if len(active.request.parts) == 1:
             unfinished = self._unfinished.pop(active.key, 1) - 1
             if unfinished:
@@ -562,67 +625,97 @@ class Engine:
         quarter = self.max_batch_size // 4
         return quarter if count <= quarter else self.max_batch_size
 
+    def _bucket_companions(self, per_group: int) -> int:
+        """The companion rows of all groups, if one group needs so many."""
+        return -(-self._bucket_rows(self.groups * per_group) // self.groups) * self.groups
+
     def _route(self) -> Routing:
         running = [(slot, active) for slot, active in enumerate(self.active) if active is not None and active.running]
         text = [(slot, active) for slot, active in running if active.text_pending]
         audio = [slot for slot, active in running if active.request.task.outputs_audio]
-        paired = [(slot, active) for slot, active in text if active.companion is not None]
-        self._resize_companions([active for _, active in paired], self._bucket_rows(len(paired)))
-
+        # Companion rows in the group of their slot; the groups have equal numbers of rows.
+        paired: list[list[int]] = [[] for _ in range(self.groups)]
+        for slot, active in text:
+            if active.has_companion_row:
+                paired[self._group_of(slot)].append(slot)
+        companions = self._bucket_companions(max(map(len, paired)))
+        companion_of = {
+            slot: group * companions // self.groups + index
+            for group, slots in enumerate(paired)
+            for index, slot in enumerate(slots)
+        }
         texts, audios = self._bucket_rows(len(text)), self._bucket_rows(len(audio))
-        companion_slot = np.full(self.companion_rows, self.max_batch_size, np.int32)
-        for slot, active in paired:
-            companion_slot[active.companion] = slot
-        rows = [slot if active.companion is None else self.max_batch_size + active.companion for slot, active in text]
+        companion_slot = np.full(companions, self.max_batch_size, np.int32)
+        for slot, companion in companion_of.items():
+            companion_slot[companion] = slot
+        rows = [self.max_batch_size + companion_of[slot] if slot in companion_of else slot for slot, _ in text]
         return Routing(
             companion_slot=jnp.asarray(companion_slot),
             text_slot=_column([slot for slot, _ in text], texts, np.int32, self.max_batch_size),
             text_row=_column(rows, texts, np.int32, self.max_batch_size),
             audio_slot=_column(audio, audios, np.int32, self.max_batch_size),
+            pages=self._page_table(companion_of, companions),
         )
 
-    def _resize_companions(self, kept: Sequence[ActiveRequest], size: int) -> None:
-        """Keep the companion rows of these requests alone, in a cache of `size` rows."""
-        if size == self.companion_rows:
-            return
-        companions = self.state.companions
-        if not size:
-            companions = None
-        elif companions is None:
-            companions = self.runner.init_companions(size, self.max_len)
-        else:
-            rows = [active.companion for active in kept if active.companion is not None]
-            rows += [0] * (size - len(rows))
-            companions = self.runner.keep_companions(companions, jnp.asarray(np.array(rows, np.int32)))
-            for index, active in enumerate(kept):
-                active.companion = index
-        self.state = dataclasses.replace(self.state, companions=companions)
-        self.companion_rows = size
+    def _page_table(self, companion_of: Mapping[int, int], companions: int) -> PageTable:
+        """The pages of all rows.
 
-    def _admit(self) -> None:
-        """Give free slots to queued requests and prefill them."""
-        free = [slot for slot, active in enumerate(self.active) if active is None]
-        arrivals = []
-        for key, request in self._take_from_queue(len(free)):
-            reported = self._reported.get((key, request.of_question), 0)
-            prefix = self.prefixes.find(request.prompt.history)
-            active = ActiveRequest(key, request, reported, text_pending=request.task.outputs_text, prefix=prefix)
-            slot = free.pop(0)
+        Args:
+            companion_of: the companion row of batch slots.
+            companions: companion rows.
+        """
+        tables = [
+            np.full((size, self.columns), self._per_group, np.int32) for size in (self.max_batch_size, companions)
+        ]
+        for slot, active in enumerate(self.active):
+            if active is not None:
+                tables[0][slot, : len(active.pages)] = active.pages
+                if slot in companion_of:
+                    tables[1][companion_of[slot], : len(active.companion_pages)] = active.companion_pages
+        return PageTable.of(tables if companions else tables[:1], self.pages.total, self.groups)
+
+    def _needed(self, active: ActiveRequest, steps: int) -> int:
+        """Pages of both rows of a request that so many more steps need, next to those that it has."""
+        row = active.pages_needed(active.started + steps, self.page_len, self.context)
+        return row * (1 + active.has_companion_row) - len(active.pages) - len(active.companion_pages)
+
+    def _take_pages(self, steps: int) -> None:
+        """Give every running request the pages of a chunk, the oldest first; the youngest go back to the queue.
+
+        The oldest one always goes on: there are pages for one request alone.
+        """
+        running = [(slot, active) for slot, active in enumerate(self.active) if active is not None and active.running]
+        for slot, active in sorted(running, key=_age):
+            group = self._group_of(slot)
+            while active.running and self._needed(active, steps) > self.pages.free(group):
+                self._pause(*max((e for e in running if e[1].running and self._group_of(e[0]) == group), key=_age))
+            if active.running:
+                active.started += steps
+                self._take_row_pages(slot, active)
+
+    def _take_row_pages(self, slot: int, active: ActiveRequest) -> None:
+        """Take the pages that the steps need which were started."""
+        group = self._group_of(slot)
+        needed = active.pages_needed(active.started, self.page_len, self.context)
+        active.pages += self.pages.take(group, max(0, needed - len(active.pages)))
+        if active.has_companion_row:
+            active.companion_pages += self.pages.take(group, max(0, needed - len(active.companion_pages)))
+
+    def _pause(self, slot: int, active: ActiveRequest) -> None:
+        """Send a request back to the queue, the first in it: it is answered again, and reported from where it was."""
+        log.info("out of memory for the cache: a request waits, after %d steps", active.step)
+        self._stop(slot, active)
+        self._reported[active.identity] = max(active.step, active.reported)
+        self.queue.appendleft((active.key, active.request))
+
+    def _admit(self, steps: int) -> None:
+        """Give free slots to queued requests, while there are pages for so many steps of all, and prefill them."""
+        arrivals = self._take_from_queue(steps)
+        for slot, active in arrivals:
             self.active[slot] = active
-            arrivals.append((slot, active))
+            self._take_row_pages(slot, active)
         if not arrivals:
             return
-        # Companion rows for the newcomers, next to those in use.
-        newcomers = [active for _, active in arrivals if active.request.has_companion]
-        if newcomers:
-            kept = [
-                a for a in self.active if a is not None and a.running and a.text_pending and a.companion is not None
-            ]
-            self._resize_companions(kept, self._bucket_rows(len(kept) + len(newcomers)))
-            used = {active.companion for active in kept}
-            unused = (row for row in range(self.companion_rows) if row not in used)
-            for active in newcomers:
-                active.companion = next(unused)
         groups: dict[tuple[int, bool, bool], list[tuple[int, ActiveRequest]]] = {}
         for slot, active in arrivals:
             groups.setdefault(self._prefill_shape(active.request, active.prefix), []).append((slot, active))
@@ -647,27 +740,54 @@ class Engine:
             for entry in group:
                 self._try_prefill(length, [entry])
 
-    def _take_from_queue(self, free: int) -> list[tuple[int, PreparedRequest]]:
-        """Take from the queue the requests that are admitted now, at most `free`.
+    def _take_from_queue(self, steps: int) -> list[tuple[int, ActiveRequest]]:
+        """Take from the queue the requests that are admitted now, with a free slot for each.
 
-        While others run they wait for one prefill at most: only requests that share the first one's are admitted.
+        While others run they wait for one prefill at most: only requests that share the first one's are admitted. No
+        request overtakes one that waits for pages.
         """
-        if not any(self.active):
-            return [self.queue.popleft() for _ in range(min(free, len(self.queue)))]
-        if not free or not self.queue:
-            return []
-
-        def shape_of(request: PreparedRequest) -> tuple[int, bool, bool]:
-            return self._prefill_shape(request, self.prefixes.find(request.prompt.history))
-
-        shape, rows = shape_of(self.queue[0][1]), min(free, MAX_PREFILL_ROWS)
-        chosen: list[tuple[int, PreparedRequest]] = []
-        left: deque[tuple[int, PreparedRequest]] = deque()
-        for entry in self.queue:
-            together = len(chosen) < rows and shape_of(entry[1]) == shape
-            (chosen if together else left).append(entry)
-        self.queue = left
+        slots, room = self._room(steps)
+        alone = not any(self.active)
+        most = self.max_batch_size if alone else MAX_PREFILL_ROWS
+        first_shape: tuple[int, bool, bool] | None = None
+        chosen: list[tuple[int, ActiveRequest]] = []
+        left: list[tuple[int, PreparedRequest]] = []
+        while self.queue and len(chosen) < most:
+            group = max((group for group in range(self.groups) if slots[group]), key=room.__getitem__, default=None)
+            if group is None:
+                break
+            key, request = self.queue[0]
+            active = self._to_admit(key, request)
+            active.prefix = self.prefixes.find(request.prompt.history)
+            shape = self._prefill_shape(request, active.prefix)
+            first_shape = first_shape or shape
+            if not alone and shape != first_shape:
+                left.append(self.queue.popleft())
+                continue
+            needed = self._needed(active, active.reported + steps)
+            if needed > room[group] and (chosen or not alone):
+                break
+            room[group] -= needed
+            active.number, self._admitted = self._admitted, self._admitted + 1
+            self.queue.popleft()
+            chosen.append((slots[group].pop(0), active))
+        self.queue.extendleft(reversed(left))
         return chosen
+
+    def _room(self, steps: int) -> tuple[list[list[int]], list[int]]:
+        """Free slots of each group, and its free pages without those that so many steps of its requests need."""
+        slots: list[list[int]] = [[] for _ in range(self.groups)]
+        room = [self.pages.free(group) for group in range(self.groups)]
+        for slot, active in enumerate(self.active):
+            if active is None:
+                slots[self._group_of(slot)].append(slot)
+            else:
+                room[self._group_of(slot)] -= max(0, self._needed(active, steps))
+        return slots, room
+
+    def _to_admit(self, key: int, request: PreparedRequest) -> ActiveRequest:
+        reported = self._reported.get((key, request.of_question), 0)
+        return ActiveRequest(key, request, reported, text_pending=request.task.outputs_text)
 
     def _prefill_shape(self, request: PreparedRequest, prefix: Prefix | None) -> tuple[int, bool, bool]:
         """Padded length, and whether there are speech and a prefix: prompts alike in this are prefilled together."""
@@ -710,15 +830,23 @@ class Engine:
         )
         if histories:
             self._to_keep.append((caches, histories))
-        nowhere = self.max_batch_size
-        companions = [nowhere if active.companion is None else active.companion for _, active in group]
+        pages = [(slot, active.pages) for slot, active in group]
+        companion_pages = [(slot, active.companion_pages) for slot, active in group]
         self.state = self.runner.insert(
             self.state,
             caches,
-            _column([slot for slot, _ in group], rows, np.int32, nowhere),
-            _column(companions, rows, np.int32, nowhere),
+            _column([slot for slot, _ in group], rows, np.int32, self.max_batch_size),
+            self._pages_of_all(pages, rows),
+            self._pages_of_all(companion_pages, rows),
             self._arrivals(requests, rows),
         )
+
+    def _pages_of_all(self, pages: Sequence[tuple[int, Sequence[int]]], rows: int) -> jax.Array:
+        """Pages by slot, int32 [rows, M], as numbered over all groups."""
+        table = np.full((rows, self.columns), self.pages.total, np.int32)
+        for row, (slot, own) in enumerate(pages):
+            table[row, : len(own)] = np.array(own, np.int32) + self._group_of(slot) * self._per_group
+        return jnp.asarray(table)
 
     def _prefill_history(self, history: History) -> None:
         """Prefill a history for the prefix cache, in no batch slot."""
@@ -749,11 +877,11 @@ class Engine:
         return speech
 
     def _load_prefixes(self, prefixes: Sequence[Prefix], rows: int) -> dict[str, Cache]:
-        """Caches of `rows` rows, as long as the running batch's, that hold these prefixes."""
+        """Caches of `rows` rows of `max_len` positions that hold these prefixes."""
 
         def load(like: jax.Array, *kept: np.ndarray) -> jax.Array:
             # A stacked cache has its layers in front of the rows.
-            array = np.zeros((*like.shape[:-4], rows, *like.shape[-3:]), like.dtype)
+            array = np.zeros((*like.shape[:-4], rows, like.shape[-3], self.max_len, like.shape[-1]), like.dtype)
             for row, (prefix, known) in enumerate(zip(prefixes, kept, strict=True)):
                 array[..., row : row + 1, :, : prefix.length, :] = known[..., : prefix.length, :]
             return jnp.asarray(array)
@@ -791,8 +919,11 @@ class Engine:
                 ),
             ),
             caches={},
-            companions=None,
         )
+
+
+def _age(entry: tuple[int, ActiveRequest]) -> int:
+    return entry[1].number
 
 
 def _no_tokens() -> np.ndarray:

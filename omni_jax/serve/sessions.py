@@ -58,6 +58,8 @@ class Settings:
     """Requests decoded at once."""
     max_queue_size: int = 64
     """Requests that may be queued; further ones get status 429."""
+    cache_bytes: int | None = None
+    """Memory for the keys and values of the running batch; None: what all requests at full length take."""
     max_audio_seconds: float = 3600.0
     """Longest recording, where the model takes so much; see `Omni.max_samples`."""
     max_body_bytes: int = 32 << 20
@@ -148,7 +150,11 @@ class Service:
     def __init__(self, omni: Omni, name: str, settings: Settings):
         self.omni, self.name, self.settings = omni, name, settings
         self.engine = AsyncEngine(
-            omni, max_batch_size=settings.max_batch_size, max_queue_size=settings.max_queue_size, warm_up=True
+            omni,
+            max_batch_size=settings.max_batch_size,
+            max_queue_size=settings.max_queue_size,
+            warm_up=True,
+            cache_bytes=settings.cache_bytes,
         )
         self.metrics = Metrics(self)
         most = settings.max_body_bytes

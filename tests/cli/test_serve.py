@@ -48,6 +48,7 @@ def test_serve_passes_every_option(served: list[Any], tmp_path: Path) -> None:
         "--allow-host": "Omni.lan",
         "--trusted-proxy": "127.0.0.1",
         "--max-connections": 50,
+        "--cache-memory": 1.5,
     }
     words = [word for option in options.items() for word in option]
     words += [
@@ -73,6 +74,7 @@ def test_serve_passes_every_option(served: list[Any], tmp_path: Path) -> None:
         allowed_hosts=("omni.lan", "omni.example"),
         trusted_proxies=("127.0.0.1",),
         max_connections=50,
+        cache_bytes=1_500_000_000,
     )
     assert served == [("tiny", settings, "0.0.0.0", 0)]
     assert "without a key" not in result.stderr

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from omni_jax import sharding
 from omni_jax.cli.app import app
 from omni_jax.compile_report import serving
-from omni_jax.compile_report.serving import ServingProfile, ServingReport, serving_report
+from omni_jax.compile_report.programs import bytes_per_chip, decode_program, mean_pages
+from omni_jax.compile_report.serving import ServingProfile, ServingReport, _rows, serving_report
 from omni_jax.compile_report.topology import Topology
 from omni_jax.config.model import PRESETS
 from omni_jax.errors import ConfigError
+from omni_jax.model.pages import PAGE_LEN, num_pages
 
 ONE = Topology.parse("v5e:1x1")
 SHORT = ServingProfile(question_seconds=0.5, answer_seconds=2.048, history_positions=100)
@@ -92,6 +95,17 @@ def test_compile_serve_command(batches: dict[str, int], tmp_path: Path, monkeypa
     assert "real-time conversations" in done.output
     done = CliRunner().invoke(app, [*command, "--profile", str(tmp_path / "mix.yaml"), "--json"])
     assert json.loads(done.output)["rows"] == batches["decode"]
+
+
+def test_rows_that_16_gb_hold() -> None:
+    """Of 300 positions in the mean, from the arrays of the running batch; at full length it would be 550."""
+    config, mesh = PRESETS["mini_omni"], sharding.make_mesh(devices=ONE.devices())
+    program = decode_program(config, mesh, 2500, positions=300)
+    weights, state, *_ = program.arguments
+    assert num_pages(state.caches["trunk"]) * PAGE_LEN == pytest.approx(2500 * (300 + PAGE_LEN / 2), rel=1e-3)
+    assert bytes_per_chip(weights) + bytes_per_chip(state) < 0.9 * ONE.chip.hbm_bytes
+    assert _rows(decode_program(config, mesh, 1, positions=300), ONE, mean_pages(config, 300)) >= 2500
+    assert _rows(decode_program(config, mesh, 1), ONE, 16) < 600
 
 
 @pytest.mark.slow

@@ -330,6 +330,20 @@ def test_close_with_timeout_cancels_unfinished_requests(
     assert handle.outcome in ("cancelled", "done")
 
 
+def test_cache_bytes_bound_the_memory_of_all_requests(
+    omni: Omni, requests: list[PreparedRequest], replies: list[Reply]
+) -> None:
+    """Six slots share the memory of one request and its companion row."""
+    page = omni.runner.page_bytes(CONTEXT)
+    with AsyncEngine(omni, max_batch_size=6, cache_bytes=2 * page + 1) as engine:
+        assert sum(x.nbytes for x in jax.tree.leaves(engine._engine.state.caches)) == 2 * page
+        handles = [engine.submit(request) for request in requests]
+        for handle, reply in zip(handles, replies, strict=True):
+            assert_same_answer(list(handle), reply)
+    with pytest.raises(ConfigError, match="cache has 1 pages"):
+        AsyncEngine(omni, max_batch_size=6, cache_bytes=2 * page - 1)
+
+
 def test_submit_refuses_request_longer_than_cache(omni: Omni, engine: AsyncEngine) -> None:
     with (
         AsyncEngine(omni, max_batch_size=1, max_len=CONTEXT - 1) as small,

@@ -96,6 +96,17 @@ def test_prefixes_of_one_batch_have_different_lengths(runner: ModelRunner) -> No
     assert answers(engine, first, second, third, other) == alone
 
 
+def test_turns_give_the_same_tokens_when_pages_run_out(runner: ModelRunner) -> None:
+    """Conversations with histories in pages of 4 positions, of which there are those of one request alone."""
+    tasks = (Task.A1A2, Task.T1A2, Task.A1T2, Task.T1T2)
+    first, second = ([turn(runner, task, number) for task in tasks] for number in (1, 2))
+    expected = [[answers(Engine(runner, 1, CONTEXT), each)[0] for each in turns] for turns in (first, second)]
+    engine = Engine(runner, 4, CONTEXT, num_pages=2 * CONTEXT // 4, page_len=4)
+    assert [answers(engine, *turns) for turns in (first, second)] == expected
+    assert engine.pages.used == 0
+    assert engine.prefixes.find(second[0].prompt.history) is not None
+
+
 def test_conversations_share_the_system_text(runner: ModelRunner) -> None:
     counting = Counting(runner)
     engine = Engine(counting, 1, CONTEXT)
