@@ -91,7 +91,7 @@ class Sizes:
 
     questions: int = 12_000
     """Asked aloud, half of them in the further phrasings."""
-    natural_questions: int = 600
+    natural_questions: int = 1200
     """Asked aloud by natural voices, half of them in the further phrasings."""
     smalltalk_questions: int = 1000
     """Of kinds that are rare among the others, half of them in the further phrasings; without its name."""
@@ -116,7 +116,7 @@ class Sizes:
     named_sentences: int = 600
     held_out_sentences: int = 300
     dictations: int = 2000
-    free_dictations: int = 4000
+    free_dictations: int = 8000
     held_out_dictations: int = 200
     """In voices that training has; half as many in others."""
     repeated: int = 20_000
