@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from omni_jax.cli import startup
 from omni_jax.convert.commands import app
 
 if __name__ == "__main__":
+    startup.silence_libtpu()
     app()

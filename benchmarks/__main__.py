@@ -5,7 +5,23 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("codec", "decode", "answer", "first_audio", "live", "serve", "load", "prepare", "pipeline", "train", "formats")
+NAMES = (
+    "codec",
+    "decode",
+    "answer",
+    "conversation",
+    "first_audio",
+    "live",
+    "realtime",
+    "serve",
+    "start",
+    "attacks",
+    "load",
+    "prepare",
+    "pipeline",
+    "train",
+    "formats",
+)
 
 if __name__ == "__main__":
     chosen = sys.argv[1:] or NAMES

@@ -49,7 +49,7 @@ from omni_jax.checkpoint.tensors import init_model, model_tensors
 from omni_jax.config.load import build_config
 from omni_jax.config.model import PRESETS, AudioEncoderConfig, ModelConfig
 from omni_jax.config.run import LossConfig, OptimizerConfig, RunConfig
-from omni_jax.convert import qwen2
+from omni_jax.convert import language_model
 from omni_jax.data.records import RecordWriter
 from omni_jax.tasks import Task
 from omni_jax.training import step as training_step
@@ -233,7 +233,9 @@ class Torch:
         named = {name: x for name, x in weights.items() if name.startswith(("trunk.", "norm."))}
         named["embed.text"] = np.concatenate([weights["embed.text"], weights["embed.audio"].reshape(-1, D)])
         with tempfile.TemporaryDirectory() as folder:
-            qwen2.write(Path(folder), config.trunk, vocab.rows, {k: LazyTensor.of(x) for k, x in named.items()})
+            language_model.write(
+                Path(folder), config.trunk, vocab.rows, {k: LazyTensor.of(x) for k, x in named.items()}
+            )
             self.model = transformers.Qwen2ForCausalLM.from_pretrained(folder).train()
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.ndim == 1]

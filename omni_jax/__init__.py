@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from omni_jax.api import Omni
     from omni_jax.inference.answer import Chunk, Reply
     from omni_jax.inference.async_engine import AsyncEngine, RequestHandle
+    from omni_jax.inference.conversation import Conversation
     from omni_jax.inference.generation import GenerationConfig
-    from omni_jax.inference.request import Request
+    from omni_jax.inference.request import Request, Turn
 
 __all__ = [
     "AsyncEngine",
@@ -36,6 +37,7 @@ __all__ = [
     "Chunk",
     "ClosedError",
     "ConfigError",
+    "Conversation",
     "ConversionError",
     "GenerationConfig",
     "NoSpeechError",
@@ -44,17 +46,20 @@ __all__ = [
     "Reply",
     "Request",
     "RequestHandle",
+    "Turn",
     "UntrainedWarning",
 ]
 
 _LAZY = {
     "AsyncEngine": "omni_jax.inference.async_engine",
     "Chunk": "omni_jax.inference.answer",
+    "Conversation": "omni_jax.inference.conversation",
     "GenerationConfig": "omni_jax.inference.generation",
     "Omni": "omni_jax.api",
     "Reply": "omni_jax.inference.answer",
     "Request": "omni_jax.inference.request",
     "RequestHandle": "omni_jax.inference.async_engine",
+    "Turn": "omni_jax.inference.request",
 }
 """Loaded on first use, so that reading a config or converting weights does not wait for the whole model."""
 

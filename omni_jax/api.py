@@ -24,16 +24,26 @@ from omni_jax.codec.stream import StreamDecoder
 from omni_jax.config.model import PRESETS, ModelConfig
 from omni_jax.errors import AudioError, CheckpointError, ConfigError, NoSpeechError, UntrainedWarning
 from omni_jax.inference.answer import AnswerBuilder, Chunk, OutputDecoder, Reply
+from omni_jax.inference.conversation import Conversation, load_conversation
 from omni_jax.inference.engine import Engine, Part, PreparedRequest, next_power_of_2
 from omni_jax.inference.generation import GenerationConfig
-from omni_jax.inference.request import Audio, Request
+from omni_jax.inference.prefix_cache import PrefixCache
+from omni_jax.inference.request import Audio, Request, Turn
 from omni_jax.inference.runner import ModelRunner
 from omni_jax.model.omni import OmniModel
-from omni_jax.prompts import speech_positions, speech_prompt, text_prompt
+from omni_jax.prompts import (
+    History,
+    after_history,
+    history_room,
+    make_history,
+    speech_positions,
+    speech_prompt,
+    text_prompt,
+)
 from omni_jax.tasks import Task
 from omni_jax.text.normalize import normalize_text
 from omni_jax.text.sentences import split_sentences
-from omni_jax.tokenizer import byte_tokenizer
+from omni_jax.tokenizer import byte_tokenizer, encode_text
 from omni_jax.vocab import Vocab
 
 CodecName = Literal["jax", "torch"]
@@ -82,6 +92,7 @@ class Omni:
         self.trained = trained
         self._vocab = Vocab(self.config.vocab)
         self._release, self._int8 = release, int8
+        self._prefixes = PrefixCache()
 
     @classmethod
     def from_pretrained(
@@ -303,6 +314,31 @@ class Omni:
         """
         return self.stream_prepared(self.prepare(Request(audio, text, task, sample_rate, truncate), **options))
 
+    def conversation(
+        self, load: str | Path | None = None, *, system: str = "", history: Iterable[Turn | Sequence[str]] = ()
+    ) -> Conversation:
+        """Begin a conversation, or go on with one.
+
+        Args:
+            load: a file of `Conversation.save`, which has system text and history.
+            system: text that it begins with, such as a name or a manner.
+            history: turns that were before: a `Turn` each, or a question and an answer.
+
+        Raises:
+            ConfigError: the model was not trained on conversations, the file cannot be used, or it is given together
+                with a system text or a history.
+        """
+        if not self.config.conversation:
+            raise ConfigError(
+                "conversation: expected a model that was trained on conversations, found one that was not "
+                "(conversation of its config)"
+            )
+        if load is not None:
+            if system or history:
+                raise ConfigError("load: expected no system text and history besides, found some", field="load")
+            system, history = load_conversation(load)
+        return Conversation(self, system, history)
+
     def prepare(
         self,
         inputs: Request | Mapping[str, Any] | str | Path,
@@ -331,16 +367,34 @@ class Omni:
             prepared = self._prepare_audio(task, request, max_samples)
         else:
             prepared = self._prepare_text(task, request)
+        if request.transcribe_question:
+            prepared = replace(prepared, transcription=replace(self.to_transcription(prepared), of_question=True))
+        if request.system or request.history:
+            prepared = self._follow_history(prepared, request.system or "", request.history)
         context = self.config.trunk.max_position
         if (longest := prepared.longest_prompt) > context:
             raise ConfigError(f"the prompt takes {longest} positions; expected at most the context of {context}")
         return replace(prepared, config=settings)
 
+    def prepare_history(self, system: str, turns: Sequence[Turn], *, present: int = 1) -> History:
+        """A system text and past turns as a prompt begins with them, for `AsyncEngine.remember`.
+
+        Args:
+            system: may be empty.
+            turns: the oldest first.
+            present: positions of the prompt that follows; of another prompt the history is the same, unless one of
+                them takes more than a quarter of the context.
+        """
+        ids = [(self._past_text(turn.question), self._past_text(turn.answer)) for turn in turns]
+        room = history_room(self.config.trunk.max_position, present)
+        return make_history(self._past_text(system), ids, room, self._vocab)
+
     def run(self, requests: Sequence[PreparedRequest], max_batch_size: int = 8) -> list[Reply]:
         """Answer prepared requests, up to `max_batch_size` at a time in one running batch; in their order."""
         if not requests:
             return []
-        engine = self._engine(requests, min(max_batch_size, next_power_of_2(len(requests))))
+        rows = len(requests) + sum(request.transcription is not None for request in requests)
+        engine = self._engine(requests, min(max_batch_size, next_power_of_2(rows)))
         for key, request in enumerate(requests):
             engine.submit(key, request)
         answers = [AnswerBuilder(self.outputs, request, streaming=False) for request in requests]
@@ -348,10 +402,12 @@ class Omni:
         while engine.busy:
             ended, finished = [], []
             for progress in engine.advance():
+                if progress.error is not None:
+                    raise progress.error
                 answers[progress.key].add(progress)
-                if progress.finish or progress.part_finish:
+                if (progress.finish or progress.part_finish) and not progress.of_question:
                     ended.append(progress.key)
-                if progress.finish:
+                if progress.done:
                     finished.append(progress.key)
             # The audio of all that ended in this chunk, in one call of the codec.
             speaking = [answers[key] for key in ended if requests[key].task.outputs_audio]
@@ -364,10 +420,12 @@ class Omni:
     def stream_prepared(self, request: PreparedRequest) -> Iterator[Chunk]:
         """Answer a prepared request while decoding; see `stream`."""
         answer = AnswerBuilder(self.outputs, request, streaming=True)
-        engine = self._engine([request], max_batch_size=1)
+        engine = self._engine([request], max_batch_size=1 if request.transcription is None else 2)
         engine.submit(0, request)
         while engine.busy:
             for progress in engine.advance(answer.next_steps):
+                if progress.error is not None:
+                    raise progress.error
                 chunk = answer.add(progress)
                 if chunk is not None:
                     yield chunk
@@ -378,8 +436,28 @@ class Omni:
         Compiles for a running batch of `max_batch_size` whose caches are as long as the context, as `AsyncEngine` has
         it, and for streaming.
         """
-        Engine(self.runner, max_batch_size, self.config.trunk.max_position).warm_up()
+        engine = Engine(self.runner, max_batch_size, self.config.trunk.max_position)
+        engine.warm_up()
+        for _ in engine.warm_up_rest():
+            pass
         StreamDecoder(self.outputs.codec, self.config.codec).warm_up()
+
+    def _follow_history(self, prepared: PreparedRequest, system: str, turns: Sequence[Turn]) -> PreparedRequest:
+        """The request as a turn of a conversation."""
+        if not self.config.conversation:
+            field = "system" if system else "history"
+            raise ConfigError(
+                f"{field}: expected none: this model was not trained on conversations (conversation of its config)",
+                field=field,
+            )
+        (part,) = prepared.parts
+        history = self.prepare_history(system, turns, present=len(part.prompt))
+        return replace(prepared, parts=(replace(part, prompt=after_history(history, part.prompt)),))
+
+    def _past_text(self, text: str) -> list[int]:
+        """Token ids of what was said before; none if there is no letter or digit in it."""
+        text = normalize_text(text, self.config.text, may_be_empty=True)
+        return self._tokenize(text) if text else []
 
     def _prepare_text(self, task: Task, request: Request) -> PreparedRequest:
         settings = self.config.text
@@ -419,7 +497,8 @@ class Omni:
         def part_of(part: Part) -> Part:
             return replace(part, prompt=speech_prompt(Task.A1T1, part.prompt.speech_positions, self._vocab))
 
-        return replace(request, task=Task.A1T1, parts=tuple(map(part_of, request.parts)), config=GenerationConfig())
+        parts = tuple(map(part_of, request.parts))
+        return replace(request, task=Task.A1T1, parts=parts, config=GenerationConfig(), transcription=None)
 
     def _spans_to_hear(self, task: Task, audio: np.ndarray, request: Request) -> list[vad.Span]:
         """What of a recording the model takes, each span at most as long as its audio encoder takes at once."""
@@ -442,7 +521,7 @@ class Omni:
         return Part(speech_prompt(task, positions, self._vocab), speech, start=start)
 
     def _tokenize(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = encode_text(self.tokenizer, text)
         if not ids:
             raise ConfigError("text: expected some text, found none", field="text")
         if max(ids) >= self.config.vocab.text:
@@ -455,7 +534,7 @@ class Omni:
 
     def _engine(self, requests: Sequence[PreparedRequest], max_batch_size: int) -> Engine:
         max_len = max(request.cache_len(self.config.trunk.max_position) for request in requests)
-        return Engine(self.runner, max_batch_size, max_len)
+        return Engine(self.runner, max_batch_size, max_len, prefixes=self._prefixes)
 
 
 def _check_codec(name: str) -> None:

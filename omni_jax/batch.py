@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,14 +35,18 @@ from omni_jax.audio.decoding import HEADERLESS
 from omni_jax.config.load import build_config
 from omni_jax.errors import ConfigError, OmniError
 from omni_jax.file_names import safe_file_name
+from omni_jax.folder_lock import FolderLock
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.request import Request
+from omni_jax.input_files import parse_json, read_file
 from omni_jax.tasks import Task
 
 if TYPE_CHECKING:
     from omni_jax.api import Omni
     from omni_jax.inference.answer import Reply
     from omni_jax.inference.engine import PreparedRequest
+
+log = logging.getLogger(__name__)
 
 ANSWERS = "answers.jsonl"
 """The output file. Of several processes, each writes one of its own, such as `answers-00000-of-00002.jsonl`."""
@@ -102,32 +107,34 @@ def answer_manifest(
 
     Raises:
         ConfigError: the source or the output folder cannot be used.
+        FolderInUseError: another job writes these answers.
     """
     output = AnswerFolder(Path(out), process_index, num_processes)
     defaults = Request(task=task, truncate=truncate, config=config or GenerationConfig())
     rows = read_rows(Path(source), output.folder, defaults)[process_index::num_processes]
-    output.open()
-
-    fingerprints = [row.fingerprint(model_id) for row in rows]
-    records = [output.find_answer(row.id, fingerprint) for row, fingerprint in zip(rows, fingerprints, strict=True)]
-    todo = [index for index, record in enumerate(records) if record is None]
-    omni = load() if any(rows[index].request for index in todo) else None
-    # Answers to other requests are dropped now, not before it is certain that this run can start.
-    output.write_all([record for record in records if record is not None])
-    num_failed = 0
-    report = progress or (lambda done, total: None)
-    for start in range(0, len(todo), WINDOW * max_batch_size):
-        report(len(rows) - len(todo) + start, len(rows))
-        window = todo[start : start + WINDOW * max_batch_size]
-        answers = _answer(omni, [rows[index] for index in window], max_batch_size)
-        for index, answer in zip(window, answers, strict=True):
-            records[index] = record = _to_record(rows[index], answer, fingerprints[index])
-            output.append(record, answer)
-            num_failed += "error" in record
-    report(len(rows), len(rows))
-    # A row that failed earlier and was tried again is at the end so far.
-    output.write_all([record for record in records if record is not None])
-    return BatchSummary(output.path, len(rows), len(todo) - num_failed, len(rows) - len(todo), num_failed)
+    with FolderLock(output.folder, "omni-jax batch", f".{output.path.name}.lock") as lock:
+        output.open()
+        fingerprints = [row.fingerprint(model_id) for row in rows]
+        records = [output.find_answer(row.id, fingerprint) for row, fingerprint in zip(rows, fingerprints, strict=True)]
+        todo = [index for index, record in enumerate(records) if record is None]
+        omni = load() if any(rows[index].request for index in todo) else None
+        # Answers to other requests are dropped now, not before it is certain that this run can start.
+        output.write_all([record for record in records if record is not None])
+        num_failed = 0
+        report = progress or (lambda done, total: None)
+        for start in range(0, len(todo), WINDOW * max_batch_size):
+            report(len(rows) - len(todo) + start, len(rows))
+            window = todo[start : start + WINDOW * max_batch_size]
+            answers = _answer(omni, [rows[index] for index in window], max_batch_size)
+            lock.check()
+            for index, answer in zip(window, answers, strict=True):
+                records[index] = record = _to_record(rows[index], answer, fingerprints[index])
+                output.append(record, answer)
+                num_failed += "error" in record
+        report(len(rows), len(rows))
+        # A row that failed earlier and was tried again is at the end so far.
+        output.write_all([record for record in records if record is not None])
+        return BatchSummary(output.path, len(rows), len(todo) - num_failed, len(rows) - len(todo), num_failed)
 
 
 def _answer(omni: Omni | None, rows: Sequence[Row], max_batch_size: int) -> list[Reply | str]:
@@ -142,10 +149,30 @@ def _answer(omni: Omni | None, rows: Sequence[Row], max_batch_size: int) -> list
             requests[index] = omni.prepare(row.request)
         except OmniError as error:
             answers[index] = str(error)
+        except Exception as error:
+            log.exception("%s could not be prepared", row.place)
+            answers[index] = f"{row.place}: could not be prepared: {_describe(error)}"
     if omni is not None:
-        for index, reply in zip(requests, omni.run(list(requests.values()), max_batch_size), strict=True):
-            answers[index] = reply
+        for index, answer in zip(requests, _run(omni, list(requests.values()), max_batch_size), strict=True):
+            answers[index] = answer
     return answers
+
+
+def _run(omni: Omni, requests: list[PreparedRequest], max_batch_size: int) -> Sequence[Reply | str]:
+    """The replies; where answering fails, each request by itself, so that only those have none that fail alone."""
+    try:
+        return omni.run(requests, max_batch_size)
+    except Exception as error:
+        if len(requests) == 1:
+            log.exception("a row could not be answered")
+            return [f"could not be answered: {_describe(error)}"]
+    return [answer for request in requests for answer in _run(omni, [request], max_batch_size)]
+
+
+def _describe(error: Exception) -> str:
+    """The kind of an error and the first line of its message, which may be long."""
+    line = (str(error).splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}: {line}"
 
 
 def _to_record(row: Row, reply: Reply | str, fingerprint: str | None) -> dict[str, Any]:
@@ -267,10 +294,7 @@ def _read_manifest(path: Path, defaults: Request) -> list[Row]:
     Raises:
         ConfigError: the file cannot be read or is empty.
     """
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise ConfigError(f"{path}: expected a manifest or a folder, found {error.strerror}") from None
+    lines = read_file(path, ConfigError, "a manifest or a folder").removeprefix(b"\xef\xbb\xbf").split(b"\n")
     rows = [_read_row(path, number, line, defaults) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise ConfigError(f"{path}: expected a manifest of JSON lines, found an empty file")
@@ -280,7 +304,7 @@ def _read_manifest(path: Path, defaults: Request) -> list[Row]:
 def _read_row(path: Path, number: int, line: bytes, defaults: Request) -> Row:
     place = f"{path.name} line {number}"
     try:
-        values = json.loads(line)
+        values = parse_json(line)
     except ValueError as error:
         return Row(None, place, error=f"{place}: expected a JSON object, found {error}")
     if not isinstance(values, dict):
@@ -394,7 +418,7 @@ class AnswerFolder:
             raise ConfigError(f"{error.filename}: expected a folder to write to, found {error.strerror}") from None
         for line in lines:
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 if "error" not in record:
                     self._earlier[record["id"]] = record
             except (ValueError, KeyError, TypeError):

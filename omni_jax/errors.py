@@ -94,6 +94,14 @@ class TrainingError(OmniError, RuntimeError):
     """A training run that cannot go on: says at which step and why."""
 
 
+class PeerLostError(TrainingError):
+    """Another process of a training run ended, or cannot be reached; started again, the run continues."""
+
+
+class FolderInUseError(OmniError, RuntimeError):
+    """Another run writes to the folder: says who holds it."""
+
+
 class BusyError(OmniError, RuntimeError):
     """The request queue is full; try again later."""
 

@@ -3,12 +3,20 @@
 This is the only definition. Inference takes `Prompt`s from here; training takes `Example`s, which are the same prompts
 followed by the answer, with targets and a loss mask. Streams 0..6 are audio, one per codebook (ids local to the
 codebook); stream 7 is text.
+
+In a conversation the prompt of the present turn follows its `History`: a system text and past turns as text, whatever
+they were. A past turn is what T1T2 makes of it, prompt and answer; all of it has audio padding.
+
+    text   system s.. eot | input_t q.. eot answer_t a.. eot | ... | the present turn's prompt
+    audio  padding                                                   input_a ...
+
+A text of two seconds takes ten positions or less, its speech a hundred: this keeps histories short.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,6 +25,30 @@ from omni_jax.delay import delay
 from omni_jax.tasks import Task
 from omni_jax.vocab import NUM_CODEBOOKS, NUM_STREAMS, TEXT_STREAM, Vocab
 
+Turn = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a past question and of its answer. An empty one is left out."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What precedes the present turn of a conversation, as positions of the trunk."""
+
+    tokens: np.ndarray
+    """int32 [8, H]: audio padding, and text."""
+    ends: tuple[int, ...] = ()
+    """Where the system text and each turn ends: lengths of prefixes that later histories may share."""
+    answers: tuple[tuple[int, int], ...] = ()
+    """First position, and the one after the last, of each kept turn's answer with its end of text."""
+    first_turn: int = 0
+    """Turns before this one are left out."""
+
+    def __len__(self) -> int:
+        return self.tokens.shape[1]
+
+
+NO_HISTORY = History(np.zeros((NUM_STREAMS, 0), np.int32))
+"""That of a first turn without a system text: nothing."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -24,12 +56,20 @@ class Prompt:
 
     task: Task
     tokens: np.ndarray
-    """int32 [8, P]."""
+    """int32 [8, P], its history included."""
     speech_positions: int
-    """The adapter's output replaces the audio embeddings of positions 1..speech_positions; 0 for text."""
+    """The adapter's output replaces the audio embeddings of so many positions after the history and one more; 0 for
+    text."""
+    history: History = NO_HISTORY
+    """What it begins with."""
 
     def __len__(self) -> int:
         return self.tokens.shape[1]
+
+    @property
+    def speech_start(self) -> int:
+        """The first position that takes speech."""
+        return len(self.history) + 1
 
 
 @dataclass(frozen=True)
@@ -43,6 +83,8 @@ class Example:
     mask: np.ndarray
     """bool [8, T], the tokens that count in the loss."""
     speech_positions: int
+    """As in `Prompt`."""
+    speech_start: int = 1
     """As in `Prompt`."""
 
 
@@ -103,6 +145,69 @@ def text_prompt(task: Task, text: Sequence[int], vocab: Vocab) -> Prompt:
     return Prompt(task, tokens, 0)
 
 
+def first_kept(lengths: Sequence[int], room: int) -> int:
+    """Which turns are kept of those that take `lengths` positions: the number of the first one.
+
+    As turns are added, none is left out until they take more than `room`. Then the oldest are left out, so many that
+    the others take at most half of it; the newest one is kept if it fits the room at all. Leaving out many at once
+    keeps the beginning the same for several turns, whose keys and values need not be computed again.
+    """
+    first = total = 0
+    for number, length in enumerate(lengths):
+        total += length
+        if total <= room:
+            continue
+        while first <= number and total > room // 2 and (first < number or total > room):
+            total -= lengths[first]
+            first += 1
+    return first
+
+
+def history_room(context: int, present: int) -> int:
+    """Positions for the history before a prompt of `present` positions.
+
+    Half of the context, or less if the prompt is so long that a quarter of the context would not be left for the
+    answer.
+    """
+    return max(0, min(context // 2, context - present - context // 4))
+
+
+def make_history(system: Sequence[int], turns: Sequence[Turn], room: int, vocab: Vocab) -> History:
+    """A system text and past turns, the oldest of which are left out by the rule of `first_kept`.
+
+    Args:
+        system: token ids of the system text, which is always kept; there may be none.
+        turns: from the oldest to the newest.
+        room: positions that system text and turns may take together; see `history_room`.
+        vocab: the token layout.
+    """
+    text = [vocab.system, *system, vocab.eot] if len(system) else []
+    questions = [[vocab.input_t, *question, vocab.eot] if len(question) else [] for question, _ in turns]
+    answered = [[vocab.answer_t, *answer, vocab.eot] if len(answer) else [] for _, answer in turns]
+    lengths = [len(q) + len(a) for q, a in zip(questions, answered, strict=True)]
+    first = first_kept(lengths, max(0, room - len(text)))
+    ends = [len(text)] if text else []
+    answers = []
+    for asked, said in zip(questions[first:], answered[first:], strict=True):
+        text += asked + said
+        ends.append(len(text))
+        answers.append((len(text) - max(0, len(said) - 1), len(text)))
+    tokens = np.full((NUM_STREAMS, len(text)), vocab.pad_a, np.int32)
+    tokens[TEXT_STREAM] = text
+    return History(tokens, tuple(ends), tuple(answers), first)
+
+
+def after_history(history: History, prompt: Prompt) -> Prompt:
+    """The prompt of a turn that follows a history.
+
+    Raises:
+        ValueError: its task takes none: transcripts and reading aloud depend on nothing that was said before.
+    """
+    if prompt.task in (Task.A1T1, Task.T1A1) and len(history):
+        raise ValueError(f"task {prompt.task} takes no history")
+    return replace(prompt, tokens=np.concatenate([history.tokens, prompt.tokens], axis=1), history=history)
+
+
 def answer(task: Task, text: Sequence[int], codes: np.ndarray | None, vocab: Vocab) -> tuple[np.ndarray, np.ndarray]:
     """The eight streams of an answer, step by step, and their loss mask.
 
@@ -144,17 +249,33 @@ def answer(task: Task, text: Sequence[int], codes: np.ndarray | None, vocab: Voc
     return tokens, mask
 
 
-def example(prompt: Prompt, text: Sequence[int], codes: np.ndarray | None, vocab: Vocab) -> Example:
+def example(
+    prompt: Prompt, text: Sequence[int], codes: np.ndarray | None, vocab: Vocab, trained: Sequence[bool] = ()
+) -> Example:
     """A prompt with its answer; arguments and errors as of `answer`.
 
     The prompt's last position predicts step 0, and each step is the input of the next.
+
+    Args:
+        prompt: what precedes the answer.
+        text: see `answer`.
+        codes: see `answer`.
+        vocab: see `answer`.
+        trained: of each turn of the conversation before the present one, whether the text of its answer counts in the
+            loss, too. Empty: of none.
     """
     answer_tokens, answer_mask = answer(prompt.task, text, codes, vocab)
     before = len(prompt) - 1
-    padding = np.tile(vocab.padding[:, None], (1, before))
+    targets = np.concatenate([np.tile(vocab.padding[:, None], (1, before)), answer_tokens], axis=1)
+    mask = np.concatenate([np.zeros((NUM_STREAMS, before), bool), answer_mask], axis=1)
+    for (begin, end), counts in zip(prompt.history.answers, trained[prompt.history.first_turn :], strict=False):
+        if counts:
+            targets[TEXT_STREAM, begin - 1 : end - 1] = prompt.tokens[TEXT_STREAM, begin:end]
+            mask[TEXT_STREAM, begin - 1 : end - 1] = True
     return Example(
         tokens=np.concatenate([prompt.tokens, answer_tokens[:, :-1]], axis=1),
-        targets=np.concatenate([padding, answer_tokens], axis=1),
-        mask=np.concatenate([np.zeros((NUM_STREAMS, before), bool), answer_mask], axis=1),
+        targets=targets,
+        mask=mask,
         speech_positions=prompt.speech_positions,
+        speech_start=prompt.speech_start,
     )

@@ -77,6 +77,11 @@ class Vocab:
         return self.config.text + 5
 
     @property
+    def system(self) -> int:
+        """Begins the system text of a conversation."""
+        return self.config.text + 6
+
+    @property
     def eoa(self) -> int:
         """End of audio, local to a codebook."""
         return self.config.audio

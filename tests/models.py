@@ -127,28 +127,31 @@ def mini_omni_folder(folder: Path, config: ModelConfig, dtype: str = "float32") 
     (folder / "model_config.yaml").write_text(yaml.safe_dump(values))
 
 
-def language_model(family: str, *, tied: bool, **changes):
-    """A small transformers model of 300 tokens."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+def language_model_config(family: str, *, tied: bool, **changes):
+    """Of a small transformers model of 300 tokens; `family` is its `model_type`."""
+    from transformers import AutoConfig
 
-    config_class, model_class = {
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "llama": (LlamaConfig, LlamaForCausalLM),
-    }[family]
-    config = config_class(
-        vocab_size=300,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=192,
-        tie_word_embeddings=tied,
-        **changes,
-    )
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 192,
+        "pad_token_id": 0,
+    }
+    return AutoConfig.for_model(family, **{**sizes, "tie_word_embeddings": tied, **changes})
+
+
+def language_model(family: str, *, tied: bool, **changes):
+    """A small transformers model with random weights; see `language_model_config`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = language_model_config(family, tied=tied, **changes)
     torch.manual_seed(4)
-    model = model_class(config).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     perturb(model)
     return model
 

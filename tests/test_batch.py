@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from omni_jax.api import Omni
 from omni_jax.batch import BatchSummary, answer_manifest, read_rows
-from omni_jax.errors import ConfigError, UntrainedWarning
+from omni_jax.errors import ConfigError, FolderInUseError, UntrainedWarning
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.request import Request
 
@@ -65,6 +67,45 @@ def test_answer_manifest(tiny: Omni, tmp_path: Path) -> None:
     assert job("another") == BatchSummary(path, num_rows=3, num_answered=2, num_kept=0, num_failed=1)
 
 
+def test_a_row_that_fails_does_not_stop_the_others(tiny: Omni, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["hello", "unprepared", "bad", "good morning"]
+    manifest = write_manifest(
+        tmp_path / "m.jsonl",
+        *({"id": text, "text": text, "task": "T1T2"} for text in texts),
+        {"id": "k", "text": "a", "top_k": 10**12},
+        {"id": "t", "text": "a", "temperature": 1000},
+    )
+    with manifest.open("a") as file:
+        file.write('{"id": "deep", "text": ' + "[" * 100_000 + "\n")
+    prepare, run = tiny.prepare, tiny.run
+
+    def failing_prepare(request: Any) -> Any:
+        if request.text == "unprepared":
+            raise OverflowError("too large")
+        return prepare(request)
+
+    bad = prepare({"text": "bad", "task": "T1T2"})
+
+    def failing_run(requests: Any, max_batch_size: int = 8) -> Any:
+        if any(np.array_equal(request.prompt.tokens, bad.prompt.tokens) for request in requests):
+            raise MemoryError("no room\nat all")
+        return run(requests, max_batch_size)
+
+    monkeypatch.setattr(tiny, "prepare", failing_prepare)
+    monkeypatch.setattr(tiny, "run", failing_run)
+    out = tmp_path / "out"
+    summary = answer_manifest(lambda: tiny, manifest, out, model_id="tiny", config=CONFIG, max_batch_size=2)
+    assert (summary.num_answered, summary.num_failed) == (2, 5)
+    records = [json.loads(line) for line in summary.path.read_text().splitlines()]
+    errors = [record.get("error") for record in records]
+    assert errors[0] is errors[3] is None
+    assert errors[1] == "m.jsonl line 2: could not be prepared: OverflowError: too large"
+    assert errors[2] == "could not be answered: MemoryError: no room"
+    assert "top_k: expected a whole number, 0 (all) to 2^31-1, found 1000000000000" in errors[4]
+    assert "temperature: expected a number, 0 to 100" in errors[5]
+    assert "line 7: expected a JSON object" in errors[6]
+
+
 def test_answer_manifest_overwrites_nothing_if_the_model_cannot_be_loaded(tiny: Omni, tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.jsonl", {"id": "a", "text": "x", "task": "T1T2"})
     out = tmp_path / "out"
@@ -77,6 +118,19 @@ def test_answer_manifest_overwrites_nothing_if_the_model_cannot_be_loaded(tiny: 
     with pytest.raises(ConfigError, match="no such model"):
         answer_manifest(fail, manifest, out, model_id="other", config=CONFIG)
     assert (out / "answers.jsonl").read_bytes() == before
+
+
+def test_answer_manifest_refuses_a_folder_that_another_job_writes_to(tiny: Omni, tmp_path: Path) -> None:
+    manifest, out = write_manifest(tmp_path / "m.jsonl", {"id": "a", "text": "x", "task": "T1T2"}), tmp_path / "out"
+
+    def load() -> Omni:
+        # A second job starts while this one loads its model.
+        with pytest.raises(FolderInUseError, match="found `omni-jax batch` of "):
+            answer_manifest(lambda: tiny, manifest, out, model_id="tiny", config=CONFIG)
+        return tiny
+
+    assert answer_manifest(load, manifest, out, model_id="tiny", config=CONFIG).num_answered == 1
+    assert [path.name for path in out.iterdir()] == ["answers.jsonl"]
 
 
 def test_answer_manifest_takes_its_share_of_the_rows(tiny: Omni, tmp_path: Path) -> None:
@@ -107,3 +161,29 @@ def test_rows_whose_ids_differ_in_case_have_different_wav_files(tmp_path: Path) 
     manifest = write_manifest(tmp_path / "m.jsonl", *({"id": id, "text": "x"} for id in ("A", "a")))
     rows = read_rows(manifest, tmp_path, Request(config=CONFIG))
     assert len({row.wav.casefold() for row in rows}) == 2
+
+
+def test_rows_that_a_parser_would_fail_at_are_errors_of_these_rows(tmp_path: Path) -> None:
+    good = '{"id": "good", "text": "hello"}'
+    bad = {
+        "[" * 100_000: "more than 64 levels",
+        '{"id": "a", "text": ' + '{"a":' * 100_000: "more than 64 levels",
+        '{"id": "a", "text": "x", "seed": ' + "9" * 10_000 + "}": "a number of 10000 digits",
+        '{"id": "a", "text": "x", "temperature": NaN}': "NaN, which is not JSON",
+        '{"id": "a", "text": "x", "text": "y"}': "the key 'text' twice",
+        '{"id": "a", "text": "x", "' + "k" * 100_000 + '": 1}': "Unexpected keyword argument",
+        '{"id": "a", "text": ' + json.dumps(["x"] * 100_000) + "}": "Input should be a valid string",
+    }
+    (tmp_path / "m.jsonl").write_text("\n".join([good, *bad]))
+    first, *rows = read_rows(tmp_path / "m.jsonl", tmp_path / "out", Request(config=CONFIG))
+    assert first.request is not None
+    for number, (row, message) in enumerate(zip(rows, bad.values(), strict=True), 2):
+        assert row.error.startswith(f"m.jsonl line {number}: ")
+        assert message in row.error
+        assert len(row.error) < 1000
+
+
+def test_manifest_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.jsonl")
+    with pytest.raises(ConfigError, match=r"m\.jsonl: expected a manifest or a folder, found a pipe"):
+        read_rows(tmp_path / "m.jsonl", tmp_path / "out", Request(config=CONFIG))

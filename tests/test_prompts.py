@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from omni_jax.config.model import VocabConfig
-from omni_jax.prompts import answer, example, speech_positions, speech_prompt, text_prompt
+from omni_jax.prompts import (
+    NO_HISTORY,
+    after_history,
+    answer,
+    example,
+    first_kept,
+    history_room,
+    make_history,
+    speech_positions,
+    speech_prompt,
+    text_prompt,
+)
 from omni_jax.tasks import Task
 from omni_jax.vocab import Vocab
 
@@ -153,3 +164,101 @@ def test_answer_text_longer_than_speech_is_error() -> None:
     assert mask[7].all()
     with pytest.raises(ValueError, match="10 steps but its speech only 9"):
         answer(Task.A1A2, [1] * 9, CODES, V)
+
+
+TALK = Vocab(VocabConfig(text=100, text_specials=7, audio=10, audio_specials=5))
+# The seventh text special begins a system text: 106.
+TURNS = [([1], [2, 3]), ([4], []), ([], [5])]
+HISTORY_TEXT = [106, 9, 100, 102, 1, 100, 103, 2, 3, 100, 102, 4, 100, 103, 5, 100]
+
+
+def test_history_is_system_text_and_turns_as_text() -> None:
+    """A turn is T1T2's prompt and answer; an empty half is left out."""
+    history = make_history([9], TURNS, 50, TALK)
+    np.testing.assert_array_equal(history.tokens, streams([11] * 16, HISTORY_TEXT))
+    assert (history.tokens.dtype, len(history), history.first_turn) == (np.int32, 16, 0)
+    assert history.ends == (3, 10, 13, 16)
+    assert history.answers == ((7, 10), (13, 13), (14, 16))
+    turn = example(text_prompt(Task.T1T2, [1], TALK), [2, 3], None, TALK)
+    np.testing.assert_array_equal(history.tokens[:, 3:9], turn.tokens)
+
+
+def test_history_without_anything_is_empty() -> None:
+    history = make_history([], [], 50, TALK)
+    assert (len(history), history.ends) == (0, ())
+    prompt = speech_prompt(Task.A1A2, 2, TALK)
+    np.testing.assert_array_equal(after_history(history, prompt).tokens, prompt.tokens)
+    assert len(NO_HISTORY) == 0
+    assert prompt.speech_start == 1
+
+
+@pytest.mark.parametrize("task", [Task.A1A2, Task.A1T2, Task.T1A2, Task.T1T2])
+def test_prompt_after_history(task: Task) -> None:
+    present = speech_prompt(task, 2, TALK) if task.takes_audio else text_prompt(task, [5, 6], TALK)
+    prompt = after_history(make_history([9], TURNS, 50, TALK), present)
+    np.testing.assert_array_equal(prompt.tokens[:, :16], streams([11] * 16, HISTORY_TEXT))
+    np.testing.assert_array_equal(prompt.tokens[:, 16:], present.tokens)
+    assert (prompt.speech_start, prompt.speech_positions) == (17, present.speech_positions)
+    out = example(prompt, [8, 9], CODES if task.outputs_audio else None, TALK)
+    assert not out.mask[:, : len(prompt) - 1].any()
+    assert (out.speech_start, out.speech_positions) == (17, present.speech_positions)
+
+
+@pytest.mark.parametrize("task", [Task.A1T1, Task.T1A1])
+def test_transcribing_and_reading_aloud_take_no_history(task: Task) -> None:
+    present = speech_prompt(task, 2, TALK) if task.takes_audio else text_prompt(task, [5, 6], TALK)
+    with pytest.raises(ValueError, match=f"{task} takes no history"):
+        after_history(make_history([9], [], 50, TALK), present)
+    assert len(after_history(make_history([], [], 50, TALK), present)) == len(present)
+
+
+def test_trained_answers_of_the_history_count_in_the_loss() -> None:
+    prompt = after_history(make_history([9], TURNS, 50, TALK), text_prompt(Task.T1T2, [6], TALK))
+    out = example(prompt, [7], None, TALK, [True, True, False])
+    # The answer_t at position 6 predicts the first token, position 8 the end of text.
+    assert np.flatnonzero(out.mask[7]).tolist() == [6, 7, 8, 19, 20]
+    assert out.targets[7, out.mask[7]].tolist() == [2, 3, 100, 7, 100]
+    assert not out.mask[:7].any()
+    alone = example(prompt, [7], None, TALK, [False, False, True])
+    assert np.flatnonzero(alone.mask[7]).tolist() == [13, 14, 19, 20]
+    assert alone.targets[7, alone.mask[7]].tolist() == [5, 100, 7, 100]
+
+
+def test_oldest_turns_are_left_out_many_at_once() -> None:
+    assert [first_kept([10] * n, 40) for n in range(10)] == [0, 0, 0, 0, 0, 3, 3, 3, 6, 6]
+    assert first_kept([5, 35], 40) == 0
+    assert first_kept([6, 35], 40) == 1, "the newest turn is kept if it fits"
+    assert first_kept([10, 41], 40) == 2
+    assert first_kept([10, 41, 3], 40) == 2
+    assert first_kept([1, 1], 0) == 2
+    assert first_kept([], 0) == 0
+
+
+def test_first_kept_follows_its_rule_for_any_turns() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        room = int(random.integers(1, 60))
+        lengths = random.integers(1, 30, 20).tolist()
+        kept = [first_kept(lengths[:n], room) for n in range(21)]
+        assert kept == sorted(kept), "what was left out does not come back"
+        for n, first in enumerate(kept):
+            assert sum(lengths[first:n]) <= room
+            if n and first == kept[n - 1]:
+                continue
+            assert first == n or first == n - 1 or sum(lengths[first:n]) <= room // 2
+            if n and first:
+                assert sum(lengths[kept[n - 1] : n]) > room, "nothing is left out without need"
+
+
+def test_truncated_history_keeps_the_system_text() -> None:
+    history = make_history([9], TURNS, 9, TALK)
+    assert history.tokens[7].tolist() == [106, 9, 100, 102, 4, 100, 103, 5, 100]
+    assert (history.first_turn, history.ends) == (1, (3, 6, 9))
+    prompt = after_history(history, text_prompt(Task.T1T2, [6], TALK))
+    out = example(prompt, [7], None, TALK, [True, False, True])
+    assert out.targets[7, out.mask[7]].tolist() == [5, 100, 7, 100]
+    assert make_history([9, 9], TURNS, 0, TALK).tokens[7].tolist() == [106, 9, 9, 100]
+
+
+def test_history_room_leaves_a_quarter_of_the_context_for_the_answer() -> None:
+    assert [history_room(2048, present) for present in (20, 512, 513, 1503, 1600)] == [1024, 1024, 1023, 33, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
 from pathlib import Path
@@ -27,6 +28,10 @@ def test_python_docs_run_as_printed(tiny_release: Path, tmp_path: Path, monkeypa
     shutil.copy(QUESTION, "question.wav")
     from_pretrained = Omni.from_pretrained
 
+    shutil.copytree(tiny_release, "talker")
+    config = json.loads(Path("talker/config.json").read_text())
+    Path("talker/config.json").write_text(json.dumps(config | {"conversation": True}))
+
     def load(name: str, **options: Any) -> Omni:
         return from_pretrained(tiny_release if name == "nano" else name, **options)
 
@@ -35,9 +40,10 @@ def test_python_docs_run_as_printed(tiny_release: Path, tmp_path: Path, monkeypa
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     assert (tmp_path / "answer.wav").stat().st_size > 44
     assert names["handle"].outcome == "done"
+    assert len(names["talk"].history) == 2
     np.testing.assert_array_equal(names["same"].answer(text="a").tokens, names["omni"].answer(text="a").tokens)
     assert np.isfinite(float(names["loss"]))
     gradients = jax.tree.leaves(names["gradients"])

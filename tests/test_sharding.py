@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import threading
@@ -27,7 +28,9 @@ from omni_jax.inference.decode import DecodeState, Routing
 from omni_jax.inference.engine import Engine, PreparedRequest
 from omni_jax.inference.runner import ModelRunner, jitted_functions
 from omni_jax.model.omni import OmniModel
+from omni_jax.prompts import after_history, make_history
 from omni_jax.tasks import Task
+from omni_jax.vocab import Vocab
 from tests.inference.reference_decoder import CONTEXT, ReferenceDecoder, random_model, random_request, small_config
 from tests.models import quick_compile
 
@@ -305,3 +308,28 @@ def test_engine_on_mesh_gives_the_same_tokens(sizes: tuple[int, int, int], stack
         assert num_distinct_shards(leaf) == rows * heads
         assert leaf.addressable_shards[0].data.size * rows * heads == leaf.size
     assert num_distinct_shards(state.tokens) == num_distinct_shards(state.positions) == rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stacked", [False, True])
+def test_histories_are_reused_on_a_mesh(stacked: bool) -> None:
+    """The second turn attends to keys and values that are split over eight devices again."""
+    model, requests, _ = case(stacked)
+    vocab = Vocab(model.config.vocab)
+    turns = [([1, 2], [3]), ([4], [5, 6])]
+
+    def turn(number: int) -> PreparedRequest:
+        (part,) = requests[number].parts
+        prompt = after_history(make_history([], turns[: number + 1], CONTEXT, vocab), part.prompt)
+        return dataclasses.replace(requests[number], parts=(dataclasses.replace(part, prompt=prompt),))
+
+    with quick_compile():
+        single = ModelRunner(model)
+        expected = [run(Engine(single, 1, CONTEXT), [turn(number)], 5) for number in range(2)]
+        engine = Engine(ModelRunner(shard_model(model, sharding.make_mesh(1, 4, 2))), 4, CONTEXT)
+        for number in range(2):
+            found = engine.prefixes.find(turn(number).prompt.history)
+            assert (found is not None) == (number == 1)
+            ((tokens, finish),) = run(engine, [turn(number)], 5)
+            np.testing.assert_array_equal(tokens, expected[number][0][0])
+            assert finish == expected[number][0][1]

@@ -2,6 +2,7 @@
 # Runs a command on every host of every slice: docs/tpu/each.sh 'COMMAND'
 set -euo pipefail
 : "${PROJECT:?source docs/tpu/env.sh first}" "${1:?expected a command}"
+command -v gcloud > /dev/null || { echo "needs gcloud: https://cloud.google.com/sdk" >&2; exit 1; }
 
 names=("$NAME")
 if ((SLICES > 1)); then

@@ -2,6 +2,9 @@
 # Installs the project, the bucket and the records on every host. Run it in the project's folder.
 set -euo pipefail
 : "${PROJECT:?source docs/tpu/env.sh first}"
+for program in git gcloud; do
+    command -v "$program" > /dev/null || { echo "needs $program" >&2; exit 1; }
+done
 
 here=$(dirname "${BASH_SOURCE[0]}")
 git archive --format=tar.gz --prefix=omni_jax/ HEAD > "/tmp/$NAME-code.tar.gz"

@@ -17,6 +17,8 @@ while true; do
         echo "the slice is gone ($state); requesting another"
         "$here/delete.sh" || true
         until "$here/create.sh" && "$here/install.sh"; do
+            # A request that failed stays until it is deleted.
+            "$here/delete.sh" || true
             sleep 60
         done
     fi

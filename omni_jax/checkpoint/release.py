@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,9 +50,12 @@ from omni_jax.codec.snac import Snac
 from omni_jax.config.load import build_config, to_dict
 from omni_jax.config.model import PRESETS, SHIPPED_RELEASES, ModelConfig
 from omni_jax.errors import CheckpointError, ConfigError
+from omni_jax.hardware import require_memory
+from omni_jax.input_files import read_file, read_json
 from omni_jax.model.omni import OmniModel
 from omni_jax.model.whisper_encoder import sinusoids
 from omni_jax.shapes import shape_mismatches
+from omni_jax.tokenizer import load_tokenizer
 
 CONFIG = "config.json"
 MODEL_TYPE = "omni_jax"
@@ -83,8 +87,8 @@ def _is_release_folder(folder: Path) -> bool:
         return True
     try:
         # Folders of transformers and snac have a config.json, too.
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = read_json(folder / CONFIG, ConfigError)
+    except ConfigError:
         return False
     return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
 
@@ -95,10 +99,7 @@ def load_model_config(path: Path) -> ModelConfig:
     Raises:
         ConfigError: the file is missing, is not JSON, is of another kind of model, or a field is wrong.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: expected JSON, found {error}") from None
+    values = read_json(path, ConfigError)
     if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
         raise ConfigError(f"{path}: expected the config of an omni_jax release, with model_type {MODEL_TYPE!r}")
     return build_config(ModelConfig, values, str(path))
@@ -164,13 +165,8 @@ class Release:
         Raises:
             CheckpointError: the file is not a tokenizer, or has more tokens than the model has rows.
         """
-        import tokenizers
-
         file = self.folder / TOKENIZER_FILES[0]
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises nothing more precise
-            raise CheckpointError(f"{file}: expected a tokenizer, found {error}") from None
+        tokenizer = load_tokenizer(file)
         if tokenizer.get_vocab_size() > self.config.vocab.text:
             raise CheckpointError(
                 f"{file}: expected at most {self.config.vocab.text} tokens (vocab.text of {CONFIG}), "
@@ -191,13 +187,19 @@ class Release:
             mesh: where the parameters are; None is the first device.
 
         Raises:
-            CheckpointError: lists every tensor that is missing, unknown or misshapen.
+            CheckpointError: lists every tensor that is missing, unknown or misshapen; or names one with a value that is
+                NaN or infinite.
+            ConfigError: the model is larger than the memory of the devices.
         """
         graph, state = nnx.split(abstract_model(self.config, stacked=stacked, dtype=dtype))
         file = self._weights()
-        self._check(file, tensor_shapes(state))
+        shapes = tensor_shapes(state)
+        self._check(file, shapes)
         shardings = _shardings(state, mesh)
         param_dtype = np.dtype(dtype if param_dtype is None else param_dtype)
+        devices = jax.local_devices()[:1] if mesh is None else list(mesh.devices.flat)
+        num_params = sum(map(math.prod, shapes.values()))
+        require_memory(num_params * param_dtype.itemsize, f"{self.folder}: {num_params} parameters", devices)
 
         def load(path: ParamPath, shape: tuple[int, ...]) -> jax.Array:
             names = tensor_names(path, shape)
@@ -223,6 +225,8 @@ class Release:
             CheckpointError: lists every tensor that is missing, unknown or misshapen.
         """
         file = SafetensorsFile(self.folder / CODEC)
+        num_params = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
+        require_memory(4 * num_params, f"{file.path}: {num_params} parameters", jax.local_devices()[:1])
         params = {name: tensor.read().astype(np.float32, copy=False) for name, tensor in file.tensors.items()}
         try:
             return Snac.from_params(self.config.codec, params)
@@ -271,7 +275,7 @@ class Release:
         """
         digest = hashlib.sha256()
         for name in (CONFIG, *TOKENIZER_FILES):
-            digest.update((self.folder / name).read_bytes())
+            digest.update(read_file(self.folder / name, CheckpointError, "a file of a release"))
         for path in (*self._weights().paths, self.folder / CODEC):
             file = SafetensorsFile(path)
             for tensor, known in sorted(file.tensors.items()):
@@ -284,6 +288,8 @@ class Release:
             return SafetensorsFiles([self.folder / MODEL, self.folder / AUDIO_ENCODER])
         # Up to version 0.2, releases had one file, and positions were computed.
         config = self.config.audio_encoder
+        size = 8 * config.max_position * config.hidden_size
+        require_memory(size, f"{self.folder}: {config.max_position} positions", jax.local_devices()[:1])
         positions = sinusoids(config.max_position, config.hidden_size)
         return SafetensorsFiles([self.folder / MODEL], {f"{AUDIO_ENCODER_PREFIX}positions": positions})
 

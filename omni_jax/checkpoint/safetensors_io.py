@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from omni_jax.errors import CheckpointError
+from omni_jax.input_files import open_file, parse_json
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -43,6 +44,22 @@ _ALIGNMENT = 64
 """JAX on CPU uses host memory that starts at a multiple of this without a copy."""
 
 _MAX_HEADER_SIZE = 100_000_000
+_MAX_AXES = 32
+
+
+_EXPONENTS = {np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80}
+"""Bits of the exponent of types with two bytes. NaN and infinity have all of them set."""
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; costs little more than to read the values once."""
+    if mask := _EXPONENTS.get(values.dtype):
+        # NumPy computes with these types one value at a time.
+        return not ((values.view(np.uint16) & np.uint16(mask)) == mask).any()
+    if not np.issubdtype(values.dtype, np.floating) or not values.size:
+        return True
+    # Both are NaN where a value is, and there is no third array.
+    return bool(np.isfinite(values.min()) and np.isfinite(values.max()))
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,11 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
+def _are_counts(values: Any) -> bool:
+    """Whether a value of JSON is a list of integers of 0 or more."""
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
 @dataclass(frozen=True)
 class _StoredTensor:
     dtype: np.dtype[Any]
@@ -90,6 +112,11 @@ class _StoredTensor:
     """Bytes from the start of the file."""
     scale: _StoredTensor | None = None
     """Of an int8 tensor: as many axes, of size 1 where weights share the scale."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def read_dtype(self) -> np.dtype[Any]:
@@ -102,42 +129,70 @@ class SafetensorsFile:
     An int8 tensor with scales is read as float32: its values times its scales.
 
     Raises:
-        CheckpointError: there is no such file, it is not safetensors, or it ends too early.
+        CheckpointError: there is no such file, it is not an ordinary one, its header is not as the format says, or its
+            size is not what the header says.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._stored = self._attach_scales(self._read_header())
+
+    def _read_header(self) -> dict[str, _StoredTensor]:
+        """The tensors, checked as the format says: they fill the file, without a gap and without an overlap."""
+        with open_file(self.path, CheckpointError, "a safetensors file") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_SIZE):
+                raise CheckpointError(f"{self.path}: expected safetensors, found no such header")
+            text = file.read(length)
         try:
-            stored, end, size = self._read_header()
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.path}: expected a safetensors file, found no such file") from None
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: expected a safetensors file, found {error}") from None
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{self.path}: expected safetensors, found a header with {error!r}") from None
+            header = parse_json(text)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: expected safetensors, found a header with {error}") from None
+        if not isinstance(header, dict):
+            raise CheckpointError(f"{self.path}: expected safetensors, found a header that is no JSON object")
+        self._check_metadata(header.pop("__metadata__", {}))
+        start = 8 + length
+        stored = {name: self._check_entry(name, entry, start) for name, entry in header.items()}
+        end = start
+        for name, tensor in sorted(stored.items(), key=lambda item: (item[1].offset, item[1].size)):
+            if tensor.offset != end:
+                found = f"{name} at {tensor.offset - start}: " + ("an overlap" if tensor.offset < end else "a gap")
+                raise CheckpointError(
+                    f"{self.path}: expected a tensor at byte {end - start} of the data, found {found}"
+                )
+            end += tensor.size
         if end > size:
             raise CheckpointError(f"{self.path}: expected {end} bytes, found {size}: the file is truncated")
-        self._stored = self._attach_scales(stored)
+        if end < size:
+            raise CheckpointError(f"{self.path}: expected {end} bytes, found {size}: more than its tensors")
+        return stored
 
-    def _read_header(self) -> tuple[dict[str, _StoredTensor], int, int]:
-        """The tensors, the size that the file should have, and the size that it has."""
-        with self.path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size, _MAX_HEADER_SIZE):
-                raise CheckpointError(f"{self.path}: expected safetensors, found no such header")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        stored, end = {}, 8 + length
-        for name, entry in header.items():
-            dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-            first, last = entry["data_offsets"]
-            if last - first != math.prod(shape) * dtype.itemsize or first < 0:
-                raise CheckpointError(f"{self.path}: {name}: the bytes do not fit the shape {shape}")
-            stored[name] = _StoredTensor(dtype, shape, 8 + length + first)
-            end = max(end, 8 + length + last)
-        return stored, end, size
+    def _check_metadata(self, metadata: Any) -> None:
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise CheckpointError(f"{self.path}: __metadata__: expected texts by name, found something else")
+
+    def _check_entry(self, name: str, entry: Any, start: int) -> _StoredTensor:
+        """A tensor by its entry in the header; `start` is where the data starts."""
+
+        def wrong(expected: str, found: Any) -> CheckpointError:
+            text = repr(found)
+            text = text if len(text) <= 100 else f"{text[:100]}..."
+            return CheckpointError(f"{self.path}: {name[:100]!r}: expected {expected}, found {text}")
+
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
+            raise wrong("dtype, shape and data_offsets", entry)
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise wrong(f"a dtype of {', '.join(DTYPES)}", dtype)
+        if not _are_counts(shape) or len(shape) > _MAX_AXES:
+            raise wrong(f"a shape of at most {_MAX_AXES} integers of 0 or more", shape)
+        if not _are_counts(offsets) or len(offsets) != 2:
+            raise wrong("data_offsets of two integers of 0 or more", offsets)
+        size = math.prod(shape) * DTYPES[dtype].itemsize
+        if offsets[1] - offsets[0] != size:
+            raise wrong(f"data_offsets {size} bytes apart, as {dtype} of shape {tuple(shape)} takes", offsets)
+        return _StoredTensor(DTYPES[dtype], tuple(shape), start + offsets[0])
 
     def _attach_scales(self, stored: dict[str, _StoredTensor]) -> dict[str, _StoredTensor]:
         """The tensors without the scales, each of which is attached to its tensor."""
@@ -174,11 +229,17 @@ class SafetensorsFile:
         return out
 
     def read_into(self, name: str, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
-        """Copy a tensor, or its slice at `index`, to `out`, cast to the type of `out`."""
+        """Copy a tensor, or its slice at `index`, to `out`, cast to the type of `out`.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite.
+        """
         stored = self._stored[name]
         if not out.size:
             return
         values = self._map(stored)[index]
+        if not all_finite(values if stored.scale is None else self._map(stored.scale)):
+            raise CheckpointError(f"{self.path}: {name}: expected finite values, found NaN or infinity")
         if stored.scale is None:
             out[...] = values
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import sys
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -117,10 +118,14 @@ def _common_options(
     """A speech-to-speech language model: speech or text in, text and speech out."""
 
 
-def main() -> None:
-    """The entry point of `omni-jax`."""
+def main(command: str | None = None) -> None:
+    """The entry point of `omni-jax`, and of the scripts that are one of its commands.
+
+    Args:
+        command: runs this command, with the whole command line as its arguments.
+    """
     startup.end_on_sigint()
     startup.enable_compilation_cache()
     startup.silence_libtpu()
     replace_unencodable_output()
-    app(prog_name="omni-jax")
+    app(None if command is None else [command, *sys.argv[1:]], prog_name="omni-jax")

@@ -18,8 +18,11 @@ from omni_jax.errors import ConfigError
 
 def compile_(
     program: Annotated[
-        Literal["train", "prefill", "decode", "batch", "codec"],
-        typer.Argument(help="batch: decode with a companion row per request, as A1A2 does by default."),
+        Literal["serve", "train", "encode", "prefill", "decode", "batch", "codec"],
+        typer.Argument(
+            help="serve: all that a question and its answer take. batch: decode with a companion row per request, as "
+            "A1A2 does by default."
+        ),
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="field=value of the configuration, e.g. mesh.fsdp=256")
@@ -38,6 +41,17 @@ def compile_(
         int, typer.Option(min=1, help="Chips that share a row (tensor parallelism); train: set mesh.tensor instead.")
     ] = 1,
     int8: Int8 = False,
+    positions: Annotated[
+        int | None,
+        typer.Option(help="Positions that each row uses of its cache, for decode and batch. Default: all."),
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="For serve: YAML with question_seconds, answer_seconds and history_positions. Default: 3, 5 and 300.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile a program for a TPU without having one.
@@ -58,7 +72,25 @@ def compile_(
     from omni_jax.compile_report.report import compile_report
     from omni_jax.compile_report.topology import Topology
 
+    if program == "serve":
+        from omni_jax.compile_report.serving import ServingProfile, serving_report
+
+        if batch is not None or positions is not None:
+            raise ConfigError("serve: expected --profile in place of --batch and --positions")
+        mix = load_config(ServingProfile, profile) if profile is not None else ServingProfile()
+        served = serving_report(Topology.parse(topology), model=model, profile=mix, tensor=tensor, int8=int8)
+        typer.echo(json.dumps(served.to_json()) if as_json else served.table())
+        return
+    if profile is not None:
+        raise ConfigError(f"--profile: expected with serve, found with {program}")
     report = compile_report(
-        program, Topology.parse(topology), model=model, config=run, batch=batch, tensor=tensor, int8=int8
+        program,
+        Topology.parse(topology),
+        model=model,
+        config=run,
+        batch=batch,
+        tensor=tensor,
+        int8=int8,
+        positions=positions,
     )
     typer.echo(json.dumps(dataclasses.asdict(report)) if as_json else report.table())

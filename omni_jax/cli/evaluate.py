@@ -54,6 +54,7 @@ def evaluate(
     """Measure quality and speed of a model.
 
     Metrics have confidence intervals. The report is one HTML file with plots and the spoken answers.
+    Exit code 0: measured; 1: every case failed; 2: the evaluation could not start.
     """
     cases = suites.read(suite, path)[:limit]
     judge = parse_judge(asr_judge)
@@ -71,5 +72,8 @@ def evaluate(
             max_batch_size=max_batch_size,
             progress=progress,
         )
-    typer.echo(report.write(evaluation, out, other), nl=False)
+    typer.echo(report.write(evaluation, out, other, cases), nl=False)
     echo_err(f"the report is {out / 'report.html'}")
+    if evaluation.all_failed:
+        echo_err(f"every case failed; the first: {evaluation.results[0].error}")
+        raise typer.Exit(1)

@@ -38,7 +38,7 @@ def generation_config(
         int | None,
         typer.Option(min=1, help="Stop after so many steps. Default: when the context is full.", show_default=False),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy: the most probable token.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, max=100, help="0 is greedy: the most probable token.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from the k most probable tokens; 0: from all.")] = 0,
     top_p: Annotated[
         float, typer.Option(max=1, help="Sample from the fewest tokens that together have this probability.")

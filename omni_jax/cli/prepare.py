@@ -67,13 +67,13 @@ def prepare(
     encoder = None if codec is None else CodecSpec(codec)
     rate = encoder.config.sample_rate if encoder else 24_000
     source: sources.Source
+    size = encoder.config.codebook_size if encoder else 4096
     if corpus is Corpus.voice_assistant:
-        size = encoder.config.codebook_size if encoder else 4096
         source = sources.VoiceAssistant(path, persona, max_seconds or sources.MAX_QUESTION_SECONDS, size)
     elif corpus is Corpus.text:
         source = sources.TextQA(path, license=license or "unknown")
     elif corpus is Corpus.manifest:
-        source = sources.Manifest(path, rate, max_seconds or 60.0, license=license or "unknown")
+        source = sources.Manifest(path, rate, max_seconds or 60.0, size, license=license or "unknown")
     else:
         listing, known = sources.SPEECH_CORPORA[corpus]
         source = sources.ReadSpeech(path, str(corpus), known, listing, as_answer, rate, max_seconds or 30.0)

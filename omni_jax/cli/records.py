@@ -49,7 +49,7 @@ def beam_options(runner: str | None, workers: int, options: list[str] | None) ->
 
 
 def write_records(source: Source, out: Path, *, codec: CodecSpec | None, workers: int, beam: list[str] | None) -> None:
-    """Write the records, and report how many there are and which rows were rejected.
+    """Write the records, and report how many there are and which rows were rejected; exit code 1 if none are left.
 
     Raises:
         ConfigError: the source cannot be read, or `out` holds something else.
@@ -59,3 +59,6 @@ def write_records(source: Source, out: Path, *, codec: CodecSpec | None, workers
     echo_err(f"{out}: {index['exchanges']} exchanges, {index['question_hours']} h of questions")
     for reason, count in index["rejected"].items():
         echo_err(f"rejected, {reason}: {count}; for example {index['rejected_examples'][reason][0]}")
+    if not index["exchanges"]:
+        echo_err(f"{out}: no row could be used")
+        raise typer.Exit(1)

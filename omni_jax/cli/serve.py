@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -54,6 +55,20 @@ def serve(
         str | None,
         typer.Option(help="Where a proxy serves this server, such as https://omni.example.org."),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name by which clients reach the server, such as omni.lan; *: any. localhost and addresses need none. "
+            "Can be repeated."
+        ),
+    ] = None,
+    trusted_proxy: Annotated[
+        list[str] | None,
+        typer.Option(help="Address of a proxy, whose X-Forwarded-For header is believed. Can be repeated."),
+    ] = None,
+    max_connections: Annotated[
+        int, typer.Option(min=4, help="Connections at once; a client has at most a quarter of them.")
+    ] = 1024,
     max_body_bytes: Annotated[int, typer.Option(min=1024, help="Largest request body.")] = 32 << 20,
     request_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds after which a request is canceled, time in the queue included.")
@@ -68,11 +83,14 @@ def serve(
     """
     # Before the model is loaded: a missing extra is reported at once.
     from omni_jax.serve.app import make_server
+    from omni_jax.serve.binding import bind
     from omni_jax.serve.sessions import Service, Settings
 
     limit_heap_growth()
     keys = _read_keys(api_key_file) if api_key_file is not None else ()
     name = Path(model).name or model
+    origins = _origins([*(allow_origin or []), *([public_url] if public_url else [])])
+    public_host = [urlsplit(public_url).hostname or ""] if public_url else []
     settings = Settings(
         max_batch_size=max_batch_size,
         max_queue_size=max_queue_size,
@@ -82,13 +100,17 @@ def serve(
         idle_timeout=idle_timeout,
         api_keys=keys,
         aliases=_aliases(model_alias or [], name),
-        allowed_origins=_origins([*(allow_origin or []), *([public_url] if public_url else [])]),
+        allowed_origins=origins,
+        allowed_hosts=_hosts([*(allow_host or []), *public_host, host]),
+        trusted_proxies=_addresses(trusted_proxy or []),
+        max_connections=max_connections,
     )
     if not keys and host not in LOOPBACK:
         echo_err(f"note: {host}:{port} accepts requests from the network without a key; see --api-key-file")
     log_to_stderr()
-    omni = load_model(model, codec, int8=int8)
-    make_server(Service(omni, name, settings), host, port).run()
+    with bind(host, port) as sockets:
+        omni = load_model(model, codec, int8=int8)
+        make_server(Service(omni, name, settings)).run([*sockets])
 
 
 def _aliases(options: list[str], name: str) -> tuple[str, ...]:
@@ -110,6 +132,29 @@ def _origins(addresses: list[str]) -> tuple[str, ...]:
             raise ConfigError(f"--allow-origin, --public-url: expected https://HOST, found {address!r}")
         origins.append(address if address == "*" else f"{parts.scheme}://{parts.netloc}".lower())
     return tuple(origins)
+
+
+def _hosts(names: list[str]) -> tuple[str, ...]:
+    """The names of hosts in lower case."""
+    for name in names:
+        if not name or set(name) & set("/@ "):
+            raise ConfigError(f"--allow-host: expected the name of a host, such as omni.lan, found {name!r}")
+    return tuple(dict.fromkeys(name.lower().rstrip(".") for name in names if not _is_address(name)))
+
+
+def _addresses(values: list[str]) -> tuple[str, ...]:
+    for value in values:
+        if not _is_address(value):
+            raise ConfigError(f"--trusted-proxy: expected an address such as 127.0.0.1, found {value!r}")
+    return tuple(values)
+
+
+def _is_address(value: str) -> bool:
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_keys(path: Path) -> tuple[str, ...]:

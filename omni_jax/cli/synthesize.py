@@ -52,7 +52,7 @@ def synthesize(
     for voices in (*question_voices, answer_voice):
         _check_voices(voices)
     corpus = SpokenCorpus(
-        sources.TextQA(text, license=license),
+        sources.TextQA(text, license=license, every_turn=True),
         question_voices,
         answer_voice,
         encoder.config.sample_rate,

@@ -23,14 +23,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
+from jax.sharding import PartitionSpec
 from numpy.typing import ArrayLike
 
+from omni_jax import sharding
 from omni_jax.codec.ops import (
     KERNEL_SIZE,
     Array,
     add_bias,
+    exact_products,
     mask_after,
-    matmul,
     normalize,
     shifted_sum,
     snake,
@@ -44,6 +46,9 @@ FRAME_SLOT_ORDER = np.argsort(np.concatenate(FRAME_SLOTS))
 """For each slot, its index in the concatenated codes of the quantizers."""
 DILATIONS = (1, 3, 9)
 """Dilations of the residual units in each block."""
+TPU_FRAMES = 32
+"""Frames that a TPU decodes at a time. The activations of so many stay in its on-chip memory; those of 64, most of them
+at 24 kHz with few channels, go to HBM and back in every layer and take twelve times as long."""
 
 
 class Quantized(NamedTuple):
@@ -145,12 +150,57 @@ class Snac(nnx.Module):
             f32 [B, F*2048] in [-1, 1]; 0 beyond a row's length.
         """
         codes = jnp.asarray(codes)
+        lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+        if sharding.platform() != "tpu":
+            return self._decode(codes, lengths)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.size <= 1:
+            return self._decode_in_windows(codes, lengths)
+        graph, params = nnx.split(self)
+        rows = sharding.spec(codes.shape[:1], ("batch",), mesh)
+        decode = jax.shard_map(
+            lambda params, *args: nnx.merge(graph, params)._decode_in_windows(*args),
+            in_specs=(PartitionSpec(), rows, rows),
+            out_specs=rows,
+        )
+        return decode(params, codes, lengths)
+
+    def _decode(self, codes: Array, lengths: Array | None) -> Array:
         B, F, _ = codes.shape
-        positions = None if lengths is None else jnp.asarray(lengths, jnp.int32) * self.config.vq_strides[0]
         latents = jnp.asarray(0.0)
         for quantizer, slots in zip(self.quantizers, FRAME_SLOTS, strict=True):
             latents = latents + quantizer.lookup(codes[..., slots].reshape(B, F * len(slots)))
-        return self.decoder(latents, positions)
+        return self.decoder(latents, None if lengths is None else lengths * self.config.vq_strides[0])
+
+    def _decode_in_windows(self, codes: Array, lengths: Array | None) -> Array:
+        """`_decode`, at most `TPU_FRAMES` frames at a time: several short rows, or a window of a long one.
+
+        A window also has the frames before and after its own that its audio depends on.
+        """
+        (B, F, _), frame = codes.shape, self.config.frame_size
+        left, right = (math.ceil(samples / frame) for samples in receptive_field(self.config))
+        size, own = (F, F) if F <= TPU_FRAMES else (TPU_FRAMES, TPU_FRAMES - left - right)
+        begins = np.arange(0, F, own)
+        starts = np.clip(begins - left, 0, F - size)
+        count, rows = B * len(starts), max(1, TPU_FRAMES // size)
+
+        def in_groups(windows: Array) -> Array:
+            windows = windows.reshape(count, *windows.shape[2:])
+            padding = [(0, -count % rows), *[(0, 0)] * (windows.ndim - 1)]
+            return jnp.pad(windows, padding).reshape(-1, rows, *windows.shape[1:])
+
+        groups = in_groups(codes[:, starts[:, None] + np.arange(size)])
+        real = None if lengths is None else in_groups(jnp.clip(lengths[:, None] - starts, 0, size))
+        audio = jax.lax.map(lambda group: self._decode(*group), (groups, real))
+        audio = audio.reshape(-1, size * frame)[:count].reshape(B, -1, size * frame)
+        ends = np.minimum(begins + own, F)
+        return jnp.concatenate(
+            [
+                audio[:, window, (begin - start) * frame : (end - start) * frame]
+                for window, (start, begin, end) in enumerate(zip(starts, begins, ends, strict=True))
+            ],
+            axis=1,
+        )
 
 
 class Encoder(nnx.Module):
@@ -177,11 +227,12 @@ class Encoder(nnx.Module):
         Returns:
             f32 [B, T/512, D].
         """
-        x = self.conv_in(audio, lengths)
-        for block in self.blocks:
-            x = block(x, lengths)
-            lengths = None if lengths is None else lengths // block.rate
-        return self.conv_out(x, lengths)
+        with exact_products():
+            x = self.conv_in(audio, lengths)
+            for block in self.blocks:
+                x = block(x, lengths)
+                lengths = None if lengths is None else lengths // block.rate
+            return self.conv_out(x, lengths)
 
 
 class EncoderBlock(nnx.Module):
@@ -289,13 +340,14 @@ class Quantizer(nnx.Module):
             losses, f32 [B, T/stride, codebook_dim], the projections and the codewords they were rounded to.
         """
         B, T, D = latents.shape
-        projected = self.project_in(latents.reshape(B, T // self.stride, self.stride, D).mean(2))
-        # Between unit vectors the smallest angle is the largest product.
-        similarity = matmul(normalize(projected), normalize(self.codebook[...]).T)
-        codes = jnp.argmax(similarity, -1).astype(jnp.int32)
-        codeword = self.codebook[...][codes]
-        straight_through = projected + jax.lax.stop_gradient(codeword - projected)
-        return self._expand(straight_through), codes, projected, codeword
+        with exact_products():
+            projected = self.project_in(latents.reshape(B, T // self.stride, self.stride, D).mean(2))
+            # Between unit vectors the smallest angle is the largest product.
+            similarity = normalize(projected) @ normalize(self.codebook[...]).T
+            codes = jnp.argmax(similarity, -1).astype(jnp.int32)
+            codeword = self.codebook[...][codes]
+            straight_through = projected + jax.lax.stop_gradient(codeword - projected)
+            return self._expand(straight_through), codes, projected, codeword
 
     def lookup(self, codes: Array) -> Array:
         """Codes int32 [B, n] to latents f32 [B, n*stride, D]."""
@@ -353,7 +405,7 @@ class Mixdown(nnx.Module):
         """[B, T, D] -> [B, T]."""
         T, reach = x.shape[1], KERNEL_SIZE // 2
         # First the sum over channels, then the shifts: these move 7 numbers per position instead of 7 D.
-        taps = jnp.pad(matmul(mask_after(x, lengths), self.weight[...]), ((0, 0), (reach, reach), (0, 0)))
+        taps = jnp.pad(mask_after(x, lengths) @ self.weight[...], ((0, 0), (reach, reach), (0, 0)))
         total = taps[:, :T, 0]
         for tap in range(1, KERNEL_SIZE):
             total = total + taps[:, tap : tap + T, tap]
@@ -374,7 +426,7 @@ class Pointwise(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[..., D_in] -> [..., D_out]."""
-        return add_bias(matmul(x, self.weight[...]), self.bias[...])
+        return add_bias(x @ self.weight[...], self.bias[...])
 
 
 class Downsample(nnx.Module):
@@ -398,7 +450,7 @@ class Downsample(nnx.Module):
         # Each output sees two neighboring groups of s positions: a matrix for the first, one for the second.
         groups = x.reshape(B, T // s + 1, s * D)
         first, second = self.weight[...].reshape(2, s * D, -1)
-        return matmul(groups[:, :-1], first) + matmul(groups[:, 1:], second) + self.bias[...]
+        return groups[:, :-1] @ first + groups[:, 1:] @ second + self.bias[...]
 
 
 class Upsample(nnx.Module):
@@ -419,7 +471,7 @@ class Upsample(nnx.Module):
         B, T, D = x.shape
         s, crop = self.rate, math.ceil(self.rate / 2)
         # Every position makes two groups of s outputs; the second one overlaps the next position's first.
-        groups = matmul(mask_after(x, lengths), self.weight[...].reshape(D, -1))
+        groups = mask_after(x, lengths) @ self.weight[...].reshape(D, -1)
         first, second = jnp.split(groups, 2, axis=-1)
         total = jnp.pad(first, ((0, 0), (0, 1), (0, 0))) + jnp.pad(second, ((0, 0), (1, 0), (0, 0)))
         return total.reshape(B, (T + 1) * s, -1)[:, crop : crop + T * s] + self.bias[...]
@@ -443,6 +495,31 @@ def latent_size(config: CodecConfig) -> int:
     return config.encoder_dim * 2 ** len(config.encoder_rates)
 
 
+class ReceptiveField(NamedTuple):
+    """Samples that depend on a frame: frame f changes [f*frame - right, (f+1)*frame + left), and no others."""
+
+    left_samples: int
+    """How far back a sample depends on frames that have ended."""
+    right_samples: int
+    """How far ahead a sample depends on frames that have not begun: samples at the end of the audio decoded so far
+    that the next frame still changes."""
+
+
+def receptive_field(config: CodecConfig) -> ReceptiveField:
+    """The decoder's receptive field, computed layer by layer. Exact, not a bound."""
+    # Positions [start, end) that one frame changes, at the rate of the current layer.
+    start, end = 0, config.vq_strides[0]
+    reach = KERNEL_SIZE // 2
+    start, end = start - reach, end + reach
+    for rate in config.decoder_rates:
+        # Position t of a transposed convolution makes outputs [t*s, (t+2)*s), moved by the crop.
+        crop = math.ceil(rate / 2)
+        start, end = start * rate - crop, (end + 1) * rate - crop
+        for dilation in DILATIONS:
+            start, end = start - reach * dilation, end + reach * dilation
+    return ReceptiveField(left_samples=end + reach - config.frame_size, right_samples=reach - start)
+
+
 class DecodeFn(Protocol):
     """A decoder as `make_decoder` returns it; `TorchSnac.decode` is one too."""
 
@@ -464,9 +541,11 @@ def _compiled(codec: Snac, method: Callable[..., Array]) -> Callable[..., Array]
     # A plain dict of arrays is dispatched several times faster than a module.
     params = _pure_dict(codec)
     run = _jitted(nnx.split(codec)[0], method)
+    mesh = sharding.mesh_of(jax.tree.leaves(params)[0])
 
     def call(x: ArrayLike, *, lengths: ArrayLike | None = None) -> Array:
-        return run(params, x, lengths)
+        with jax.set_mesh(mesh):
+            return run(params, x, lengths)
 
     return call
 

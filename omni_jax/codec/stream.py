@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from omni_jax.codec.ops import KERNEL_SIZE
-from omni_jax.codec.snac import DILATIONS, DecodeFn
+from omni_jax.codec.snac import DecodeFn, receptive_field
 from omni_jax.config.model import CodecConfig
 from omni_jax.vocab import NUM_CODEBOOKS
 
 NEW_FRAMES = (1, 4, 16)
 """Numbers of new frames that a window is compiled for. A larger push is decoded in pieces of the largest; any other is
 padded to the next."""
-
-
-class ReceptiveField(NamedTuple):
-    """Samples that depend on a frame: frame f changes [f*frame - right, (f+1)*frame + left), and no others."""
-
-    left_samples: int
-    """How far back a sample depends on frames that have ended."""
-    right_samples: int
-    """How far ahead a sample depends on frames that have not begun: samples at the end of the audio decoded so far
-    that the next frame still changes."""
-
-
-def receptive_field(config: CodecConfig) -> ReceptiveField:
-    """The decoder's receptive field, computed layer by layer. Exact, not a bound."""
-    # Positions [start, end) that one frame changes, at the rate of the current layer.
-    start, end = 0, config.vq_strides[0]
-    reach = KERNEL_SIZE // 2
-    start, end = start - reach, end + reach
-    for rate in config.decoder_rates:
-        # Position t of a transposed convolution makes outputs [t*s, (t+2)*s), moved by the crop.
-        crop = math.ceil(rate / 2)
-        start, end = start * rate - crop, (end + 1) * rate - crop
-        for dilation in DILATIONS:
-            start, end = start - reach * dilation, end + reach * dilation
-    return ReceptiveField(left_samples=end + reach - config.frame_size, right_samples=reach - start)
 
 
 class StreamDecoder:

@@ -7,8 +7,8 @@ memory. Here:
 - An array counts with the padding of its tiles; one that the compiler has put into VMEM (`S(1)` in its layout) does
   not count.
 - A slice, gather or update in place counts the bytes that it reads and writes, not the whole array.
-- Of the branches of a conditional, the cheapest counts: the model branches to skip work, as greedy decoding skips
-  sorting.
+- Of the two branches of a conditional, the cheaper counts: the model branches to skip work, as greedy decoding skips
+  sorting. Of several, the caller says which.
 - A collective that overlaps with other work appears in several fusions (start, update, done). It counts once, in the
   first.
 
@@ -108,6 +108,8 @@ class Module:
     """Name of the computation that the program runs."""
     unknown_trips: int = 1
     """Assumed trip count of loops whose trip count the compiler does not know."""
+    branch: int = -1
+    """Which branch counts of conditionals that have more than two."""
     _costs: dict[str, Cost] = field(default_factory=dict)
 
     @cached_property
@@ -157,7 +159,7 @@ class Module:
         if opcode == "conditional":
             branches = [self._cost_of(name) for name in line.called("branch_computations")]
             branches += [self._cost_of(name) for key in ("true", "false") for name in line.called(f"{key}_computation")]
-            total.add(min(branches, key=lambda cost: cost.hbm))
+            total.add(branches[self.branch] if len(branches) > 2 else min(branches, key=lambda cost: cost.hbm))
             return
         if opcode in ("call", "async-start"):
             for name in (*line.called("to_apply"), *line.called("calls")):
@@ -311,12 +313,13 @@ def _slice_bytes(whole: tuple[Shape, ...], part: tuple[Shape, ...]) -> float:
     return float(sum(shape.bytes for shape in part)) if any(shape.hbm for shape in whole) else 0.0
 
 
-def parse(text: str, *, unknown_trips: int = 1) -> Module:
+def parse(text: str, *, unknown_trips: int = 1, branch: int = -1) -> Module:
     """Read the text that `jax.stages.Compiled.as_text()` returns.
 
     Args:
         text: of one module.
         unknown_trips: assumed trip count of loops whose trip count the compiler does not know.
+        branch: which branch counts of conditionals that have more than two.
 
     Raises:
         ValueError: there is no entry computation.
@@ -337,7 +340,7 @@ def parse(text: str, *, unknown_trips: int = 1) -> Module:
             current.append(_parse_instruction(line.strip()))
     if not entry:
         raise ValueError("expected a compiled module with an entry computation, found none")
-    return Module(computations, entry, unknown_trips)
+    return Module(computations, entry, unknown_trips, branch)
 
 
 def _parse_instruction(line: str) -> Instruction:

@@ -21,8 +21,10 @@ from omni_jax.config.model import ModelConfig
 from omni_jax.config.run import RunConfig
 from omni_jax.inference.decode import MAX_CHUNK_STEPS, Routing
 from omni_jax.inference.runner import CACHE_AXES, ModelRunner, quantize_weights
+from omni_jax.model.decoder import prefix_lengths
 from omni_jax.model.layers import Int8
 from omni_jax.prompts import max_speech_positions
+from omni_jax.training.batches import abstract_batch
 from omni_jax.training.setup import TrainingSetup, compile_step
 from omni_jax.vocab import NUM_CODEBOOKS, NUM_STREAMS
 
@@ -45,6 +47,8 @@ class Program:
     keywords: dict[str, Any] = dataclasses.field(default_factory=dict)
     steps: int = 1
     """Trip count of a loop of unknown length; results are reported per step."""
+    branch: int = -1
+    """Which of `prefix_lengths` attention reads."""
 
     def compile(self) -> tuple[jax.stages.Traced, jax.stages.Compiled]:
         """Trace and compile it for its mesh."""
@@ -61,31 +65,19 @@ def train_program(config: RunConfig, devices: Sequence[jax.Device]) -> Program:
     """
     setup = TrainingSetup.of(config, devices)
     state, frozen = setup.abstract()
-    model, data = setup.start.config, config.data
-    B, T = data.batch_size, data.max_length
-    arrays = {
-        "tokens": ((B, NUM_STREAMS, T), jnp.int32),
-        "targets": ((B, NUM_STREAMS, T), jnp.int32),
-        "mask": ((B, NUM_STREAMS, T), jnp.bool_),
-        "positions": ((B, T), jnp.int32),
-        "segments": ((B, T), jnp.int32),
-        "speech_index": ((B, T), jnp.int32),
-    }
-    encoder = model.audio_encoder
-    if data.cached_features is None:
-        arrays["sound"] = ((B, data.max_clips, encoder.max_samples), jnp.int16)
-    else:
-        stored = jnp.float32 if data.cached_features.dtype == "float32" else jnp.float16
-        arrays["features"] = ((B, data.max_clips, encoder.max_position, encoder.hidden_size), stored)
-    rows = sharding.rows(setup.mesh)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in arrays.items()}
     # Trained parameters and their two moments are read and written; frozen parameters are read.
-    ideal = 2 * _bytes_per_chip(state) + _bytes_per_chip(frozen)
-    return Program(compile_step(setup), setup.mesh, (state, frozen, batch), ideal)
+    ideal = 2 * bytes_per_chip(state) + bytes_per_chip(frozen)
+    return Program(compile_step(setup), setup.mesh, (state, frozen, abstract_batch(setup)), ideal)
 
 
 def decode_program(
-    config: ModelConfig, mesh: Mesh, batch: int, *, batch_parallel: bool = False, int8: bool = False
+    config: ModelConfig,
+    mesh: Mesh,
+    batch: int,
+    *,
+    batch_parallel: bool = False,
+    int8: bool = False,
+    positions: int | None = None,
 ) -> Program:
     """A chunk of decode steps of a full batch whose requests all output text and audio.
 
@@ -95,10 +87,13 @@ def decode_program(
         batch: requests over all chips.
         batch_parallel: whether each request has a companion row.
         int8: whether the weights are quantized.
+        positions: how many positions of its cache each row uses; None: all.
     """
+    max_len = config.trunk.max_position
+    positions = positions or max_len
     with jax.set_mesh(mesh):
         runner = _abstract_runner(config, mesh, int8=int8)
-        programs, max_len = runner.jitted, config.trunk.max_position
+        programs = runner.jitted
         state = jax.eval_shape(lambda weights: programs.init_state(weights, batch, max_len), runner.weights)
         if batch_parallel:
             cache = jax.eval_shape(lambda weights: programs.init_companions(weights, batch, max_len), runner.weights)
@@ -119,16 +114,42 @@ def decode_program(
     # Of an embedding that is not the head as well, a step reads only one row per token.
     skipped = {"audio_encoder", "adapter"} | ({"embed"} if "head" in runner.weights else set())
     read = {name: value for name, value in runner.weights.items() if name not in skipped}
-    ideal = _bytes_per_chip(read) + _bytes_per_chip([state.caches, state.companions])
+    ideal = bytes_per_chip(read) + bytes_per_chip([state.caches, state.companions]) * positions / max_len
+    branch = sum(positions > length for length in prefix_lengths(state.caches["trunk"]))
     arguments = (runner.weights, state, Routing(*routing), steps)
-    return Program(programs.decode_chunk, mesh, arguments, ideal, steps=MAX_CHUNK_STEPS)
+    return Program(programs.decode_chunk, mesh, arguments, ideal, steps=MAX_CHUNK_STEPS, branch=branch)
 
 
-def prefill_program(config: ModelConfig, mesh: Mesh, batch: int, *, int8: bool = False) -> Program:
-    """Prefill of `batch` prompts of `PROMPT_LENGTH` positions with speech."""
+def encode_program(
+    config: ModelConfig, mesh: Mesh, batch: int, *, int8: bool = False, samples: int | None = None
+) -> Program:
+    """Encoding `batch` recordings.
+
+    Args:
+        config: the model's shape.
+        mesh: what to shard it over.
+        batch: recordings over all chips.
+        int8: whether the weights that decoding reads are quantized, which those of the encoder are not.
+        samples: of each recording, at 16 kHz, before it is padded as the model has it; None: as many as it takes.
+    """
+    encoder = config.audio_encoder
+    window = encoder.max_position if samples is None else encoder.window(samples)
+    audio = jax.ShapeDtypeStruct((batch, 320 * window), jnp.float32, sharding=sharding.rows(mesh))
+    with jax.set_mesh(mesh):
+        runner = _abstract_runner(config, mesh, int8=int8)
+        speech = jax.eval_shape(runner.jitted.encode_audio, runner.weights, audio)
+    read = {name: value for name, value in runner.weights.items() if name in ("audio_encoder", "adapter")}
+    ideal = bytes_per_chip(read) + bytes_per_chip(audio) + _bytes(speech) / mesh.devices.size
+    return Program(runner.jitted.encode_audio, mesh, (runner.weights, audio), ideal)
+
+
+def prefill_program(
+    config: ModelConfig, mesh: Mesh, batch: int, *, int8: bool = False, length: int = PROMPT_LENGTH
+) -> Program:
+    """Prefill of `batch` prompts of `length` positions with speech."""
     rows = sharding.rows(mesh)
     positions = max_speech_positions(config)
-    tokens = jax.ShapeDtypeStruct((batch, NUM_STREAMS, PROMPT_LENGTH), jnp.int32, sharding=rows)
+    tokens = jax.ShapeDtypeStruct((batch, NUM_STREAMS, length), jnp.int32, sharding=rows)
     speech = jax.ShapeDtypeStruct((batch, positions, config.trunk.hidden_size), jnp.bfloat16, sharding=rows)
     count = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows)
     with jax.set_mesh(mesh):
@@ -136,7 +157,7 @@ def prefill_program(config: ModelConfig, mesh: Mesh, batch: int, *, int8: bool =
         arguments = (runner.weights, tokens, speech, count)
         cache = jax.eval_shape(partial(runner.jitted.prefill, audio=True), *arguments)
     read = {name: value for name, value in runner.weights.items() if name in ("trunk", "tts_adapter")}
-    ideal = _bytes_per_chip(read) + _bytes_per_chip((tokens, speech)) + _bytes(cache) / mesh.devices.size
+    ideal = bytes_per_chip(read) + bytes_per_chip((tokens, speech)) + _bytes(cache) / mesh.devices.size
     return Program(runner.jitted.prefill, mesh, arguments, ideal, {"audio": True})
 
 
@@ -150,11 +171,12 @@ def codec_program(config: ModelConfig, mesh: Mesh, batch: int) -> Program:
     codes = jax.ShapeDtypeStruct((batch, CODEC_FRAMES, NUM_CODEBOOKS), jnp.int32, sharding=rows)
     decode = jax.jit(lambda weights, codes: nnx.merge(graph, weights).decode(codes), out_shardings=rows)
     audio_bytes = 4 * batch * CODEC_FRAMES * config.codec.frame_size / mesh.devices.size
-    ideal = _bytes_per_chip(weights) + _bytes_per_chip(codes) + audio_bytes
+    ideal = bytes_per_chip(weights) + bytes_per_chip(codes) + audio_bytes
     return Program(decode, mesh, (weights, codes), ideal)
 
 
 INFERENCE_PROGRAMS: dict[str, Callable[..., Program]] = {
+    "encode": encode_program,
     "prefill": prefill_program,
     "decode": decode_program,
     "batch": partial(decode_program, batch_parallel=True),
@@ -187,6 +209,6 @@ def _bytes(tree: Any) -> float:
     return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
-def _bytes_per_chip(tree: Any) -> float:
+def bytes_per_chip(tree: Any) -> float:
     """Bytes of the shards that each chip holds."""
     return float(sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)))

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from omni_jax import sharding
 from omni_jax.compile_report import flops, hlo
 from omni_jax.compile_report.programs import INFERENCE_PROGRAMS, Program, train_program
 from omni_jax.compile_report.topology import Topology
-from omni_jax.config.model import PRESETS
+from omni_jax.config.model import PRESETS, ModelConfig
 from omni_jax.config.run import RunConfig
 from omni_jax.errors import ConfigError
 
@@ -36,6 +36,8 @@ class CompileReport:
     """Rows over all chips."""
     int8: bool
     """Whether decoding uses quantized weights."""
+    positions: int | None
+    """Positions that each row uses of its cache, for `decode` and `batch`; None: all, or another program."""
     mesh: dict[str, int]
     """Devices along each mesh axis."""
     compile_seconds: float
@@ -78,8 +80,8 @@ class CompileReport:
         free = (self.hbm_bytes - self.memory_per_chip_bytes) / gib
         per_step = " per step" if self.program in ("decode", "batch") else ""
         rows = {
-            "program": f"{self.program}, {self.model}{', int8' * self.int8}, batch {self.batch} on {self.topology} "
-            f"({mesh})",
+            "program": f"{self.program}, {self.model}{', int8' * self.int8}, batch {self.batch}"
+            f"{f', {self.positions} positions' * (self.positions is not None)} on {self.topology} ({mesh})",
             "compile time": f"{self.compile_seconds:.1f} s",
             "memory per chip": f"{self.memory_per_chip_bytes / gib:.2f} of {self.hbm_bytes / gib:.0f} GiB: "
             f"{verdict}, {free:.2f} GiB free (arguments {self.arguments_bytes / gib:.2f}, temporary "
@@ -104,6 +106,7 @@ def compile_report(
     batch: int | None = None,
     tensor: int = 1,
     int8: bool = False,
+    positions: int | None = None,
 ) -> CompileReport:
     """Compile one program.
 
@@ -115,38 +118,84 @@ def compile_report(
         batch: rows over all chips; None: what the config says, or one per group of `tensor` chips.
         tensor: chips that share a row, for all but `train`.
         int8: quantized weights, for `prefill`, `decode` and `batch`.
+        positions: how many positions of its cache each row uses, for `decode` and `batch`; None: all.
 
     Raises:
         ConfigError: an argument cannot be used; names it.
     """
     if program not in PROGRAMS:
         raise ConfigError(f"program: expected one of {', '.join(PROGRAMS)}, found {program!r}", field="program")
-    if model not in PRESETS:
-        raise ConfigError(f"model: expected one of {', '.join(PRESETS)}, found {model!r}", field="model")
+    shape = check_model(model)
     if int8 and program not in ("prefill", "decode", "batch"):
         raise ConfigError(f"int8: expected with prefill, decode or batch, found with {program}", field="int8")
+    if positions is not None and program not in ("decode", "batch"):
+        raise ConfigError(f"positions: expected with decode or batch, found with {program}", field="positions")
+    if positions is not None and not 1 <= positions <= (longest := shape.trunk.max_position):
+        raise ConfigError(f"positions: expected 1 to {longest}, found {positions}", field="positions")
     devices = topology.devices()
     if program == "train":
         if config is None:
             raise ConfigError("train: expected --config, the configuration of a run", field="config")
         model, batch = config.start.removeprefix("preset:"), batch or config.data.batch_size
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch))
-        return _report(program, model, topology, batch, train_program(config, devices), int8=False)
-    if len(devices) % tensor:
-        raise ConfigError(f"tensor: expected a divisor of {len(devices)} chips, found {tensor}", field="tensor")
-    groups = len(devices) // tensor
+        return report_program(program, model, topology, batch, train_program(config, devices), int8=False)
+    groups = check_groups(len(devices), tensor)
     batch = batch or groups
     if batch % groups:
         raise ConfigError(
             f"batch: expected a multiple of {groups} groups of {tensor} chips, found {batch}", field="batch"
         )
     mesh = sharding.make_mesh(groups, 1, tensor, devices)
-    options = {"int8": True} if int8 else {}
-    made = INFERENCE_PROGRAMS[program](PRESETS[model], mesh, batch, **options)
-    return _report(program, model, topology, batch, made, int8=int8)
+    options: dict[str, Any] = {"int8": True} if int8 else {}
+    if positions is not None:
+        options["positions"] = positions
+    made = INFERENCE_PROGRAMS[program](shape, mesh, batch, **options)
+    return report_program(program, model, topology, batch, made, int8=int8, positions=positions)
 
 
-def _report(name: str, model: str, topology: Topology, batch: int, program: Program, *, int8: bool) -> CompileReport:
+def check_model(name: str) -> ModelConfig:
+    """The preset of a name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"model: expected one of {', '.join(PRESETS)}, found {name!r}", field="model")
+    return PRESETS[name]
+
+
+def check_groups(num_chips: int, tensor: int) -> int:
+    """How many groups of `tensor` chips there are.
+
+    Raises:
+        ConfigError: some are left over.
+    """
+    if num_chips % tensor:
+        raise ConfigError(f"tensor: expected a divisor of {num_chips} chips, found {tensor}", field="tensor")
+    return num_chips // tensor
+
+
+def report_program(
+    name: str,
+    model: str,
+    topology: Topology,
+    batch: int,
+    program: Program,
+    *,
+    int8: bool,
+    positions: int | None = None,
+) -> CompileReport:
+    """Compile a program and report on it.
+
+    Args:
+        name: what the report calls it.
+        model: the preset it was made from.
+        topology: the slice it was made for.
+        batch: rows over all chips.
+        program: the program.
+        int8: whether weights are quantized.
+        positions: how many positions of its cache each row uses.
+    """
     start = time.perf_counter()
     traced, compiled = program.compile()
     seconds = time.perf_counter() - start
@@ -154,9 +203,9 @@ def _report(name: str, model: str, topology: Topology, batch: int, program: Prog
     # The TPU compiler gives both.
     assert memory is not None
     assert text is not None
-    cost = hlo.parse(text, unknown_trips=program.steps).cost
+    cost = hlo.parse(text, unknown_trips=program.steps, branch=program.branch).cost
     chip = topology.chip
-    work = flops.count(traced.jaxpr, program.steps) / topology.num_chips / program.steps
+    work = flops.count(traced.jaxpr, program.steps, program.branch) / topology.num_chips / program.steps
     hbm_traffic = cost.hbm / program.steps
     collectives = {kind: amount / program.steps for kind, amount in cost.collectives.items()}
     times: dict[Bound, float] = {
@@ -178,6 +227,7 @@ def _report(name: str, model: str, topology: Topology, batch: int, program: Prog
         topology=topology.name,
         batch=batch,
         int8=int8,
+        positions=positions,
         mesh=dict(program.mesh.shape),
         compile_seconds=seconds,
         memory_per_chip_bytes=needed,

@@ -10,8 +10,14 @@ import pydantic
 import yaml
 
 from omni_jax.errors import ConfigError
+from omni_jax.input_files import parse_yaml, read_yaml
 
 Config = TypeVar("Config")
+
+MAX_ERRORS = 20
+"""Most wrong fields that a message lists."""
+MAX_FOUND = 200
+"""Most characters of a value in a message."""
 
 
 def build_config(cls: type[Config], values: Any, source: str) -> Config:
@@ -29,32 +35,23 @@ def build_config(cls: type[Config], values: Any, source: str) -> Config:
         return pydantic.TypeAdapter(cls).validate_python(values)
     except pydantic.ValidationError as error:
         lines = []
-        for item in error.errors():
+        for item in error.errors()[:MAX_ERRORS]:
             field = ".".join(str(part) for part in item["loc"]) or "(whole)"
-            found = f", found {item['input']!r}" if item["loc"] else ""
-            lines.append(f"{source}: {field}: {item['msg']}{found}")
+            found = f", found {_shorten(repr(item['input']))}" if item["loc"] else ""
+            lines.append(f"{source}: {_shorten(field)}: {item['msg']}{found}")
+        if error.error_count() > MAX_ERRORS:
+            lines.append(f"{source}: {error.error_count() - MAX_ERRORS} more")
         raise ConfigError("\n".join(lines)) from None
+
+
+def _shorten(text: str) -> str:
+    """What a file has in it may be of any length, and have line breaks in its names."""
+    return " ".join(text.split()) if len(text) <= MAX_FOUND else f"{' '.join(text[:MAX_FOUND].split())}..."
 
 
 def to_dict(config: Any) -> Any:
     """A config as nested dicts, lists and scalars, ready for YAML or JSON."""
     return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
-
-
-def read_yaml(path: Path) -> Any:
-    """The content of a YAML file.
-
-    Raises:
-        ConfigError: the file is not there or is not YAML.
-    """
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: expected a readable file, found {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: expected YAML, found {error}") from None
 
 
 def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -64,7 +61,7 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = 
         ConfigError: the file is not there, is not YAML, or a field is wrong.
     """
     path = Path(path)
-    values = read_yaml(path)
+    values = read_yaml(path, ConfigError)
     if values is None:
         values = {}
     for override in overrides:
@@ -81,8 +78,8 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = 
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {name} is not a field that has parts")
         try:
-            node[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            node[last] = parse_yaml(text)
+        except ValueError as error:
             raise ConfigError(f"override {override!r}: expected a YAML value, found {error}") from None
     return build_config(cls, values, str(path))
 

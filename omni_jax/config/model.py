@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid")
-"""Unknown fields are errors."""
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+"""Unknown fields are errors, and so are NaN and infinity."""
+
+MAX_LAYERS = 1024
+MAX_SIZE = 1 << 20
+"""Most hidden units and rows of a vocabulary. The largest of published models: 53,248 units, 262,144 rows."""
+MAX_HEADS = 1024
+"""Most heads, and most elements of a head."""
+MAX_POSITION = 1 << 24
+"""Longest context, in positions; of published models 10 million."""
+MAX_AUDIO_POSITION = 1 << 16
+"""Longest window of the audio encoder, in positions of 20 ms: 22 minutes. Its cost grows with the square."""
+MAX_SPECIALS = 1 << 16
+MAX_SAMPLE_RATE = 1 << 20
+MAX_CODEC_STAGES = 16
+MAX_CODEC_RATE = 1024
+MAX_STACK = 64
+MAX_MEL_BINS = 1024
 
 
 @dataclass(frozen=True, config=STRICT)
 class AudioEncoderConfig:
     """A Whisper encoder. Defaults: whisper-small."""
 
-    num_mel_bins: int = Field(default=80, gt=0)
+    num_mel_bins: int = Field(default=80, gt=0, le=MAX_MEL_BINS)
     """Mel bins of the log-mel input (M)."""
-    hidden_size: int = Field(default=768, gt=0)
-    num_layers: int = Field(default=12, gt=0)
-    num_heads: int = Field(default=12, gt=0)
-    intermediate_size: int = Field(default=3072, gt=0)
-    max_position: int = Field(default=1500, gt=0)
+    hidden_size: int = Field(default=768, gt=0, le=MAX_SIZE)
+    num_layers: int = Field(default=12, gt=0, le=MAX_LAYERS)
+    num_heads: int = Field(default=12, gt=0, le=MAX_HEADS)
+    intermediate_size: int = Field(default=3072, gt=0, le=MAX_SIZE)
+    max_position: int = Field(default=1500, gt=0, le=MAX_AUDIO_POSITION)
     """Feature frames of 20 ms that the encoder takes at once; a shorter recording is padded."""
     mask_padding: bool = False
     """Whether only the recording is attended to, not the silence that it is padded with. Its features are then the same
@@ -62,24 +79,51 @@ class AdapterConfig:
 
     kind: Literal["llamamlp", "mlp"] = "llamamlp"
     """`llamamlp`: gated SiLU MLP without biases. `mlp`: one affine map."""
-    intermediate_size: int = Field(default=4864, gt=0)
+    intermediate_size: int = Field(default=4864, gt=0, le=MAX_SIZE)
     """Hidden units of `llamamlp`."""
-    stack: int = Field(default=1, gt=0)
+    stack: int = Field(default=1, gt=0, le=MAX_STACK)
     """Consecutive feature frames stacked into one position. Mini-Omni: 1."""
+
+
+ROPE_FIELDS = {
+    "llama3": ("original_max_position", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("original_max_position", "beta_fast", "beta_slow", "attention_factor"),
+    "linear": (),
+    "longrope": ("original_max_position", "short_factor", "long_factor", "attention_factor"),
+}
+"""The fields of `RopeScaling` that each kind needs besides `factor`; it has no others."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class RopeScaling:
-    """Llama 3's scaling of the low rope frequencies to longer contexts."""
+    """How rope frequencies are changed for contexts longer than the original one."""
 
     factor: float = Field(gt=0)
-    low_freq_factor: float = Field(gt=0)
-    high_freq_factor: float = Field(gt=0)
-    original_max_position: int = Field(gt=0)
+    """How many times as long the context is."""
+    kind: Literal["llama3", "yarn", "linear", "longrope"] = "llama3"
+    """`linear`: every frequency is divided by `factor`. `llama3`: the low ones (Llama 3.1). `yarn`: arXiv 2309.00071.
+    `longrope`: a divisor for each (arXiv 2402.13753), of which only those for the original context are used."""
+    original_max_position: int | None = Field(default=None, gt=0, le=MAX_POSITION)
+    low_freq_factor: float | None = Field(default=None, gt=0)
+    high_freq_factor: float | None = Field(default=None, gt=0)
+    beta_fast: float | None = Field(default=None, gt=0)
+    beta_slow: float | None = Field(default=None, gt=0)
+    attention_factor: float | None = Field(default=None, gt=0)
+    """What rotated queries and keys are multiplied with."""
+    short_factor: tuple[float, ...] | None = None
+    """Divisors of the frequencies within the original context."""
+    long_factor: tuple[float, ...] | None = None
+    """Divisors beyond it; kept for export."""
 
     @model_validator(mode="after")
-    def _bands_in_order(self) -> RopeScaling:
-        if self.high_freq_factor <= self.low_freq_factor:
+    def _fields_of_the_kind(self) -> RopeScaling:
+        needed = ROPE_FIELDS[self.kind]
+        for name in dict.fromkeys(name for names in ROPE_FIELDS.values() for name in names):
+            value = getattr(self, name)
+            if (value is None) == (name in needed):
+                expected = "a value" if name in needed else "none"
+                raise ValueError(f"{name}: expected {expected} with kind {self.kind}, found {value}")
+        if self.low_freq_factor and self.high_freq_factor and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"high_freq_factor must be above low_freq_factor, found {self.high_freq_factor} "
                 f"and {self.low_freq_factor}"
@@ -87,61 +131,151 @@ class RopeScaling:
         return self
 
 
+class LayerKind(NamedTuple):
+    """How the attention of a layer differs from that of others; all layers have the same weights."""
+
+    rope: bool
+    """Whether queries and keys are rotated."""
+    sliding: bool
+    """Whether it attends to the last `sliding_window` positions only."""
+
+
+FULL_ATTENTION = LayerKind(rope=True, sliding=False)
+"""The kind of most layers."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class TrunkConfig:
-    """A Qwen2- or Llama-family decoder. Defaults: Qwen2-0.5B."""
+    """A decoder of one of the families in docs/weights.md. Defaults: Qwen2-0.5B."""
 
-    hidden_size: int = Field(default=896, gt=0)
-    num_layers: int = Field(default=24, gt=0)
-    num_heads: int = Field(default=14, gt=0)
+    family: str | None = None
+    """The `model_type` of transformers that it was imported as and is exported as; the model does not depend on it.
+    None: `qwen2` with biases, `llama` without."""
+    hidden_size: int = Field(default=896, gt=0, le=MAX_SIZE)
+    num_layers: int = Field(default=24, gt=0, le=MAX_LAYERS)
+    num_heads: int = Field(default=14, gt=0, le=MAX_HEADS)
     """Query heads (N)."""
-    num_kv_heads: int = Field(default=2, gt=0)
+    num_kv_heads: int = Field(default=2, gt=0, le=MAX_HEADS)
     """Key/value heads (K); each serves num_heads / num_kv_heads query heads."""
-    head_dim: int = Field(default=64, gt=0)
-    intermediate_size: int = Field(default=4864, gt=0)
+    head_dim: int = Field(default=64, gt=0, le=MAX_HEADS)
+    intermediate_size: int = Field(default=4864, gt=0, le=MAX_SIZE)
+    hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh"] = "silu"
+    """Activation of the MLPs, as transformers names it."""
     rope_theta: float = Field(default=1e6, gt=0)
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
+    """Share of each head that rope rotates, from the front."""
+    no_rope_layers: tuple[int, ...] = ()
+    """Layers without rope, counted from 0 (SmolLM3)."""
+    sliding_window: int | None = Field(default=None, gt=0, le=MAX_POSITION)
+    """Positions that `sliding_layers` attend to, their own included."""
+    sliding_layers: tuple[int, ...] = ()
+    """Layers, counted from 0, that attend to `sliding_window` positions; the others attend to all before them."""
+    rope_local_theta: float | None = Field(default=None, gt=0)
+    """`rope_theta` of the sliding layers, which then have no `rope_scaling` (Gemma 3). None: as in the others."""
     norm_eps: float = Field(default=1e-6, gt=0)
+    norm_unit_offset: bool = False
+    """Whether norms multiply with one plus their weight (Gemma)."""
+    norms_before: bool = True
+    """Whether attention and MLP read normed hidden states."""
+    norms_after: bool = False
+    """Whether what attention and MLP add to the hidden states is normed (Gemma 2, OLMo 2)."""
+    qk_norm: Literal["head", "projection"] | None = None
+    """Norms of queries and keys: of each head (Qwen3) or of all heads together (OLMo 2)."""
     qkv_bias: bool = True
+    out_bias: bool = False
+    """Whether the output projection of attention has a bias."""
+    mlp_bias: bool = False
+    attention_scale: float | None = Field(default=None, gt=0)
+    """What products of queries and keys are multiplied with; None: 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = Field(default=None, gt=0)
+    """Bound of attention's scores s, which become softcap * tanh(s / softcap) (Gemma 2)."""
+    embedding_multiplier: float = Field(default=1.0, gt=0)
+    """What token embeddings are multiplied with (Gemma, Granite)."""
+    residual_multiplier: float = Field(default=1.0, gt=0)
+    """What attention and MLP add to the hidden states is multiplied with it (Granite)."""
+    logits_scaling: float = Field(default=1.0, gt=0)
+    """What the logits of all heads are divided by (Granite)."""
+    logits_softcap: float | None = Field(default=None, gt=0)
+    """Bound of the logits of all heads, as `attention_softcap`."""
     tie_word_embeddings: bool = True
     """Whether the heads use the embedding tables (Qwen2-0.5B) or tables of their own."""
-    max_position: int = Field(default=2048, gt=0)
+    max_position: int = Field(default=2048, gt=0, le=MAX_POSITION)
     """Length of the context: positions the trunk may attend to, prompt and answer together."""
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> TrunkConfig:
+    def _consistent(self) -> TrunkConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, found {self.num_heads} and {self.num_kv_heads}"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rope, found {self.head_dim}")
+        if self.rotary_dim % 2 or not self.rotary_dim:
+            raise ValueError(
+                f"head_dim * partial_rotary_factor must be even for rope, found {self.head_dim} * "
+                f"{self.partial_rotary_factor}"
+            )
+        for name in ("no_rope_layers", "sliding_layers"):
+            if wrong := [layer for layer in getattr(self, name) if not 0 <= layer < self.num_layers]:
+                raise ValueError(f"{name}: expected layers from 0 to {self.num_layers - 1}, found {wrong}")
+        if self.sliding_layers and self.sliding_window is None:
+            raise ValueError("sliding_layers need a sliding_window")
+        if not (self.norms_before or self.norms_after):
+            raise ValueError("expected norms_before, norms_after or both, found neither")
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "longrope":
+            assert scaling.short_factor is not None
+            assert scaling.original_max_position is not None
+            if len(scaling.short_factor) != self.rotary_dim // 2:
+                raise ValueError(
+                    f"rope_scaling.short_factor: expected {self.rotary_dim // 2} numbers, "
+                    f"found {len(scaling.short_factor)}"
+                )
+            if self.max_position > scaling.original_max_position:
+                raise ValueError(
+                    f"max_position: expected at most rope_scaling.original_max_position, "
+                    f"{scaling.original_max_position}, found {self.max_position}"
+                )
         return self
+
+    @property
+    def rotary_dim(self) -> int:
+        """Numbers of each head that rope rotates."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        """How the attention of a layer differs from that of others."""
+        return LayerKind(layer not in self.no_rope_layers, layer in self.sliding_layers)
 
 
 @dataclass(frozen=True, config=STRICT)
 class VocabConfig:
     """Sizes of the token layout; `omni_jax.vocab` derives every id from them. Defaults: Mini-Omni."""
 
-    text: int = Field(default=151936, gt=0)
+    text: int = Field(default=151936, gt=0, le=MAX_SIZE)
     """Rows of the language model's own vocabulary; the text specials follow it."""
-    text_specials: int = Field(default=64, ge=6)
-    audio: int = Field(default=4096, gt=0)
+    text_specials: int = Field(default=64, ge=6, le=MAX_SPECIALS)
+    audio: int = Field(default=4096, gt=0, le=MAX_SIZE)
     """Codes per codebook; each codebook's specials follow it."""
-    audio_specials: int = Field(default=64, ge=5)
+    audio_specials: int = Field(default=64, ge=5, le=MAX_SPECIALS)
+
+
+Rate: TypeAlias = Annotated[int, Field(gt=0, le=MAX_CODEC_RATE)]
+"""Samples that a stage of the codec makes one of, or of one."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class CodecConfig:
     """A SNAC codec. Defaults: snac_24khz."""
 
-    sample_rate: int = Field(default=24000, gt=0)
-    encoder_dim: int = Field(default=48, gt=0)
-    encoder_rates: tuple[int, ...] = (2, 4, 8, 8)
-    decoder_dim: int = Field(default=1024, gt=0)
-    decoder_rates: tuple[int, ...] = (8, 8, 4, 2)
-    codebook_size: int = Field(default=4096, gt=0)
-    codebook_dim: int = Field(default=8, gt=0)
+    sample_rate: int = Field(default=24000, gt=0, le=MAX_SAMPLE_RATE)
+    encoder_dim: int = Field(default=48, gt=0, le=MAX_SIZE)
+    encoder_rates: tuple[Rate, ...] = Field(default=(2, 4, 8, 8), min_length=1, max_length=MAX_CODEC_STAGES)
+    decoder_dim: int = Field(default=1024, gt=0, le=MAX_SIZE)
+    decoder_rates: tuple[Rate, ...] = Field(default=(8, 8, 4, 2), min_length=1, max_length=MAX_CODEC_STAGES)
+    codebook_size: int = Field(default=4096, gt=0, le=MAX_SIZE)
+    codebook_dim: int = Field(default=8, gt=0, le=MAX_SIZE)
     vq_strides: tuple[int, ...] = (4, 2, 1)
     """Latents per code of each codebook, coarse to fine. Seven codes a frame need (4, 2, 1)."""
     noise: bool = True
@@ -159,6 +293,8 @@ class CodecConfig:
 
     @model_validator(mode="after")
     def _consistent(self) -> CodecConfig:
+        if self.hop_length > MAX_SIZE:
+            raise ValueError(f"decoder_rates must multiply to at most {MAX_SIZE} samples, found {self.hop_length}")
         encoder_hop = math.prod(self.encoder_rates)
         if encoder_hop != self.hop_length:
             raise ValueError(
@@ -211,8 +347,19 @@ class ModelConfig:
     codec: CodecConfig = CodecConfig()
     audio: AudioConfig = AudioConfig()
     text: TextConfig = TextConfig()
-    tts_adapter_layers: int = Field(default=0, ge=0)
+    tts_adapter_layers: int = Field(default=0, ge=0, le=MAX_LAYERS)
     """Blocks after the trunk that serve the audio heads only; 0 means no TTS adapter."""
+    conversation: bool = False
+    """Whether it was trained on conversations: it takes a system text and past turns before the present one."""
+
+    @model_validator(mode="after")
+    def _has_system_token(self) -> ModelConfig:
+        if self.conversation and self.vocab.text_specials < 7:
+            raise ValueError(
+                "conversation needs vocab.text_specials of 7 or more: the seventh begins a system text, "
+                f"found {self.vocab.text_specials}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_codebook_size(self) -> ModelConfig:
@@ -222,6 +369,24 @@ class ModelConfig:
             )
         return self
 
+
+def _of_trunk(trunk: TrunkConfig, text: int = 151936) -> ModelConfig:
+    """Mini-Omni with another language model, as `omni-jax convert init` makes it; `text` rows of its vocabulary."""
+    adapter = AdapterConfig(intermediate_size=trunk.intermediate_size)
+    return ModelConfig(adapter=adapter, trunk=trunk, vocab=VocabConfig(text=text))
+
+
+_QWEN3 = TrunkConfig(
+    family="qwen3",
+    hidden_size=1024,
+    num_layers=28,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    intermediate_size=3072,
+    qk_norm="head",
+    qkv_bias=False,
+)
 
 PRESETS: dict[str, ModelConfig] = {
     "mini_omni": ModelConfig(),
@@ -236,6 +401,36 @@ PRESETS: dict[str, ModelConfig] = {
             intermediate_size=18944,
             tie_word_embeddings=False,
         )
+    ),
+    "qwen3_0_6b": _of_trunk(_QWEN3),
+    "qwen3_1_7b": _of_trunk(replace(_QWEN3, hidden_size=2048, intermediate_size=6144)),
+    "qwen3_8b": _of_trunk(
+        replace(
+            _QWEN3,
+            hidden_size=4096,
+            num_layers=36,
+            num_heads=32,
+            intermediate_size=12288,
+            tie_word_embeddings=False,
+        )
+    ),
+    "llama3_2_1b": _of_trunk(
+        TrunkConfig(
+            family="llama",
+            hidden_size=2048,
+            num_layers=16,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=64,
+            intermediate_size=8192,
+            rope_theta=5e5,
+            rope_scaling=RopeScaling(
+                factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192
+            ),
+            norm_eps=1e-5,
+            qkv_bias=False,
+        ),
+        text=128256,
     ),
     "tiny": ModelConfig(
         audio_encoder=AudioEncoderConfig(

@@ -7,8 +7,16 @@ from typing import Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from omni_jax.config.model import STRICT
+from omni_jax.config.model import MAX_MEL_BINS, MAX_POSITION, STRICT
 from omni_jax.tasks import Task
+
+MAX_BATCH_SIZE = 1 << 20
+"""Most rows of a step."""
+MAX_DEVICES = 1 << 20
+MAX_STEPS = 1 << 40
+MAX_WORKERS = 1024
+"""Most processes that read data."""
+MAX_SEED = (1 << 63) - 1
 
 MODULES = (
     "audio_encoder",
@@ -48,11 +56,11 @@ class SpecAugmentConfig:
 
     max_warp: float = Field(default=0.1, ge=0, lt=1)
     """Vocal tract length perturbation: the mel axis is stretched by a factor of 1 minus to 1 plus this."""
-    num_masks: int = Field(default=2, ge=0)
+    num_masks: int = Field(default=2, ge=0, le=MAX_BATCH_SIZE)
     """Masks along the time axis, and as many along the mel axis."""
-    max_time_mask: int = Field(default=10, gt=0)
+    max_time_mask: int = Field(default=10, gt=0, le=MAX_POSITION)
     """Width of the widest time mask, in frames of 10 ms."""
-    max_mel_mask: int = Field(default=12, gt=0)
+    max_mel_mask: int = Field(default=12, gt=0, le=MAX_MEL_BINS)
     """Width of the widest mel mask, in bins."""
 
 
@@ -63,7 +71,7 @@ class CachedFeaturesConfig:
     path: str
     """Folder of the features, one folder in it for each source. Runs with the same audio encoder share it; what is
     there is not computed again."""
-    versions: int = Field(default=1, gt=0)
+    versions: int = Field(default=1, gt=0, le=MAX_BATCH_SIZE)
     """Of each question: the recording as it is, and augmented ones (`omni_jax.audio.augment.augment`)."""
     dtype: Literal["float32", "float16", "int8"] = "float16"
     """How they are stored. int8 has a scale for each frame."""
@@ -79,11 +87,11 @@ class DataConfig:
     """Share of examples of each task, in any unit."""
     held_out: tuple[SourceConfig, ...] = ()
     """Corpora that are never trained on; losses per task and head are reported on them. Fields as in `sources`."""
-    batch_size: int = Field(default=8, gt=0)
+    batch_size: int = Field(default=8, gt=0, le=MAX_BATCH_SIZE)
     """Rows of a step over all devices."""
-    max_length: int = Field(default=2048, gt=0)
+    max_length: int = Field(default=2048, gt=0, le=MAX_POSITION)
     """Positions of a row (T); examples are packed into rows, one that is longer is counted and left out."""
-    max_clips: int = Field(default=8, gt=0)
+    max_clips: int = Field(default=8, gt=0, le=MAX_BATCH_SIZE)
     """Recordings that fit into a row."""
     spec_augment: SpecAugmentConfig | None = None
     """Augmentation of recordings in training; None leaves them as they are. Useful where the audio encoder was
@@ -93,7 +101,7 @@ class DataConfig:
     audio_token_noise: float = Field(default=0.0, ge=0, lt=1)
     """Probability that a code of the model's own speech is replaced by a random code in the input (not in the
     targets). Against exposure bias: in decoding the model reads its own, sometimes wrong, codes."""
-    num_workers: int = Field(default=2, ge=0)
+    num_workers: int = Field(default=2, ge=0, le=MAX_WORKERS)
     """Processes that read and pack ahead; 0 reads in the training process."""
     max_corrupt: int = Field(default=100, ge=0)
     """Records that cannot be read are counted and skipped; more than this many different ones, per process, stop the
@@ -123,7 +131,7 @@ class LossConfig:
     """Weight of the text head."""
     audio: tuple[float, ...] = (1.0,) * 7
     """Weights of the audio heads, one per codebook."""
-    chunk_size: int = Field(default=2048, gt=0)
+    chunk_size: int = Field(default=2048, gt=0, le=MAX_POSITION)
     """Positions on a device, of all its rows together, whose logits are held at once."""
 
     @model_validator(mode="after")
@@ -137,13 +145,13 @@ class LossConfig:
 class OptimizerConfig:
     """AdamW, linear warm-up, cosine decay."""
 
-    steps: int = Field(gt=0)
+    steps: int = Field(gt=0, le=MAX_STEPS)
     """Steps of the run."""
     peak_lr: float = Field(gt=0)
     """Learning rate after the warm-up."""
     end_lr: float = Field(default=0.0, ge=0)
     """Learning rate at the end."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=MAX_STEPS)
     """Steps of the warm-up, which begins at a learning rate of 0."""
     b1: float = Field(default=0.9, ge=0, lt=1)
     """Decay rate of AdamW's first moments."""
@@ -155,7 +163,7 @@ class OptimizerConfig:
     """On matrices only, not on norms and biases."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this global norm."""
-    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    gradient_accumulation_steps: int = Field(default=1, gt=0, le=MAX_BATCH_SIZE)
     """Micro-batches a batch is computed in, one after the other, to save memory."""
 
 
@@ -163,11 +171,11 @@ class OptimizerConfig:
 class MeshConfig:
     """Devices along each mesh axis."""
 
-    data: int = Field(default=-1, ge=-1)
+    data: int = Field(default=-1, ge=-1, le=MAX_DEVICES)
     """Ways to split the batch; -1: all devices that the other two leave."""
-    fsdp: int = Field(default=1, gt=0)
+    fsdp: int = Field(default=1, gt=0, le=MAX_DEVICES)
     """Ways to split the batch and the parameters (fully sharded data parallelism)."""
-    tensor: int = Field(default=1, gt=0)
+    tensor: int = Field(default=1, gt=0, le=MAX_DEVICES)
     """Ways to split heads, MLPs and vocabularies (tensor parallelism)."""
 
 
@@ -175,12 +183,36 @@ class MeshConfig:
 class CheckpointConfig:
     """When a run saves checkpoints, and which it keeps."""
 
-    save_interval_steps: int = Field(default=500, gt=0)
+    save_interval_steps: int = Field(default=500, gt=0, le=MAX_STEPS)
     """Steps between checkpoints; one more is saved at the end."""
-    max_to_keep: int = Field(default=3, gt=0)
+    max_to_keep: int = Field(default=3, gt=0, le=MAX_STEPS)
     """Newest checkpoints to keep."""
     keep_period: int | None = Field(default=None, gt=0)
     """Also keep every checkpoint at a multiple of this many steps."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvaluationConfig:
+    """What is measured on `data.held_out` during a run."""
+
+    interval_steps: int | None = Field(default=None, gt=0)
+    """Steps between evaluations; None: only at the end."""
+    max_batches: int | None = Field(default=None, gt=0)
+    """Batches of each task that losses are measured on; None: all."""
+    num_answers: int = Field(default=0, ge=0)
+    """Held-out exchanges of each task that outputs text which are answered, for the accuracy of the answers and the WER
+    of the transcripts. Needs the extra `evaluation`, and a run of one process."""
+    num_samples: int = Field(default=2, ge=0)
+    """Held-out questions that are answered for TensorBoard, in text and speech."""
+    keep_best: Literal["loss", "answer_accuracy", "wer"] | None = None
+    """Also keep the model of the evaluation that was best by this metric, as a release in `best`; None: only the last
+    model is kept."""
+
+    @model_validator(mode="after")
+    def _measured(self) -> EvaluationConfig:
+        if self.keep_best in ("answer_accuracy", "wer") and not self.num_answers:
+            raise ValueError(f"keep_best: {self.keep_best} needs answers: expected num_answers above 0, found 0")
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -198,19 +230,16 @@ class RunConfig:
     loss: LossConfig = LossConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of matrix products; parameters are float32. `auto`: bfloat16, on CPU float32."""
-    log_interval_steps: int = Field(default=10, gt=0)
+    log_interval_steps: int = Field(default=10, gt=0, le=MAX_STEPS)
     """Steps between log lines. Only at these steps does the host wait for the device."""
-    eval_interval_steps: int | None = Field(default=None, gt=0)
-    """Steps between evaluations on `data.held_out`; None: only at the end."""
-    num_samples: int = Field(default=2, ge=0)
-    """Held-out questions that are answered, in text and speech, at each evaluation."""
     max_skipped_steps: int = Field(default=10, gt=0)
     """Consecutive steps that may be skipped because their loss is not finite before the run stops."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Of random weights, the order of the records, and augmentation."""
     wandb: str | None = None
     """Weights & Biases project to log to; needs the package wandb."""
@@ -224,6 +253,16 @@ class RunConfig:
             )
         if self.data.cached_features and "audio_encoder" in self.trainable:
             raise ValueError("trainable: data.cached_features needs a frozen audio_encoder")
+        best = self.evaluation.keep_best
+        if best and not self.data.held_out:
+            raise ValueError(f"evaluation.keep_best: {best} is measured on data.held_out, which has no source")
+        if best == "wer" and "A1T1" not in self.data.tasks:
+            raise ValueError("evaluation.keep_best: wer is measured on A1T1, which data.tasks does not have")
+        if best == "answer_accuracy" and not {"A1A2", "A1T2", "T1A2", "T1T2"} & set(self.data.tasks):
+            raise ValueError(
+                "evaluation.keep_best: answer_accuracy is measured on A1A2, A1T2, T1A2 and T1T2, "
+                f"data.tasks has {', '.join(self.data.tasks)}"
+            )
         if self.data.batch_size % self.optimizer.gradient_accumulation_steps:
             raise ValueError(
                 "data.batch_size must be a multiple of optimizer.gradient_accumulation_steps, "

@@ -21,8 +21,8 @@ Out = Annotated[Path, typer.Argument(help="new or empty folder")]
 Whisper = Annotated[
     str,
     typer.Option(
-        help="Whisper folder of transformers or hub id, such as openai/whisper-small; or a release, to take its "
-        "audio encoder"
+        help="Whisper folder of transformers or hub id, such as openai/whisper-small; a file of OpenAI's, such as "
+        "small.pt; or a release, to take its audio encoder"
     ),
 ]
 Snac = Annotated[
@@ -37,6 +37,7 @@ class Format(StrEnum):
     mini_omni = "mini-omni"
     transformers = "transformers"
     whisper = "whisper"
+    openai_whisper = "openai-whisper"
     snac = "snac"
 
 
@@ -44,6 +45,7 @@ EXPORTS = {
     Format.mini_omni: conversion.export_mini_omni,
     Format.transformers: conversion.export_transformers,
     Format.whisper: conversion.export_whisper,
+    Format.openai_whisper: conversion.export_openai_whisper,
     Format.snac: conversion.export_snac,
 }
 
@@ -86,7 +88,8 @@ def export(
         Format,
         typer.Option(
             help="mini-omni: adapter, trunk and heads for the published code; transformers: the trunk alone; whisper: "
-            "the audio encoder alone, for transformers; snac: the codec alone"
+            "the audio encoder alone, for transformers; openai-whisper: the same as small.pt, which the published "
+            "Mini-Omni loads; snac: the codec alone"
         ),
     ] = Format.mini_omni,
 ) -> None:
@@ -99,12 +102,16 @@ def export(
 @app.command()
 def init(
     out: Out,
-    lm: Annotated[str, typer.Option(help="Qwen2 or Llama folder of transformers, or hub id, such as Qwen/Qwen2-0.5B")],
+    lm: Annotated[str, typer.Option(help="language model: folder of transformers, or hub id, such as Qwen/Qwen3-0.6B")],
     whisper: Whisper,
     snac: Snac,
     tts_adapter_layers: Annotated[int, typer.Option(min=0, help="blocks that serve the audio heads only")] = 0,
     adapter: Annotated[Adapter, typer.Option(help="module between audio encoder and trunk")] = Adapter.llamamlp,
     seed: Annotated[int, typer.Option(min=0, help="seed of the new weights")] = 0,
+    tied: Annotated[
+        bool | None,
+        typer.Option("--tied/--untied", help="whether the head is the embedding, where the saved one differs from it"),
+    ] = None,
 ) -> None:
     """Make a release folder, ready for training, of a language model, a Whisper and a SNAC."""
     with _exit_on_user_error():
@@ -116,6 +123,7 @@ def init(
             adapter=adapter.value,
             tts_adapter_layers=tts_adapter_layers,
             seed=seed,
+            tied=tied,
         )
     typer.echo(f"wrote {out}")
 

@@ -10,6 +10,7 @@ of the text table and of one codebook's, E inputs of the adapter.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import yaml
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
 from omni_jax.config.load import build_config
 from omni_jax.config.model import AudioEncoderConfig, CodecConfig, ModelConfig, TrunkConfig
-from omni_jax.convert.files import open_state_dict, write_state_dict
+from omni_jax.convert.files import open_state_dict, refuse_wrong_types, write_state_dict
 from omni_jax.convert.table import (
     Entry,
     pad,
@@ -30,6 +31,7 @@ from omni_jax.convert.table import (
     without_tied_head,
 )
 from omni_jax.errors import ConfigError, ConversionError
+from omni_jax.input_files import read_yaml
 from omni_jax.vocab import NUM_CODEBOOKS, Vocab
 
 WEIGHTS = "lit_model.pth"
@@ -95,6 +97,7 @@ _IGNORED = (
 """Fields without effect on the loaded model."""
 
 
+@refuse_wrong_types
 def config_from_yaml(
     values: Mapping[str, Any], audio_encoder: AudioEncoderConfig, codec: CodecConfig, *, tts_adapter: bool, source: str
 ) -> ModelConfig:
@@ -192,6 +195,40 @@ def _inconsistent_sizes(field: Mapping[str, Any], adapter_inputs: int) -> list[s
     return [f"{name}: expected {size}, found {field[name]!r}" for name, size in expected.items() if field[name] != size]
 
 
+_TRUNK_FIELDS = (
+    "family",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "rope_theta",
+    "norm_eps",
+    "qkv_bias",
+    "tie_word_embeddings",
+    "max_position",
+)
+"""What may differ from the defaults of TrunkConfig."""
+
+
+def unsupported(config: ModelConfig) -> list[str]:
+    """One line for each property of a model that the published code does not support."""
+    trunk, wrong = config.trunk, []
+    if config.adapter.kind == "llamamlp" and config.adapter.intermediate_size > trunk.intermediate_size:
+        wrong.append(
+            "adapter.intermediate_size: expected at most trunk.intermediate_size, which is "
+            f"{trunk.intermediate_size}, found {config.adapter.intermediate_size}"
+        )
+    if (trunk.sliding_window or 0) >= trunk.max_position or not trunk.sliding_layers:
+        # A window as long as the context changes nothing.
+        trunk = replace(trunk, sliding_window=None, sliding_layers=())
+    for name in (field.name for field in fields(TrunkConfig) if field.name not in _TRUNK_FIELDS):
+        if (found := getattr(trunk, name)) != (expected := getattr(TrunkConfig(), name)):
+            wrong.append(f"trunk.{name}: expected {expected}, found {found}")
+    return wrong
+
+
 def config_to_yaml(config: ModelConfig) -> dict[str, Any]:
     """The content of `model_config.yaml` for a model; the inverse of `config_from_yaml`.
 
@@ -204,15 +241,7 @@ def config_to_yaml(config: ModelConfig) -> dict[str, Any]:
     """
     trunk, vocab = config.trunk, Vocab(config.vocab)
     gated = config.adapter.kind == "llamamlp"
-    wrong = []
-    if gated and config.adapter.intermediate_size > trunk.intermediate_size:
-        wrong.append(
-            "adapter.intermediate_size: expected at most trunk.intermediate_size, which is "
-            f"{trunk.intermediate_size}, found {config.adapter.intermediate_size}"
-        )
-    if trunk.rope_scaling is not None:
-        wrong.append(f"trunk.rope_scaling: expected none, found {trunk.rope_scaling}")
-    if wrong:
+    if wrong := unsupported(config):
         raise ConversionError("the published Mini-Omni code has no such model:\n" + "\n".join(wrong))
     hints: dict[str, Any] = {}
     if config.vocab.text_specials != TEXT_SPECIALS:
@@ -289,10 +318,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ConversionError: it is not YAML with named fields.
     """
     file = folder / CONFIG
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConversionError(f"{file}: expected YAML, found {error}") from None
+    values = read_yaml(file, ConversionError)
     if not isinstance(values, dict):
         raise ConversionError(f"{file}: expected fields and values, found {type(values).__name__}")
     return values

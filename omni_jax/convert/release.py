@@ -5,8 +5,10 @@ Sources are folders or hub ids. Tensors go from file to file one by one.
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,13 +31,14 @@ from omni_jax.checkpoint.release import (
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
 from omni_jax.checkpoint.tensors import tensor_name
 from omni_jax.config.model import AdapterConfig, AudioEncoderConfig, CodecConfig, ModelConfig, VocabConfig
-from omni_jax.convert import files, mini_omni, qwen2, snac, whisper
+from omni_jax.convert import files, language_model, mini_omni, snac, tokenizer, whisper
+from omni_jax.convert.sources import LANGUAGE_MODEL, MINI_OMNI, SNAC, WHISPER, expect, fetch_model
 from omni_jax.errors import ConversionError
 from omni_jax.model.omni import Adapter, TTSAdapter
 from omni_jax.vocab import NUM_CODEBOOKS, Vocab
 
-_TRANSFORMERS_FILES = (files.CONFIG, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
-_SNAC_FILES = (files.CONFIG, files.WEIGHTS, snac.TORCH_WEIGHTS)
+logger = logging.getLogger(__name__)
+
 _MINI_OMNI_FILES = (mini_omni.WEIGHTS, mini_omni.CONFIG, *TOKENIZER_FILES)
 
 
@@ -45,7 +48,7 @@ def import_mini_omni(source: str, out: str | Path, *, whisper_source: str, snac_
     Args:
         source: a Mini-Omni folder.
         out: new or empty folder.
-        whisper_source: a Whisper folder of transformers, or a release whose audio encoder is taken.
+        whisper_source: a Whisper folder of transformers, a file of OpenAI's, or a release whose audio encoder is taken.
         snac_source: a SNAC folder, or a release whose codec is taken.
 
     Raises:
@@ -55,6 +58,7 @@ def import_mini_omni(source: str, out: str | Path, *, whisper_source: str, snac_
     """
     require_free(out)
     folder = fetch(source, _MINI_OMNI_FILES, "a Mini-Omni checkpoint")
+    expect(folder, MINI_OMNI)
     require_files(folder, _MINI_OMNI_FILES, "a Mini-Omni checkpoint")
     state = mini_omni.read_state(folder)
     encoder_config, encoder = _read_audio_encoder(whisper_source)
@@ -85,9 +89,10 @@ def export_mini_omni(release: Release, out: str | Path) -> None:
 
 
 def export_transformers(release: Release, out: str | Path) -> None:
-    """Write the trunk alone, with its own vocabulary only, as a Qwen2 or Llama folder of transformers.
+    """Write the trunk alone, with its own vocabulary only, as a folder of transformers, of the trunk's family.
 
     Raises:
+        ConversionError: the family has no such trunk.
         CheckpointError: the release is damaged, or `out` is in use.
     """
     rows = release.config.vocab.text
@@ -102,7 +107,7 @@ def export_transformers(release: Release, out: str | Path) -> None:
         if name.startswith(("trunk.", "norm.")) or name in tables
     }
     with new_folder(out) as partial:
-        qwen2.write(partial, release.config.trunk, rows, tensors)
+        language_model.write(partial, release.config.trunk, rows, tensors)
         _copy(release.tokenizer_files(), partial)
 
 
@@ -114,6 +119,20 @@ def export_whisper(release: Release, out: str | Path) -> None:
     """
     with new_folder(out) as partial:
         whisper.write(partial, release.config.audio_encoder, release.audio_encoder_tensors())
+
+
+def export_openai_whisper(release: Release, out: str | Path) -> None:
+    """Write the audio encoder alone, as a file of OpenAI's whisper; see `whisper.write_openai`.
+
+    Raises:
+        ConversionError: OpenAI's whisper has no such encoder.
+        CheckpointError: the release is damaged, or `out` is in use.
+        MissingExtraError: torch is not installed.
+    """
+    with new_folder(out) as partial:
+        whisper.write_openai(
+            partial / whisper.OPENAI_FILE, release.config.audio_encoder, release.audio_encoder_tensors()
+        )
 
 
 def export_snac(release: Release, out: str | Path) -> None:
@@ -136,19 +155,21 @@ def init_release(
     adapter: Literal["llamamlp", "mlp"] = "llamamlp",
     tts_adapter_layers: int = 0,
     seed: int = 0,
+    tied: bool | None = None,
 ) -> None:
     """Make a release ready for training of a language model, a Whisper and a SNAC.
 
-    Rows of the new tokens are drawn by `qwen2.extend`, adapters by their own initializers.
+    Rows of the new tokens are drawn by `language_model.extend`, adapters by their own initializers.
 
     Args:
         out: new or empty folder.
-        lm_source: Qwen2 or Llama folder of transformers.
-        whisper_source: a Whisper folder of transformers, or a release whose audio encoder is taken.
+        lm_source: folder of transformers with a language model of one of `families.FAMILIES`.
+        whisper_source: a Whisper folder of transformers, a file of OpenAI's, or a release whose audio encoder is taken.
         snac_source: a SNAC folder, or a release whose codec is taken.
         adapter: kind of the module between audio encoder and trunk.
         tts_adapter_layers: blocks that serve the audio heads only.
         seed: the same seed gives the same release.
+        tied: see `language_model.read`.
 
     Raises:
         ConversionError: a source is not what it should be; lists everything that is wrong with it.
@@ -156,9 +177,9 @@ def init_release(
         MissingExtraError: a file needs torch, which is not installed.
     """
     require_free(out)
-    folder = fetch(lm_source, _TRANSFORMERS_FILES, "a language model")
-    require_files(folder, (files.CONFIG, *TOKENIZER_FILES), "a language model")
-    trunk, rows, lm = qwen2.read(folder)
+    folder = fetch_model(lm_source, LANGUAGE_MODEL, (*TOKENIZER_FILES, *tokenizer.OLD_FILES))
+    require_files(folder, (files.CONFIG,), LANGUAGE_MODEL)
+    trunk, rows, lm = language_model.read(folder, tied=tied)
     encoder_config, encoder = _read_audio_encoder(whisper_source)
     codec_config, codec = _read_codec(snac_source)
     config = ModelConfig(
@@ -169,13 +190,18 @@ def init_release(
         codec=codec_config,
         tts_adapter_layers=tts_adapter_layers,
     )
+    if lines := mini_omni.unsupported(config):
+        logger.warning(
+            "Mini-Omni's published code has no such model; it cannot be exported to it:\n%s", "\n".join(lines)
+        )
     vocab = Vocab(config.vocab)
     tables: dict[str, LazyTensor] = {}
     for name in ("embed",) if trunk.tie_word_embeddings else ("embed", "head"):
         table = lm.pop(f"{name}.text")
-        tables.update(qwen2.extend(table, name, vocab.text_rows, (NUM_CODEBOOKS, vocab.audio_rows), seed))
+        tables.update(language_model.extend(table, name, vocab.text_rows, (NUM_CODEBOOKS, vocab.audio_rows), seed))
     tensors = {**encoder, **_init_adapters(config, seed), **lm, **tables}
-    save_release(out, config, tensors, codec, _tokenizer_files(folder))
+    with tempfile.TemporaryDirectory() as made:
+        save_release(out, config, tensors, codec, tokenizer.tokenizer_files(folder, Path(made), rows))
 
 
 @dataclass(frozen=True)
@@ -238,9 +264,18 @@ def _read_audio_encoder(source: str) -> tuple[AudioEncoderConfig, dict[str, Lazy
     if is_release(source):
         release = open_release(source)
         config, tensors = release.config.audio_encoder, release.audio_encoder_tensors()
+    elif (file := _openai_file(Path(source))) is not None:
+        config, tensors = whisper.read_openai(file)
     else:
-        config, tensors = whisper.read(fetch(source, _TRANSFORMERS_FILES, "a Whisper"))
+        config, tensors = whisper.read(fetch_model(source, WHISPER))
     return config, {AUDIO_ENCODER_PREFIX + name: tensor for name, tensor in tensors.items()}
+
+
+def _openai_file(path: Path) -> Path | None:
+    """A Whisper file of OpenAI: the path itself, or in a folder such as Mini-Omni's."""
+    if path.suffix == ".pt" and path.is_file():
+        return path
+    return path / whisper.OPENAI_FILE if (path / whisper.OPENAI_FILE).is_file() else None
 
 
 def _read_codec(source: str) -> tuple[CodecConfig, dict[str, LazyTensor]]:
@@ -248,7 +283,7 @@ def _read_codec(source: str) -> tuple[CodecConfig, dict[str, LazyTensor]]:
     if is_release(source):
         release = open_release(source)
         return release.config.codec, release.codec_tensors()
-    return snac.read(fetch(source, _SNAC_FILES, "a SNAC"))
+    return snac.read(fetch_model(source, SNAC))
 
 
 def _init_adapters(config: ModelConfig, seed: int) -> dict[str, LazyTensor]:

@@ -21,18 +21,16 @@ from omni_jax.config.load import build_config
 from omni_jax.config.model import CodecConfig
 from omni_jax.convert.files import (
     CONFIG,
-    WEIGHTS,
-    open_safetensors,
-    open_state_dict,
+    TORCH_WEIGHTS,
+    open_weights,
     read_json,
+    refuse_wrong_types,
     to_torch_tensor,
     write_json,
     write_state_dict,
 )
 from omni_jax.convert.table import Entry, Shape, rename, reshape, to_ours, to_theirs
 from omni_jax.errors import ConversionError
-
-TORCH_WEIGHTS = "pytorch_model.bin"
 
 _FIELDS = {
     "sampling_rate": "sample_rate",
@@ -111,6 +109,7 @@ def to_torch_module(config: CodecConfig, params: Mapping[str, ArrayLike]) -> Any
     return module
 
 
+@refuse_wrong_types
 def config_from_json(values: Mapping[str, Any], source: str = "config.json") -> CodecConfig:
     """The content of snac's config.json to a CodecConfig; `source` is the file's name for errors.
 
@@ -158,13 +157,7 @@ def read(folder: str | Path) -> tuple[CodecConfig, dict[str, LazyTensor]]:
     """
     folder = Path(folder)
     config = config_from_json(read_json(folder / CONFIG), str(folder / CONFIG))
-    if (file := folder / WEIGHTS).is_file():
-        state = open_safetensors(folder)
-    elif (file := folder / TORCH_WEIGHTS).is_file():
-        state = open_state_dict(file)
-    else:
-        raise ConversionError(f"{folder}: expected {WEIGHTS} or {TORCH_WEIGHTS}, found neither")
-    return config, from_state(state, config, str(file))
+    return config, from_state(open_weights(folder), config, str(folder))
 
 
 def write(folder: Path, config: CodecConfig, tensors: Tensors) -> None:

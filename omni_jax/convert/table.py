@@ -137,7 +137,7 @@ def _result(function: Function, sources: Sequence[LazyTensor], index: int, shape
 
 
 def without_tied_head(
-    table: Sequence[Entry], state: Tensors, source: str, *, head: str, embedding: str
+    table: Sequence[Entry], state: Tensors, source: str, *, head: str, embedding: str, advice: str = ""
 ) -> dict[str, LazyTensor]:
     """Their tensors without the head, which is the embedding.
 
@@ -148,7 +148,7 @@ def without_tied_head(
     check(state, {**expected, head: expected[embedding]}, source)
     if not is_identical(state[embedding], state[head]):
         raise ConversionError(
-            f"{source}: {head}: expected the values of {embedding}, as tie_word_embeddings says, found others"
+            f"{source}: {head}: expected the values of {embedding}, as tie_word_embeddings says, found others{advice}"
         )
     return {name: tensor for name, tensor in state.items() if name != head}
 

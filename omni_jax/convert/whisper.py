@@ -1,4 +1,4 @@
-"""Whisper's encoder: folders of transformers to and from our audio encoder. No torch.
+"""Whisper's encoder: folders of transformers and files of OpenAI to and from our audio encoder.
 
 Our names are the paths of `omni_jax.model.whisper_encoder.WhisperEncoder`, one tensor per layer, such as
 `layers.0.q.weight`. Theirs are those of `WhisperForConditionalGeneration` (`model.encoder.*`) or of `WhisperModel`
@@ -17,7 +17,19 @@ from typing import Any
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors, write_safetensors
 from omni_jax.config.load import build_config
 from omni_jax.config.model import AudioEncoderConfig
-from omni_jax.convert.files import CONFIG, WEIGHTS, common_dtype, open_safetensors, read_json, write_json
+from omni_jax.convert.files import (
+    CONFIG,
+    WEIGHTS,
+    common_dtype,
+    import_torch,
+    lazy_state,
+    load_torch,
+    open_weights,
+    read_json,
+    refuse_wrong_types,
+    to_torch_tensor,
+    write_json,
+)
 from omni_jax.convert.table import (
     Entry,
     rename,
@@ -33,6 +45,34 @@ PREFIXES = ("model.encoder.", "encoder.")
 
 IGNORED = ("model.decoder.", "decoder.", "proj_out.")
 """Prefixes of the other tensors of a Whisper, which are skipped."""
+
+OPENAI_FILE = "small.pt"
+"""The file that the published inference script of Mini-Omni loads, whatever its size."""
+
+_OPENAI_PREFIX = "encoder."
+_OPENAI_NAMES = {
+    "positional_embedding": "embed_positions.weight",
+    "ln_post.": "layer_norm.",
+    "blocks": "layers",
+    "attn.query.": "self_attn.q_proj.",
+    "attn.key.": "self_attn.k_proj.",
+    "attn.value.": "self_attn.v_proj.",
+    "attn.out.": "self_attn.out_proj.",
+    "attn_ln.": "self_attn_layer_norm.",
+    "mlp.0.": "fc1.",
+    "mlp.2.": "fc2.",
+    "mlp_ln.": "final_layer_norm.",
+}
+"""Beginnings of OpenAI's names, and of those of transformers."""
+
+_DIMS = {
+    "num_mel_bins": "n_mels",
+    "hidden_size": "n_audio_state",
+    "num_layers": "n_audio_layer",
+    "num_heads": "n_audio_head",
+    "max_position": "n_audio_ctx",
+}
+"""Fields of AudioEncoderConfig and their names in OpenAI's dims."""
 
 _FIELDS = {
     "num_mel_bins": "num_mel_bins",
@@ -71,6 +111,7 @@ def to_transformers(tensors: Tensors, config: AudioEncoderConfig) -> dict[str, L
     return {PREFIXES[0] + name: tensor for name, tensor in state.items()}
 
 
+@refuse_wrong_types
 def config_from_json(values: Mapping[str, Any], source: str = "config.json") -> AudioEncoderConfig:
     """The encoder's config from the content of transformers' Whisper `config.json`; `source` is its name, for errors.
 
@@ -107,7 +148,7 @@ def read(folder: str | Path) -> tuple[AudioEncoderConfig, dict[str, LazyTensor]]
     """
     folder = Path(folder)
     config = config_from_json(read_json(folder / CONFIG), str(folder / CONFIG))
-    return config, from_transformers(open_safetensors(folder), config, str(folder))
+    return config, from_transformers(open_weights(folder), config, str(folder))
 
 
 def write(folder: Path, config: AudioEncoderConfig, tensors: Tensors) -> None:
@@ -137,12 +178,81 @@ def write(folder: Path, config: AudioEncoderConfig, tensors: Tensors) -> None:
     write_json(folder / CONFIG, values)
 
 
+def read_openai(file: Path) -> tuple[AudioEncoderConfig, dict[str, LazyTensor]]:
+    """Read the encoder from a file of OpenAI's `whisper`, such as `small.pt`; see `read`.
+
+    Raises:
+        ConversionError: the file is not one of OpenAI's.
+        MissingExtraError: torch is not installed.
+    """
+    content = load_torch(file)
+    dims, state = content.get("dims"), content.get("model_state_dict")
+    if not isinstance(dims, Mapping) or not isinstance(state, Mapping) or set(_DIMS.values()) - set(dims):
+        raise ConversionError(f"{file}: expected a Whisper of OpenAI with dims and model_state_dict, found none")
+    sizes = {ours: dims[theirs] for ours, theirs in _DIMS.items()}
+    try:
+        values = {**sizes, "intermediate_size": 4 * sizes["hidden_size"]}
+        config = build_config(AudioEncoderConfig, values, f"{file}: dims")
+    except ConfigError as error:
+        raise ConversionError(str(error)) from None
+    encoder = {
+        _rename(name.removeprefix(_OPENAI_PREFIX), _OPENAI_NAMES): tensor
+        for name, tensor in lazy_state(state, file).items()
+        if name.startswith(_OPENAI_PREFIX)
+    }
+    return config, to_ours(_table(config), encoder, str(file))
+
+
+def write_openai(file: Path, config: AudioEncoderConfig, tensors: Tensors) -> None:
+    """Write a file that OpenAI's `whisper.load_model` reads: the encoder, and a decoder without layers.
+
+    Args:
+        file: its path.
+        config: the encoder's config.
+        tensors: by our names; each is written in its own type.
+
+    Raises:
+        ConversionError: lists every tensor that is missing, unknown, misshapen or of another type; or the MLPs are not
+            four times as wide as the hidden states.
+        MissingExtraError: torch is not installed.
+    """
+    D = config.hidden_size
+    if config.intermediate_size != 4 * D:
+        raise ConversionError(
+            f"OpenAI's whisper has no such encoder: audio_encoder.intermediate_size: expected {4 * D}, "
+            f"found {config.intermediate_size}"
+        )
+    torch = import_torch(file)
+    names = {theirs: openai for openai, theirs in _OPENAI_NAMES.items()}
+    state = {
+        _OPENAI_PREFIX + _rename(name, names): to_torch_tensor(tensor, torch)
+        for name, tensor in to_theirs(_table(config), tensors, "Whisper encoder to OpenAI's").items()
+    }
+    decoder = {"token_embedding.weight": (1, D), "positional_embedding": (1, D), "ln.weight": (D,), "ln.bias": (D,)}
+    state |= {f"decoder.{name}": torch.zeros(shape) for name, shape in decoder.items()}
+    dims = {theirs: getattr(config, ours) for ours, theirs in _DIMS.items()}
+    text = {"n_vocab": 1, "n_text_ctx": 1, "n_text_state": D, "n_text_head": config.num_heads, "n_text_layer": 0}
+    torch.save({"dims": {**dims, **text}, "model_state_dict": state}, file)
+
+
+def _rename(name: str, names: Mapping[str, str]) -> str:
+    """A tensor's name with one of `names` replaced: whole, or after its layer's number."""
+
+    def renamed(name: str) -> str:
+        return next((new + name.removeprefix(old) for old, new in names.items() if name.startswith(old)), name)
+
+    block, number, rest = (*name.split(".", 2), "", "")[:3]
+    return f"{renamed(block)}.{number}.{renamed(rest)}" if number.isdigit() and rest else renamed(name)
+
+
 def _encoder(tensors: Tensors) -> dict[str, LazyTensor]:
     """The encoder's tensors, without the prefix; unknown ones keep their whole name."""
     encoder = {}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(IGNORED)}
+    if not any(name.startswith(PREFIXES) for name in tensors):
+        # Of an encoder that was saved alone.
+        return tensors
     for name, tensor in tensors.items():
-        if name.startswith(IGNORED):
-            continue
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
         encoder[name[len(prefix) :] if prefix else f"(outside the encoder) {name}"] = tensor
     return encoder

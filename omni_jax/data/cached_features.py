@@ -9,7 +9,6 @@ of records are.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from omni_jax.audio.augment import Augmentation, augment
 from omni_jax.audio.io import SAMPLE_RATE, from_pcm16, to_pcm16
 from omni_jax.data.records import INDEX, RECORD_SUFFIX, WRITER_OPTIONS, Records, from_bytes, write_json
 from omni_jax.errors import PipelineError, RecordError
+from omni_jax.input_files import read_json
 
 SHARD_RECORDS = 512
 """Records of a shard, and what is computed again if a run is interrupted."""
@@ -93,10 +93,7 @@ class CachedFeatures:
         Raises:
             PipelineError: it is not complete.
         """
-        try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise PipelineError(f"{folder}: expected cached features, found {error}") from None
+        index = read_json(folder / INDEX, PipelineError, "cached features")
         self.folder = folder
         self.versions: int = index["versions"]
         shards = [f"{folder / shard['file']}[0:{shard['entries']}]" for shard in index["shards"]]

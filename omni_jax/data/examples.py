@@ -14,8 +14,20 @@ from omni_jax.config.run import DataConfig
 from omni_jax.data.cached_features import CachedFeatures, StoredFeatures
 from omni_jax.data.records import Exchange, Records, from_bytes, serves
 from omni_jax.errors import PipelineError, RecordError
-from omni_jax.prompts import Example, example, max_speech_positions, speech_positions, speech_prompt, text_prompt
+from omni_jax.prompts import (
+    Example,
+    History,
+    after_history,
+    example,
+    history_room,
+    make_history,
+    max_speech_positions,
+    speech_positions,
+    speech_prompt,
+    text_prompt,
+)
 from omni_jax.tasks import Task
+from omni_jax.tokenizer import encode_text
 from omni_jax.vocab import NUM_STREAMS, Vocab
 
 TASKS = tuple(Task)
@@ -169,7 +181,8 @@ class ExampleBuilder:
         if length > max_length:
             raise SkippedRecord("longer_than_row", f"its example takes {length} positions of {max_length}")
         speech_frame = np.full(length, -1, np.int32)
-        speech_frame[1 : 1 + built.speech_positions] = np.arange(built.speech_positions)
+        start = built.speech_start
+        speech_frame[start : start + built.speech_positions] = np.arange(built.speech_positions)
         return {
             "tokens": built.tokens.T,
             "targets": built.targets.T,
@@ -201,11 +214,21 @@ class ExampleBuilder:
             else:
                 question = exchange.answer_text if task is Task.T1A1 else exchange.question_text
                 prompt = text_prompt(task, self._encode(question), self.vocab)
+            trained: list[bool] = []
+            if exchange.in_conversation and task not in (Task.A1T1, Task.T1A1):
+                prompt = after_history(self._history(exchange, len(prompt)), prompt)
+                trained = [turn.trained for turn in exchange.history]
             answer = exchange.question_text if task is Task.A1T1 else exchange.answer_text
             text = self._encode(answer) if task.outputs_text else []
-            return example(prompt, text, exchange.answer_codes if task.outputs_audio else None, self.vocab)
+            return example(prompt, text, exchange.answer_codes if task.outputs_audio else None, self.vocab, trained)
         except ValueError as error:
             raise SkippedRecord("refused", str(error)) from None
 
+    def _history(self, exchange: Exchange, present: int) -> History:
+        """What precedes an exchange whose prompt takes `present` positions; it has to fit a row, too."""
+        room = history_room(min(self.model.trunk.max_position, self.data.max_length), present)
+        turns = [(self._encode(turn.question), self._encode(turn.answer)) for turn in exchange.history]
+        return make_history(self._encode(exchange.system), turns, room, self.vocab)
+
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return encode_text(self.tokenizer, text)

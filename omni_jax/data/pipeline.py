@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import absl.flags
 import grain
 import numpy as np
 from tokenizers import Tokenizer
@@ -26,6 +25,7 @@ from omni_jax.data.datasets import ExampleDataset, MixtureDataset, too_many_unre
 from omni_jax.data.examples import REASONS, TASKS, ExampleBuilder, RecordsOfTask
 from omni_jax.data.packing import Batch, pack, stack_rows
 from omni_jax.data.records import Records
+from omni_jax.data.workers import prepare_workers
 from omni_jax.errors import PipelineError, RecordError
 from omni_jax.tasks import Task
 
@@ -67,7 +67,7 @@ def batches(
     """
     rows = _rows_per_process(config, process_count)
     builder = ExampleBuilder(config, model, tokenizer)
-    folders = _open_sources(config.sources)
+    folders = open_sources(config.sources)
     mixture = _mix_streams(
         config, builder, folders, caches, seed=seed, process_index=process_index, process_count=process_count
     )
@@ -76,16 +76,26 @@ def batches(
     data = data.mp_prefetch(
         grain.MultiprocessingOptions(num_workers=config.num_workers, per_worker_buffer_size=PREFETCHED_BATCHES)
     )
-    if config.num_workers and not absl.flags.FLAGS.is_parsed():
-        # Grain's workers read absl flags, which raises unless they are parsed; omni_jax does not use them.
-        absl.flags.FLAGS.mark_as_parsed()
-    layout = {
+    if config.num_workers:
+        prepare_workers()
+    layout = data_layout(config, folders, seed=seed, process_index=process_index, process_count=process_count)
+    return Batches(iter(data), folders, config.max_corrupt, layout)
+
+
+def data_layout(
+    config: DataConfig, folders: Sequence[Records], *, seed: int, process_index: int, process_count: int
+) -> dict[str, Any]:
+    """All that the order of the examples depends on; a position in the data is one in this layout only.
+
+    Arguments are those of `batches`; the folders are those of the sources.
+    """
+    return {
         "process_index": process_index,
         "process_count": process_count,
         "num_workers": config.num_workers,
         "seed": seed,
         "num_bins": packing.NUM_BINS,
-        "rows": rows,
+        "rows": _rows_per_process(config, process_count),
         "max_length": config.max_length,
         "max_clips": config.max_clips,
         "tasks": dict(config.tasks),
@@ -95,26 +105,51 @@ def batches(
             for folder, source in zip(folders, config.sources, strict=True)
         ],
     }
-    return Batches(iter(data), folders, config.max_corrupt, layout)
+
+
+def layout_difference(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """What differs first between the layout of a run and that of a saved position; None if they are the same."""
+    for name, value in expected.items():
+        if found.get(name) != value:
+            return f"{_LAYOUT_FIELDS.get(name, name)}: expected {found.get(name)} as saved, found {value}"
+    return None
+
+
+_LAYOUT_FIELDS = {
+    "num_workers": "data.num_workers",
+    "rows": "data.batch_size (rows of a process)",
+    "max_length": "data.max_length",
+    "max_clips": "data.max_clips",
+    "tasks": "data.tasks",
+    "versions": "data.cached_features.versions",
+    "sources": "data.sources",
+}
+"""The fields of the configuration that parts of the layout come from."""
 
 
 def held_out(
-    config: DataConfig, model: ModelConfig, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
+    config: DataConfig,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    caches: Sequence[CachedFeatures | None] | None = None,
 ) -> Batches:
     """Every example of the held-out sources once, packed in order: task by task, source by source.
 
     The tasks are those of `config.tasks`, in each source that serves them. The last batch is filled up with rows of
     padding. All processes pack the same rows and take their share of each batch: they get the same number of batches,
-    and the batches do not depend on the number of processes. Arguments and errors are those of `batches`; records are
-    read in the calling process.
+    and the batches do not depend on the number of processes. Arguments and errors are those of `batches`; without
+    caches, questions are recordings in any case. Records are read in the calling process.
     """
     rows = _rows_per_process(config, process_count)
-    # Recordings: they are few, and each is encoded once per evaluation.
-    config = replace(config, cached_features=None)
+    if caches is None:
+        config = replace(config, cached_features=None)
     builder = ExampleBuilder(config, model, tokenizer)
-    folders = _open_sources(config.held_out)
+    folders = open_sources(config.held_out)
     drawn = [
-        grain.MapDataset.source(RecordsOfTask(folders[index], Task(task), index))
+        grain.MapDataset.source(RecordsOfTask(folders[index], Task(task), index, caches[index] if caches else None))
         for task in config.tasks
         for index, source in enumerate(config.held_out)
         if task in source.tasks and folders[index].count(Task(task))
@@ -148,6 +183,9 @@ class Batches(grain.DatasetIterator):
 
     `get_state` returns values that JSON can represent; Orbax saves the iterator as it is. The counts are part of the
     batches, so that they are those of the batches drawn so far, whichever worker made them, and of the state.
+
+    Attributes:
+        layout: see `data_layout`.
     """
 
     def __init__(
@@ -156,7 +194,7 @@ class Batches(grain.DatasetIterator):
         super().__init__(parent)
         self._folders = folders
         self._max_corrupt = max_corrupt
-        self._layout = layout
+        self.layout = layout
         self._skipped = np.zeros(len(REASONS), np.int64)
         self._unreadable: set[tuple[int, int]] = set()
 
@@ -188,7 +226,7 @@ class Batches(grain.DatasetIterator):
     def get_state(self) -> dict[str, Any]:
         """The position in the data after the last batch drawn, and the counts."""
         return {
-            "layout": self._layout,
+            "layout": self.layout,
             "skipped": self._skipped.tolist(),
             "unreadable": sorted(map(list, self._unreadable)),
             "parent": self._parent.get_state(),
@@ -200,10 +238,8 @@ class Batches(grain.DatasetIterator):
         Raises:
             PipelineError: the state has another layout: other sources, tasks, rows, workers or processes.
         """
-        for name, expected in self._layout.items():
-            found = state["layout"].get(name)
-            if found != expected:
-                raise PipelineError(f"state of the data: {name}: expected {expected}, found {found}")
+        if difference := layout_difference(self.layout, state["layout"]):
+            raise PipelineError(f"state of the data: {difference}")
         self._skipped = np.array(state["skipped"], np.int64)
         self._unreadable = {(source, record) for source, record in state["unreadable"]}
         self._parent.set_state(state["parent"])
@@ -227,7 +263,7 @@ def _mix_streams(
         total = sum(config.sources[index].weight for index in serving)
         for index in serving:
             if not folders[index].count(Task(task)):
-                raise PipelineError(f"{folders[index].folder}: expected exchanges that can serve {task}, found none")
+                raise PipelineError(serves_none(folders[index], task))
             # Seeds that differ by one would give the same orders in other epochs: Grain adds the epoch's number.
             order = np.random.SeedSequence([seed, TASKS.index(Task(task)), index]).generate_state(1)[0]
             cache = None if caches is None else caches[index]
@@ -239,6 +275,11 @@ def _mix_streams(
     return MixtureDataset(streams, weights)
 
 
+def serves_none(records: Records, task: str) -> str:
+    """The error of a source without an exchange for a task that it is configured to serve."""
+    return f"{records.folder}: expected exchanges that can serve {task}, found none"
+
+
 def _rows_per_process(config: DataConfig, process_count: int) -> int:
     if config.batch_size % process_count:
         raise PipelineError(
@@ -247,7 +288,12 @@ def _rows_per_process(config: DataConfig, process_count: int) -> int:
     return config.batch_size // process_count
 
 
-def _open_sources(sources: Sequence[SourceConfig]) -> list[Records]:
+def open_sources(sources: Sequence[SourceConfig]) -> list[Records]:
+    """The folders of some sources.
+
+    Raises:
+        PipelineError: one of them is not a complete folder of records.
+    """
     try:
         return [Records(source.path) for source in sources]
     except RecordError as error:

@@ -27,6 +27,7 @@ from omni_jax.data.shards import (
 )
 from omni_jax.data.sources import Source, SourceShard
 from omni_jax.errors import ConfigError, MissingExtraError
+from omni_jax.folder_lock import FolderLock
 
 
 def prepare(
@@ -54,33 +55,32 @@ def prepare(
     Raises:
         ConfigError: the source cannot be read, `out` contains records of another source, or Beam's workers wrote to
             another folder.
+        FolderInUseError: another run writes to `out`.
         MissingExtraError: a package that reads the source, or Beam, is not installed.
     """
     folder = Path(out)
     shards = source.shards()
-    _open_folder(folder)
-    options = f"{source!r} {codec!r} {codec.config if codec else None!r}"
-    jobs, manifests = _plan(source, shards, folder, options)
-    if jobs:
-        # The folder is incomplete until all of them are written.
-        (folder / INDEX).unlink(missing_ok=True)
-    _remove_surplus(folder, len(shards))
-    writer = ShardWriter(source, folder, codec)
-    for number, manifest in _run_local(writer, jobs, workers) if beam is None else _run_beam(writer, jobs, beam):
-        manifests[number] = manifest
-        if progress is not None:
-            progress(len(manifests), len(shards))
-    index = _make_index(source, folder, [manifests[number] for number in range(len(shards))])
-    write_json(folder / INDEX, index)
-    return index
+    with FolderLock(folder, "omni-jax prepare") as lock:
+        _open_folder(folder)
+        options = f"{source!r} {codec!r} {codec.config if codec else None!r}"
+        jobs, manifests = _plan(source, shards, folder, options)
+        if jobs:
+            # The folder is incomplete until all of them are written.
+            (folder / INDEX).unlink(missing_ok=True)
+        _remove_surplus(folder, len(shards))
+        writer = ShardWriter(source, folder, codec)
+        for number, manifest in _run_local(writer, jobs, workers) if beam is None else _run_beam(writer, jobs, beam):
+            lock.check()
+            manifests[number] = manifest
+            if progress is not None:
+                progress(len(manifests), len(shards))
+        index = _make_index(source, folder, [manifests[number] for number in range(len(shards))])
+        write_json(folder / INDEX, index)
+        return index
 
 
 def _open_folder(folder: Path) -> None:
-    """Create the folder, or check that it is one of `prepare`, and remove temporary files of a killed run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder}: expected a folder to write to, found {error.strerror}") from None
+    """Check that the folder is new or one of `prepare`, and remove temporary files of a killed run."""
     if (folder / INDEX).exists() and not any(folder.glob(f"*{MANIFEST_SUFFIX}")):
         raise ConfigError(f"{folder}: expected an empty folder or one of `prepare`, found records of another writer")
     for partial in folder.glob(".*.part"):

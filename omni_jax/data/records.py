@@ -3,6 +3,9 @@
 A record is a header (magic, version, length and CRC-32 of the body) and a body, a msgpack map of the fields. The
 question is 16-bit audio at 16 kHz in FLAC, which is lossless; the answer is its codec codes, 14 bytes per frame.
 
+A conversation is written as one or several records, each an exchange with the text of what precedes it; see
+`Conversation.to_exchanges`. A record of an exchange alone has no such fields.
+
 A folder has the shards `00000.array_record`, `00001.array_record`, ... and `index.json`, which is written last: it
 says what the folder contains and that it is complete. Every file is written under a temporary name and renamed when
 it is whole.
@@ -17,7 +20,7 @@ import uuid
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +33,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from omni_jax.audio import io as audio_io
 from omni_jax.errors import RecordError
+from omni_jax.input_files import read_json
 from omni_jax.tasks import Task
 from omni_jax.vocab import NUM_CODEBOOKS
 
@@ -41,10 +45,23 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 """Of ArrayRecord: one record per chunk, so that any one is read without its neighbors. FLAC and codes do not compress
 further."""
 
+MAX_QUESTION_SAMPLES = 3600 * audio_io.SAMPLE_RATE
+"""Longest question: an hour. A header of FLAC may claim years, and memory for them would be allocated."""
+
 _MAGIC = b"OMNI"
 _HEADER = struct.Struct("<4sBII")
 _TEXT_FIELDS = ("question_text", "answer_text", "source", "voice")
 _BINARY_FIELDS = ("question_audio", "answer_codes")
+
+
+@dataclass(frozen=True)
+class PastTurn:
+    """A turn before an exchange, as text. Either text may be empty."""
+
+    question: str = ""
+    answer: str = ""
+    trained: bool = False
+    """Whether the text of its answer counts in the loss of the exchange's examples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +78,54 @@ class Exchange:
     """Name of the corpus."""
     voice: str = ""
     """Name of the speaker of the answer."""
+    system: str = ""
+    """The system text of its conversation."""
+    history: tuple[PastTurn, ...] = ()
+    """The turns before it, the oldest first. A1T1 and T1A1 take neither this nor the system text."""
+
+    @property
+    def in_conversation(self) -> bool:
+        """Whether anything precedes it."""
+        return bool(self.system or self.history)
+
+
+@dataclass(frozen=True, eq=False)
+class Conversation:
+    """Exchanges that follow one another, each with what it has: text, speech, or both."""
+
+    exchanges: tuple[Exchange, ...]
+    system: str = ""
+    trained: tuple[bool, ...] | None = None
+    """Which answers count in the loss, one for each exchange; None: all."""
+
+    def to_exchanges(self, *, every_turn: bool = False) -> list[Exchange]:
+        """The conversation as records: exchanges with the text of what precedes them.
+
+        Every answer that is trained counts once. An exchange with speech becomes a record, and so does the last trained
+        one; the text of other answers counts in the next record.
+
+        Args:
+            every_turn: whether every trained exchange becomes a record, as those that will be spoken must.
+
+        Raises:
+            RecordError: `trained` has another length, or an exchange has a history of its own.
+        """
+        trained = (True,) * len(self.exchanges) if self.trained is None else self.trained
+        if len(trained) != len(self.exchanges):
+            raise RecordError(f"trained: expected {len(self.exchanges)} entries, found {len(trained)}")
+        records: list[Exchange] = []
+        past: list[PastTurn] = []
+        last = max((index for index, counts in enumerate(trained) if counts), default=-1)
+        for index, (exchange, counts) in enumerate(zip(self.exchanges, trained, strict=True)):
+            if exchange.in_conversation:
+                raise RecordError(f"exchange {index}: expected no history of its own, found one")
+            speech = exchange.question_audio is not None or exchange.answer_codes is not None
+            own = counts and (speech or every_turn or index == last)
+            if own:
+                records.append(replace(exchange, system=self.system, history=tuple(past)))
+                past = [replace(turn, trained=False) for turn in past]
+            past.append(PastTurn(exchange.question_text, exchange.answer_text, counts and not own))
+        return records
 
 
 def serves(exchange: Exchange) -> set[Task]:
@@ -94,6 +159,10 @@ def to_bytes(exchange: Exchange) -> bytes:
         fields[name] = text
     fields["question_audio"] = None if exchange.question_audio is None else _to_flac(exchange.question_audio)
     fields["answer_codes"] = None if exchange.answer_codes is None else _pack_codes(exchange.answer_codes)
+    if exchange.in_conversation:
+        turns = [[turn.question, turn.answer, turn.trained] for turn in exchange.history]
+        fields["conversation"] = {"system": exchange.system, "history": turns}
+        _unpack_conversation(fields["conversation"])
     try:
         body = msgpack.packb(fields)
     except UnicodeEncodeError as error:
@@ -114,6 +183,7 @@ def from_bytes(data: bytes, *, codebook_size: int = 4096, audio: bool = True) ->
             wrong type; codes have a wrong shape or range; or the audio cannot be decoded.
     """
     fields = _unpack_fields(data)
+    conversation = _unpack_conversation(fields.pop("conversation", None))
     if set(fields) != {*_TEXT_FIELDS, *_BINARY_FIELDS}:
         raise RecordError(
             f"expected the fields {', '.join((*_TEXT_FIELDS, *_BINARY_FIELDS))}, found {', '.join(map(str, fields))}"
@@ -126,7 +196,7 @@ def from_bytes(data: bytes, *, codebook_size: int = 4096, audio: bool = True) ->
     flac, packed = fields["question_audio"], fields["answer_codes"]
     fields["question_audio"] = None if flac is None or not audio else _from_flac(flac)
     fields["answer_codes"] = None if packed is None else _unpack_codes(packed, codebook_size)
-    return Exchange(**fields)
+    return Exchange(**fields, **conversation)
 
 
 @dataclass
@@ -142,6 +212,8 @@ class RecordCounts:
     """Exchanges by `Exchange.source`."""
     tasks: Counter[str] = field(default_factory=Counter)
     """Exchanges that can serve each task; one exchange can serve several."""
+    conversations: int = 0
+    """Exchanges that a system text or other turns precede."""
 
     def add(self, exchange: Exchange, tasks: Iterable[Task]) -> None:
         """Count an exchange, and the tasks that it `serves`."""
@@ -150,6 +222,7 @@ class RecordCounts:
         self.frames += 0 if exchange.answer_codes is None else len(exchange.answer_codes)
         self.sources[exchange.source] += 1
         self.tasks.update(task.value for task in tasks)
+        self.conversations += exchange.in_conversation
 
     def merge(self, other: RecordCounts) -> None:
         """Add the totals of another."""
@@ -158,6 +231,7 @@ class RecordCounts:
         self.frames += other.frames
         self.sources.update(other.sources)
         self.tasks.update(other.tasks)
+        self.conversations += other.conversations
 
     def to_index(self, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The contents of `index.json`, as `Records` reads it.
@@ -168,6 +242,7 @@ class RecordCounts:
         return {
             "version": VERSION,
             "exchanges": self.exchanges,
+            "conversations": self.conversations,
             "question_hours": round(self.samples / audio_io.SAMPLE_RATE / 3600, 4),
             "answer_frames": self.frames,
             "sources": dict(sorted(self.sources.items())),
@@ -282,22 +357,26 @@ class Records:
         path = self.folder / INDEX
         if not self.folder.is_dir():
             raise RecordError(f"{self.folder}: expected a folder of records, found no such folder")
+        if not path.exists():
+            raise RecordError(f"{self.folder}: expected a folder of records, found no {INDEX}, which is written last")
+        self.index: dict[str, Any] = read_json(path, RecordError, "the index of a folder of records")
         try:
-            self.index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             version = self.index["version"]
-            shards = [(shard["file"], int(shard["exchanges"])) for shard in self.index["shards"]]
+            shards = [(str(shard["file"]), int(shard["exchanges"])) for shard in self.index["shards"]]
             self._tasks = {task: int(self.index["tasks"][task.value]) for task in Task}
-        except FileNotFoundError:
-            raise RecordError(
-                f"{self.folder}: expected a folder of records, found no {INDEX}, which is written last"
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise RecordError(f"{path}: expected the index of a folder of records, found {error!r}") from None
         if version != VERSION:
             raise RecordError(f"{path}: version: expected {VERSION}, found {version!r}")
         missing = [name for name, _ in shards if not (self.folder / name).is_file()]
         if missing:
             raise RecordError(f"{self.folder}: expected {len(shards)} shards, found {', '.join(missing)} missing")
+        for name, count in shards:
+            # A record has a header at least.
+            if Path(name).name != name or not 0 <= count <= (self.folder / name).stat().st_size // _HEADER.size:
+                raise RecordError(
+                    f"{path}: expected a file of the folder and the number of its records, found {name!r} and {count}"
+                )
         if not shards:
             raise RecordError(f"{self.folder}: expected at least one exchange, found none")
         self._shards = shards
@@ -329,6 +408,30 @@ class Records:
     def count(self, task: Task) -> int:
         """The number of exchanges that can serve a task, according to the index."""
         return self._tasks[task]
+
+
+def has_conversations(folder: str | Path) -> bool:
+    """Whether exchanges of a folder have a history or a system text, according to its index; False without one."""
+    try:
+        index = json.loads((Path(folder) / INDEX).read_text(encoding="utf-8"))
+        # Folders of version 0.2 and before do not count them.
+        return bool(index.get("conversations"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _unpack_conversation(fields: Any) -> dict[str, Any]:
+    """The fields of an `Exchange` that say what precedes it."""
+    if fields is None:
+        return {}
+    try:
+        system, turns = fields["system"], [PastTurn(*turn) for turn in fields["history"]]
+    except (KeyError, TypeError):
+        raise RecordError(f"conversation: expected a system text and a history, found {fields!r}") from None
+    texts = [system, *(text for turn in turns for text in (turn.question, turn.answer))]
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(turn.trained, bool) for turn in turns):
+        raise RecordError(f"conversation: expected texts, and whether answers are trained, found {fields!r}")
+    return {"system": system, "history": tuple(turns)}
 
 
 def _unpack_fields(data: bytes) -> dict[str, Any]:
@@ -371,7 +474,11 @@ def _from_flac(flac: bytes) -> np.ndarray:
         with soundfile.SoundFile(io.BytesIO(flac)) as file:
             encoding = (file.format, file.subtype, file.channels, file.samplerate)
             declared = file.frames
-            audio = file.read(dtype="int16")
+            if encoding[2:] != (1, audio_io.SAMPLE_RATE) or declared > MAX_QUESTION_SAMPLES:
+                # Not what `to_bytes` writes: memory for it is not allocated.
+                audio = np.zeros(0, np.int16)
+            else:
+                audio = file.read(dtype="int16")
     except soundfile.LibsndfileError as error:
         raise RecordError(
             f"question_audio: expected FLAC, found {len(flac)} bytes that cannot be decoded: {error.error_string}"
@@ -380,6 +487,8 @@ def _from_flac(flac: bytes) -> np.ndarray:
         raise RecordError(
             f"question_audio: expected FLAC of 16 bits, one channel, {audio_io.SAMPLE_RATE} Hz, found {encoding}"
         )
+    if declared > MAX_QUESTION_SAMPLES:
+        raise RecordError(f"question_audio: expected at most {MAX_QUESTION_SAMPLES} samples, found {declared}")
     if len(audio) != declared or not declared:
         raise RecordError(f"question_audio: expected {declared} samples, at least one, found {len(audio)}")
     return audio

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from omni_jax.config.model import PRESETS, CodecConfig
 from omni_jax.data.records import RECORD_SUFFIX, WRITER_OPTIONS, RecordCounts, serves, to_bytes, write_json
 from omni_jax.data.sources import PendingExchange, RejectedRow, Row, Source, SourceShard
 from omni_jax.errors import RecordError
+from omni_jax.input_files import read_json
 
 MANIFEST_SUFFIX = ".manifest.json"
 WINDOW_ROWS = 64
@@ -98,7 +98,7 @@ class ShardManifest(RecordCounts):
     def read(cls, path: Path) -> ShardManifest | None:
         """Read a manifest; None if there is none, or it is damaged."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path, RecordError)
             counters = {name: Counter(values[name]) for name in ("sources", "tasks", "rejected")}
             return cls(**{**values, **counters})
         except (OSError, ValueError, KeyError, TypeError):

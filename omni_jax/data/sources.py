@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,20 +20,24 @@ import numpy as np
 
 from omni_jax.audio import io as audio_io
 from omni_jax.data.readers import byte_ranges, corpus_files, open_parquet, read_arrow, read_lines, read_parquet
-from omni_jax.data.records import Exchange
+from omni_jax.data.records import Conversation, Exchange, PastTurn
 from omni_jax.errors import AudioError, AudioTooLongError, ConfigError
+from omni_jax.inference.messages import from_messages
+from omni_jax.input_files import parse_json
 from omni_jax.vocab import NUM_CODEBOOKS
 
-VOICE_ASSISTANT_COLUMNS = (
-    "split_name", "index", "round", "question", "question_audio", "answer", "answer_snac",
-)  # fmt: skip
-"""Columns of VoiceAssistant-400K."""
+VOICE_ASSISTANT_COLUMNS = ("question", "question_audio", "answer", "answer_snac")
+"""Columns of VoiceAssistant-400K that are read; of the others only `OPTIONAL_COLUMNS`, where they are there."""
+OPTIONAL_COLUMNS = ("split_name", "index", "round")
+"""The split, and the conversation and the turn of it that a row is."""
 PERSONA_SPLIT = "identity"
 """The split of VoiceAssistant-400K that teaches the name and the makers of another model."""
 MAX_QUESTION_SECONDS = 15.0
 """Longest question of VoiceAssistant-400K that is used by default; longer ones are mostly not questions."""
-MANIFEST_FIELDS = ("question_text", "question_audio", "answer_text", "answer_audio", "source", "voice")
-"""Fields of a manifest's row. All are optional; empty and null mean missing."""
+MANIFEST_FIELDS = ("question_text", "question_audio", "answer_text", "answer_audio", "answer_codes", "source", "voice")
+"""Fields of a manifest's row, besides those of `CONVERSATION_FIELDS`. All are optional; empty and null mean missing."""
+CONVERSATION_FIELDS = ("conversation", "turn", "system")
+"""Fields of a manifest's row that is a turn of a conversation: its name, a rising number, and the system text."""
 FOLDERS_PER_SHARD = 16
 """Folders of a corpus of read speech in a shard, about a thousand utterances."""
 AUDIO_SUFFIXES = (".flac", ".wav", ".opus", ".ogg", ".mp3")
@@ -135,12 +138,25 @@ class VoiceAssistant:
     def rows(self, shard: SourceShard) -> Iterator[Row]:
         """The rows of a row group."""
         # Rows contain recordings: few at a time.
-        rows = read_parquet(shard.files[0], shard.part, VOICE_ASSISTANT_COLUMNS, batch_size=16)
+        path = shard.files[0]
+        names = open_parquet(path, VOICE_ASSISTANT_COLUMNS).schema_arrow.names
+        columns = [*VOICE_ASSISTANT_COLUMNS, *(name for name in OPTIONAL_COLUMNS if name in names)]
+        rows = read_parquet(path, shard.part, columns, batch_size=16)
+        past: list[PastTurn] = []
+        last: tuple[Any, int] | None = None
         for number, row in enumerate(rows):
-            yield Row(f"{shard.name} row {number}", partial(self._load, row))
+            turn = _round(row.get("round"))
+            name = row.get("split_name"), row.get("index")
+            # The next round of the conversation that the row before is of.
+            if turn is None or last != (name, turn - 1):
+                past = []
+            last = None if turn is None else (name, turn)
+            yield Row(f"{shard.name} row {number}", partial(self._load, row, tuple(past)))
+            past.append(_past_turn(row["question"], row["answer"]))
 
-    def _load(self, row: dict[str, Any]) -> PendingExchange:
-        if row["split_name"] == PERSONA_SPLIT and not self.keep_persona:
+    def _load(self, row: dict[str, Any], history: tuple[PastTurn, ...]) -> PendingExchange:
+        split = row.get("split_name") or ""
+        if split == PERSONA_SPLIT and not self.keep_persona:
             raise RejectedRow("persona")
         question, answer = _clean_text(row["question"], "question"), _clean_text(row["answer"], "answer")
         audio = row["question_audio"]
@@ -148,33 +164,73 @@ class VoiceAssistant:
         if not data:
             raise RejectedRow("question without audio")
         samples = _read_pcm16(io.BytesIO(data), self.max_question_seconds)
-        codes = parse_snac_codes(row["answer_snac"], self.codebook_size)
-        source = f"{self.name} {row['split_name']}"
-        return PendingExchange(Exchange(question, samples, answer, codes, source, self.name))
+        codes = parse_codes(row["answer_snac"], self.codebook_size)
+        source = f"{self.name} {split}".strip()
+        return PendingExchange(Exchange(question, samples, answer, codes, source, self.name, history=history))
 
 
-def parse_snac_codes(text: Any, codebook_size: int) -> np.ndarray:
-    """Parse `answer_snac`: a `#` before each frame, then its seven codes in the order of its slots, not delayed.
+def _round(text: Any) -> int | None:
+    """The number in the column `round` of VoiceAssistant-400K; None if there is none."""
+    digits = re.search(r"\d+", str(text))
+    return int(digits[0]) if digits else None
+
+
+def _past_turn(question: Any, answer: Any) -> PastTurn:
+    question, answer = (text.strip() if isinstance(text, str) else "" for text in (question, answer))
+    return PastTurn(question, answer)
+
+
+def parse_codes(value: Any, codebook_size: int) -> np.ndarray:
+    """Parse the codes of an answer, not delayed, seven of each frame in the order of its slots.
+
+    Args:
+        value: text, `#` before each frame as in `answer_snac`, or numbers alone, with spaces or commas between them; or
+            a list of frames, or of all codes.
+        codebook_size: every code must be below it.
 
     Returns:
         int32 [F, 7], F > 0.
 
     Raises:
-        RejectedRow: it has another form, no frame, or a code that is not below `codebook_size`.
+        RejectedRow: it has another form, no frame, or a code that is negative or not below `codebook_size`.
     """
-    if not isinstance(text, str) or not text.strip():
+    if isinstance(value, str) and value.strip():
+        codes = _parse_code_text(value.strip())
+    elif isinstance(value, (list, tuple, np.ndarray)) and len(value):
+        codes = _parse_code_list(value)
+    else:
         raise RejectedRow("answer without codes")
-    offset, text = 0, text.strip()
+    if codes.min() < 0 or codes.max() >= codebook_size:
+        found = codes.min() if codes.min() < 0 else codes.max()
+        raise RejectedRow("code out of range", f"expected codes below {codebook_size}, found {found}")
+    return codes.astype(np.int32)
+
+
+def _parse_code_text(text: str) -> np.ndarray:
+    if "#" not in text:
+        if not re.fullmatch(r"[0-9]{1,18}(?:[\s,]+[0-9]{1,18})*", text):
+            raise RejectedRow("malformed codes", f"expected numbers or '#' before each frame, found {text[:40]!r}")
+        return _parse_code_list(re.split(r"[\s,]+", text))
+    offset = 0
     while offset < len(text):
         match = _SNAC_FRAME.match(text, offset)
         if not match:
             found = text[offset : offset + 40]
             raise RejectedRow("malformed codes", f"expected '#' and {NUM_CODEBOOKS} codes, found {found!r}")
         offset = match.end()
-    codes = np.array(text.replace("#", " ").split(), np.int64).reshape(-1, NUM_CODEBOOKS)
-    if codes.max() >= codebook_size:
-        raise RejectedRow("code out of range", f"expected codes below {codebook_size}, found {codes.max()}")
-    return codes.astype(np.int32)
+    return np.array(text.replace("#", " ").split(), np.int64).reshape(-1, NUM_CODEBOOKS)
+
+
+def _parse_code_list(values: Any) -> np.ndarray:
+    try:
+        codes = np.array(values)
+        # Text of digits is a number; a fraction is none.
+        codes = codes.astype(np.int64, casting="unsafe" if codes.dtype.kind == "U" else "same_kind")
+        if codes.ndim == 2 and codes.shape[1] != NUM_CODEBOOKS:
+            raise ValueError(f"frames of {codes.shape[1]} codes")
+        return codes.reshape(-1, NUM_CODEBOOKS)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RejectedRow("malformed codes", f"expected frames of {NUM_CODEBOOKS} codes, found {error}") from None
 
 
 class Utterance(NamedTuple):
@@ -276,6 +332,9 @@ class TextQA:
     license: str = "unknown"
     max_characters: int = 2000
     """Longest question, and longest answer, that is used."""
+    every_turn: bool = False
+    """Whether every answer of a conversation becomes a record, as those that will be spoken must. Otherwise a
+    conversation is one record, in which all its answers are trained."""
 
     def shards(self) -> list[SourceShard]:
         """One shard per row group, per arrow file, or per byte range of a file of JSON lines."""
@@ -302,15 +361,54 @@ class TextQA:
         else:
             rows = read_lines(path, *shard.part)
         for number, row in enumerate(rows):
-            yield Row(f"{shard.name} row {number}", partial(self._load, row))
+            location = f"{shard.name} row {number}"
+            try:
+                exchanges = self._exchanges(_parse_object(row) if isinstance(row, bytes) else row)
+            except RejectedRow as rejected:
+                yield Row(location, partial(_reject, rejected))
+                continue
+            for turn, exchange in enumerate(exchanges):
+                place = location if len(exchanges) == 1 else f"{location} turn {turn}"
+                yield Row(place, partial(PendingExchange, exchange))
 
-    def _load(self, row: Any) -> PendingExchange:
-        question, answer = question_and_answer(_parse_object(row) if isinstance(row, bytes) else row)
-        for name, text in (("question", question), ("answer", answer)):
-            if len(text) > self.max_characters:
-                found = f"expected at most {self.max_characters} characters, found {len(text)}"
-                raise RejectedRow(f"{name} too long", found)
-        return PendingExchange(Exchange(question, answer_text=answer, source=self.name))
+    def _exchanges(self, row: dict[str, Any]) -> list[Exchange]:
+        if row.get("messages") is not None:
+            exchanges = exchanges_of_messages(row["messages"], self.name, every_turn=self.every_turn)
+        else:
+            question, answer = question_and_answer(row)
+            exchanges = [Exchange(question, answer_text=answer, source=self.name)]
+        for exchange in exchanges:
+            turns = [*exchange.history, PastTurn(exchange.question_text, exchange.answer_text)]
+            for name in ("question", "answer"):
+                if (longest := max(len(getattr(turn, name)) for turn in turns)) > self.max_characters:
+                    found = f"expected at most {self.max_characters} characters, found {longest}"
+                    raise RejectedRow(f"{name} too long", found)
+        return exchanges
+
+
+def _reject(row: RejectedRow) -> PendingExchange:
+    raise row
+
+
+def exchanges_of_messages(messages: Any, source: str, *, every_turn: bool) -> list[Exchange]:
+    """The records of a conversation in the form of chat completions.
+
+    Raises:
+        RejectedRow: it has another form, or no answer to a question that is trained.
+    """
+    try:
+        system, turns, weights = from_messages(messages)
+    except ConfigError as error:
+        raise RejectedRow("malformed messages", str(error)) from None
+    for text in (system, *(text for turn in turns for text in (turn.question, turn.answer))):
+        if text:
+            _clean_text(text, "message")
+    exchanges = tuple(Exchange(turn.question, answer_text=turn.answer, source=source) for turn in turns)
+    # An answer to nothing, such as a greeting, is part of the history only.
+    trained = tuple(bool(turn.question and turn.answer) and on for turn, on in zip(turns, weights, strict=True))
+    if not any(trained):
+        raise RejectedRow("messages without an answer")
+    return Conversation(exchanges, system, trained).to_exchanges(every_turn=every_turn)
 
 
 def question_and_answer(row: dict[str, Any]) -> tuple[str, str]:
@@ -341,32 +439,70 @@ def question_and_answer(row: dict[str, Any]) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """JSON lines: one object per line with some of `MANIFEST_FIELDS`; paths are relative to the manifest's folder."""
+    """JSON lines: one object per line with some of `MANIFEST_FIELDS`; paths are relative to the manifest's folder.
+
+    Lines with the same `conversation`, one after the other, are its turns.
+    """
 
     path: Path
     answer_sample_rate: int = 24_000
     """The codec's sample rate."""
     max_seconds: float = 60.0
     """Longest recording that is used."""
+    codebook_size: int = 4096
+    """Every code must be below it."""
     name: str = "manifest"
     license: str = "unknown"
     range_bytes: int | None = None
     """Bytes of the file per shard; None: the default. A small range suits rows that take long, as synthesis does."""
 
     def shards(self) -> list[SourceShard]:
-        """One shard per byte range of the file."""
-        return line_shards(self.path, self.range_bytes)
+        """One shard per byte range of the file; ranges end between conversations."""
+        shards = line_shards(self.path, self.range_bytes)
+        begins = sorted({self._between_conversations(shard.part[0]) for shard in shards})
+        ends = [*begins[1:], shards[-1].part[1]] if shards else []
+        return [
+            SourceShard(f"{self.path.name}:{begin}", (self.path,), (begin, end))
+            for begin, end in zip(begins, ends, strict=False)
+            if begin < end
+        ]
+
+    def _between_conversations(self, begin: int) -> int:
+        """The given place in the file, or the first line after it that belongs to no earlier conversation."""
+        if begin == 0:
+            return 0
+        with self.path.open("rb") as file:
+            file.seek(begin - 1)
+            file.readline()
+            name = _conversation_name(file.readline())
+            while name is not None:
+                begin = file.tell()
+                found = _conversation_name(file.readline())
+                if found != name:
+                    break
+        return begin
 
     def rows(self, shard: SourceShard) -> Iterator[Row]:
         """The lines of a byte range."""
+        talk = _ManifestTalk()
         for number, line in enumerate(read_lines(self.path, *shard.part)):
-            yield Row(f"{shard.name} row {number}", partial(self._load, line))
+            try:
+                before = talk.add(line)
+            except RejectedRow as rejected:
+                yield Row(f"{shard.name} row {number}", partial(_reject, rejected))
+                continue
+            yield Row(f"{shard.name} row {number}", partial(self._load, line, before))
 
-    def _load(self, line: bytes) -> PendingExchange:
+    def _load(self, line: bytes, before: tuple[str, tuple[PastTurn, ...]]) -> PendingExchange:
         row = _parse_object(line)
-        if unknown := sorted(set(row) - set(MANIFEST_FIELDS)):
-            found = f"expected some of {', '.join(MANIFEST_FIELDS)}, found {', '.join(unknown)}"
-            raise RejectedRow("unknown field", found)
+        if unknown := sorted(set(row) - set(MANIFEST_FIELDS) - set(CONVERSATION_FIELDS)):
+            known = (*MANIFEST_FIELDS, *CONVERSATION_FIELDS)
+            raise RejectedRow("unknown field", f"expected some of {', '.join(known)}, found {', '.join(unknown)}")
+        codes = row.pop("answer_codes", None) or None
+        if codes is not None:
+            if row.get("answer_audio"):
+                raise RejectedRow("two answers", "expected answer_audio or answer_codes, found both")
+            codes = parse_codes(codes, self.codebook_size)
         values = {name: row.get(name) or "" for name in MANIFEST_FIELDS}
         for name, value in values.items():
             if not isinstance(value, str):
@@ -376,11 +512,63 @@ class Manifest:
             question_text=values["question_text"],
             question_audio=_read_pcm16(folder / question, self.max_seconds) if question else None,
             answer_text=values["answer_text"],
+            answer_codes=codes,
             source=values["source"] or self.name,
             voice=values["voice"],
+            system=before[0],
+            history=before[1],
         )
         audio = _read_audio(folder / answer, self.answer_sample_rate, self.max_seconds) if answer else None
         return PendingExchange(exchange, audio)
+
+
+def _conversation_name(line: bytes) -> str | None:
+    """The conversation that a line of a manifest is a turn of, if any."""
+    try:
+        name = _parse_object(line).get("conversation")
+    except RejectedRow:
+        return None
+    return name if isinstance(name, str) and name else None
+
+
+class _ManifestTalk:
+    """What precedes each line of a manifest in its conversation."""
+
+    def __init__(self) -> None:
+        self._name: str | None = None
+        self._turn = 0
+        self._system = ""
+        self._past: list[PastTurn] = []
+
+    def add(self, line: bytes) -> tuple[str, tuple[PastTurn, ...]]:
+        """The system text and the turns before a line.
+
+        Raises:
+            RejectedRow: its fields of a conversation have other types, or its turn has not a higher number than the one
+                before.
+        """
+        try:
+            row = _parse_object(line)
+        except RejectedRow:
+            # The row is rejected when it is loaded.
+            row = {}
+        name, turn, system = (row.get(field) for field in CONVERSATION_FIELDS)
+        if not name:
+            self._name = None
+            if turn is not None or system:
+                raise RejectedRow("turn without a conversation", f"expected `conversation`, found {sorted(row)}")
+            return "", ()
+        if not isinstance(name, str) or type(turn) is not int or not isinstance(system or "", str):
+            found = ", ".join(f"{field}: {row.get(field)!r}" for field in CONVERSATION_FIELDS)
+            raise RejectedRow("malformed turn", f"expected a name, a whole number and perhaps a text, found {found}")
+        if name != self._name:
+            self._name, self._system, self._past = name, "", []
+        elif turn <= self._turn:
+            raise RejectedRow("turn out of order", f"expected a turn above {self._turn}, found {turn}")
+        self._turn, self._system = turn, system or self._system
+        before = self._system, tuple(self._past)
+        self._past.append(_past_turn(row.get("question_text"), row.get("answer_text")))
+        return before
 
 
 def line_shards(path: Path, range_bytes: int | None = None) -> list[SourceShard]:
@@ -408,8 +596,8 @@ def sentence_case(text: str) -> str:
 
 def _parse_object(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = parse_json(line)
+    except ValueError as error:
         raise RejectedRow("not JSON", str(error)) from None
     if not isinstance(row, dict):
         raise RejectedRow("not an object", f"found {type(row).__name__}")

@@ -33,6 +33,8 @@ SPEED = (0.5, 2.0)
 """Lowest and highest speed, relative to the voice's own."""
 PITCH = (-12.0, 12.0)
 """Lowest and highest pitch, in semitones relative to the voice's own."""
+BLOCK_SAMPLES = 1 << 20
+"""Samples that are read at once, 44 s at 24 kHz."""
 MIN_PEAK = 1e-3
 """Output whose samples are all smaller is silence."""
 MAX_PHONEMES = 500
@@ -479,7 +481,12 @@ def _run(command: list[str], text: str, name: str) -> bytes:
 def _decode_wav(synthesizer: SpeechSynthesizer, text: str, data: bytes) -> tuple[np.ndarray, int]:
     """Samples of a wav file, mixed to mono, and its sample rate."""
     try:
-        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            # The header may claim any length: memory is allocated for what is there.
+            blocks = [file.read(BLOCK_SAMPLES, dtype="float32", always_2d=True)]
+            while len(blocks[-1]):
+                blocks.append(file.read(BLOCK_SAMPLES, dtype="float32", always_2d=True))
+            samples, rate = np.concatenate(blocks), file.samplerate
     except soundfile.LibsndfileError as error:
         raise SynthesisError(
             f"{synthesizer.name}: expected a wav, found {len(data)} bytes that cannot be decoded: {error.error_string}"

@@ -12,40 +12,55 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from omni_jax.audio import io as audio_io
+from omni_jax.errors import AudioError
 from omni_jax.evaluation import plots
 from omni_jax.evaluation.run import Evaluation, Result
-from omni_jax.evaluation.tables import PERCENT, Table, difference_table, notes, results_table
+from omni_jax.evaluation.suites import Case
+from omni_jax.evaluation.tables import PERCENT, Table, difference_table, legend, notes, results_table
+from omni_jax.tasks import Task
 
 MAX_CASES = 12
 """Cases of each task that are shown with their audio: half of them the worst, half drawn at random."""
+NO_TRANSCRIPT = "(a recording without transcript)"
+MAX_SECONDS = 60.0
+"""Seconds of a question that the report plays."""
 HISTOGRAMS = {
-    "answer_seconds": "Duration of spoken answers in seconds",
-    "wer": "WER per case",
-    "asr_wer": "ASR-WER per case",
+    "answer_seconds": ("Duration of spoken answers", "seconds"),
+    "wer": ("WER of each case, 200 % and more in the last bar", "WER in %"),
+    "asr_wer": ("ASR-WER of each case, 200 % and more in the last bar", "ASR-WER in %"),
 }
+"""Metrics whose distribution is shown: title and horizontal axis."""
 
 
-def html_page(evaluation: Evaluation, folder: Path, other: Evaluation | None = None) -> str:
+def html_page(evaluation: Evaluation, folder: Path, other: Evaluation | None = None, cases: Sequence[Case] = ()) -> str:
     """The report as HTML.
 
     Args:
         evaluation: the results.
         folder: where the spoken answers are.
         other: another evaluation of the same suite, to compare with.
+        cases: of the suite, whose recordings are played.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     body = [f"<p>{html.escape(note)}</p>" for note in notes(evaluation)]
     body.append(_html_table(results_table(evaluation)))
+    meanings = "".join(f"<dt>{name}</dt><dd>{meaning}</dd>" for name, meaning in legend(evaluation).items())
+    body.append(f"<dl>{meanings}</dl>")
     if other is not None:
         body.append(f"<h2>Against {html.escape(other.model)}</h2>")
         body.append(_html_table(difference_table(evaluation, other)))
     body.append(_histograms(evaluation))
-    for task in dict.fromkeys(result.task for result in evaluation.results):
+    questions = {case.id: case.audio for case in cases}
+    for task, results in evaluation.sections().items():
+        if task not in set(Task):
+            continue
+        chosen = _choose_cases(results)
         body.append(f"<h2>{html.escape(task)}: examples</h2>")
-        results = [result for result in evaluation.results if result.task == task]
-        body += [_case(result, folder) for result in _choose_cases(results)]
+        body.append(f"<p>{len(chosen)} of {len(results)} cases: the worst first, then some drawn at random.</p>")
+        body += [_case(result, folder, questions.get(result.id)) for result in chosen]
     return _PAGE.format(title=html.escape(f"{evaluation.model} on {evaluation.suite}"), body="\n".join(body))
 
 
@@ -59,20 +74,32 @@ def _choose_cases(results: Sequence[Result]) -> list[Result]:
     return worst + random.Random(0).sample(rest, min(MAX_CASES - len(worst), len(rest)))
 
 
-def _case(result: Result, folder: Path) -> str:
+def _case(result: Result, folder: Path, question: Path | bytes | None) -> str:
     rows = {
-        "question": result.question,
-        "expected": " / ".join(result.expected),
-        "answer": result.text,
-        "ASR": result.asr_text or "",
-        "error": result.error,
+        "question": html.escape(result.question or NO_TRANSCRIPT) + _question_player(question),
+        "expected": html.escape(" / ".join(result.expected)),
+        "answer": html.escape(result.text),
+        "ASR": html.escape(result.asr_text or ""),
+        "error": html.escape(result.error),
     }
-    texts = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in rows.items() if value)
+    texts = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items() if value)
     audio = ""
     if result.audio:
         samples, sample_rate = soundfile.read(folder / result.audio, dtype="float32")
         audio = _player(samples, sample_rate) + _image(plots.spectrogram(samples, sample_rate), "spectrogram")
     return f"<article><h3>{html.escape(result.id)}</h3><dl>{texts}</dl>{audio}</article>"
+
+
+def _question_player(question: Path | bytes | None) -> str:
+    """Plays the recording of a question; empty if there is none that can be read."""
+    if question is None:
+        return ""
+    source = io.BytesIO(question) if isinstance(question, bytes) else question
+    try:
+        samples = audio_io.read_audio(source, audio_io.SAMPLE_RATE, max_seconds=MAX_SECONDS, truncate=True)
+    except AudioError:
+        return ""
+    return _player(samples, audio_io.SAMPLE_RATE)
 
 
 def _player(audio: np.ndarray, sample_rate: int) -> str:
@@ -85,11 +112,11 @@ def _player(audio: np.ndarray, sample_rate: int) -> str:
 
 def _histograms(evaluation: Evaluation) -> str:
     images = []
-    for name, title in HISTOGRAMS.items():
+    for name, (title, unit) in HISTOGRAMS.items():
         values = [value for result in evaluation.results if (value := result.score(name)) is not None]
         if len(values) > 1:
-            clipped = np.minimum(values, 2.0).tolist() if name in PERCENT else values
-            images.append(_image(plots.histogram(clipped, title), title))
+            shown = (100 * np.minimum(values, 2.0)).tolist() if name in PERCENT else values
+            images.append(_image(plots.histogram(shown, title, unit), title))
     return f'<div class="plots">{"".join(images)}</div>'
 
 

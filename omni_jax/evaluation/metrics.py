@@ -139,11 +139,34 @@ def error_rate(errors: Sequence[ErrorCount], seed: int = 0) -> Estimate:
     return _bootstrap(edits, np.array([one.length for one in errors], float), seed)
 
 
+def mean_difference(mine: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Estimate:
+    """The difference of two means over the same cases, with a paired bootstrap interval."""
+    return mean((np.asarray(mine, float) - np.asarray(theirs, float)).tolist(), seed)
+
+
+def error_rate_difference(mine: Sequence[ErrorCount], theirs: Sequence[ErrorCount], seed: int = 0) -> Estimate:
+    """The difference of two error rates over the same cases, each as `error_rate` defines it; resampled by case."""
+    rates = []
+    for errors in (mine, theirs):
+        edits, lengths = (np.array([getattr(one, name) for one in errors], float) for name in ("edits", "length"))
+        rates.append(_resampled_rates(edits, lengths, seed))
+    values = rates[0][1] - rates[1][1]
+    return _estimate(rates[0][0] - rates[1][0], values, len(mine))
+
+
 def _bootstrap(numerators: np.ndarray, denominators: np.ndarray, seed: int) -> Estimate:
+    return _estimate(*_resampled_rates(numerators, denominators, seed), len(numerators))
+
+
+def _resampled_rates(numerators: np.ndarray, denominators: np.ndarray, seed: int) -> tuple[float, np.ndarray]:
+    """The sum of numerators over that of denominators, of all cases and of each resample."""
     count = len(numerators)
-    value = numerators.sum() / max(denominators.sum(), 1e-9)
     drawn = np.random.default_rng(seed).integers(0, count, (NUM_RESAMPLES, count))
     values = numerators[drawn].sum(1) / np.maximum(denominators[drawn].sum(1), 1e-9)
+    return float(numerators.sum() / max(denominators.sum(), 1e-9)), values
+
+
+def _estimate(value: float, resampled: np.ndarray, count: int) -> Estimate:
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return Estimate(float(value), float(low), float(high), count)
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return Estimate(value, float(low), float(high), count)

@@ -22,12 +22,14 @@ def spectrogram(audio: np.ndarray, sample_rate: int) -> bytes:
     return _to_png(figure)
 
 
-def histogram(values: Sequence[float], title: str) -> bytes:
-    """A histogram as PNG."""
+def histogram(values: Sequence[float], title: str, unit: str) -> bytes:
+    """A histogram over cases as PNG; `unit` names the horizontal axis."""
     figure = _make_figure(4, 2)
     axes = figure.subplots()
     axes.hist(values, bins=30)
     axes.set_title(title, fontsize=9)
+    axes.set_xlabel(unit)
+    axes.set_ylabel("cases")
     return _to_png(figure)
 
 
@@ -42,7 +44,7 @@ def draw_spectrogram(axes: Axes, audio: np.ndarray, sample_rate: int) -> None:
     with np.errstate(divide="ignore"):
         axes.specgram(audio + 1e-6, NFFT=512, Fs=sample_rate, noverlap=384, cmap="magma", vmin=-120)
     axes.set_ylim(0, min(8000, sample_rate / 2))
-    axes.set_xlabel("s")
+    axes.set_xlabel("time in s")
     axes.set_ylabel("Hz")
 
 

@@ -17,6 +17,7 @@ from omni_jax.evaluation.suites import Case
 from omni_jax.file_names import safe_file_name
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.request import Request
+from omni_jax.input_files import read_json
 from omni_jax.tasks import Task
 
 if TYPE_CHECKING:
@@ -53,11 +54,16 @@ class Result:
     """Why there is no answer."""
     scores: dict[str, float] = field(default_factory=dict)
 
+    def errors(self, name: str) -> metrics.ErrorCount | None:
+        """The errors of this case that an error rate counts; None if it does not apply."""
+        if f"{name}_edits" not in self.scores:
+            return None
+        return metrics.ErrorCount(int(self.scores[f"{name}_edits"]), int(self.scores[f"{name}_length"]))
+
     def score(self, name: str) -> float | None:
         """A metric of this case alone; None if it does not apply."""
-        if f"{name}_edits" in self.scores:
-            return self.scores[f"{name}_edits"] / max(self.scores[f"{name}_length"], 1)
-        return self.scores.get(name)
+        errors = self.errors(name)
+        return self.scores.get(name) if errors is None else errors.rate
 
 
 @dataclass
@@ -72,17 +78,29 @@ class Evaluation:
     speed: dict[str, float]
     """See `measure_speed`."""
 
-    def summary(self) -> dict[str, dict[str, Estimate]]:
-        """Metrics by task, and by task and group where a suite has several groups."""
+    def sections(self) -> dict[str, list[Result]]:
+        """The results by task, and where a suite has several groups, by task and group.
+
+        Tasks are in the order of `Task`; the groups of a task follow it in alphabetical order.
+        """
+        several = len({result.group for result in self.results} - {""}) > 1
         sections: dict[str, list[Result]] = {}
-        for result in self.results:
-            sections.setdefault(result.task, []).append(result)
-        groups = {result.group for result in self.results} - {""}
-        if len(groups) > 1:
-            for result in self.results:
-                if result.group:
-                    sections.setdefault(f"{result.task} {result.group}", []).append(result)
-        return {name: summarize(results) for name, results in sections.items()}
+        for task in Task:
+            results = [result for result in self.results if result.task == task]
+            if results:
+                sections[task.value] = results
+            for group in sorted({result.group for result in results} - {""}) if several else ():
+                sections[f"{task} {group}"] = [result for result in results if result.group == group]
+        return sections
+
+    def summary(self) -> dict[str, dict[str, Estimate]]:
+        """The metrics of each section."""
+        return {name: summarize(results) for name, results in self.sections().items()}
+
+    @property
+    def all_failed(self) -> bool:
+        """Whether there is no answer to any case."""
+        return all(result.error for result in self.results)
 
     def save(self, folder: Path) -> None:
         """Write everything as JSON."""
@@ -102,7 +120,7 @@ class Evaluation:
         """
         path = folder / RESULTS
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path, ConfigError)
             results = [Result(**result) for result in values["results"]]
             names = ("model", "suite", "asr_judge", "trained", "speed")
             return cls(**{name: values[name] for name in names}, results=results)
@@ -114,11 +132,7 @@ def summarize(results: Sequence[Result]) -> dict[str, Estimate]:
     """Every metric that applies to some of the results. Error rates are over all words or characters together."""
     estimates: dict[str, Estimate] = {}
     for name in ERROR_RATES:
-        errors = [
-            metrics.ErrorCount(int(result.scores[f"{name}_edits"]), int(result.scores[f"{name}_length"]))
-            for result in results
-            if f"{name}_edits" in result.scores
-        ]
+        errors = [errors for result in results if (errors := result.errors(name)) is not None]
         if errors:
             estimates[name] = metrics.error_rate(errors)
     for name in MEANS:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ from pathlib import Path
 import pydantic
 
 from omni_jax.config.load import build_config
-from omni_jax.data.readers import corpus_files, open_parquet
+from omni_jax.data.readers import corpus_files, open_parquet, read_parquet
 from omni_jax.data.sources import librispeech
-from omni_jax.errors import ConfigError
+from omni_jax.errors import ConfigError, OmniError
 from omni_jax.inference.request import Request
+from omni_jax.input_files import parse_json
 from omni_jax.tasks import Task
 
 
@@ -67,7 +67,7 @@ def manifest(path: Path) -> Iterator[Case]:
                 continue
             place = f"{path} line {number}"
             try:
-                values = json.loads(line)
+                values = parse_json(line)
             except ValueError as error:
                 raise ConfigError(f"{place}: expected a JSON object, found {error}") from None
             row = build_config(_Row, values, place)
@@ -93,14 +93,13 @@ def voicebench(path: Path) -> Iterator[Case]:
     Columns: https://huggingface.co/datasets/hlt-lab/voicebench
     """
     for file in corpus_files(path, ".parquet"):
-        number, group = 0, file.parent.name
-        for batch in open_parquet(file, ("prompt", "audio")).iter_batches(batch_size=16):
-            for row in batch.to_pylist():
-                audio = row["audio"].get("bytes") if isinstance(row["audio"], dict) else None
-                expected = (row["reference"],) if row.get("reference") else ()
-                id = f"{group}-{file.stem}-{number}"
-                yield Case(id, Task.A1A2, audio or b"", "", expected, row["prompt"], group)
-                number += 1
+        group = file.parent.name
+        groups = range(open_parquet(file, ("prompt", "audio")).num_row_groups)
+        for number, row in enumerate(read_parquet(file, groups, batch_size=16)):
+            audio = row["audio"].get("bytes") if isinstance(row["audio"], dict) else None
+            expected = (row["reference"],) if row.get("reference") else ()
+            id = f"{group}-{file.stem}-{number}"
+            yield Case(id, Task.A1A2, audio or b"", "", expected, row["prompt"], group)
 
 
 def uro_bench(path: Path) -> Iterator[Case]:
@@ -110,7 +109,7 @@ def uro_bench(path: Path) -> Iterator[Case]:
         group = listing.parent.name
         with listing.open(encoding="utf-8") as lines:
             for number, line in enumerate(filter(str.strip, lines)):
-                row = json.loads(line)
+                row = parse_json(line)
                 target = row.get("target_text") or ()
                 expected = (target,) if isinstance(target, str) else tuple(target)
                 audio = listing.parent / row["source_wav"]
@@ -157,7 +156,9 @@ def read(name: str, path: Path) -> list[Case]:
         raise ConfigError(f"{path}: expected a {name} suite, there is no such file or folder")
     try:
         cases = list(SUITES[name](path))
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+    except OmniError:
+        raise
+    except (ValueError, KeyError) as error:
         raise ConfigError(f"{path}: expected a {name} suite, found {error!r}") from None
     if not cases:
         raise ConfigError(f"{path}: expected a {name} suite, found no case in it")

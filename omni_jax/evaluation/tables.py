@@ -21,6 +21,21 @@ NAMES = {
     "answer_seconds": "seconds",
 }
 """Headings of the metrics."""
+LEGEND = {
+    "wer": "word error rate of transcripts: words substituted, deleted and inserted, over the words of the right "
+    "transcripts, of all cases together; lower is better",
+    "cer": "the same for characters",
+    "exact": "share of answers that equal a right answer, normalized",
+    "contains": "share of answers that contain a right answer as whole words",
+    "f1": "mean F1 of the words of an answer and of the nearest right answer, as SQuAD computes it",
+    "asr_wer": "word error rate of the ASR judge's transcript of the spoken answer against the text of the answer, of "
+    "all cases together; lower is better",
+    "failed": "share of cases without an answer, which count as wrong; lower is better",
+    "finished": "share of answers that ended by themselves, not at a limit",
+    "answer_words": "mean number of words of an answer",
+    "answer_seconds": "mean duration of a spoken answer",
+}
+"""What each metric is, and which direction is better where higher is not."""
 PERCENT = ("wer", "cer", "exact", "contains", "f1", "asr_wer", "failed", "finished")
 """Metrics that are shown in percent."""
 
@@ -40,11 +55,11 @@ def results_table(evaluation: Evaluation) -> Table:
     for section, estimates in summary.items():
         cells = [format_estimate(name, estimates[name]) if name in estimates else "" for name in used]
         rows.append([section, str(estimates["failed"].count), *cells])
-    return Table(["", "cases", *(NAMES[name] for name in used)], rows)
+    return Table(["task", "cases", *(NAMES[name] for name in used)], rows)
 
 
 def difference_table(evaluation: Evaluation, other: Evaluation) -> Table:
-    """A row for each task and metric that both evaluations have."""
+    """A row for each task, group and metric that both evaluations have."""
     rows = []
     for one in compare(evaluation, other, list(NAMES)):
         scale, unit = _scale(one.metric)
@@ -53,8 +68,14 @@ def difference_table(evaluation: Evaluation, other: Evaluation) -> Table:
             f"{scale * (one.value - one.other):+.1f}{unit} ({scale * change.low:+.1f} to {scale * change.high:+.1f})"
         )
         values = [f"{scale * value:.1f}{unit}" for value in (one.value, one.other)]
-        rows.append([one.task, NAMES[one.metric], *values, signed])
-    return Table(["", "", evaluation.model, other.model, "difference"], rows)
+        rows.append([one.section, NAMES[one.metric], *values, signed])
+    return Table(["task", "metric", evaluation.model, other.model, "difference"], rows)
+
+
+def legend(evaluation: Evaluation) -> dict[str, str]:
+    """What the columns of the results are, by their headings."""
+    used = {name for estimates in evaluation.summary().values() for name in estimates}
+    return {NAMES[name]: LEGEND[name] for name in NAMES if name in used}
 
 
 def format_estimate(metric: str, estimate: Estimate) -> str:
@@ -74,6 +95,8 @@ def notes(evaluation: Evaluation) -> list[str]:
         f"Model {evaluation.model}, suite {evaluation.suite}, {len(evaluation.results)} cases. In parentheses: the "
         f"{CONFIDENCE:.0%} confidence interval from {NUM_RESAMPLES} bootstrap resamples of the cases."
     ]
+    if any(" " in section for section in evaluation.sections()):
+        lines.append("Rows: each task, and below it the groups of its cases in alphabetical order.")
     if not evaluation.trained:
         lines.append("The model is untrained: its weights are random, and the metrics mean nothing.")
     if evaluation.asr_judge is None:

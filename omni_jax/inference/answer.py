@@ -72,6 +72,8 @@ class Reply:
     timing: Timing
     segments: tuple[Segment, ...] = ()
     """A1T1: the transcript in pieces, each of which the model has taken at once."""
+    question: str | None = None
+    """What was asked, as the model transcribes it; None unless `Request.transcribe_question` asks for it."""
 
     @property
     def seconds(self) -> float:
@@ -109,6 +111,8 @@ class Chunk:
     """Samples per second of `audio`."""
     reply: Reply | None = None
     """The whole answer, in the last chunk."""
+    question: str = ""
+    """New text of the question's transcript, if it was asked for."""
 
     def __repr__(self) -> str:
         """Short: not the samples."""
@@ -193,6 +197,8 @@ class AnswerBuilder:
         self._num_invalid_codes = 0
         self._finish: FinishReason | None = None
         self._part_ended = False
+        self._question_tokens = np.zeros(0, np.int32)
+        self._question = ""
         self._begin_part()
 
     def _begin_part(self) -> None:
@@ -204,6 +210,8 @@ class AnswerBuilder:
 
     def add(self, progress: Progress) -> Chunk | None:
         """Take new tokens; streaming, the new text and audio, or None if there is none yet."""
+        if progress.of_question:
+            return self._add_question(progress)
         if self._part_ended:
             self._ended_texts.append(self._part_text())
             self._ended.append(self.part_tokens)
@@ -223,10 +231,21 @@ class AnswerBuilder:
         ready = text if progress.finish else text.rstrip("\ufffd")
         new_text, self._text = ready[len(self._text) :], ready
         audio = self._push_frames() if self._stream is not None else np.zeros(0, np.float32)
-        reply = self.reply() if progress.finish else None
+        reply = self.reply() if progress.done else None
         if not (new_text or len(audio) or reply):
             return None
         return Chunk(new_text, audio, self._outputs.sample_rate, reply)
+
+    def _add_question(self, progress: Progress) -> Chunk | None:
+        self._question_tokens = np.concatenate([self._question_tokens, progress.tokens[TEXT_STREAM]])
+        text = self._outputs.decode_text(self._question_tokens).lstrip()
+        # An unfinished character is held back, and spaces, which are dropped if nothing follows.
+        text = text.rstrip() if progress.finish else text.rstrip("\ufffd").rstrip()
+        new_text, self._question = text[len(self._question) :], text
+        reply = self.reply() if self._streaming and progress.done else None
+        if not self._streaming or not (new_text or reply):
+            return None
+        return Chunk("", np.zeros(0, np.float32), self._outputs.sample_rate, reply, new_text)
 
     def add_audio(self, audio: np.ndarray) -> np.ndarray:
         """Take new audio of the part, float32 [samples]; after a sentence the pause before the next one is added."""
@@ -285,6 +304,7 @@ class AnswerBuilder:
             num_invalid_codes=self._num_invalid_codes,
             timing=self._clock.timing(tokens.shape[1], audio, self._outputs.sample_rate),
             segments=self._segments(),
+            question=None if self._request.transcription is None else self._question,
         )
 
 

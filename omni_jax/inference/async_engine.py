@@ -12,18 +12,25 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from omni_jax.codec.stream import StreamDecoder
-from omni_jax.errors import BusyError, ClosedError
+from omni_jax.errors import BusyError, ClosedError, ConfigError
 from omni_jax.inference.answer import AnswerBuilder, Chunk, OutputDecoder
-from omni_jax.inference.engine import COARSE_PROMPT_BUCKETS, Engine, PreparedRequest
+from omni_jax.inference.engine import COARSE_PROMPT_BUCKETS, MAX_TO_REMEMBER, Engine, PreparedRequest
+from omni_jax.inference.prefix_cache import DEFAULT_MAX_BYTES, PrefixCache
 from omni_jax.inference.runner import ModelRunner
+from omni_jax.prompts import History
 
 Outcome = Literal["done", "cancelled", "expired", "failed"]
 """How a request ended."""
+
+WARM_UP_JOIN_SECONDS = 2.0
+"""Seconds that `AsyncEngine.close` waits for a compilation, which may take minutes."""
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +109,8 @@ class AsyncEngine:
     Attributes:
         max_batch_size: requests decoded at once.
         max_queue_size: how many more may be queued.
-        ready: set when everything that is compiled beforehand has been.
+        ready: set once requests are answered; with `warm_up`, when the programs of the first one are compiled.
+        warmed_up: set once nothing is left to compile beforehand.
         broken: whether a fault has ended the thread: nothing is answered any more.
     """
 
@@ -114,6 +122,7 @@ class AsyncEngine:
         max_queue_size: int = 64,
         max_len: int | None = None,
         warm_up: bool = False,
+        prefix_cache_bytes: int = DEFAULT_MAX_BYTES,
     ):
         """Start.
 
@@ -122,7 +131,9 @@ class AsyncEngine:
             max_batch_size: requests decoded at once.
             max_queue_size: how many more may be queued; further ones are refused.
             max_len: positions of each slot's cache; None: the trunk's context.
-            warm_up: compile all that any request can need first, so that none waits for it later.
+            warm_up: compile what the first request needs before `ready` is set, and the rest whenever there is no
+                request. A request that needs a program which is not compiled yet waits for it.
+            prefix_cache_bytes: memory for the keys and values of conversations that wait for their next turn.
         """
         if max_batch_size < 1 or max_queue_size < 0:
             raise ValueError(
@@ -136,12 +147,15 @@ class AsyncEngine:
         # What other threads want; under the lock.
         self._new: list[tuple[int, RequestHandle]] = []
         self._cancelled: set[RequestHandle] = set()
+        self._histories: deque[History] = deque(maxlen=MAX_TO_REMEMBER)
         self._closing: Literal["finish", "cancel"] | None = None
         # The thread's own; changed under the lock too, so that others can count them.
         self._answers: dict[int, tuple[RequestHandle, AnswerBuilder]] = {}
         max_len = max_len or self._outputs.config.trunk.max_position
-        self._engine = Engine(model.runner, max_batch_size, max_len, COARSE_PROMPT_BUCKETS)
-        self.ready = threading.Event()
+        prefixes = PrefixCache(prefix_cache_bytes)
+        self._engine = Engine(model.runner, max_batch_size, max_len, COARSE_PROMPT_BUCKETS, prefixes)
+        self.ready, self.warmed_up = threading.Event(), threading.Event()
+        self._rest: Iterator[None] = iter(())
         self.broken = False
         self._thread = threading.Thread(target=self._run, args=(warm_up,), name="omni_jax engine", daemon=True)
         self._thread.start()
@@ -192,6 +206,21 @@ class AsyncEngine:
             self._lock.notify()
         return handle
 
+    def remember(self, history: History) -> None:
+        """Compute the keys and values of a history while no request is queued, so that the next turn is faster.
+
+        Args:
+            history: as `Omni.prepare_history` makes it, at the end of a turn.
+
+        Raises:
+            ConfigError: it does not fit the slots' caches.
+        """
+        if len(history) > self._engine.max_len:
+            raise ConfigError(f"the history takes {len(history)} positions, the slots have {self._engine.max_len}")
+        with self._lock:
+            self._histories.append(history)
+            self._lock.notify()
+
     def close(self, *, finish: bool = True, timeout: float | None = None) -> bool:
         """Take no more requests, and end.
 
@@ -205,13 +234,16 @@ class AsyncEngine:
         with self._lock:
             self._closing = "finish" if finish else "cancel"
             self._lock.notify()
+        if not finish and not self.ready.is_set():
+            timeout = WARM_UP_JOIN_SECONDS
         self._thread.join(timeout)
         in_time = not self._thread.is_alive()
         if not in_time:
             with self._lock:
                 self._closing = "cancel"
                 self._lock.notify()
-            self._thread.join()
+            # A compilation cannot be interrupted; the thread ends after it, or with the process.
+            self._thread.join(None if self.ready.is_set() else 0)
         return in_time
 
     def _request_cancel(self, handle: RequestHandle) -> None:
@@ -238,35 +270,55 @@ class AsyncEngine:
     def _serve(self, warm_up: bool) -> None:
         if warm_up:
             start = time.monotonic()
-            log.info("compiling every program that requests can need ...")
-            self._engine.warm_up()
-            StreamDecoder(self._outputs.codec, self._outputs.config.codec).warm_up()
-            log.info("ready after %.1f s of compiling", time.monotonic() - start)
+            log.info("compiling what the first request needs ...")
+            stream = StreamDecoder(self._outputs.codec, self._outputs.config.codec)
+            # The compiler of the codec's programs runs while the others are traced, and the other way round.
+            with ThreadPoolExecutor(1) as pool:
+                codec = pool.submit(stream.warm_up)
+                self._engine.warm_up(stop=lambda: self._closing == "cancel")
+                codec.result()
+            if self._closing != "cancel":
+                seconds = time.monotonic() - start
+                log.info("ready after %.1f s of compiling; the rest is compiled between requests", seconds)
+            self._rest = self._engine.warm_up_rest()
+        else:
+            self.warmed_up.set()
         if self._closing != "cancel":
             self.ready.set()
         while self._process_orders():
             try:
-                self._advance()
+                if self._engine.busy or self.warmed_up.is_set():
+                    self._advance()
+                else:
+                    self._compile_next()
             except Exception:
-                # A fault must not end the service: active requests fail with it, queued ones are answered.
+                # A fault must not end the service: requests that it hits for the first time are answered again.
                 log.exception("the running batch failed and is reset")
-                self._engine.reset()
-                queued = {key for key, _ in self._engine.queue}
-                for key in self._answers.keys() - queued:
+                for key in self._engine.reset():
                     self._end(key, "failed")
 
     def _process_orders(self) -> bool:
         """Wait for something to do; submit, cancel and expire requests. False when all is done."""
         with self._lock:
-            while not (self._new or self._cancelled or self._answers or self._closing):
+            while self.warmed_up.is_set() and not (
+                self._new or self._cancelled or self._answers or self._histories or self._closing
+            ):
                 self._lock.wait()
+            # One at a time: a request that arrives meanwhile comes first.
+            history = self._histories.popleft() if self._histories else None
             new, self._new = self._new, []
             cancelled, self._cancelled = self._cancelled, set()
             closing = self._closing
             for key, handle in new:
                 self._answers[key] = (handle, AnswerBuilder(self._outputs, handle.request, streaming=True))
         for key, handle in new:
-            self._engine.submit(key, handle.request)
+            try:
+                self._engine.submit(key, handle.request)
+            except Exception:
+                log.exception("a request could not be queued")
+                self._end(key, "failed")
+        if history is not None:
+            self._engine.remember(history)
         now = time.monotonic()
         for key, (handle, _) in list(self._answers.items()):
             if handle in cancelled or closing == "cancel":
@@ -283,7 +335,13 @@ class AsyncEngine:
         newcomers = self.max_batch_size > len(active) and self._engine.queue
         steps = [answer.next_steps for key, (_, answer) in self._answers.items() if key in active or newcomers]
         for progress in self._engine.advance(min(steps, default=1)):
+            if progress.key not in self._answers:
+                # Its answer has failed in this chunk, or the transcription of its question.
+                continue
             handle, answer = self._answers[progress.key]
+            if progress.error is not None:
+                self._end(progress.key, "failed")
+                continue
             try:
                 chunk = answer.add(progress)
             except Exception:
@@ -292,8 +350,16 @@ class AsyncEngine:
                 continue
             if chunk is not None:
                 handle._put(chunk)
-            if progress.finish:
+            if progress.done:
                 self._end(progress.key, "done")
+
+    def _compile_next(self) -> None:
+        """Compile one more of the programs that requests can need."""
+        try:
+            next(self._rest)
+        except StopIteration:
+            log.info("every program is compiled")
+            self.warmed_up.set()
 
     def _end(self, key: int, outcome: Outcome) -> None:
         self._engine.cancel(key)

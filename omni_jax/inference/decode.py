@@ -107,7 +107,7 @@ def decode_step(model: OmniModel, state: DecodeState, routing: Routing) -> tuple
         rows = jnp.concatenate([rows, column])
         positions = jnp.concatenate([positions, positions.at[routing.companion_slot].get(mode="clip")])
         caches.append(state.companions)
-    hidden, caches = model.trunk.decode(model.embed_tokens(rows), positions, caches)
+    hidden, caches = model.trunk.decode(model.embed_tokens(rows), positions, caches, _live(state))
 
     text = jnp.full(state.running.shape, vocab.pad_t, jnp.int32)
     if texts:
@@ -135,6 +135,11 @@ def decode_step(model: OmniModel, state: DecodeState, routing: Routing) -> tuple
     )
 
 
+def _live(state: DecodeState) -> Array:
+    """How many positions of the caches the running requests use, int32 []; a companion row is as long as its slot's."""
+    return jnp.max(jnp.where(state.running, state.positions, 0)) + 1
+
+
 def _sample_text(model: OmniModel, state: DecodeState, routing: Routing, hidden: Array) -> Array:
     """The text token of every slot, int32 [B]; padding where the text has ended."""
     vocab, (_, texts, _) = Vocab(model.config.vocab), routing.sizes
@@ -160,7 +165,9 @@ def _sample_audio(model: OmniModel, state: DecodeState, routing: Routing, hidden
     if model.tts_adapter is None:
         hidden = model.norm(hidden)
     else:
-        hidden, (cache,) = model.tts_adapter.blocks.decode(hidden, state.positions, [state.caches["tts_adapter"]])
+        hidden, (cache,) = model.tts_adapter.blocks.decode(
+            hidden, state.positions, [state.caches["tts_adapter"]], _live(state)
+        )
         hidden = model.tts_adapter.norm(hidden)
     logits = model.audio_logits(sharding.constrain_rows(hidden.at[routing.audio_slot].get(mode="clip")))
     sampling = state.params.sampling.take(jnp.repeat(routing.audio_slot, NUM_CODEBOOKS))
@@ -203,7 +210,15 @@ def decode_chunk(
 
 
 def prefill(
-    model: OmniModel, tokens: Array, speech: Array | None, speech_positions: Array | None, *, audio: bool
+    model: OmniModel,
+    tokens: Array,
+    speech: Array | None,
+    speech_positions: Array | None,
+    speech_start: Array | None = None,
+    prefix: dict[str, Cache] | None = None,
+    prefix_lengths: Array | None = None,
+    *,
+    audio: bool,
 ) -> dict[str, Cache]:
     """Keys and values of prompts without their last column.
 
@@ -212,21 +227,28 @@ def prefill(
 
     Args:
         model: the model.
-        tokens: int32 [n, 8, T], padded at the end.
+        tokens: int32 [n, 8, T], padded at the end; with a prefix, what follows it.
         speech: [n, A, D] from `OmniModel.encode_audio`, or None.
-        speech_positions: int32 [n]: prompt positions 1..speech_positions take the first that many embeddings.
+        speech_positions: int32 [n]: so many prompt positions take the first that many embeddings.
+        speech_start: int32 [n], the first of these positions; None: 1, of prompts without a history.
+        prefix: caches of n rows and S positions, which hold the beginnings of the prompts; None: there are none.
+        prefix_lengths: int32 [n], positions of each that are filled.
         audio: whether any of them will output audio.
 
     Returns:
-        Caches of n rows and T positions.
+        Caches of n rows and T positions, with a prefix S positions.
     """
     n, _, T = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(T), (n, T))
+    if prefix is not None:
+        assert prefix_lengths is not None
+        positions = positions + prefix_lengths[:, None]
     index = None
     if speech is not None:
         assert speech_positions is not None
-        index = jnp.where((positions >= 1) & (positions <= speech_positions[:, None]), positions - 1, -1)
-    _, _, caches = model(tokens, positions, speech, index, audio=audio)
+        frames = positions - (1 if speech_start is None else speech_start[:, None])
+        index = jnp.where((frames >= 0) & (frames < speech_positions[:, None]), frames, -1)
+    _, _, caches = model(tokens, positions, speech, index, audio=audio, prefix=prefix)
     return caches
 
 

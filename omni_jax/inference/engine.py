@@ -8,24 +8,37 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from omni_jax.audio.features import pad
+from omni_jax.audio.io import SAMPLE_RATE
 from omni_jax.errors import ConfigError
 from omni_jax.inference.decode import MAX_CHUNK_STEPS, DecodeState, Routing, SlotParams
 from omni_jax.inference.generation import GenerationConfig
+from omni_jax.inference.prefix_cache import Prefix, PrefixCache
 from omni_jax.inference.runner import ModelRunner
 from omni_jax.inference.sampling import Sampling
-from omni_jax.prompts import Prompt, max_speech_positions, speech_prompt, text_prompt
+from omni_jax.model.decoder import Cache
+from omni_jax.prompts import (
+    History,
+    Prompt,
+    max_speech_positions,
+    speech_positions,
+    speech_prompt,
+    text_prompt,
+)
 from omni_jax.tasks import Task
 from omni_jax.vocab import NUM_STREAMS, TEXT_STREAM, Vocab
+
+log = logging.getLogger(__name__)
 
 PROMPT_BUCKETS = tuple(sorted({int(base * 2**power) for base in (16, 20, 24, 28) for power in range(12)}))
 """Lengths prompts are padded to: 16, 20, 24, 28, 32, 40, ..., so that at most a fifth is padding."""
@@ -35,6 +48,9 @@ CACHE_LEN_STEP = 256
 """Cache lengths are multiples of this, up to the trunk's context."""
 MAX_PREFILL_ROWS = 8
 """Prompts prefilled at once; more are taken in turns."""
+
+MAX_TO_REMEMBER = 64
+"""Histories that wait to be remembered; of more, the first are forgotten, and prefilled with their next turn."""
 
 FinishReason = Literal["stop", "length", "context"]
 """`stop`: end of audio, or of text in text-only tasks; `length`: max_steps; `context`: the trunk's context is full."""
@@ -76,6 +92,10 @@ class PreparedRequest:
     config: GenerationConfig = field(default_factory=GenerationConfig)
     duration: float = 0.0
     """Seconds of the recording, whatever of it is used."""
+    transcription: PreparedRequest | None = None
+    """Transcribes the question next to the answer, in a batch slot of its own."""
+    of_question: bool = False
+    """Whether it is the `transcription` of a request, whose key it has."""
 
     @classmethod
     def of(
@@ -127,6 +147,17 @@ class Progress:
     """None while it goes on."""
     part_finish: FinishReason | None = None
     """How a part ended that others follow; `finish` is None then."""
+    error: Exception | None = None
+    """Why the request has failed: nothing follows, and the other requests go on."""
+    of_question: bool = False
+    """Whether the tokens are those of the question's transcription; `finish` is the transcription's then."""
+    pending: bool = False
+    """Whether the other one of the answer and the transcription goes on when this one has ended."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the request has ended, and its transcription, if it has one."""
+        return self.finish is not None and not self.pending
 
 
 @dataclass
@@ -135,11 +166,24 @@ class ActiveRequest:
 
     key: int
     request: PreparedRequest
+    reported: int = 0
+    """Steps that were reported before the batch was reset; they are decoded again, but not reported again."""
     step: int = 0
     running: bool = True
     text_pending: bool = True
     companion: int | None = None
     """Its companion row."""
+    prefix: Prefix | None = None
+    """The beginning of its history, if it was found in the prefix cache."""
+
+    @property
+    def identity(self) -> tuple[int, bool]:
+        """What no other request in a batch slot has: an answer and the transcription of its question share a key."""
+        return self.key, self.request.of_question
+
+
+_Program = tuple[Callable[..., None], tuple[Any, ...]]
+"""A method of `Engine` that compiles programs, and its arguments."""
 
 
 class Engine:
@@ -152,7 +196,14 @@ class Engine:
         active: the request of each batch slot.
     """
 
-    def __init__(self, runner: ModelRunner, max_batch_size: int, max_len: int, buckets: Sequence[int] = PROMPT_BUCKETS):
+    def __init__(
+        self,
+        runner: ModelRunner,
+        max_batch_size: int,
+        max_len: int,
+        buckets: Sequence[int] = PROMPT_BUCKETS,
+        prefixes: PrefixCache | None = None,
+    ):
         """Allocate the batch.
 
         Args:
@@ -160,12 +211,21 @@ class Engine:
             max_batch_size: requests decoded at once.
             max_len: positions of each slot's cache.
             buckets: lengths that prompts are padded to.
+            prefixes: histories whose keys and values are known; None: a new one.
         """
+        self.prefixes = PrefixCache() if prefixes is None else prefixes
         self.runner, self.max_batch_size, self.max_len, self.buckets = runner, max_batch_size, max_len, buckets
         self.vocab = Vocab(runner.config.vocab)
         self.context = runner.config.trunk.max_position
         self.queue: deque[tuple[int, PreparedRequest]] = deque()
         self._nothing_to_do: list[int] = []
+        self._failures: list[Progress] = []
+        # Steps reported of requests that are answered again after a fault, by key and whether they transcribe the
+        # question.
+        self._reported: dict[tuple[int, bool], int] = {}
+        self._to_remember: deque[History] = deque(maxlen=MAX_TO_REMEMBER)
+        # Of requests with a transcription, how many of the two have not ended.
+        self._unfinished: dict[int, int] = {}
         self._init_batch()
 
     def _init_batch(self) -> None:
@@ -173,6 +233,10 @@ class Engine:
         self.active: list[ActiveRequest | None] = [None] * self.max_batch_size
         self.companion_rows = 0
         self.in_flight: tuple[list[ActiveRequest | None], jax.Array, jax.Array] | None = None
+        # Prefilled histories, each with its row of the caches, that are not in the prefix cache yet.
+        self._to_keep: list[tuple[dict[str, Cache], list[tuple[int, History]]]] = []
+        # The last recordings that were encoded, if they may be needed once more.
+        self._encoded: tuple[list[np.ndarray], jax.Array] | None = None
 
     def check(self, request: PreparedRequest) -> None:
         """Make sure that a request can be answered here.
@@ -198,20 +262,45 @@ class Engine:
         """
         self.check(request)
         if request.parts:
+            # Whatever it could fail with in the queue, it fails with here.
+            self._prefill_shape(request, None)
             self.queue.append((key, request))
+            if request.transcription is not None:
+                self.queue.append((key, request.transcription))
+                self._unfinished[key] = 2
         else:
             self._nothing_to_do.append(key)
 
+    def remember(self, history: History) -> None:
+        """Compute the keys and values of a history before the turn that will follow, once no request is queued.
+
+        Raises:
+            ConfigError: it is longer than the slots' caches.
+        """
+        if len(history) > self.max_len:
+            raise ConfigError(f"the history takes {len(history)} positions, this batch has {self.max_len}")
+        self._to_remember.append(history)
+
     @property
     def busy(self) -> bool:
-        """Whether anything is queued, active or in flight."""
-        return bool(self.queue or self._nothing_to_do) or self.in_flight is not None or any(self.active)
+        """Whether anything is queued, active or in flight, or a history is to be remembered."""
+        return (
+            bool(self.queue or self._nothing_to_do or self._failures or self._to_remember)
+            or self.in_flight is not None
+            or any(self.active)
+        )
 
     def advance(self, steps: int = MAX_CHUNK_STEPS) -> list[Progress]:
-        """Admit queued requests, start a chunk of up to `steps` steps, and return the tokens of the chunk before."""
+        """Admit queued requests, start a chunk of up to `steps` steps, and return the tokens of the chunk before.
+
+        A request that cannot be admitted or read fails by itself: see `Progress.error`. Any other exception concerns
+        the whole batch: see `reset`.
+        """
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, found {steps}")
         self._admit()
+        if self._to_remember and not self.queue:
+            self._prefill_history(self._to_remember.popleft())
         previous, self.in_flight = self.in_flight, None
         if any(active is not None and active.running for active in self.active):
             routing = self._route()
@@ -219,9 +308,14 @@ class Engine:
                 self.state, routing, jnp.int32(min(steps, MAX_CHUNK_STEPS))
             )
             self.in_flight = (list(self.active), tokens, status)
+        self._keep_histories()
         empty, self._nothing_to_do = self._nothing_to_do, []
-        progress = [Progress(key, np.zeros((NUM_STREAMS, 0), np.int32), "stop") for key in empty]
-        return progress + self._read(*previous) if previous else progress
+        progress = [Progress(key, _no_tokens(), "stop") for key in empty]
+        if previous:
+            progress += self._read(*previous)
+        self._drop_unread_chunk()
+        failures, self._failures = self._failures, []
+        return progress + failures
 
     def cancel(self, key: int) -> bool:
         """Drop a request, queued or active; its slot is free at once, and no more progress is returned for it.
@@ -229,77 +323,176 @@ class Engine:
         Returns:
             Whether it was still there.
         """
+        for of_question in (False, True):
+            self._reported.pop((key, of_question), None)
         if key in self._nothing_to_do:
             self._nothing_to_do.remove(key)
             return True
-        for index, (queued, _) in enumerate(self.queue):
-            if queued == key:
-                del self.queue[index]
-                return True
+        left = deque(entry for entry in self.queue if entry[0] != key)
+        found = len(left) < len(self.queue)
+        self.queue = left
         for slot, active in enumerate(self.active):
             if active is not None and active.key == key:
                 # The chunk in flight may have tokens for it: `_read` skips requests that do not run.
                 active.running = False
                 self.active[slot] = None
                 self.state = self.runner.stop(self.state, jnp.int32(slot))
-                return True
-        return False
+                found = True
+        self._drop_unread_chunk()
+        return found
 
-    def reset(self) -> None:
-        """Drop active requests and keep queued ones: after a fault, when a program may have consumed the state."""
+    def _drop_unread_chunk(self) -> None:
+        """Drop the chunk in flight if all its requests have ended: with it they and their recordings would stay."""
+        if self.in_flight is not None and not any(active and active.running for active in self.in_flight[0]):
+            self.in_flight = None
+
+    def reset(self) -> list[int]:
+        """Start over after a fault of the whole batch, when a program may have consumed the state.
+
+        Active requests are answered again, once: their tokens are the same, and those that were reported are not
+        reported again. Queued requests stay queued.
+
+        Returns:
+            Keys of requests that are dropped: this was their second fault. If none was active, it is the first in the
+            queue, so that no request can cause faults forever.
+        """
+        active = [active for active in self.active if active is not None]
         # The old state is freed before the new one is allocated.
         del self.state, self.in_flight
         self._init_batch()
+        dropped = {entry.key for entry in active if entry.identity in self._reported}
+        for entry in reversed(active):
+            self._reported[entry.identity] = max(entry.step, entry.reported)
+            self.queue.appendleft((entry.key, entry.request))
+        if not active and self.queue:
+            dropped = {self.queue[0][0]}
+        for key in dropped:
+            # A transcription is of no use without its answer, nor the other way round.
+            self.cancel(key)
+        return sorted(dropped)
 
-    def warm_up(self) -> None:
-        """Compile every program that any request can need here, by running it on nothing.
+    def warm_up(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Compile the programs of one spoken question of 3 s, by running them on nothing.
+
+        They are what the first request most likely needs, and a small part of all; see `warm_up_rest`.
+
+        Args:
+            stop: asked between two programs whether to leave out the rest.
 
         Raises:
             RuntimeError: something is queued or active.
         """
+        for compile_program, sizes in self._first_programs():
+            if stop():
+                return
+            self._compile(compile_program, sizes)
+
+    def warm_up_rest(self) -> Iterator[None]:
+        """Compile every other program that any request can need here, one for each item.
+
+        The likeliest come first: those of one request alone. Between two items, requests may be answered.
+
+        Raises:
+            RuntimeError: something is queued or active.
+        """
+        first = self._first_programs()
+        for program in sorted(dict.fromkeys(self._other_programs()), key=lambda program: self._num_requests(*program)):
+            if program not in first:
+                self._compile(*program)
+                yield
+
+    def _compile(self, compile_program: Callable[..., None], sizes: tuple[Any, ...]) -> None:
         if self.busy:
             raise RuntimeError("a busy engine cannot be warmed up")
-        sizes = sorted({self._bucket_rows(count) for count in range(self.max_batch_size + 1)})
-        for companions in sizes:
-            self._resize_companions([], 0)
-            self._resize_companions([], companions)
-            self._warm_up_prefill()
-            for texts, audios in itertools.product(sizes, sizes):
-                # A request with a companion row outputs text and audio.
-                if min(texts, audios) >= companions and texts + audios:
-                    # From the host, as `_route` sends them: that is compiled, too.
-                    unused = [
-                        jnp.asarray(np.full(size, self.max_batch_size, np.int32))
-                        for size in (companions, texts, texts, audios)
-                    ]
-                    self.state, *_ = self.runner.decode_chunk(self.state, Routing(*unused), jnp.int32(1))
-            self.state = self.runner.stop(self.state, jnp.int32(0))
-            for other in sizes:
-                self._resize_companions([], other)
-                self._resize_companions([], companions)
-        self._resize_companions([], 0)
+        compile_program(*sizes)
 
-    def _warm_up_prefill(self) -> None:
+    def _first_programs(self) -> list[_Program]:
+        encoder, few = self.runner.config.audio_encoder, self._bucket_rows(1)
+        samples = min(3 * SAMPLE_RATE, encoder.max_samples)
+        positions = speech_positions(samples, encoder.max_position, self.runner.config.adapter.stack)
+        length = self._padded(len(speech_prompt(Task.A1A2, positions, self.vocab)) - 1)
+        return [
+            (self._compile_prefill, (Task.A1A2, length, encoder.window(samples), False, 1, few)),
+            (self._compile_decode, (few, few, few)),
+            (self._compile_decode, (0, 0, few)),
+            (self._compile_stop, (0,)),
+        ]
+
+    def _other_programs(self) -> Iterator[_Program]:
         config = self.runner.config
-        longest = max_speech_positions(config)
+        sizes = sorted({self._bucket_rows(count) for count in range(self.max_batch_size + 1)})
+        for companions, texts, audios in itertools.product(sizes, sizes, sizes):
+            # A request with a companion row outputs text and audio.
+            if min(texts, audios) >= companions and texts + audios:
+                yield self._compile_decode, (companions, texts, audios)
         max_rows = min(self.max_batch_size, MAX_PREFILL_ROWS)
         rows = sorted({next_power_of_2(count) for count in range(1, max_rows + 1)})
+        after = (False, True) if config.conversation else (False,)
         # Without a TTS adapter prefill does not depend on what is output.
-        tasks = (Task.T1A1, Task.A1A2, Task.T1T2, Task.A1T1) if config.tts_adapter_layers else (Task.T1A1, Task.A1A2)
+        tasks = (Task.A1A2, Task.T1A1, Task.A1T1, Task.T1T2) if config.tts_adapter_layers else (Task.A1A2, Task.T1A1)
         for task in tasks:
-            max_prompt = min(longest + 2, self.max_len) if task.takes_audio else self.max_len
-            if task.takes_audio:
-                request = PreparedRequest.of(speech_prompt(task, 1, self.vocab), np.zeros(0, np.float32))
-            else:
-                request = PreparedRequest.of(text_prompt(task, [0], self.vocab))
+            # Any prompt may follow a history.
+            speech_only = task.takes_audio and not config.conversation
+            max_prompt = min(max_speech_positions(config) + 2, self.max_len) if speech_only else self.max_len
             lengths = sorted({self._padded(length) for length in range(1, max_prompt + 1)})
-            for length, count in itertools.product(lengths, rows):
-                self._prefill(length, [(self.max_batch_size, ActiveRequest(-1, request))] * count)
-            if task.takes_audio:
+            windows = config.audio_encoder.windows if task.takes_audio else (0,)
+            for companions, count in itertools.product(sizes, rows):
+                for length, after_prefix in itertools.product(lengths, after):
+                    yield self._compile_prefill, (task, length, windows[0], after_prefix, count, companions)
                 # The longer windows of the audio encoder, whatever the prompt is padded to.
-                for window, count in itertools.product(config.audio_encoder.windows[1:], rows):
-                    longer = PreparedRequest.of(request.prompt, np.zeros(320 * (window - 2), np.float32))
-                    self._prefill(lengths[0], [(self.max_batch_size, ActiveRequest(-1, longer))] * count)
+                for window in windows[1:]:
+                    yield self._compile_prefill, (task, lengths[0], window, False, count, companions)
+        for companions, other in itertools.product(sizes, sizes):
+            yield self._compile_stop, (companions,)
+            yield self._compile_resize, (companions, other)
+
+    def _num_requests(self, compile_program: Callable[..., None], sizes: tuple[Any, ...]) -> int:
+        """How many requests there must be at once for a program to be needed."""
+        few = self._bucket_rows(1)
+        if compile_program == self._compile_prefill:
+            *_, rows, companions = sizes
+            return max(rows // 2 + 1, 1 if companions <= few else few + 1)
+        return max(1 if size <= few else few + 1 for size in sizes)
+
+    def _compile_decode(self, companions: int, texts: int, audios: int) -> None:
+        self._set_companions(companions)
+        # From the host, as `_route` sends them: that is compiled, too.
+        unused = [
+            jnp.asarray(np.full(size, self.max_batch_size, np.int32)) for size in (companions, texts, texts, audios)
+        ]
+        self.state, *_ = self.runner.decode_chunk(self.state, Routing(*unused), jnp.int32(1))
+
+    def _compile_prefill(
+        self, task: Task, length: int, window: int, after_prefix: bool, rows: int, companions: int
+    ) -> None:
+        self._set_companions(companions)
+        if task.takes_audio:
+            prompt, speech = speech_prompt(task, 1, self.vocab), np.zeros(320 * (window - 2), np.float32)
+            request = PreparedRequest.of(prompt, speech)
+        else:
+            request = PreparedRequest.of(text_prompt(task, [0], self.vocab))
+        prefix = self._empty_prefix() if after_prefix else None
+        self._prefill(length, [(self.max_batch_size, ActiveRequest(-1, request, prefix=prefix))] * rows)
+
+    def _empty_prefix(self) -> Prefix:
+        """A prefix of no positions."""
+        return Prefix(
+            0, jax.tree.map(lambda x: np.zeros((*x.shape[:-4], 1, x.shape[-3], 0, x.shape[-1])), self.state.caches)
+        )
+
+    def _compile_stop(self, companions: int) -> None:
+        self._set_companions(companions)
+        self.state = self.runner.stop(self.state, jnp.int32(0))
+
+    def _compile_resize(self, companions: int, other: int) -> None:
+        self._set_companions(companions)
+        self._resize_companions([], other)
+
+    def _set_companions(self, size: int) -> None:
+        """Empty companion rows, as many as `size`."""
+        if size != self.companion_rows:
+            self._resize_companions([], 0)
+            self._resize_companions([], size)
 
     def run(self, steps: int = MAX_CHUNK_STEPS) -> Iterator[Progress]:
         """Advance until nothing is left."""
@@ -312,25 +505,45 @@ class Engine:
         for slot, active in enumerate(slots):
             if active is None or not active.running:
                 continue
-            new = chunk[: steps[slot] - active.step, slot].T
+            new = chunk[: steps[slot] - active.step, slot].T[:, max(0, active.reported - active.step) :]
             active.step, active.running = int(steps[slot]), bool(running[slot])
             active.text_pending = bool(text_pending[slot])
             if active.running:
-                progress.append(Progress(active.key, new, None))
+                progress.append(Progress(active.key, new, None, of_question=active.request.of_question))
                 continue
             self.active[slot] = None
-            progress.append(self._end_part(active, new))
+            try:
+                progress.append(self._end_part(active, new))
+            except Exception as error:
+                self._fail(slot, active, error)
         return progress
+
+    def _fail(self, slot: int, active: ActiveRequest, error: Exception) -> None:
+        """End a request that has failed by itself, and the transcription of its question."""
+        log.error("a request has failed; the others go on", exc_info=error)
+        active.running, self.active[slot] = False, None
+        self.cancel(active.key)
+        self._failures.append(Progress(active.key, _no_tokens(), None, error=error))
 
     def _end_part(self, active: ActiveRequest, new: np.ndarray) -> Progress:
         """The last tokens of a part; the next one, if any, is queued."""
         finish = self._finish_reason(active, new)
+        self._reported.pop(active.identity, None)
         if len(active.request.parts) == 1:
-            return Progress(active.key, new, finish)
+            unfinished = self._unfinished.pop(active.key, 1) - 1
+            if unfinished:
+                self._unfinished[active.key] = unfinished
+            question = active.request.of_question
+            return Progress(active.key, new, finish, of_question=question, pending=unfinished > 0)
         if active.step == active.request.config.max_steps:
             return Progress(active.key, new, "length")
-        # In front of the queue, so that the next part follows at once.
-        self.queue.appendleft((active.key, active.request.after_first(active.step)))
+        rest = (active.key, active.request.after_first(active.step))
+        if active.request.task is Task.A1T1:
+            # An hour of sound must not keep those waiting that want a sentence.
+            self.queue.append(rest)
+        else:
+            # The next sentence is spoken at once.
+            self.queue.appendleft(rest)
         return Progress(active.key, new, None, finish)
 
     def _finish_reason(self, active: ActiveRequest, new: np.ndarray) -> FinishReason:
@@ -391,7 +604,9 @@ class Engine:
         free = [slot for slot, active in enumerate(self.active) if active is None]
         arrivals = []
         for key, request in self._take_from_queue(len(free)):
-            active = ActiveRequest(key, request, text_pending=request.task.outputs_text)
+            reported = self._reported.get((key, request.of_question), 0)
+            prefix = self.prefixes.find(request.prompt.history)
+            active = ActiveRequest(key, request, reported, text_pending=request.task.outputs_text, prefix=prefix)
             slot = free.pop(0)
             self.active[slot] = active
             arrivals.append((slot, active))
@@ -408,12 +623,29 @@ class Engine:
             unused = (row for row in range(self.companion_rows) if row not in used)
             for active in newcomers:
                 active.companion = next(unused)
-        groups: dict[tuple[int, bool], list[tuple[int, ActiveRequest]]] = {}
+        groups: dict[tuple[int, bool, bool], list[tuple[int, ActiveRequest]]] = {}
         for slot, active in arrivals:
-            groups.setdefault(self._prefill_shape(active.request), []).append((slot, active))
-        for (length, _), group in groups.items():
+            groups.setdefault(self._prefill_shape(active.request, active.prefix), []).append((slot, active))
+        for (length, _, _), group in groups.items():
             for start in range(0, len(group), MAX_PREFILL_ROWS):
-                self._prefill(length, group[start : start + MAX_PREFILL_ROWS])
+                self._try_prefill(length, group[start : start + MAX_PREFILL_ROWS])
+
+    def _try_prefill(self, length: int, group: list[tuple[int, ActiveRequest]]) -> None:
+        """Prefill requests; where that fails, each by itself, so that only one that cannot be prefilled fails."""
+        group = [(slot, active) for slot, active in group if active.running]
+        if not group:
+            return
+        try:
+            self._prefill(length, group)
+        except Exception as error:
+            if any(array.is_deleted() for array in jax.tree.leaves(self.state)):
+                # The running batch went into the program that failed.
+                raise
+            if len(group) == 1:
+                self._fail(*group[0], error)
+                return
+            for entry in group:
+                self._try_prefill(length, [entry])
 
     def _take_from_queue(self, free: int) -> list[tuple[int, PreparedRequest]]:
         """Take from the queue the requests that are admitted now, at most `free`.
@@ -424,18 +656,23 @@ class Engine:
             return [self.queue.popleft() for _ in range(min(free, len(self.queue)))]
         if not free or not self.queue:
             return []
-        shape, rows = self._prefill_shape(self.queue[0][1]), min(free, MAX_PREFILL_ROWS)
+
+        def shape_of(request: PreparedRequest) -> tuple[int, bool, bool]:
+            return self._prefill_shape(request, self.prefixes.find(request.prompt.history))
+
+        shape, rows = shape_of(self.queue[0][1]), min(free, MAX_PREFILL_ROWS)
         chosen: list[tuple[int, PreparedRequest]] = []
         left: deque[tuple[int, PreparedRequest]] = deque()
         for entry in self.queue:
-            together = len(chosen) < rows and self._prefill_shape(entry[1]) == shape
+            together = len(chosen) < rows and shape_of(entry[1]) == shape
             (chosen if together else left).append(entry)
         self.queue = left
         return chosen
 
-    def _prefill_shape(self, request: PreparedRequest) -> tuple[int, bool]:
-        """Padded length, and whether there is speech: prompts alike in this are prefilled together."""
-        return self._padded(len(request.prompt) - 1), request.task.takes_audio
+    def _prefill_shape(self, request: PreparedRequest, prefix: Prefix | None) -> tuple[int, bool, bool]:
+        """Padded length, and whether there are speech and a prefix: prompts alike in this are prefilled together."""
+        known = 0 if prefix is None else prefix.length
+        return self._padded(len(request.prompt) - 1 - known), request.task.takes_audio, prefix is not None
 
     def _padded(self, length: int) -> int:
         return min(next(size for size in self.buckets if size >= length), self.max_len)
@@ -445,29 +682,34 @@ class Engine:
         count = len(group)
         rows = next_power_of_2(count)
         requests = [active.request for _, active in group]
+        known = [0 if active.prefix is None else active.prefix.length for _, active in group]
         tokens = np.tile(self.vocab.padding[:, None], (rows, 1, length))
-        for row, request in enumerate(requests):
-            prompt = request.prompt.tokens[:, :-1]
+        for row, (request, begin) in enumerate(zip(requests, known, strict=True)):
+            prompt = request.prompt.tokens[:, begin:-1]
             tokens[row, :, : prompt.shape[1]] = prompt
-        speech = positions = None
+        speech = positions = starts = prefix = lengths = None
         if requests[0].task.takes_audio:
-            encoder = self.runner.config.audio_encoder
-            recordings = [sound for request in requests if (sound := request.parts[0].speech) is not None]
-            assert len(recordings) == count
-            samples = 320 * max(encoder.window(len(recording)) for recording in recordings)
-            audio = np.zeros((rows, samples), np.float32)
-            for row, recording in enumerate(recordings):
-                audio[row] = pad(recording, samples)
-            speech = self.runner.encode_audio(jnp.asarray(audio))
+            speech = self._encode(requests, rows)
             positions = _column([request.prompt.speech_positions for request in requests], rows, np.int32)
-        # Only a TTS adapter's cache depends on what is output: without one there is one program less per shape.
-        outputs_audio = any(request.task.outputs_audio for request in requests)
+            starts = _column([request.prompt.speech_start for request in requests], rows, np.int32)
+        if group[0][1].prefix is not None:
+            prefix = self._load_prefixes([a.prefix for _, a in group if a.prefix is not None], rows)
+            lengths = _column(known, rows, np.int32)
+        # Only a TTS adapter's cache depends on what is output: without one there is one program less per shape. That of
+        # a history has both, whatever this turn outputs.
+        histories = [(row, r.prompt.history) for row, r in enumerate(requests) if len(r.prompt.history) > known[row]]
+        outputs_audio = any(request.task.outputs_audio for request in requests) or prefix is not None or histories
         caches = self.runner.prefill(
             jnp.asarray(tokens),
             speech,
             positions,
-            audio=self.runner.config.tts_adapter_layers > 0 and outputs_audio,
+            starts,
+            prefix,
+            lengths,
+            audio=self.runner.config.tts_adapter_layers > 0 and bool(outputs_audio),
         )
+        if histories:
+            self._to_keep.append((caches, histories))
         nowhere = self.max_batch_size
         companions = [nowhere if active.companion is None else active.companion for _, active in group]
         self.state = self.runner.insert(
@@ -477,6 +719,54 @@ class Engine:
             _column(companions, rows, np.int32, nowhere),
             self._arrivals(requests, rows),
         )
+
+    def _prefill_history(self, history: History) -> None:
+        """Prefill a history for the prefix cache, in no batch slot."""
+        prefix = self.prefixes.find(history)
+        new = len(history) - (0 if prefix is None else prefix.length)
+        if new:
+            # Of a prompt, all but the last column is prefilled.
+            tokens = np.concatenate([history.tokens, self.vocab.padding[:, None]], axis=1)
+            request = PreparedRequest.of(Prompt(Task.T1T2, tokens, 0, history))
+            self._prefill(self._padded(new), [(self.max_batch_size, ActiveRequest(-1, request, prefix=prefix))])
+
+    def _encode(self, requests: Sequence[PreparedRequest], rows: int) -> jax.Array:
+        """The speech embeddings [rows, A, D] of the requests; a question and its transcription are encoded once."""
+        recordings = [sound for request in requests if (sound := request.parts[0].speech) is not None]
+        assert len(recordings) == len(requests)
+        if self._encoded is not None:
+            known, speech = self._encoded
+            if len(known) == len(recordings) and all(a is b for a, b in zip(known, recordings, strict=True)):
+                return speech
+        encoder = self.runner.config.audio_encoder
+        samples = 320 * max(encoder.window(len(recording)) for recording in recordings)
+        audio = np.zeros((rows, samples), np.float32)
+        for row, recording in enumerate(recordings):
+            audio[row] = pad(recording, samples)
+        speech = self.runner.encode_audio(jnp.asarray(audio))
+        again = any(request.transcription is not None for request in requests)
+        self._encoded = (recordings, speech) if again else None
+        return speech
+
+    def _load_prefixes(self, prefixes: Sequence[Prefix], rows: int) -> dict[str, Cache]:
+        """Caches of `rows` rows, as long as the running batch's, that hold these prefixes."""
+
+        def load(like: jax.Array, *kept: np.ndarray) -> jax.Array:
+            # A stacked cache has its layers in front of the rows.
+            array = np.zeros((*like.shape[:-4], rows, *like.shape[-3:]), like.dtype)
+            for row, (prefix, known) in enumerate(zip(prefixes, kept, strict=True)):
+                array[..., row : row + 1, :, : prefix.length, :] = known[..., : prefix.length, :]
+            return jnp.asarray(array)
+
+        return jax.tree.map(load, self.state.caches, *(prefix.caches for prefix in prefixes))
+
+    def _keep_histories(self) -> None:
+        """Put prefilled histories into the prefix cache; waits for their prefill, while a chunk may be running."""
+        for caches, histories in self._to_keep:
+            arrays = jax.tree.map(np.asarray, caches)
+            for row, history in histories:
+                self.prefixes.keep(history, arrays, row)
+        self._to_keep.clear()
 
     def _arrivals(self, requests: Sequence[PreparedRequest], rows: int) -> DecodeState:
         """The state of requests that have just been prefilled, without caches, padded to `rows` rows."""
@@ -494,7 +784,7 @@ class Engine:
                 max_steps=_column([request.max_steps(self.context) for request in requests], rows, np.int32),
                 enforce_delay=_column([config.enforce_delay for config in configs], rows, bool),
                 sampling=Sampling(
-                    temperature=_column([config.temperature for config in configs], rows, np.float32),
+                    temperature=_column([config.sampling_temperature for config in configs], rows, np.float32),
                     top_k=_column([config.top_k for config in configs], rows, np.int32),
                     top_p=_column([config.top_p for config in configs], rows, np.float32, 1),
                     seed=_column([config.seed for config in configs], rows, np.uint32),
@@ -503,6 +793,10 @@ class Engine:
             caches={},
             companions=None,
         )
+
+
+def _no_tokens() -> np.ndarray:
+    return np.zeros((NUM_STREAMS, 0), np.int32)
 
 
 def _column(values: Sequence[float], rows: int, dtype: type, filler: float = 0) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -26,10 +26,39 @@ Samples are float within -1..1, uint8, int16 or int32; [samples], [samples, chan
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A past turn of a conversation, as text: what was asked, and what was answered. Either may be empty."""
+
+    question: str = ""
+    answer: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("question", "answer"):
+            if not isinstance(value := getattr(self, name), str):
+                raise ConfigError(f"{name}: expected a string, found {type(value).__name__}", field=name)
+
+    @classmethod
+    def of(cls, source: Turn | Mapping[str, Any] | Sequence[str]) -> Turn:
+        """A turn, a dict of its fields, or a question and an answer.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        if isinstance(source, Turn):
+            return source
+        if isinstance(source, Mapping) and set(source) <= {"question", "answer"}:
+            return cls(**source)
+        if isinstance(source, (tuple, list)) and len(source) == 2:
+            return cls(*source)
+        raise ConfigError(f"expected a question and an answer, found {source!r}")
+
+
+@dataclass(frozen=True)
 class Request:
     """One thing to answer: exactly one of `audio` and `text`.
 
-    Without a task, the answer is text and speech (A1A2 or T1A2).
+    Without a task, the answer is text and speech (A1A2 or T1A2). `system` and `history` need a model that was trained
+    for conversations, and a task other than A1T1 and T1A1.
     """
 
     audio: Audio | None = None
@@ -43,8 +72,31 @@ class Request:
     """None: the defaults, or the config that the caller gives for all requests."""
     name: str = field(default="array", kw_only=True)
     """What error messages call an array."""
+    system: str | None = field(default=None, kw_only=True)
+    """Text that a conversation begins with, such as a name or a manner."""
+    history: Sequence[Turn] = field(default=(), kw_only=True)
+    """The turns before this one, the oldest first; anything that `Turn.of` takes."""
+    transcribe_question: bool = field(default=False, kw_only=True)
+    """Whether the model also transcribes the recording, next to the answer: `Chunk.question`, `Reply.question`."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.system, str | None):
+            raise ConfigError(f"system: expected a string, found {type(self.system).__name__}", field="system")
+        if isinstance(self.history, str) or not isinstance(self.history, Sequence):
+            found = type(self.history).__name__
+            raise ConfigError(f"history: expected a list of turns, found {found}", field="history")
+        turns = []
+        for index, turn in enumerate(self.history):
+            try:
+                turns.append(Turn.of(turn))
+            except ConfigError as error:
+                raise ConfigError(f"history[{index}]: {error}", field="history") from None
+        object.__setattr__(self, "history", tuple(turns))
+        if not isinstance(self.transcribe_question, bool):
+            raise ConfigError(
+                f"transcribe_question: expected True or False, found {self.transcribe_question!r}",
+                field="transcribe_question",
+            )
         if not isinstance(self.config, GenerationConfig | None):
             found = type(self.config).__name__
             raise ConfigError(
@@ -93,6 +145,16 @@ class Request:
         if task.takes_audio != (self.audio is not None):
             expected, found = ("audio", "text") if task.takes_audio else ("text", "audio")
             raise ConfigError(f"task {task}: expected {expected}, found {found}", field="task")
+        if task in (Task.A1T1, Task.T1A1):
+            for name in ("system", "history"):
+                if getattr(self, name):
+                    raise ConfigError(
+                        f"{name}: expected none for task {task}, which depends on nothing else", field=name
+                    )
+        if self.transcribe_question and (task is Task.A1T1 or not task.takes_audio):
+            raise ConfigError(
+                f"transcribe_question: expected a task that answers speech, found {task}", field="transcribe_question"
+            )
         return task
 
     @property

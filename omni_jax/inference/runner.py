@@ -11,6 +11,7 @@ from flax import nnx, traverse_util
 
 from omni_jax import sharding
 from omni_jax.config.model import ModelConfig
+from omni_jax.hardware import require_memory
 from omni_jax.inference import decode
 from omni_jax.inference.decode import DecodeState, Routing
 from omni_jax.model.decoder import Cache
@@ -75,8 +76,8 @@ class ModelRunner:
     """A model's weights, as a plain dict (cheap to dispatch), and the programs that run on them.
 
     Each program is compiled once per shape: `encode_audio` per batch of recordings, `prefill` per rows and padded
-    length, `decode_chunk` per batch size, cache length and routing sizes. If the weights are sharded over a mesh, so
-    is the running batch.
+    length, with and without a prefix, `decode_chunk` per batch size, cache length and routing sizes. If the weights are
+    sharded over a mesh, so is the running batch.
 
     Attributes:
         config: the model's shape.
@@ -112,12 +113,10 @@ class ModelRunner:
         with jax.set_mesh(self._mesh):
             return self.jitted.encode_audio(self.weights, audio)
 
-    def prefill(
-        self, tokens: Array, speech: Array | None, speech_positions: Array | None, *, audio: bool
-    ) -> dict[str, Cache]:
+    def prefill(self, tokens: Array, *args: Any, audio: bool) -> dict[str, Cache]:
         """See `omni_jax.inference.decode.prefill`."""
         with jax.set_mesh(self._mesh):
-            return self.jitted.prefill(self.weights, tokens, speech, speech_positions, audio=audio)
+            return self.jitted.prefill(self.weights, tokens, *args, audio=audio)
 
     def decode_chunk(self, state: DecodeState, routing: Routing, steps: Array) -> tuple[DecodeState, Array, Array]:
         """See `omni_jax.inference.decode.decode_chunk`; `state` is donated."""
@@ -125,7 +124,16 @@ class ModelRunner:
             return self.jitted.decode_chunk(self.weights, state, routing, steps)
 
     def init_state(self, max_batch_size: int, max_len: int) -> DecodeState:
-        """See `omni_jax.inference.decode.init_state`."""
+        """See `omni_jax.inference.decode.init_state`.
+
+        Raises:
+            ConfigError: the cache is larger than the memory of the devices.
+        """
+        trunk = self.config.trunk
+        values = 2 * max_batch_size * max_len * trunk.num_layers * trunk.num_kv_heads * trunk.head_dim
+        what = f"a cache of {max_batch_size} x {max_len} positions"
+        # No type of the cache is smaller than bfloat16.
+        require_memory(2 * values, what, list(self._mesh.devices.flat))
         with jax.set_mesh(self._mesh):
             return self.jitted.init_state(self.weights, max_batch_size, max_len)
 

@@ -20,7 +20,15 @@ SPLASH_BLOCKS = (512, 256, 128)
 """Positions that the splash kernel takes at a time: the largest of these that divides the length."""
 
 
-def attend(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Array:
     """Grouped-query attention with a float32 softmax.
 
     Without a mask, queries of a long sequence are taken a block at a time: all scores of a 30 s recording at once are
@@ -32,6 +40,8 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None = None) ->
         key: [B, S, K, H].
         value: [B, S, K, H].
         mask: bool, broadcastable to [B, T, S], True where a position may attend; None: every position to every other.
+        scale: what products are multiplied with; None: 1 / sqrt(H).
+        softcap: bound of the scores s, which become softcap * tanh(s / softcap); None: unbounded.
 
     Returns:
         [B, T, N, H], in query's dtype.
@@ -43,7 +53,8 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None = None) ->
 
     def attend_rows(rows: Array, mask: Array | None) -> Array:
         """Rows [B, K, R, H] against all keys; mask broadcastable to [B, 1, R, S]."""
-        scores = jnp.einsum("bkrh,bksh->bkrs", rows, key, preferred_element_type=jnp.float32) / math.sqrt(H)
+        products = jnp.einsum("bkrh,bksh->bkrs", rows, key, preferred_element_type=jnp.float32)
+        scores = soft_cap(products / math.sqrt(H) if scale is None else products * scale, softcap)
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         # The maximum cancels out, and so does its gradient; dividing after the sum over S is the same softmax.
@@ -73,7 +84,21 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None = None) ->
     return mixed.swapaxes(0, 1).reshape(B, blocks * QUERY_BLOCK, N, H)[:, :T]
 
 
-def attend_cache(query: Array, keys: Array, values: Array, positions: Array) -> Array:
+def soft_cap(x: Array, softcap: float | None) -> Array:
+    """Bound x: softcap * tanh(x / softcap) (Gemma 2, arXiv 2408.00118); None: x."""
+    return x if softcap is None else softcap * jnp.tanh(x / softcap)
+
+
+def attend_cache(
+    query: Array,
+    keys: Array,
+    values: Array,
+    positions: Array,
+    window: int | Array | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Array:
     """Attention of one position per row to positions 0..position of its cache.
 
     Heads that stand side by side in the cache's last axis, P of them, are read as one: a query attends to its own part
@@ -84,6 +109,9 @@ def attend_cache(query: Array, keys: Array, values: Array, positions: Array) -> 
         keys: [R, K / P, S, P * H].
         values: [R, K / P, S, P * H].
         positions: int32 [R].
+        window: how many positions are attended to at most, the row's own and those before it; None: all.
+        scale: see `attend`.
+        softcap: see `attend`.
 
     Returns:
         [R, N, H].
@@ -95,10 +123,11 @@ def attend_cache(query: Array, keys: Array, values: Array, positions: Array) -> 
     query = query.reshape(R, groups, P, -1, 1, H)
     if P > 1:
         query = query * own[:, None, :, None]
-    scores = jnp.einsum(
-        "rkgh,rksh->rkgs", query.reshape(R, groups, -1, W), keys, preferred_element_type=jnp.float32
-    ) / math.sqrt(H)
+    products = jnp.einsum("rkgh,rksh->rkgs", query.reshape(R, groups, -1, W), keys, preferred_element_type=jnp.float32)
+    scores = soft_cap(products / math.sqrt(H) if scale is None else products * scale, softcap)
     seen = jnp.arange(S) <= positions[:, None]
+    if window is not None:
+        seen &= jnp.arange(S) > positions[:, None] - window
     weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
     mixed = jnp.einsum("rkgs,rksh->rkgh", weights.astype(values.dtype), values).reshape(R, groups, P, -1, P, H)
     if P > 1:
@@ -111,7 +140,17 @@ def can_use_splash(length: int) -> bool:
     return sharding.platform() == "tpu" and length % SPLASH_BLOCKS[-1] == 0
 
 
-def attend_splash(query: Array, key: Array, value: Array, segments: Array | None, *, interpret: bool = False) -> Array:
+def attend_splash(
+    query: Array,
+    key: Array,
+    value: Array,
+    segments: Array | None,
+    window: int | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    interpret: bool = False,
+) -> Array:
     """Causal grouped-query attention of whole sequences on a TPU, by JAX's splash kernel.
 
     Plain attention over 2048 positions writes and reads 4 bytes for every pair of positions and every head, several
@@ -123,6 +162,9 @@ def attend_splash(query: Array, key: Array, value: Array, segments: Array | None
         key: [B, T, K, H].
         value: [B, T, K, H].
         segments: int32 [B, T]: a position attends to its own segment only; None if a row is one sequence.
+        window: see `attend_cache`.
+        scale: see `attend`.
+        softcap: see `attend`.
         interpret: run without a TPU, slowly.
 
     Returns:
@@ -151,15 +193,23 @@ def attend_splash(query: Array, key: Array, value: Array, segments: Array | None
 
     def local(query: Array, key: Array, value: Array, *segments: Array) -> Array:
         N = query.shape[2]
-        mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * N)
-        one = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+        seen = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
+        one = kernel.make_splash_mha(
+            masks.MultiHeadMask([seen] * N),
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            attn_logits_soft_cap=softcap,
+            interpret=interpret,
+        )
 
         def row(query: Array, key: Array, value: Array, *segments: Array) -> Array:
             ids = kernel.SegmentIds(segments[0], segments[0]) if segments else None
             return one(query, key, value, segment_ids=ids)
 
         by_heads = partial(jnp.swapaxes, axis1=1, axis2=2)
-        mixed = jax.vmap(row)(by_heads(query / math.sqrt(H)), by_heads(key), by_heads(value), *segments)
+        scaled = query / math.sqrt(H) if scale is None else query * scale
+        mixed = jax.vmap(row)(by_heads(scaled), by_heads(key), by_heads(value), *segments)
         return by_heads(mixed).astype(query.dtype)
 
     given = () if segments is None else (segments,)

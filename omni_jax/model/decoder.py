@@ -1,4 +1,4 @@
-"""The language model: a stack of pre-norm blocks of the Qwen2 or Llama family, with a key/value cache.
+"""The language model: a stack of blocks whose config states what differs between families, with a key/value cache.
 
 Layers are either stacked (one array per weight with a leading layer axis, run by `lax.scan`: compiles fast and moves
 the fewest bytes on TPU) or separate (XLA:CPU would copy every layer's slice out of a stack). Both give the same
@@ -18,9 +18,9 @@ import numpy as np
 from flax import nnx
 
 from omni_jax import sharding
-from omni_jax.config.model import TrunkConfig
+from omni_jax.config.model import LayerKind, TrunkConfig
 from omni_jax.model.attention import attend, attend_cache, attend_splash, can_use_splash
-from omni_jax.model.layers import Array, Attention, GatedMLP, Keys, RMSNorm, make_layers, rope
+from omni_jax.model.layers import Array, Attention, GatedMLP, Keys, RMSNorm, make_layers, rope, trunk_norm
 
 Remat = Literal["none", "dots", "full"]
 Cache = dict[str, Any]
@@ -31,13 +31,39 @@ LANES = 128
 
 
 class DecoderBlock(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); norms may also, or instead, follow attention and MLP."""
 
     def __init__(self, config: TrunkConfig, rngs: Keys):
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.residual_multiplier = config.residual_multiplier
+        self.attention_norm = trunk_norm(config) if config.norms_before else None
         self.attention = Attention(config, rngs)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_size, rngs)
+        self.attention_post_norm = trunk_norm(config) if config.norms_after else None
+        self.mlp_norm = trunk_norm(config) if config.norms_before else None
+        self.mlp = GatedMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            config.hidden_size,
+            rngs,
+            bias=config.mlp_bias,
+            activation=config.hidden_act,
+        )
+        self.mlp_post_norm = trunk_norm(config) if config.norms_after else None
+
+    def project(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+        """Query, key and value of hidden states [B, T, D]; see `Attention.project`."""
+        return self.attention.project(_norm(self.attention_norm, x), cos, sin)
+
+    def finish(self, x: Array, heads: Array) -> Array:
+        """Hidden states [..., D] after this block, from those before it and its attention's heads [..., N, H]."""
+        x = self._add(x, _norm(self.attention_post_norm, self.attention.out(heads)))
+        return self._add(x, _norm(self.mlp_post_norm, self.mlp(_norm(self.mlp_norm, x))))
+
+    def _add(self, x: Array, change: Array) -> Array:
+        return x + (change if self.residual_multiplier == 1 else change * self.residual_multiplier)
+
+
+def _norm(norm: RMSNorm | None, x: Array) -> Array:
+    return x if norm is None else norm(x)
 
 
 class Decoder(nnx.Module):
@@ -47,6 +73,39 @@ class Decoder(nnx.Module):
         self.config, self.num_layers, self.stacked, self.dtype = config, num_layers, stacked, dtype
         keys = jax.random.split(rngs.params(), num_layers)
         self.layers: Any = make_layers(lambda keys: DecoderBlock(config, keys), keys, stacked=stacked)
+
+    @property
+    def kinds(self) -> list[LayerKind]:
+        """The kinds of its layers, each once."""
+        return list(dict.fromkeys(map(self.config.layer_kind, range(self.num_layers))))
+
+    @property
+    def kind_of_layer(self) -> list[int]:
+        """For each layer the number of its kind."""
+        kinds = self.kinds
+        return [kinds.index(self.config.layer_kind(layer)) for layer in range(self.num_layers)]
+
+    def _of_kind(self, options: Sequence[Any]) -> Callable[[Any], Any]:
+        """What gives one of several trees of equal shapes, one for each of `kinds`, by the number of a layer's kind.
+
+        The number is traced where layers are scanned; with a single kind there is nothing to select.
+        """
+        if len(options) == 1:
+            return lambda kind: options[0]
+        if not self.stacked:
+            return lambda kind: options[kind]
+        together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *options)
+        return lambda kind: jax.tree.map(lambda leaf: leaf[kind], together)
+
+    def _windows(self, length: int) -> tuple[int, ...] | None:
+        """How many positions a layer of each kind attends to at most; None: all layers to all of `length`."""
+        window = min(length, self.config.sliding_window or length)
+        sliding = any(kind.sliding for kind in self.kinds) and window < length
+        return tuple(window if kind.sliding else length for kind in self.kinds) if sliding else None
+
+    @property
+    def _score_options(self) -> dict[str, Any]:
+        return {"scale": self.config.attention_scale, "softcap": self.config.attention_softcap}
 
     @property
     def packed_heads(self) -> int:
@@ -72,9 +131,14 @@ class Decoder(nnx.Module):
         return {name: tuple(jnp.zeros(shape, self.dtype) for _ in range(self.num_layers)) for name in "kv"}
 
     def __call__(
-        self, x: Array, positions: Array, segments: Array | None = None, remat: Remat = "none"
+        self,
+        x: Array,
+        positions: Array,
+        segments: Array | None = None,
+        remat: Remat = "none",
+        prefix: Cache | None = None,
     ) -> tuple[Array, Cache]:
-        """Run whole sequences: training and prefill.
+        """Run whole sequences, or what follows the beginnings of some: training and prefill.
 
         Args:
             x: [B, T, D] embeddings.
@@ -82,46 +146,105 @@ class Decoder(nnx.Module):
             segments: int32 [B, T] when several sequences are packed into a row: each attends only to its own. Padding
                 forms a segment of its own.
             remat: what a backward pass computes again: nothing, all but matrix products, or whole blocks.
+            prefix: keys and values of the positions before each row's first, B rows of S positions; what it has at
+                others is not used. Not with segments.
 
         Returns:
-            [B, T, D] and the keys and values of these T positions as a cache.
+            [B, T, D] and the keys and values of these T positions as a cache; with a prefix, the prefix with them in.
         """
-        T = x.shape[1]
-        cos, sin = rope(positions, self.config)
-        attention: Callable[[Array, Array, Array], Array]
-        if can_use_splash(T):
-            attention = partial(attend_splash, segments=segments)
+        B, T, _ = x.shape
+        angles = self._of_kind([rope(positions, self.config, kind) for kind in self.kinds])
+        if prefix is None:
+            attention = self._attention(T, segments)
         else:
-            mask = jnp.tril(jnp.ones((1, T, T), bool))
-            if segments is not None:
-                mask = mask & (segments[:, :, None] == segments[:, None, :])
-            attention = partial(attend, mask=mask)
+            attention = self._attention_to_prefix(positions, cache_length(prefix))
 
-        def block(layer: DecoderBlock, x: Array) -> tuple[Array, tuple[Array, Array]]:
+        def cached(new: Array, before: Array | None) -> Array:
+            """Keys or values [B, T, K, H] as the cache has them, [B, K / P, S or T, P * H]."""
+            if before is None:
+                return self.pack(new).swapaxes(1, 2)
+            # A row's padding may go beyond the cache.
+            return before.at[jnp.arange(B)[:, None], :, positions].set(self.pack(new), mode="drop")
+
+        def attended(new: Array, cache: Array) -> Array:
+            """Keys or values that are attended to: [B, S or T, K, H]."""
+            return new if prefix is None else cache.swapaxes(1, 2).reshape(B, -1, *new.shape[2:])
+
+        def block(layer: DecoderBlock, kind: Any, x: Array, before: Any) -> tuple[Array, tuple[Array, Array]]:
             x = sharding.constrain_rows(x)
-            query, key, value = layer.attention.project(layer.attention_norm(x), cos, sin)
-            x = x + layer.attention.out(attention(query, key, value))
-            x = x + layer.mlp(layer.mlp_norm(x))
-            return x, (self.pack(key).swapaxes(1, 2), self.pack(value).swapaxes(1, 2))
+            query, key, value = layer.project(x, *angles(kind))
+            keys, values = cached(key, before[0]), cached(value, before[1])
+            x = layer.finish(x, attention(kind, query, attended(key, keys), attended(value, values)))
+            return x, (keys, values)
 
-        def run(graph: nnx.GraphDef, weights: Any, x: Array) -> tuple[Array, tuple[Array, Array]]:
-            return block(nnx.merge(graph, weights), x)
+        def run(kind: Any) -> Callable[[nnx.GraphDef, Any, Array, Any], tuple[Array, tuple[Array, Array]]]:
+            def of_weights(
+                graph: nnx.GraphDef, weights: Any, x: Array, before: Any
+            ) -> tuple[Array, tuple[Array, Array]]:
+                return block(nnx.merge(graph, weights), kind, x, before)
 
-        if remat != "none":
+            if remat == "none":
+                return of_weights
             # Inside a scan the compiler cannot undo the recomputation, so it needs no barriers against that.
             policy = None if remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            run = jax.checkpoint(run, policy=policy, prevent_cse=not self.stacked, static_argnums=0)
+            return jax.checkpoint(of_weights, policy=policy, prevent_cse=not self.stacked, static_argnums=0)
+
+        nothing = (None, None)
         if self.stacked:
             graph, weights = nnx.split(self.layers)
-            x, (keys, values) = jax.lax.scan(lambda x, w: run(graph, w, x), x, weights)
+            xs = (weights, self._scanned_kinds(), nothing if prefix is None else (prefix["k"], prefix["v"]))
+            x, (keys, values) = jax.lax.scan(lambda x, xs: run(xs[1])(graph, xs[0], x, xs[2]), x, xs)
             return x, {"k": keys, "v": values}
         pairs = []
-        for layer in self.layers:
-            x, pair = run(*nnx.split(layer), x)
+        for index, (kind, layer) in enumerate(zip(self.kind_of_layer, self.layers, strict=True)):
+            before = nothing if prefix is None else (prefix["k"][index], prefix["v"][index])
+            x, pair = run(kind)(*nnx.split(layer), x, before)
             pairs.append(pair)
         return x, {"k": tuple(k for k, _ in pairs), "v": tuple(v for _, v in pairs)}
 
-    def decode(self, x: Array, positions: Array, caches: Sequence[Cache]) -> tuple[Array, list[Cache]]:
+    def _scanned_kinds(self) -> Array | None:
+        """The kind of each layer, int32 [L], for a scan over layers; None if there is one kind."""
+        return None if len(self.kinds) == 1 else jnp.array(self.kind_of_layer, jnp.int32)
+
+    def _attention(self, T: int, segments: Array | None) -> Callable[[Any, Array, Array, Array], Array]:
+        """Causal attention of whole sequences in a layer of a kind: (kind, query, key, value) -> heads [B, T, N, H]."""
+        windows = self._windows(T)
+        if can_use_splash(T):
+            kernel = partial(attend_splash, segments=segments, **self._score_options)
+            if windows is None:
+                return lambda kind, *qkv: kernel(*qkv)
+            kernels = [partial(kernel, window=None if window == T else window) for window in windows]
+            if len(kernels) == 1:
+                return lambda kind, *qkv: kernels[0](*qkv)
+            return lambda kind, *qkv: jax.lax.switch(kind, kernels, *qkv)
+        mask = jnp.tril(jnp.ones((1, T, T), bool))
+        if segments is not None:
+            mask = mask & (segments[:, :, None] == segments[:, None, :])
+        if windows is None:
+            whole = partial(attend, mask=mask, **self._score_options)
+            return lambda kind, *qkv: whole(*qkv)
+        # Neighbors in a row are neighbors in their sequence, wherever it starts.
+        distance = jnp.arange(T)[:, None] - jnp.arange(T)
+        window_of = self._of_kind(windows)
+
+        def windowed(kind: Any, query: Array, key: Array, value: Array) -> Array:
+            return attend(query, key, value, mask & (distance < window_of(kind)), **self._score_options)
+
+        return windowed
+
+    def _attention_to_prefix(self, positions: Array, S: int) -> Callable[[Any, Array, Array, Array], Array]:
+        """The same for positions [B, T] of a cache of S positions, keys and values of the whole cache."""
+        distance = positions[:, :, None] - jnp.arange(S)
+        windows = self._windows(S)
+        window_of = self._of_kind([S] if windows is None else windows)
+
+        def seen(kind: Any, query: Array, key: Array, value: Array) -> Array:
+            mask = (distance >= 0) & (distance < window_of(kind))
+            return attend(query, key, value, mask, **self._score_options)
+
+        return seen
+
+    def decode(self, x: Array, positions: Array, caches: Sequence[Cache], live: Array) -> tuple[Array, list[Cache]]:
         """Run one position of many rows against their caches.
 
         The rows may be in several caches (the batch, and the companion rows of batch-parallel decoding); every
@@ -131,36 +254,46 @@ class Decoder(nnx.Module):
             x: [R, D] embeddings, rows in the order of the caches.
             positions: int32 [R], the cache position each row writes; it attends to 0..position.
             caches: together R rows.
+            live: int32 [], how many positions attention must read: results of rows at later positions are wrong.
 
         Returns:
             [R, D] and the caches with this position in.
         """
-        cos, sin = rope(positions[:, None], self.config)
+        angles = self._of_kind([rope(positions[:, None], self.config, kind) for kind in self.kinds])
+        windows = self._windows(max(map(cache_length, caches)))
+        window_of = self._of_kind([None] if windows is None else windows)
         ends = np.cumsum([cache_rows(cache) for cache in caches])
         groups = [slice(end - cache_rows(cache), end) for end, cache in zip(ends, caches, strict=True)]
 
-        def block(layer: DecoderBlock, index: Any, x: Array, caches: list[Cache]) -> tuple[Array, list[Cache]]:
-            query, key, value = (y[:, 0] for y in layer.attention.project(layer.attention_norm(x)[:, None], cos, sin))
+        def block(
+            layer: DecoderBlock, index: Any, kind: Any, x: Array, caches: list[Cache]
+        ) -> tuple[Array, list[Cache]]:
+            query, key, value = (y[:, 0] for y in layer.project(x[:, None], *angles(kind)))
             heads, updated = [], []
             for rows, cache in zip(groups, caches, strict=True):
                 new = self.pack(key[rows]), self.pack(value[rows])
-                cache, keys, values = write_cache(cache, index, positions[rows], *new)
-                heads.append(attend_cache(query[rows], keys, values, positions[rows]))
+                cache = write_cache(cache, index, positions[rows], *new)
+                heads.append(
+                    attend_prefix(
+                        query[rows], cache, index, positions[rows], live, window_of(kind), **self._score_options
+                    )
+                )
                 updated.append(cache)
-            x = x + layer.attention.out(jnp.concatenate(heads))
-            return x + layer.mlp(layer.mlp_norm(x)), updated
+            return layer.finish(x, jnp.concatenate(heads)), updated
 
         state = list(caches)
         if self.stacked:
             graph, weights = nnx.split(self.layers)
 
-            def body(carry: tuple[Array, list[Cache]], xs: tuple[Any, Array]) -> tuple[tuple[Array, list[Cache]], None]:
-                return block(nnx.merge(graph, xs[0]), xs[1], *carry), None
+            def body(carry: tuple[Array, list[Cache]], xs: tuple[Any, ...]) -> tuple[tuple[Array, list[Cache]], None]:
+                weights, index, kind = xs
+                return block(nnx.merge(graph, weights), index, kind, *carry), None
 
-            (x, state), _ = jax.lax.scan(body, (x, state), (weights, jnp.arange(self.num_layers)))
+            layers = (weights, jnp.arange(self.num_layers), self._scanned_kinds())
+            (x, state), _ = jax.lax.scan(body, (x, state), layers)
             return x, state
         for index, layer in enumerate(self.layers):
-            x, state = block(layer, index, x, state)
+            x, state = block(layer, index, self.kind_of_layer[index], x, state)
         return x, state
 
 
@@ -174,7 +307,57 @@ def cache_length(cache: Cache) -> int:
     return jax.tree.leaves(cache)[0].shape[-2]
 
 
-def write_cache(cache: Cache, layer: Any, positions: Array, key: Array, value: Array) -> tuple[Cache, Array, Array]:
+def prefix_lengths(cache: Cache) -> tuple[int, ...]:
+    """The numbers of positions that attention can read of a cache's rows, the last of them all.
+
+    From an eighth, the short ones close together. Layers that are not stacked are compiled one by one, each for all
+    lengths: there are three of them, from a quarter.
+    """
+    eighths = (2, 4, 8) if isinstance(cache["k"], tuple) else (1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8)
+    return tuple(sorted({math.ceil(cache_length(cache) * part / 8) for part in eighths}))
+
+
+def attend_prefix(
+    query: Array,
+    cache: Cache,
+    layer: Any,
+    positions: Array,
+    live: Array,
+    window: int | Array | None = None,
+    **score_options: float | None,
+) -> Array:
+    """`attend_cache` to a layer of a cache: of `prefix_lengths`, the shortest that has all live positions is read.
+
+    Args:
+        query: [R, N, H].
+        cache: the whole cache.
+        layer: which layer; a traced index if the cache is stacked.
+        positions: int32 [R].
+        live: int32 [], positions that are in use.
+        window: see `attend_cache`.
+        score_options: see `attend_cache`.
+
+    Returns:
+        [R, N, H].
+    """
+
+    def attend_to(length: int) -> Callable[[], Array]:
+        def attend() -> Array:
+            if isinstance(cache["k"], tuple):
+                keys, values = (cache[name][layer][:, :, :length] for name in "kv")
+            else:
+                start, size = (layer, 0, 0, 0, 0), (1, *cache["k"].shape[1:3], length, cache["k"].shape[4])
+                keys, values = (jax.lax.dynamic_slice(cache[name], start, size)[0] for name in "kv")
+            return attend_cache(query, keys, values, positions, window, **score_options)
+
+        return attend
+
+    lengths = prefix_lengths(cache)
+    index = (live > jnp.array(lengths[:-1])).sum()
+    return jax.lax.switch(index, [attend_to(length) for length in lengths])
+
+
+def write_cache(cache: Cache, layer: Any, positions: Array, key: Array, value: Array) -> Cache:
     """Put one position of every row into a layer's cache, in place when the cache is donated.
 
     Args:
@@ -185,7 +368,7 @@ def write_cache(cache: Cache, layer: Any, positions: Array, key: Array, value: A
         value: [R, K / P, P * H].
 
     Returns:
-        The cache, and the layer's keys and values [R, K / P, S, P * H].
+        The cache.
     """
     R, K, H = key.shape
     if isinstance(cache["k"], tuple):
@@ -197,8 +380,8 @@ def write_cache(cache: Cache, layer: Any, positions: Array, key: Array, value: A
             old = cache[name][layer]
             flat = old.reshape(R * K, -1, H).at[at].set(item.reshape(R * K, H), mode="promise_in_bounds")
             new[name] = (*cache[name][:layer], flat.reshape(old.shape), *cache[name][layer + 1 :])
-        return new, new["k"][layer], new["v"][layer]
+        return new
     where = (layer, jnp.arange(R)[:, None], jnp.arange(K), positions[:, None])
     keys = cache["k"].at[where].set(key, mode="promise_in_bounds")
     values = cache["v"].at[where].set(value, mode="promise_in_bounds")
-    return {"k": keys, "v": values}, keys[layer], values[layer]
+    return {"k": keys, "v": values}

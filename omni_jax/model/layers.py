@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from omni_jax import sharding
-from omni_jax.config.model import RopeScaling, TrunkConfig
+from omni_jax.config.model import FULL_ATTENTION, LayerKind, RopeScaling, TrunkConfig
 
 Array = jax.Array
 MAX_DECODE_ROWS = 32
@@ -193,43 +194,85 @@ def _bfloat16_dot(x: Array, y: Array, axis: int) -> Array:
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale (arXiv 1910.07467), in float32."""
+    """x / rms(x) * (offset + scale) (arXiv 1910.07467), in float32; the offset is 0, or 1 as in Gemma."""
 
-    def __init__(self, size: int, eps: float):
-        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=(None,))
-        self.eps = eps
+    def __init__(self, size: int, eps: float, offset: int = 0):
+        self.scale = nnx.Param(jnp.full((size,), 1.0 - offset, jnp.float32), axes=(None,))
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: Array) -> Array:
         """[..., D] -> [..., D], in x's dtype."""
         f = x.astype(jnp.float32)
         f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + self.eps)
-        return (f * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        scale = self.scale[...].astype(jnp.float32)
+        return (f * (self.offset + scale if self.offset else scale)).astype(x.dtype)
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Radians per position of each rotated pair, float32 [H/2] (arXiv 2104.09864; scaling: Llama 3.1)."""
-    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+def trunk_norm(config: TrunkConfig, size: int | None = None) -> RMSNorm:
+    """A norm as the trunk has them, by default of its hidden states."""
+    return RMSNorm(size or config.hidden_size, config.norm_eps, int(config.norm_unit_offset))
+
+
+def rope_frequencies(dims: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Radians per position of each rotated pair, float32 [dims / 2] (arXiv 2104.09864; see `RopeScaling`)."""
+    frequencies = theta ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
     if scaling is not None:
-        # Wavelengths beyond the original context are stretched by `factor`, short ones kept, and those between
-        # are blended linearly in the number of turns they make within the original context.
-        turns = scaling.original_max_position * frequencies / (2 * np.pi)
-        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        blend = np.clip(blend, 0.0, 1.0)
-        frequencies = frequencies * (blend + (1 - blend) / scaling.factor)
+        frequencies = frequencies * _frequency_scale(frequencies, theta, scaling)
     return frequencies.astype(np.float32)
 
 
-def rope(positions: Array, config: TrunkConfig) -> tuple[Array, Array]:
-    """Cosine and sine for `positions` int32 [B, T], each float32 [B, T, 1, H/2]."""
-    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+def _frequency_scale(frequencies: np.ndarray, theta: float, scaling: RopeScaling) -> Any:
+    """What each frequency is multiplied with."""
+    match scaling.kind:
+        case "linear":
+            return 1 / scaling.factor
+        case "longrope":
+            return 1 / np.asarray(scaling.short_factor)
+        case "llama3":
+            # Wavelengths beyond the original context are stretched by `factor`, short ones kept, and those between
+            # are blended linearly in the number of turns they make within the original context.
+            low, high = scaling.low_freq_factor or 0.0, scaling.high_freq_factor or 0.0
+            turns = (scaling.original_max_position or 0) * frequencies / (2 * np.pi)
+            kept = (turns - low) / (high - low)
+        case "yarn":
+            # The same, but blended linearly in the number of the frequency.
+            dims, context = 2 * len(frequencies), scaling.original_max_position or 0
+
+            def number(turns: float | None) -> float:
+                """Of the frequency that makes so many turns within the original context."""
+                return dims * math.log(context / ((turns or 0) * 2 * math.pi)) / (2 * math.log(theta))
+
+            first = max(math.floor(number(scaling.beta_fast)), 0)
+            last = min(math.ceil(number(scaling.beta_slow)), dims - 1)
+            kept = 1 - (np.arange(len(frequencies)) - first) / (last - first or 0.001)
+    kept = np.clip(kept, 0.0, 1.0)
+    return kept + (1 - kept) / scaling.factor
+
+
+def rope(positions: Array, config: TrunkConfig, kind: LayerKind = FULL_ATTENTION) -> tuple[Array, Array]:
+    """Cosine and sine for `positions` int32 [B, T] in layers of a kind, each float32 [B, T, 1, rotary_dim / 2]."""
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if kind.sliding and config.rope_local_theta is not None:
+        theta, scaling = config.rope_local_theta, None
+    if not kind.rope:
+        still = jnp.zeros((*positions.shape, 1, config.rotary_dim // 2), jnp.float32)
+        return still + 1, still
+    angles = positions[:, :, None, None].astype(jnp.float32) * rope_frequencies(config.rotary_dim, theta, scaling)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if scaling is not None and scaling.attention_factor is not None:
+        cos, sin = cos * scaling.attention_factor, sin * scaling.attention_factor
+    return cos, sin
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate the two halves of each head against each other (the NeoX way): [B, T, heads, H] -> same."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    """Rotate the two halves of each head against each other (the NeoX way): [B, T, heads, H] -> same.
+
+    Where there are fewer angles than half a head, the rest of each head stays.
+    """
+    dims = 2 * cos.shape[-1]
+    first, second = jnp.split(x[..., :dims].astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return rotated if dims == x.shape[-1] else jnp.concatenate([rotated, x[..., dims:]], axis=-1)
 
 
 class Linear(nnx.Module):
@@ -274,7 +317,7 @@ _HIDDEN = ("embed", "encoder_embed")
 
 
 class Attention(nnx.Module):
-    """Projections of grouped-query self-attention with rope; q, k, v may have biases, the output has none."""
+    """Projections of grouped-query self-attention with rope."""
 
     def __init__(self, config: TrunkConfig, rngs: nnx.Rngs | Keys):
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
@@ -282,15 +325,33 @@ class Attention(nnx.Module):
         self.q = Linear((D,), (N, H), axes=("heads", None, "embed"), bias=bias, rngs=rngs)
         self.k = Linear((D,), (K, H), axes=("kv_heads", None, "embed"), bias=bias, rngs=rngs)
         self.v = Linear((D,), (K, H), axes=("kv_heads", None, "embed"), bias=bias, rngs=rngs)
-        self.out = Linear((N, H), (D,), axes=("embed", "heads", None), rngs=rngs)
+        self.out = Linear((N, H), (D,), axes=("embed", "heads", None), bias=config.out_bias, rngs=rngs)
+        self.q_norm, self.k_norm = (
+            None if config.qk_norm is None else trunk_norm(config, H if config.qk_norm == "head" else heads * H)
+            for heads in (N, K)
+        )
 
     def project(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """X [B, T, D] -> query [B, T, N, H], key and value [B, T, K, H]; query and key rotated."""
-        return rotate(self.q(x), cos, sin), rotate(self.k(x), cos, sin), self.v(x)
+        query, key = _norm_heads(self.q_norm, self.q(x)), _norm_heads(self.k_norm, self.k(x))
+        return rotate(query, cos, sin), rotate(key, cos, sin), self.v(x)
+
+
+def _norm_heads(norm: RMSNorm | None, x: Array) -> Array:
+    """[B, T, heads, H] -> same, normed over each head or over all of them, whichever the norm's size is."""
+    return x if norm is None else norm(x.reshape(*x.shape[:2], -1, norm.scale.shape[-1])).reshape(x.shape)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+}
+"""By transformers' names."""
 
 
 class GatedMLP(nnx.Module):
-    """down(silu(gate x) * up x) without biases (arXiv 2002.05202), from `inputs` to `outputs` features."""
+    """down(activation(gate x) * up x) (arXiv 2002.05202), from `inputs` to `outputs` features."""
 
     def __init__(
         self,
@@ -299,12 +360,16 @@ class GatedMLP(nnx.Module):
         outputs: int,
         rngs: nnx.Rngs | Keys,
         axes: tuple[str, str, str] = ("embed", "mlp", "embed"),
+        *,
+        bias: bool = False,
+        activation: str = "silu",
     ):
         F, into, hidden, out = intermediate_size, *axes
-        self.gate = Linear((inputs,), (F,), axes=(hidden, into), rngs=rngs)
-        self.up = Linear((inputs,), (F,), axes=(hidden, into), rngs=rngs)
-        self.down = Linear((F,), (outputs,), axes=(out, hidden), rngs=rngs)
+        self.gate = Linear((inputs,), (F,), axes=(hidden, into), bias=bias, rngs=rngs)
+        self.up = Linear((inputs,), (F,), axes=(hidden, into), bias=bias, rngs=rngs)
+        self.down = Linear((F,), (outputs,), axes=(out, hidden), bias=bias, rngs=rngs)
+        self.activation = activation
 
     def __call__(self, x: Array) -> Array:
         """[..., inputs] -> [..., outputs]."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))

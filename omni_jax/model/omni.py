@@ -11,6 +11,7 @@ codebook's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,9 +21,10 @@ from flax import nnx
 
 from omni_jax import sharding
 from omni_jax.audio.features import log_mel
-from omni_jax.config.model import ModelConfig
+from omni_jax.config.model import ModelConfig, TrunkConfig
+from omni_jax.model.attention import soft_cap
 from omni_jax.model.decoder import Cache, Decoder, Remat
-from omni_jax.model.layers import Array, GatedMLP, Int8, Linear, RMSNorm, linear, param
+from omni_jax.model.layers import Array, GatedMLP, Int8, Linear, linear, param, trunk_norm
 from omni_jax.model.whisper_encoder import WhisperEncoder, recording_frames
 from omni_jax.prompts import max_speech_positions
 from omni_jax.vocab import NUM_CODEBOOKS, NUM_STREAMS, TEXT_STREAM, Vocab
@@ -33,13 +35,15 @@ class TokenTables(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         vocab, D = Vocab(config.vocab), config.trunk.hidden_size
+        self.multiplier = config.trunk.embedding_multiplier
         self.text = param(rngs, (vocab.text_rows, D), ("vocab", "embed"), D)
         self.audio = param(rngs, (NUM_CODEBOOKS, vocab.audio_rows, D), (None, "vocab", "embed"), D)
 
     def lookup(self, tokens: Array, dtype: Any) -> tuple[Array, Array]:
         """Tokens int32 [..., 8] -> sum of the audio embeddings and text embedding, each [..., D]."""
         audio = self.audio[...][jnp.arange(NUM_CODEBOOKS), tokens[..., :TEXT_STREAM]].astype(dtype).sum(-2)
-        return audio, self.text[...][tokens[..., TEXT_STREAM]].astype(dtype)
+        text = self.text[...][tokens[..., TEXT_STREAM]].astype(dtype)
+        return (audio, text) if self.multiplier == 1 else (audio * self.multiplier, text * self.multiplier)
 
 
 class Adapter(nnx.Module):
@@ -53,7 +57,8 @@ class Adapter(nnx.Module):
             axes = ("encoder_embed", "mlp", "embed")
             self.map = GatedMLP(inputs, config.adapter.intermediate_size, D, rngs, axes=axes)
         else:
-            self.map = Linear((inputs,), (D,), axes=("embed", "encoder_embed"), bias=True, rngs=rngs)
+            # A mesh axis splits one axis of an array: `encoder_embed` would be the second on the same.
+            self.map = Linear((inputs,), (D,), axes=("embed", None), bias=True, rngs=rngs)
 
     def __call__(self, features: Array) -> Array:
         """[B, frames, encoder hidden] -> [B, ceil(frames / stack), D]."""
@@ -62,13 +67,18 @@ class Adapter(nnx.Module):
         return self.map(features.reshape(B, -1, E * self.stack))
 
 
+def tts_config(config: ModelConfig) -> TrunkConfig:
+    """Of the TTS adapter's blocks: those of the trunk, all with rope and without a window."""
+    return replace(config.trunk, num_layers=config.tts_adapter_layers, no_rope_layers=(), sliding_layers=())
+
+
 class TTSAdapter(nnx.Module):
     """Blocks after the trunk's last, a norm and an audio head, for the audio logits only."""
 
     def __init__(self, config: ModelConfig, *, stacked: bool, dtype: Any, rngs: nnx.Rngs):
         vocab, D = Vocab(config.vocab), config.trunk.hidden_size
-        self.blocks = Decoder(config.trunk, config.tts_adapter_layers, stacked=stacked, dtype=dtype, rngs=rngs)
-        self.norm = RMSNorm(D, config.trunk.norm_eps)
+        self.blocks = Decoder(tts_config(config), config.tts_adapter_layers, stacked=stacked, dtype=dtype, rngs=rngs)
+        self.norm = trunk_norm(config.trunk)
         self.head = param(rngs, (NUM_CODEBOOKS, vocab.audio_rows, D), (None, "vocab", "embed"), D)
 
 
@@ -88,7 +98,7 @@ class OmniModel(nnx.Module):
         self.adapter = Adapter(config, rngs)
         self.embed = TokenTables(config, rngs)
         self.trunk = Decoder(config.trunk, config.trunk.num_layers, stacked=stacked, dtype=dtype, rngs=rngs)
-        self.norm = RMSNorm(config.trunk.hidden_size, config.trunk.norm_eps)
+        self.norm = trunk_norm(config.trunk)
         self.head = None if config.trunk.tie_word_embeddings else TokenTables(config, rngs)
         self.tts_adapter = (
             TTSAdapter(config, stacked=stacked, dtype=dtype, rngs=rngs) if config.tts_adapter_layers else None
@@ -153,6 +163,7 @@ class OmniModel(nnx.Module):
         *,
         audio: bool = True,
         remat: Remat = "none",
+        prefix: dict[str, Cache] | None = None,
     ) -> tuple[Array, Array, Cache]:
         """Whole sequences through trunk and TTS adapter: training and prefill.
 
@@ -164,16 +175,19 @@ class OmniModel(nnx.Module):
             segments: see `Decoder.__call__`.
             audio: whether the audio heads will be used; False skips the TTS adapter.
             remat: see `Decoder.__call__`.
+            prefix: caches of the positions before these, named as those returned; see `Decoder.__call__`.
 
         Returns:
             Normed hidden states for the text head and for the audio heads, each [B, T, D] (the same array without
             TTS adapter), and the cache: `trunk`, and `tts_adapter` where it ran.
         """
-        x, cache = self.trunk(self.embed_prompt(tokens, speech, speech_index), positions, segments, remat)
+        before = prefix or {}
+        embedded = self.embed_prompt(tokens, speech, speech_index)
+        x, cache = self.trunk(embedded, positions, segments, remat, before.get("trunk"))
         text_hidden = self.norm(x)
         if self.tts_adapter is None or not audio:
             return text_hidden, text_hidden, {"trunk": cache}
-        y, tts_cache = self.tts_adapter.blocks(x, positions, segments, remat)
+        y, tts_cache = self.tts_adapter.blocks(x, positions, segments, remat, before.get("tts_adapter"))
         return text_hidden, self.tts_adapter.norm(y), {"trunk": cache, "tts_adapter": tts_cache}
 
     def head_tables(self) -> tuple[Array | Int8, Array | Int8]:
@@ -186,8 +200,14 @@ class OmniModel(nnx.Module):
 
         Rounded to bfloat16, 5 % of the best logits of random weights had an equal, and 2 % were no longer the best.
         """
-        return linear(hidden, self.head_tables()[0], dtype=jnp.float32)
+        return scale_logits(linear(hidden, self.head_tables()[0], dtype=jnp.float32), self.config.trunk)
 
     def audio_logits(self, hidden: Array) -> Array:
         """[..., D] -> float32 [..., C, Va]."""
-        return linear(hidden, self.head_tables()[1], dtype=jnp.float32)
+        return scale_logits(linear(hidden, self.head_tables()[1], dtype=jnp.float32), self.config.trunk)
+
+
+def scale_logits(products: Array, trunk: TrunkConfig) -> Array:
+    """Logits of the products of hidden states and a head's table, float32 of any shape."""
+    scaled = products if trunk.logits_scaling == 1 else products / trunk.logits_scaling
+    return soft_cap(scaled, trunk.logits_softcap)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import math
+import socket
 from collections.abc import AsyncIterator
 from importlib import metadata, resources
 
@@ -19,15 +21,23 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from omni_jax.errors import OmniError
-from omni_jax.serve import mini_omni, openai, openai_audio, openai_responses, websocket
+from omni_jax.serve import mini_omni, openai, openai_audio, openai_responses, realtime, websocket
+from omni_jax.serve.binding import AdmittingSocket
+from omni_jax.serve.chat_history import TextCache
+from omni_jax.serve.client_secrets import ClientSecrets
+from omni_jax.serve.connections import ServerConfig
 from omni_jax.serve.errors import RETRY_SECONDS, describe_validation_error, error_body, kind_of
 from omni_jax.serve.limits import LimitsMiddleware
-from omni_jax.serve.sessions import Service
+from omni_jax.serve.sessions import READY_INTERVAL, Service
 from omni_jax.serve.streaming import service_of
+
+log = logging.getLogger(__name__)
 
 PAGE = {
     "index.html": "text/html",
     "page.js": "text/javascript",
+    "realtime.js": "text/javascript",
+    "audio.js": "text/javascript",
     "worklets.js": "text/javascript",
     "page.css": "text/css",
 }
@@ -90,7 +100,7 @@ def make_app(service: Service) -> ASGIApp:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        freezing = asyncio.create_task(_freeze_when_ready(service))
+        freezing = asyncio.create_task(_freeze_when_warmed_up(service))
         try:
             yield
         finally:
@@ -101,6 +111,8 @@ def make_app(service: Service) -> ASGIApp:
         title="omni_jax", version=metadata.version("omni-jax"), docs_url=None, redoc_url=None, lifespan=lifespan
     )
     app.state.service = service
+    app.state.client_secrets = ClientSecrets()
+    app.state.texts = TextCache()
     for routes in (
         router,
         openai.router,
@@ -108,6 +120,7 @@ def make_app(service: Service) -> ASGIApp:
         openai_responses.router,
         mini_omni.router,
         websocket.router,
+        realtime.router,
     ):
         app.include_router(routes)
     _add_error_handlers(app)
@@ -117,7 +130,7 @@ def make_app(service: Service) -> ASGIApp:
     def count(path: str, outcome: str) -> None:
         service.metrics.count(path if path in paths else "other", outcome)
 
-    limited = LimitsMiddleware(app, service.settings, count)
+    limited = LimitsMiddleware(app, service, count)
     # Outside of the limits: a browser asks without a key whether it may ask, and reads errors too.
     return CORSMiddleware(
         _head_as_get(limited),
@@ -139,13 +152,14 @@ def _head_as_get(app: ASGIApp) -> ASGIApp:
     return answer
 
 
-async def _freeze_when_ready(service: Service) -> None:
+async def _freeze_when_warmed_up(service: Service) -> None:
     """Exempt from garbage collection what exists once every program is compiled.
 
     A full collection visits the half a million objects of a model and a compiler, so Python delays it, until hundreds
     of interrupted requests have left their audio behind.
     """
-    await service.wait_until_ready()
+    while service.state != "broken" and not service.engine.warmed_up.is_set():
+        await asyncio.sleep(READY_INTERVAL)
     gc.collect()
     gc.freeze()
 
@@ -179,16 +193,41 @@ def _endpoint(request: Request) -> str:
     return getattr(request.scope.get("route"), "path", "") or "other"
 
 
-def make_server(service: Service, host: str, port: int) -> uvicorn.Server:
-    """A server to be run. Told to stop, it first finishes active requests, for at most `Settings.request_timeout`."""
+class Server(uvicorn.Server):
+    """Told to stop, it first finishes active requests, for at most `Settings.request_timeout`."""
+
+    config: ServerConfig
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Count connections; say where it listens."""
+        for found in sockets or []:
+            assert isinstance(found, AdmittingSocket)
+            found.admit = self.config.admit
+        await super().startup(sockets)
+        for found in sockets or []:
+            host, port, *_ = found.getsockname()
+            log.info("listening at http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish; before the model is ready there is nothing to be finished."""
+        if not self.config.service.ready:
+            self.config.timeout_graceful_shutdown = 1
+        await super().shutdown(sockets)
+
+
+def make_server(service: Service) -> Server:
+    """A server to be run on sockets that have been bound."""
     settings = service.settings
-    return uvicorn.Server(
-        uvicorn.Config(
+    return Server(
+        ServerConfig(
             make_app(service),
-            host=host,
-            port=port,
-            ws="websockets-sansio",
+            service,
+            proxy_headers=bool(settings.trusted_proxies),
+            forwarded_allow_ips=list(settings.trusted_proxies),
             ws_max_size=settings.max_body_bytes,
+            # A client that has vanished without a word answers no ping.
+            ws_ping_interval=min(20.0, settings.idle_timeout),
+            ws_ping_timeout=settings.idle_timeout,
             # Audio does not compress.
             ws_per_message_deflate=False,
             timeout_graceful_shutdown=math.ceil(settings.request_timeout),

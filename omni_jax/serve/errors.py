@@ -21,6 +21,9 @@ from omni_jax.errors import (
 RETRY_SECONDS = 2
 """Value of `Retry-After` where trying again later helps."""
 
+MAX_MESSAGE = 1000
+"""Characters of a message."""
+
 
 class RequestRefusedError(OmniError):
     """A request that the server does not answer.
@@ -72,10 +75,13 @@ def kind_of(error: OmniError) -> ErrorKind:
 def error_body(message: str, *, status: int, field: str | None = None, code: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's clients expect it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
+    if len(message) > MAX_MESSAGE:
+        # It quotes what was found, which may be megabytes.
+        message = f"{message[:MAX_MESSAGE]}..."
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 
-_TYPE = re.compile(r"(?:str|int|float|bool|list|dict)$|.*\[[^\]]")
+_TYPE = re.compile(r"(?:str|int|float|bool|list|dict|constrained-int)$|.*\[[^\]]")
 """What pydantic adds to a field's path where the field may be of several types."""
 
 

@@ -15,13 +15,14 @@ from pydantic import Field
 
 from omni_jax.audio.encoding import MEDIA_TYPES
 from omni_jax.inference.generation import GenerationConfig
+from omni_jax.serve.bodies import JsonRoute
 from omni_jax.serve.errors import client_fields
 from omni_jax.serve.openai_schema import Body
-from omni_jax.serve.sessions import decode_base64
-from omni_jax.serve.streaming import StreamedAnswer, service_of, stream_audio
+from omni_jax.serve.sessions import Base64
+from omni_jax.serve.streaming import StreamedAnswer, client_of, service_of, stream_audio
 from omni_jax.tasks import Task
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 class ChatBody(Body):
@@ -40,8 +41,13 @@ async def chat(request: Request, body: ChatBody) -> Response:
     service = service_of(request)
     with client_fields(max_steps="max_tokens"):
         config = GenerationConfig(max_steps=body.max_tokens)
-    recording = decode_base64(body.audio, "audio")
-    prepared = await service.prepare(audio=recording, task=Task.A1A2, truncate=body.truncate, config=config)
+    prepared = await service.prepare(
+        client=client_of(request),
+        audio=Base64(body.audio, "audio"),
+        task=Task.A1A2,
+        truncate=body.truncate,
+        config=config,
+    )
     answer = service.submit(prepared, "/chat")
     min_bytes = body.stream_stride * service.omni.config.codec.frame_size * 2
     content = stream_audio(answer, service.omni.sample_rate, body.format, min_bytes=min_bytes)

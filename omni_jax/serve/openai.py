@@ -1,9 +1,10 @@
 """OpenAI's endpoints for models and chat; OpenAI's client libraries work unchanged.
 
-Of a chat the last message of the user is answered. Earlier messages and those of the system are ignored; the header
-`x-omni-jax-ignored-messages` has their number. Of a message with text and a recording the recording is answered, and
-`x-omni-jax-ignored-text` is 1. There is one voice, whatever voice is asked for. A field that would change the answer in
-a way this model cannot is refused, and so is a field of the wrong type.
+Of a chat the last message of the user is answered. A model that was trained on conversations takes the messages before
+it as text. Otherwise they are ignored, as are those that have no text, and the header `x-omni-jax-ignored-messages` has
+their number. Of a last message with text and a recording the recording is answered, and `x-omni-jax-ignored-text` is 1.
+There is one voice, whatever voice is asked for. A field that would change the answer in a way this model cannot is
+refused, and so is a field of the wrong type.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from omni_jax.audio.encoding import encode
-from omni_jax.audio.io import pcm_bytes
+from omni_jax.audio.io import SAMPLE_RATE, pcm_bytes
 from omni_jax.errors import ConfigError
+from omni_jax.serve.bodies import JsonRoute
+from omni_jax.serve.chat_history import TextCache, read_history
 from omni_jax.serve.errors import client_fields
 from omni_jax.serve.openai_schema import (
     UNSUPPORTED,
@@ -34,28 +37,46 @@ from omni_jax.serve.openai_schema import (
     server_sent_event,
     usage,
 )
-from omni_jax.serve.sessions import AnswerStream, decode_base64
-from omni_jax.serve.streaming import StreamedAnswer, check_model, service_of, streamed_beginning, whole_answer
+from omni_jax.serve.sessions import AnswerStream, Base64, Service
+from omni_jax.serve.streaming import (
+    StreamedAnswer,
+    check_model,
+    client_of,
+    service_of,
+    streamed_beginning,
+    whole_answer,
+)
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", route_class=JsonRoute)
 
 
 @router.get("/models")
 @router.get("/models/", include_in_schema=False)
 async def models(request: Request) -> Any:
     """List the names of the model."""
-    return {"object": "list", "data": [_model(name) for name in service_of(request).names]}
+    service = service_of(request)
+    return {"object": "list", "data": [_model(name, service) for name in service.names]}
 
 
 @router.get("/models/{name:path}")
 async def model(request: Request, name: str) -> Any:
     """One of `models`."""
     check_model(name, request)
-    return _model(name)
+    return _model(name, service_of(request))
 
 
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "omni_jax"}
+def _model(name: str, service: Service) -> dict[str, Any]:
+    """OpenAI's fields, and what our page needs to know."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "omni_jax",
+        "state": service.state,
+        "trained": service.omni.trained,
+        "conversation": service.omni.config.conversation,
+        "max_audio_seconds": service.max_samples(None) / SAMPLE_RATE,
+    }
 
 
 @router.post("/chat/completions", response_model=None)
@@ -71,19 +92,31 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     recording, text, ignored_text = _last_message(body.messages)
     task = body.task(takes_audio=recording is not None)
     service = service_of(request)
+    texts: TextCache = request.app.state.texts
+    client = client_of(request)
+    history = await read_history(service, client, texts, body.messages[:-1], "/v1/chat/completions")
     with client_fields(text="messages"):
-        prepared = await service.prepare(audio=recording, text=text, task=task, truncate=body.truncate, config=config)
+        prepared = await service.prepare(
+            client=client,
+            audio=recording,
+            text=text,
+            task=task,
+            truncate=body.truncate,
+            system=history.system,
+            history=history.turns,
+            config=config,
+        )
     answer = service.submit(prepared, "/v1/chat/completions")
     headers = {}
-    if ignored := len(body.messages) - 1:
-        headers["x-omni-jax-ignored-messages"] = str(ignored)
+    if history.ignored:
+        headers["x-omni-jax-ignored-messages"] = str(history.ignored)
     if ignored_text:
         headers["x-omni-jax-ignored-text"] = "1"
     prompt_length = len(prepared.prompt)
     if body.stream:
         head = response_head("chat.completion.chunk", body.model)
         if body.outputs_audio:
-            events = _chat_audio_events(answer, head, format, service.omni.sample_rate)
+            events = _chat_audio_events(answer, head, format, service.omni.sample_rate, texts)
         else:
             events = _chat_text_events(answer, head)
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -93,7 +126,9 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
     if reply.audio is not None:
         data = base64.b64encode(await asyncio.to_thread(encode, reply.audio, reply.sample_rate, format)).decode()
-        message |= {"content": None, "audio": {**audio_head(), "data": data, "transcript": reply.text}}
+        audio = audio_head()
+        texts.put(audio["id"], reply.text)
+        message |= {"content": None, "audio": {**audio, "data": data, "transcript": reply.text}}
     choice = {"index": 0, "finish_reason": finish_reason(reply), "message": message, "logprobs": None}
     content = {
         **response_head("chat.completion", body.model),
@@ -103,7 +138,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     return JSONResponse(content, headers=headers)
 
 
-def _last_message(messages: list[Message]) -> tuple[bytes | None, str | None, bool]:
+def _last_message(messages: list[Message]) -> tuple[Base64 | None, str | None, bool]:
     """The recording or the text of the last message, which must be the user's, and whether it has text too."""
     if messages[-1].role != "user":
         raise ConfigError("messages: expected the last one to be the user's", field="messages")
@@ -124,7 +159,7 @@ def _last_message(messages: list[Message]) -> tuple[bytes | None, str | None, bo
             field="messages",
         )
     if recordings:
-        return decode_base64(recordings[0], "input_audio.data"), None, bool(text)
+        return Base64(recordings[0], "input_audio.data"), None, bool(text)
     return None, text, False
 
 
@@ -139,7 +174,7 @@ async def _chat_text_events(answer: AnswerStream, head: dict[str, Any]) -> Async
 
 
 async def _chat_audio_events(
-    answer: AnswerStream, head: dict[str, Any], format: str, rate: int
+    answer: AnswerStream, head: dict[str, Any], format: str, rate: int, texts: TextCache
 ) -> AsyncIterator[dict[str, Any]]:
     """The events of an answer in text and audio."""
     audio = audio_head()
@@ -156,6 +191,7 @@ async def _chat_audio_events(
             yield event(data=base64.b64encode(beginning + pcm_bytes(chunk.audio)).decode())
             beginning = b""
     if answer.reply is not None:
+        texts.put(audio["id"], answer.reply.text)
         yield event(expires_at=audio["expires_at"])
         yield _chat_event(head, {}, finish_reason(answer.reply))
 

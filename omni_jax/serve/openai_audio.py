@@ -12,8 +12,8 @@ from starlette.responses import JSONResponse, PlainTextResponse
 
 from omni_jax.audio.encoding import MEDIA_TYPES, encode
 from omni_jax.audio.tempo import TempoStream
-from omni_jax.errors import ConfigError
 from omni_jax.inference.answer import Reply
+from omni_jax.serve.bodies import JsonRoute
 from omni_jax.serve.errors import client_fields
 from omni_jax.serve.openai_schema import (
     FormOptions,
@@ -27,7 +27,9 @@ from omni_jax.serve.sessions import AnswerStream
 from omni_jax.serve.streaming import (
     STREAMABLE_FORMATS,
     StreamedAnswer,
+    check_language,
     check_model,
+    client_of,
     service_of,
     stream_audio,
     whole_answer,
@@ -35,7 +37,7 @@ from omni_jax.serve.streaming import (
 from omni_jax.tasks import Task
 from omni_jax.text.subtitles import srt, vtt
 
-router = APIRouter(prefix="/v1/audio")
+router = APIRouter(prefix="/v1/audio", route_class=JsonRoute)
 
 
 @router.get("/voices")
@@ -65,10 +67,10 @@ async def transcriptions(
     check_model(model, request)
     service = service_of(request)
     spoken = "english" if service.omni.config.text.spoken_english else ""
-    if spoken and language and language.lower().split("-")[0] not in ("en", "english"):
-        raise ConfigError(f"language: expected en, which this model knows, found {language!r}", field="language")
+    if language:
+        check_language(language, service, "language")
     config = generation_config(options)
-    prepared = await service.prepare(audio=await file.read(), task=Task.A1T1, config=config)
+    prepared = await service.prepare(client=client_of(request), audio=await file.read(), task=Task.A1T1, config=config)
     answer = service.submit(prepared, "/v1/audio/transcriptions")
     if stream:
         return StreamedAnswer(answer, _transcript_lines(answer), media_type="text/event-stream")
@@ -106,7 +108,7 @@ async def speech(request: Request, body: SpeechRequest) -> Response:
     service = service_of(request)
     config = generation_config(body)
     with client_fields(text="input"):
-        prepared = await service.prepare(text=body.input, task=Task.T1A1, config=config)
+        prepared = await service.prepare(client=client_of(request), text=body.input, task=Task.T1A1, config=config)
     answer = service.submit(prepared, "/v1/audio/speech")
     rate, format, speed = service.omni.sample_rate, body.response_format, body.speed or 1.0
     if body.stream_format == "sse":

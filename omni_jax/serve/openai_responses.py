@@ -23,12 +23,20 @@ from omni_jax.audio.encoding import encode
 from omni_jax.audio.io import pcm_bytes
 from omni_jax.errors import ConfigError
 from omni_jax.inference.answer import Reply
+from omni_jax.serve.bodies import JsonRoute
 from omni_jax.serve.errors import RequestRefusedError, client_fields
 from omni_jax.serve.openai_schema import AnswerRequest, AudioPart, Body, generation_config, input_output_usage
-from omni_jax.serve.sessions import AnswerStream, decode_base64
-from omni_jax.serve.streaming import StreamedAnswer, check_model, service_of, streamed_beginning, whole_answer
+from omni_jax.serve.sessions import AnswerStream, Base64
+from omni_jax.serve.streaming import (
+    StreamedAnswer,
+    check_model,
+    client_of,
+    service_of,
+    streamed_beginning,
+    whole_answer,
+)
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", route_class=JsonRoute)
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "previous_response_id": (),
@@ -53,7 +61,9 @@ class InputMessage(Body):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[InputTextPart | AudioPart, Field(discriminator="type")]]
+    content: (
+        str | Annotated[list[Annotated[InputTextPart | AudioPart, Field(discriminator="type")]], Field(fail_fast=True)]
+    )
 
 
 class TextFormat(Body):
@@ -72,7 +82,7 @@ class ResponseRequest(AnswerRequest):
     """Body of `/v1/responses`."""
 
     text: TextOptions | None = None
-    input: str | list[InputMessage]
+    input: str | Annotated[list[InputMessage], Field(fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: int | None = None
 
@@ -91,7 +101,14 @@ async def responses(request: Request, body: ResponseRequest) -> Response:
     service = service_of(request)
     config = generation_config(body, "max_output_tokens")
     with client_fields(text="input"):
-        prepared = await service.prepare(audio=recording, text=text, task=task, truncate=body.truncate, config=config)
+        prepared = await service.prepare(
+            client=client_of(request),
+            audio=recording,
+            text=text,
+            task=task,
+            truncate=body.truncate,
+            config=config,
+        )
     answer = service.submit(prepared, "/v1/responses")
     writer = _Writer(body, format, service.omni.sample_rate, len(prepared.prompt))
     if body.stream:
@@ -100,7 +117,7 @@ async def responses(request: Request, body: ResponseRequest) -> Response:
     return JSONResponse(await asyncio.to_thread(writer.finished, reply))
 
 
-def _last_message(messages: str | list[InputMessage]) -> tuple[bytes | None, str | None]:
+def _last_message(messages: str | list[InputMessage]) -> tuple[Base64 | None, str | None]:
     """The recording of the last message, which must be the user's, or else its text."""
     if isinstance(messages, str):
         return None, messages
@@ -115,7 +132,7 @@ def _last_message(messages: str | list[InputMessage]) -> tuple[bytes | None, str
     if len(recordings) > 1:
         raise ConfigError(f"input: expected one recording in a message, found {len(recordings)}", field="input")
     if recordings:
-        return decode_base64(recordings[0], "input_audio.data"), None
+        return Base64(recordings[0], "input_audio.data"), None
     return None, " ".join(part.text for part in content if isinstance(part, InputTextPart))
 
 

@@ -82,13 +82,23 @@ class AudioPart(Body):
     input_audio: InputAudio
 
 
+class AnswerReference(Body):
+    """An answer in speech, by its id."""
+
+    id: str
+
+
 class Message(Body):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Annotated[TextPart | AudioPart, Field(discriminator="type")]] | list[dict[str, Any]] | None = (
-        None
-    )
+    audio: AnswerReference | None = None
+    content: (
+        str
+        | Annotated[list[Annotated[TextPart | AudioPart, Field(discriminator="type")]], Field(fail_fast=True)]
+        | Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+        | None
+    ) = None
 
 
 class AudioOptions(Body):
@@ -108,7 +118,7 @@ class AnswerRequest(SamplingOptions):
     """What the bodies of `/v1/chat/completions` and `/v1/responses` have in common."""
 
     model: str
-    modalities: list[Literal["text", "audio"]] | None = None
+    modalities: Annotated[list[Literal["text", "audio"]], Field(fail_fast=True)] | None = None
     audio: AudioOptions | None = None
     stream: bool | None = False
     truncate: bool = False
@@ -155,7 +165,7 @@ class AnswerRequest(SamplingOptions):
 class ChatRequest(AnswerRequest):
     """Body of `/v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None

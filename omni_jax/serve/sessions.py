@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import queue
-from collections.abc import AsyncIterator
+import weakref
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from omni_jax.api import Omni, Request
 from omni_jax.audio import io as audio_io
-from omni_jax.errors import ConfigError, OmniError
+from omni_jax.errors import AudioTooLongError, BusyError, ConfigError, OmniError
 from omni_jax.inference.answer import Chunk, Reply
 from omni_jax.inference.async_engine import AsyncEngine, Outcome, RequestHandle
 from omni_jax.inference.engine import PreparedRequest
 from omni_jax.inference.generation import GenerationConfig
+from omni_jax.inference.request import Turn
+from omni_jax.serve.budget import Budget, Share, client_name
 from omni_jax.serve.errors import RequestRefusedError, kind_of
 from omni_jax.tasks import Task
 
@@ -27,8 +32,18 @@ MAX_CHARACTERS_PER_POSITION = 16
 """Texts of more characters per position of the trunk's context are refused before they are tokenized."""
 MAX_READ_CHARACTERS = 65_536
 """The same for texts that are read aloud sentence by sentence, whatever the context."""
-URL_SAFE = str.maketrans("-_", "+/")
+URL_SAFE = bytes.maketrans(b"-_", b"+/")
 """From the URL-safe alphabet of base64 (RFC 4648, section 5) to the standard one."""
+BASE64_PIECE = 1 << 20
+"""Characters that are decoded at once; between two pieces other threads have their turn."""
+WHITESPACE = b" \t\n\r\x0b\x0c"
+PADDING = "= \t\n\r\x0b\x0c"
+DATA_URI_HEAD = 1024
+"""A data URI's type takes fewer characters."""
+BODIES_PER_CLIENT, BODIES = 2, 8
+"""Bodies of the largest size that the requests of one client, and of all, may hold at once."""
+RECORDINGS = 4
+"""Recordings of the greatest length that the requests of all clients may hold at once; those of one client hold one."""
 READY_INTERVAL = 0.2
 """Seconds between two looks whether the model is ready."""
 
@@ -55,6 +70,12 @@ class Settings:
     """Further names of the model."""
     allowed_origins: tuple[str, ...] = ()
     """Origins (`https://example.org`) whose pages may use the server, besides its own page; `*`: all."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names of this server, besides `localhost` and addresses, in lower case; `*`: any."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses of proxies, which stand for many clients and say for whom each request is."""
+    max_connections: int = 1024
+    """Connections at once; a client has at most a quarter of them."""
 
 
 class Metrics:
@@ -79,12 +100,15 @@ class Metrics:
             buckets=(0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 4, 8),
             registry=registry,
         )
+        self.realtime_sessions = Gauge(
+            "omni_realtime_sessions", "Open sessions of the Realtime API.", registry=registry
+        )
         engine = service.engine
         gauges = {
             "omni_batch_slots": ("Requests that can be decoded at once.", lambda: engine.max_batch_size),
             "omni_batch_slots_in_use": ("Requests being decoded.", lambda: engine.num_active),
             "omni_queue_length": ("Requests queued.", lambda: max(0, engine.num_requests - engine.num_active)),
-            "omni_ready": ("1 once every program is compiled.", lambda: service.ready),
+            "omni_ready": ("1 once requests are answered.", lambda: service.ready),
         }
         for name, (meaning, value) in gauges.items():
             Gauge(name, meaning, registry=registry).set_function(value)
@@ -115,6 +139,8 @@ class Service:
         settings: limits and keys.
         engine: the running batch.
         metrics: for Prometheus.
+        bodies: bytes that requests in progress have received.
+        recordings: samples at 16 kHz that requests in progress hold.
     """
 
     def __init__(self, omni: Omni, name: str, settings: Settings):
@@ -123,8 +149,19 @@ class Service:
             omni, max_batch_size=settings.max_batch_size, max_queue_size=settings.max_queue_size, warm_up=True
         )
         self.metrics = Metrics(self)
+        most = settings.max_body_bytes
+        self.bodies = Budget(BODIES * most, BODIES_PER_CLIENT * most)
+        most = max(1, int(settings.max_audio_seconds * audio_io.SAMPLE_RATE))
+        self.recordings = Budget(RECORDINGS * most, most)
         # Decoding a file takes a core for a moment; more at once would only take it from the model.
         self._decoding = asyncio.Semaphore(2)
+        # The recording of each client that is decoded; others of the same client wait for it.
+        self._decoding_of: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def client_of(self, address: Sequence[Any] | None) -> str | None:
+        """Whom a connection or request is counted for, by its address and port; None for a proxy."""
+        host = str(address[0]) if address else ""
+        return None if host in self.settings.trusted_proxies else client_name(host)
 
     def max_samples(self, task: Task | None) -> int:
         """Longest recording for a task, in samples at 16 kHz."""
@@ -137,8 +174,13 @@ class Service:
         return (self.name, *self.settings.aliases)
 
     @property
+    def remembers(self) -> bool:
+        """Whether the model takes a system text and past turns."""
+        return self.omni.config.conversation
+
+    @property
     def ready(self) -> bool:
-        """Whether every program is compiled."""
+        """Whether requests are answered: the programs of the first one are compiled."""
         return self.engine.ready.is_set()
 
     @property
@@ -149,41 +191,92 @@ class Service:
         return "ready" if self.ready else "warming up"
 
     async def wait_until_ready(self) -> None:
-        """Wait until every program is compiled, or that has failed."""
+        """Wait until requests are answered, or that has failed."""
         while self.state == "warming up":
             await asyncio.sleep(READY_INTERVAL)
 
     async def prepare(
         self,
         *,
-        audio: bytes | np.ndarray | None = None,
+        client: str | None,
+        audio: bytes | Base64 | np.ndarray | None = None,
         sample_rate: int | None = None,
         text: str | None = None,
         task: Task | None = None,
         truncate: bool = False,
+        system: str = "",
+        history: Sequence[Turn] = (),
         config: GenerationConfig,
     ) -> PreparedRequest:
         """Validate and prepare a request, in a thread.
 
         Args:
+            client: see `client_of`.
             audio: a whole file, or samples: int16 or f32 [samples].
             sample_rate: samples per second of an array.
             text: the input, where it is no recording.
             task: see `Request`.
             truncate: answer the beginning of a recording that is too long.
+            system: text that a conversation begins with.
+            history: its turns so far. A model that was not trained on conversations (`remembers`) takes neither.
             config: how to answer.
 
         Raises:
             AudioError, ConfigError: as `Omni.prepare`; or the recording or the text exceeds the server's limit.
+            BusyError: the client's requests hold too long recordings together.
         """
         limit = MAX_CHARACTERS_PER_POSITION * self.omni.config.trunk.max_position
         if task is Task.T1A1 and self.omni.config.text.max_words is not None:
             limit = max(limit, MAX_READ_CHARACTERS)
         if text is not None and len(text) > limit:
             raise ConfigError(f"text: expected at most {limit} characters, found {len(text)}", field="text")
-        request = Request(audio, text, task, sample_rate, truncate, config, name="recording")
-        async with self._decoding:
-            return await asyncio.to_thread(self.omni.prepare, request, max_samples=self.max_samples(task))
+
+        def prepare(max_samples: int) -> PreparedRequest:
+            source: Any = audio.decode() if isinstance(audio, Base64) else audio
+            request = Request(
+                source, text, task, sample_rate, truncate, config, name="recording", system=system, history=history
+            )
+            return self.omni.prepare(request, max_samples=max_samples)
+
+        if audio is None:
+            return await asyncio.to_thread(prepare, self.max_samples(task))
+        async with contextlib.AsyncExitStack() as turn:
+            if client is not None:
+                await turn.enter_async_context(self._decoding_of.setdefault(client, asyncio.Lock()))
+            await turn.enter_async_context(self._decoding)
+            decoding = asyncio.ensure_future(
+                self._prepare_recording(client, prepare, self.max_samples(task), turn.pop_all())
+            )
+        # What it raises after it was given up is of no interest.
+        decoding.add_done_callback(lambda done: done.cancelled() or done.exception())
+        # A thread cannot be ended: if this is cancelled, the client's next recording waits for it all the same.
+        return await asyncio.shield(decoding)
+
+    async def _prepare_recording(
+        self,
+        client: str | None,
+        prepare: Callable[[int], PreparedRequest],
+        max_samples: int,
+        turn: contextlib.AsyncExitStack,
+    ) -> PreparedRequest:
+        """Prepare a request whose recording has to fit into what is left of the client's budget."""
+        most = min(max_samples, self.recordings.left(client))
+        busy = BusyError("other long recordings are being answered; try again later")
+        async with turn:
+            with Share(self.recordings, client) as share:
+                if most <= 0 or not share.take(most):
+                    raise busy
+                try:
+                    prepared = await asyncio.to_thread(prepare, most)
+                except AudioTooLongError:
+                    if most == max_samples:
+                        raise
+                    raise busy from None
+        kept = Share(self.recordings, client)
+        kept.take(int(prepared.duration * audio_io.SAMPLE_RATE))
+        # The recording is in memory as long as the request is.
+        weakref.finalize(prepared, kept.give_back)
+        return prepared
 
     def submit(self, request: PreparedRequest, endpoint: str) -> AnswerStream:
         """Queue a prepared request; the returned stream must be closed.
@@ -280,21 +373,44 @@ class AnswerStream:
             metrics.observe(self.reply)
 
 
-def decode_base64(data: str, field: str) -> bytes:
-    """Bytes of a base64 text: standard or URL-safe, with or without padding and line ends, or in a data URI.
+@dataclass(frozen=True)
+class Base64:
+    """A recording as it came, which is decoded in a thread: it may take long."""
 
-    Raises:
-        ConfigError: it is not base64, or empty.
-    """
-    if data[:5].lower() == "data:":
-        head, _, data = data.partition(",")
-        if not head.lower().endswith(";base64"):
-            raise ConfigError(f"{field}: expected a data URI in base64, found {head[:100]!r}", field=field)
-    data = "".join(data.split()).translate(URL_SAFE).rstrip("=")
-    try:
-        decoded = base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ConfigError(f"{field}: expected base64, found {error}", field=field) from None
-    if not decoded:
-        raise ConfigError(f"{field}: expected a recording in base64, found nothing", field=field)
-    return decoded
+    data: str
+    """Base64, standard or URL-safe, with or without padding and line ends, or in a data URI."""
+    field: str
+    """Of the request, for messages."""
+
+    def decode(self) -> bytearray:
+        """The bytes.
+
+        Raises:
+            ConfigError: it is not base64, or empty.
+        """
+        data, start, end = self.data, 0, len(self.data)
+        if data[:5].lower() == "data:":
+            head, _, _ = data[:DATA_URI_HEAD].partition(",")
+            if not head.lower().endswith(";base64"):
+                raise self._error(f"expected a data URI in base64, found {head[:100]!r}")
+            start = len(head) + 1
+        while end > start and data[end - 1] in PADDING:
+            end -= 1
+        decoded, rest = bytearray(), b""
+        try:
+            for begin in range(start, end, BASE64_PIECE):
+                rest += data[begin : min(begin + BASE64_PIECE, end)].encode("ascii").translate(URL_SAFE, WHITESPACE)
+                if b"=" in rest:
+                    raise ValueError("padding before the end")
+                # Only the last piece may end within four characters.
+                whole = len(rest) if begin + BASE64_PIECE >= end else len(rest) // 4 * 4
+                decoded += base64.b64decode(rest[:whole] + b"=" * (-whole % 4), validate=True)
+                rest = rest[whole:]
+        except (binascii.Error, ValueError) as error:
+            raise self._error(f"expected base64, found {error}") from None
+        if not decoded:
+            raise self._error("expected a recording in base64, found nothing")
+        return decoded
+
+    def _error(self, message: str) -> ConfigError:
+        return ConfigError(f"{self.field}: {message}", field=self.field)

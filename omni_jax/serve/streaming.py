@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import reprlib
 from collections.abc import AsyncIterator, Mapping
 from typing import cast
 
@@ -13,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from omni_jax.audio.encoding import streaming_wav_header
 from omni_jax.audio.io import pcm_bytes
 from omni_jax.audio.tempo import TempoStream
+from omni_jax.errors import ConfigError
 from omni_jax.inference.answer import Reply
 from omni_jax.serve.errors import RequestRefusedError
 from omni_jax.serve.sessions import AnswerStream, Service
@@ -26,6 +28,11 @@ def service_of(request: Request) -> Service:
     return cast(Service, request.app.state.service)
 
 
+def client_of(request: Request) -> str | None:
+    """Whom a request is counted for; see `Service.client_of`."""
+    return service_of(request).client_of(request.client)
+
+
 def check_model(name: str, request: Request) -> None:
     """Refuse a request for another model.
 
@@ -34,8 +41,18 @@ def check_model(name: str, request: Request) -> None:
     """
     names = service_of(request).names
     if name not in names:
-        message = f"model: expected {' or '.join(map(repr, names))}, found {name!r}"
+        message = f"model: expected {' or '.join(map(repr, names))}, found {reprlib.repr(name)}"
         raise RequestRefusedError(404, message, field="model", code="model_not_found")
+
+
+def check_language(language: str, service: Service, field: str) -> None:
+    """Refuse to transcribe another language than the model knows.
+
+    Raises:
+        ConfigError: the model knows only English.
+    """
+    if service.omni.config.text.spoken_english and language.lower().split("-")[0] not in ("en", "english"):
+        raise ConfigError(f"{field}: expected en, which this model knows, found {language!r}", field=field)
 
 
 class StreamedAnswer(StreamingResponse):

@@ -34,7 +34,6 @@ import base64
 import contextlib
 import json
 from typing import Annotated, Any, Literal, cast
-from urllib.parse import urlsplit
 
 import numpy as np
 import pydantic
@@ -45,9 +44,11 @@ from omni_jax.audio.io import SAMPLE_RATE, pcm_bytes
 from omni_jax.errors import ConfigError, OmniError
 from omni_jax.inference.engine import PreparedRequest
 from omni_jax.inference.generation import GenerationConfig
-from omni_jax.serve.errors import describe_validation_error, kind_of
-from omni_jax.serve.limits import is_known_key
-from omni_jax.serve.sessions import AnswerStream, Service, decode_base64
+from omni_jax.serve.bodies import MAX_VALUES, check_number_of_values
+from omni_jax.serve.budget import Share
+from omni_jax.serve.errors import MAX_MESSAGE, describe_validation_error, kind_of
+from omni_jax.serve.limits import POLICY_VIOLATION, is_known_key
+from omni_jax.serve.sessions import AnswerStream, Base64, Service
 from omni_jax.tasks import Task
 
 router = APIRouter()
@@ -62,8 +63,8 @@ SAMPLE_BYTES = 2
 MESSAGE_BYTES = 1024
 """More than a message has around its data."""
 
-POLICY_VIOLATION = 1008
-"""Close code, RFC 6455 section 7.4.1."""
+SMALL_MESSAGE = 1 << 16
+"""Characters of JSON that are parsed at once; more are parsed in a thread."""
 
 
 class StartMessage(BaseModel):
@@ -115,15 +116,8 @@ MESSAGES: pydantic.TypeAdapter[ClientMessage] = pydantic.TypeAdapter(
 @router.websocket(ENDPOINT)
 async def live(socket: WebSocket) -> None:
     """Answer requests until the client disconnects."""
-    service = cast(Service, socket.app.state.service)
-    origin, host = socket.headers.get("origin"), socket.headers.get("host")
-    allowed = service.settings.allowed_origins
-    if origin is not None and urlsplit(origin).netloc != host and not {"*", origin} & set(allowed):
-        # A browser lets any page connect to any server, and only reports which page it is.
-        await socket.close(POLICY_VIOLATION, "expected a page of this server, or of an allowed origin")
-        return
     await socket.accept()
-    await LiveSession(socket, service).run()
+    await LiveSession(socket, cast(Service, socket.app.state.service)).run()
 
 
 class LiveSession:
@@ -143,6 +137,8 @@ class LiveSession:
         self.socket, self.service = socket, service
         self.settings = StartMessage(type="start")
         self.recording = bytearray()
+        self.client = service.client_of(socket.client)
+        self._recorded = Share(service.bodies, self.client)
         self.turn = 0
         self.task: asyncio.Task[None] | None = None
         self.answer: AnswerStream | None = None
@@ -156,9 +152,12 @@ class LiveSession:
                 return
             while True:
                 await self._handle(await self.socket.receive())
+                # Others have their turn between two messages, however many have arrived.
+                await asyncio.sleep(0)
         except DISCONNECTED:
             pass
         finally:
+            self._recorded.give_back()
             for task in (self.task, self.waiting, *self.transcribing):
                 if task is not None:
                     task.cancel()
@@ -174,6 +173,9 @@ class LiveSession:
             await self.socket.close(POLICY_VIOLATION, f"expected {expected}")
             return False
         self.settings = message
+        # From now on messages may be large.
+        if trust := self.socket.scope.get("state", {}).get("trust"):
+            trust()
         service = self.service
         await self._send(
             type="ready",
@@ -207,23 +209,23 @@ class LiveSession:
         if isinstance(message, StartMessage):
             if message.sample_rate != self.settings.sample_rate:
                 # The samples so far have the old rate.
-                self.recording.clear()
+                self._discard_recording()
             self.settings = message
         elif isinstance(message, TextMessage):
             await self._interrupt()
             self._begin_turn(text=message.text)
         elif isinstance(message, FileMessage):
-            self.recording.clear()
+            self._discard_recording()
             await self._interrupt()
             self._begin_turn(file=message.data)
         elif isinstance(message, ControlMessage) and message.type == "cancel":
-            self.recording.clear()
+            self._discard_recording()
             await self._interrupt()
         elif isinstance(message, ControlMessage):
             await self._interrupt()
             # A message may end within a sample; the next one continues it.
             samples = np.frombuffer(bytes(self.recording[: len(self.recording) // 2 * 2]), "<i2")
-            self.recording.clear()
+            self._discard_recording()
             self._begin_turn(audio=samples, sample_rate=self.settings.sample_rate)
 
     async def _parse(self, received: Any) -> ClientMessage | None:
@@ -232,8 +234,17 @@ class LiveSession:
             raise WebSocketDisconnect
         if received.get("text") is None:
             return None
+        text = received["text"]
         try:
-            message = MESSAGES.validate_json(received["text"])
+            check_number_of_values(text)
+        except ValueError as error:
+            await self._send_error(f"expected JSON of at most {MAX_VALUES} commas, colons and brackets, found {error}")
+            return None
+        try:
+            if len(text) <= SMALL_MESSAGE:
+                message = MESSAGES.validate_json(text)
+            else:
+                message = await asyncio.to_thread(MESSAGES.validate_json, text)
             if isinstance(message, StartMessage):
                 GenerationConfig.from_dict(message.options)
             return message
@@ -247,11 +258,20 @@ class LiveSession:
         await self._interrupt()
         seconds = self._max_seconds
         if len(self.recording) + len(data) > seconds * self.settings.sample_rate * SAMPLE_BYTES:
-            self.recording.clear()
+            self._discard_recording()
             message = f"expected a recording of at most {seconds:g} s; it was discarded, speak again"
             await self._send_error(message, code="audio_too_long")
             return
+        if not self._recorded.take(len(data)):
+            self._discard_recording()
+            message = "too many recordings at once; it was discarded, try again later"
+            await self._send_error(message, code="busy")
+            return
         self.recording += data
+
+    def _discard_recording(self) -> None:
+        self.recording.clear()
+        self._recorded.give_back()
 
     async def _interrupt(self) -> None:
         """Stop the current answer, if there is one."""
@@ -290,9 +310,9 @@ class LiveSession:
         """Send an answer; its finish reason."""
         config = GenerationConfig.from_dict(self.settings.options)
         if "file" in inputs:
-            inputs = {"audio": decode_base64(inputs["file"], "data")}
+            inputs = {"audio": Base64(inputs["file"], "data")}
         request = await self.service.prepare(
-            **inputs, task=self.settings.task, truncate=self.settings.truncate, config=config
+            client=self.client, **inputs, task=self.settings.task, truncate=self.settings.truncate, config=config
         )
         if self.waiting is not None:
             # The client is told first; a turn that is interrupted does not end the announcement.
@@ -340,7 +360,7 @@ class LiveSession:
                 )
 
     async def _send_error(self, message: str, turn: int | None = None, code: str | None = None) -> None:
-        await self._send(type="error", turn=turn, message=message, code=code)
+        await self._send(type="error", turn=turn, message=message[:MAX_MESSAGE], code=code)
 
     async def _send(self, **message: Any) -> None:
         await asyncio.wait_for(self.socket.send_text(json.dumps(message)), self.service.settings.idle_timeout)

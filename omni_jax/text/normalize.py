@@ -10,8 +10,13 @@ from omni_jax.errors import ConfigError
 from omni_jax.text.unicode import clean_up
 
 
-def normalize_text(text: Any, config: TextConfig) -> str:
+def normalize_text(text: Any, config: TextConfig, *, may_be_empty: bool = False) -> str:
     """The text of a request as the model's tokenizer takes it.
+
+    Args:
+        text: of the request.
+        config: how the release wants it.
+        may_be_empty: whether a text without a letter or a digit becomes an empty one.
 
     Raises:
         ConfigError: it is no string, has half a character, or no letter or digit.
@@ -32,6 +37,8 @@ def normalize_text(text: Any, config: TextConfig) -> str:
     else:
         result = clean_up(text)
     if not any(unicodedata.category(char)[0] in "LN" for char in result):
+        if may_be_empty:
+            return ""
         found = "none" if not text else ascii(text if len(text) <= 40 else text[:40] + "...")
         raise ConfigError(f"text: expected some text with a letter or a digit, found {found}", field="text")
     return result

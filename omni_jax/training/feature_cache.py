@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from omni_jax.audio.features import log_mel
 from omni_jax.checkpoint.release import Release
-from omni_jax.config.run import CachedFeaturesConfig
+from omni_jax.config.run import CachedFeaturesConfig, SourceConfig
 from omni_jax.data.cached_features import (
     BATCH_SIZE,
     CachedFeatures,
@@ -50,22 +51,43 @@ def open_caches(setup: TrainingSetup) -> list[CachedFeatures | None] | None:
         ConfigError: the run starts from random weights.
         PipelineError: a source cannot be opened.
     """
+    return _open_all(setup, setup.config.data.sources, setup.config.data.cached_features)
+
+
+def open_held_out_caches(setup: TrainingSetup) -> list[CachedFeatures | None] | None:
+    """As `open_caches`, of the held-out sources, without augmentation."""
     cache = setup.config.data.cached_features
+    return _open_all(setup, setup.config.data.held_out, None if cache is None else replace(cache, versions=1))
+
+
+def _open_all(
+    setup: TrainingSetup, sources: Sequence[SourceConfig], cache: CachedFeaturesConfig | None
+) -> list[CachedFeatures | None] | None:
     if cache is None:
         return None
-    if setup.start.release is None:
-        raise ConfigError(
-            "data.cached_features: expected a release as start, found random weights", field="data.cached_features"
-        )
-    release, data = setup.start.release, setup.config.data
+    release, data = require_release(setup), setup.config.data
+    assert release is not None
     encoder = fingerprint(setup, release)
     # Loaded and compiled once, for the first source whose features are missing.
     encode = lru_cache(partial(make_encoder, setup, release))
     spoken = {task for task in data.tasks if Task(task).takes_audio}
     return [
         _open_cache(setup, cache, encoder, encode, Path(source.path)) if spoken & set(source.tasks) else None
-        for source in data.sources
+        for source in sources
     ]
+
+
+def require_release(setup: TrainingSetup) -> Release | None:
+    """The release that a run starts from, which it must have if it caches features.
+
+    Raises:
+        ConfigError: the run caches features, and starts from random weights.
+    """
+    if setup.start.release is None and setup.config.data.cached_features is not None:
+        raise ConfigError(
+            "data.cached_features: expected a release as start, found random weights", field="data.cached_features"
+        )
+    return setup.start.release
 
 
 def fingerprint(setup: TrainingSetup, release: Release) -> str:

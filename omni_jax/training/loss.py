@@ -10,6 +10,7 @@ Letters: B rows, T positions, D hidden, C heads that read the same hidden states
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,9 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from omni_jax import sharding
+from omni_jax.config.model import TrunkConfig
 from omni_jax.config.run import LossConfig
 from omni_jax.model.layers import linear, linear_gradients
-from omni_jax.model.omni import OmniModel
+from omni_jax.model.omni import OmniModel, scale_logits
 from omni_jax.vocab import NUM_CODEBOOKS, NUM_STREAMS, TEXT_STREAM
 
 Array = jax.Array
@@ -63,39 +65,44 @@ def batch_loss(
         (audio, audio_hidden, slice(0, TEXT_STREAM)),
         (text, text_hidden, slice(TEXT_STREAM, NUM_STREAMS)),
     ):
-        value, sums = _head_loss(config.chunk_size, table, hidden, targets[:, heads], mask[:, heads], scale[heads])
+        value, sums = _head_loss(
+            config.chunk_size, model.config.trunk, table, hidden, targets[:, heads], mask[:, heads], scale[heads]
+        )
         total += value
         columns.append(sums)
     return total, jax.tree.map(lambda a, t: jax.lax.stop_gradient(jnp.concatenate([a, t])), *columns)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _head_loss(
-    chunk_size: int, table: Array, hidden: Array, targets: Array, mask: Array, scale: Array
+    chunk_size: int, trunk: TrunkConfig, table: Array, hidden: Array, targets: Array, mask: Array, scale: Array
 ) -> tuple[Array, Sums]:
     """Loss and sums of C heads that read the same hidden states.
 
     Args:
         chunk_size: positions on a device whose logits are held at once.
+        trunk: says how logits are scaled.
         table: [C, V, D], or [V, D] for a single head; one row per token.
         hidden: [B, T, D].
         targets: int32 [B, C, T].
         mask: bool [B, C, T].
         scale: float32 [C], weight of a position of each head in the loss.
     """
-    value, sums, _, _ = _sweep(chunk_size, table, hidden, targets, mask, scale)
+    value, sums, _, _ = _sweep(chunk_size, trunk, table, hidden, targets, mask, scale)
     return value, sums
 
 
-def _forward(chunk_size: int, *arguments: Any) -> tuple[tuple[Array, Sums], tuple[Array | None, ...]]:
+def _forward(
+    chunk_size: int, trunk: TrunkConfig, *arguments: Any
+) -> tuple[tuple[Array, Sums], tuple[Array | None, ...]]:
     table, hidden = arguments[:2]
     value, sums, *gradients = _sweep(
-        chunk_size, *(x.value for x in arguments), of_table=table.perturbed, of_hidden=hidden.perturbed
+        chunk_size, trunk, *(x.value for x in arguments), of_table=table.perturbed, of_hidden=hidden.perturbed
     )
     return (value, sums), tuple(gradients)
 
 
-def _backward(chunk_size: int, gradients: Any, cotangents: Any) -> tuple[Array | None, ...]:
+def _backward(chunk_size: int, trunk: TrunkConfig, gradients: Any, cotangents: Any) -> tuple[Array | None, ...]:
     # Nothing asks for the gradient of the sums, and the loss is linear in its own.
     outer = cotangents[0]
     return *(None if x is None else (x * outer).astype(x.dtype) for x in gradients), None, None, None
@@ -106,6 +113,7 @@ _head_loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _sweep(
     chunk_size: int,
+    trunk: TrunkConfig,
     table: Array,
     hidden: Array,
     targets: Array,
@@ -123,14 +131,14 @@ def _sweep(
     def add_chunk(carry: tuple[Sums, Array | None], xs: Any) -> tuple[tuple[Sums, Array | None], Array | None]:
         total, table_gradient = carry
         states, goal, where = map(sharding.constrain_rows, xs)
-        logits, normalizer, sums = _chunk_sums(table, states, goal, where)
+        logits, normalizer, sums, of_logits = _chunk_sums(trunk, table, states, goal, where)
         total = jax.tree.map(jnp.add, total, sums)
         if not (of_table or of_hidden):
             return (total, None), None
         # The gradient of -log p(target) in the logits is p - onehot(target).
         weight = jnp.where(where, scale, 0.0)[..., None]
         hit = goal[..., None] == jnp.arange(logits.shape[-1])
-        error = jnp.exp(logits - normalizer[..., None]) * weight - jnp.where(hit, weight, 0.0)
+        (error,) = of_logits(jnp.exp(logits - normalizer[..., None]) * weight - jnp.where(hit, weight, 0.0))
         # The axis of heads is kept where there is one: a mesh splits the rows of each.
         error = error.astype(states.dtype).reshape(B * size, *table.shape[:-1])
         of_states, of_rows = linear_gradients(states.reshape(B * size, D), table, error)
@@ -170,10 +178,18 @@ def _chunks(hidden: Array, targets: Array, mask: Array, size: int) -> tuple[Arra
     )
 
 
-def _chunk_sums(table: Array, states: Array, goal: Array, where: Array) -> tuple[Array, Array, Sums]:
-    """Logits float32 [B, T, C, V] of a chunk, the log of their normalizer [B, T, C], and the chunk's sums."""
+def _chunk_sums(
+    trunk: TrunkConfig, table: Array, states: Array, goal: Array, where: Array
+) -> tuple[Array, Array, Sums, Callable[[Array], tuple[Array]]]:
+    """Logits of a chunk and their sums.
+
+    Returns:
+        Logits float32 [B, T, C, V], the log of their normalizer [B, T, C], the chunk's sums, and what gives the
+        gradient in the products of states and table from that in the logits.
+    """
     B, T, C = goal.shape
-    logits = linear(states, table, dtype=jnp.float32).reshape(B, T, C, -1)
+    products = linear(states, table, dtype=jnp.float32).reshape(B, T, C, -1)
+    logits, of_logits = jax.vjp(partial(scale_logits, trunk=trunk), products)
     logits = sharding.constrain(logits, ("batch", None, None, "vocab"))
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     target = jnp.take_along_axis(logits, goal[..., None], axis=-1)[..., 0]
@@ -183,4 +199,5 @@ def _chunk_sums(table: Array, states: Array, goal: Array, where: Array) -> tuple
         "correct": (target >= logits.max(axis=-1)).astype(jnp.float32),
         "count": jnp.ones_like(normalizer),
     }
-    return logits, normalizer, {name: jnp.sum(jnp.where(where, v, 0.0), axis=(0, 1)) for name, v in values.items()}
+    sums = {name: jnp.sum(jnp.where(where, v, 0.0), axis=(0, 1)) for name, v in values.items()}
+    return logits, normalizer, sums, of_logits

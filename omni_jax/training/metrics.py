@@ -1,12 +1,10 @@
-"""What a run reports: a progress bar, metrics.jsonl, TensorBoard, and Weights & Biases if configured."""
+"""What a run reports: its progress, metrics.jsonl, TensorBoard, and Weights & Biases if configured."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +14,27 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
+from omni_jax import hardware
 from omni_jax.audio.features import log_mel
 from omni_jax.config.load import to_dict
 from omni_jax.config.run import RunConfig
-from omni_jax.errors import ConfigError, TrainingError
-from omni_jax.hardware import CHIPS
+from omni_jax.errors import TrainingError
 from omni_jax.inference.answer import Reply
 from omni_jax.training.batches import ShardedBatch
+from omni_jax.training.goodput import WAITING, Goodput
 from omni_jax.training.loss import HEADS
+from omni_jax.training.progress import Progress
 from omni_jax.training.setup import TrainingSetup, row_share
 from omni_jax.training.stages import module_of
 from omni_jax.vocab import NUM_CODEBOOKS
 
 METRICS = "metrics.jsonl"
 """Name of the metrics file in the folder of a run."""
+HELD_OUT_LOSS = "held_out/loss"
+"""The loss over all tasks, which every evaluation has."""
+WANDB_ID = "wandb_id"
+"""Name of the file with the id of the run at Weights & Biases."""
 MIN_SAMPLE_LENGTH = 400
 """Samples of the shortest answer that is written as audio and as a spectrogram: one window of the features."""
 
@@ -39,38 +42,47 @@ MIN_SAMPLE_LENGTH = 400
 class MetricsWriter:
     """Writes on process 0; does nothing on the others.
 
-    metrics.jsonl gets one JSON object per log step or evaluation. It is appended to, so that a resumed run continues
-    the same file.
+    metrics.jsonl gets one JSON object per log step or evaluation. A resumed run continues the same file, without the
+    lines of steps after its checkpoint: it takes these steps again.
     """
 
     def __init__(self, config: RunConfig, first_step: int):
         self.active = jax.process_index() == 0
+        self.evaluations: list[dict[str, float]] = []
+        """The lines of all evaluations so far; empty on other processes."""
         if not self.active:
             return
         out = Path(config.out)
         self.wandb: Any = None
         if config.wandb:
             self.wandb = _init_wandb(config, out)
+        lines = read_metrics(out / METRICS, first_step)
+        self.evaluations = [line for line in lines if HELD_OUT_LOSS in line]
+        partial = out / f".{METRICS}.part"
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        partial.replace(out / METRICS)
         self.file = (out / METRICS).open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(out / "tensorboard"))
-        self.bar = tqdm(total=config.optimizer.steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self.shown = Progress(first_step, config.optimizer.steps)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write the numbers of a step everywhere."""
         if not self.active:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        line = {"step": step, **values}
+        if HELD_OUT_LOSS in line:
+            self.evaluations.append(line)
+        self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
-    def progress(self, step: int, shown: dict[str, str]) -> None:
-        """Move the progress bar to a step."""
+    def progress(self, step: int, seconds_per_step: float, shown: dict[str, str]) -> None:
+        """Show how far the run is; see `omni_jax.training.progress.Progress.update`."""
         if self.active:
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update(step - self.bar.n)
+            self.shown.update(step, seconds_per_step, shown)
 
     def sample(self, step: int, name: str, question: str, expected: str, reply: Reply) -> None:
         """Write a held-out question and the model's answer to TensorBoard: text, audio, spectrogram."""
@@ -86,33 +98,49 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and close everything."""
         if self.active:
-            self.bar.close()
+            self.shown.close()
             self.board.close()
             self.file.close()
             if self.wandb is not None:
                 self.wandb.finish()
 
 
+def read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """The lines of a metrics file up to a step; a line that a kill has cut is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if line["step"] <= last_step:
+            lines.append(line)
+    return lines
+
+
 def _init_wandb(config: RunConfig, out: Path) -> Any:
-    try:
-        import wandb
-    except ModuleNotFoundError:
-        raise ConfigError("wandb: the package is not installed: pip install wandb", field="wandb") from None
-    return wandb.init(project=config.wandb, config=to_dict(config), dir=str(out), resume="allow")
+    """Start the run at Weights & Biases, or go on with the one whose id is in the folder."""
+    import wandb
+
+    file = out / WANDB_ID
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
+    run_id = file.read_text(encoding="utf-8").strip()
+    return wandb.init(project=config.wandb, id=run_id, resume="allow", config=to_dict(config), dir=str(out))
 
 
-@dataclass
 class Tally:
-    """What went through the steps since the last log step, and how long it took."""
+    """What goes through the steps from its construction on, and how long it takes."""
 
-    steps: int = 0
-    positions: int = 0
-    """Positions that an example filled, in the rows of this process."""
-    capacity: int = 0
-    """All positions of these rows."""
-    waited: float = 0.0
-    """Seconds spent waiting for the data."""
-    start: float = field(default_factory=time.perf_counter)
+    def __init__(self, goodput: Goodput):
+        self.steps = 0
+        self.positions = 0
+        """Positions that an example filled, in the rows of this process."""
+        self.capacity = 0
+        """All positions of these rows."""
+        self._goodput = goodput
+        self._start = goodput.step_seconds()
+        self._waited = goodput.seconds[WAITING]
 
     def add(self, batch: ShardedBatch) -> None:
         """Count a batch."""
@@ -120,21 +148,14 @@ class Tally:
         self.positions += batch.positions
         self.capacity += batch.capacity
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time within as waiting for data."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
-
     def rates(self, num_readers: int) -> dict[str, float]:
         """The metrics that come from counts and time, given how many processes read different rows."""
-        seconds = time.perf_counter() - self.start
+        seconds = self._goodput.step_seconds() - self._start
         return {
             "seconds_per_step": seconds / self.steps,
             "positions_per_second": self.positions / seconds * num_readers,
             "padding_fraction": 1 - self.positions / self.capacity,
-            "data_wait_fraction": self.waited / seconds,
+            "data_wait_fraction": (self._goodput.seconds[WAITING] - self._waited) / seconds,
         }
 
 
@@ -181,7 +202,7 @@ def log_step(
     if peak is not None:
         numbers["model_flop_utilization"] = numbers["model_flops_per_second"] / peak
     writer.scalars(step, numbers)
-    writer.progress(step, _shown(numbers))
+    writer.progress(step, rates["seconds_per_step"], _shown(numbers))
 
 
 def _check_skipped(config: RunConfig, step: int, num_skipped: int) -> None:
@@ -193,7 +214,7 @@ def _check_skipped(config: RunConfig, step: int, num_skipped: int) -> None:
 
 
 def _shown(numbers: Mapping[str, float]) -> dict[str, str]:
-    """What the progress bar shows."""
+    """What the progress shows."""
     audio = np.mean([numbers[f"loss/{name}"] for name in HEADS[:NUM_CODEBOOKS]])
     shown = {"loss": f"{numbers['loss']:.3f}", "text": f"{numbers['loss/text']:.3f}", "audio": f"{audio:.3f}"}
     shown["pos/s"] = f"{numbers['positions_per_second']:.0f}"
@@ -221,6 +242,5 @@ def model_flops(setup: TrainingSetup, positions_per_second: float) -> float:
 
 def peak_flops(mesh: Mesh) -> float | None:
     """Peak bfloat16 FLOP/s of the mesh's devices; None if it is not known."""
-    kind = mesh.devices.flat[0].device_kind
-    chip = next((chip for chip in CHIPS.values() if kind in (chip.device_kind, f"{chip.device_kind}p")), None)
-    return None if chip is None else chip.flops * mesh.devices.size
+    peak = hardware.peak_flops(mesh.devices.flat[0].device_kind)
+    return None if peak is None else peak * mesh.devices.size

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from omni_jax.checkpoint import release as releases
 from omni_jax.checkpoint.safetensors_io import LazyTensor
@@ -17,7 +20,21 @@ from omni_jax.training.stages import Params
 
 
 def write_release(setup: TrainingSetup, params: Params, folder: Path) -> None:
-    """Write the trained model, with the codec and tokenizer of the initial model, as a release folder."""
+    """Write the trained model, with the codec and tokenizer of the initial model, as a release folder.
+
+    One that is there is replaced once the new one is complete. All processes call this together.
+    """
+    complete = folder.with_name(f".{folder.name}.new")
+    if jax.process_index() == 0:
+        shutil.rmtree(complete, ignore_errors=True)
+    _write(setup, params, complete)
+    if jax.process_index() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        complete.replace(folder)
+    multihost_utils.sync_global_devices(f"release {folder.name}")
+
+
+def _write(setup: TrainingSetup, params: Params, folder: Path) -> None:
     start = setup.start
     tensors = model_tensors(nnx.merge(setup.graph, params))
     if start.release is not None:

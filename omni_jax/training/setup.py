@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from omni_jax.checkpoint.tensors import init_model
 from omni_jax.codec.snac import Snac
 from omni_jax.config.model import PRESETS, ModelConfig
 from omni_jax.config.run import RunConfig
+from omni_jax.data.records import has_conversations
 from omni_jax.errors import CheckpointError, ConfigError
 from omni_jax.hardware import CHIPS
 from omni_jax.model.omni import OmniModel
@@ -80,6 +81,18 @@ class InitialModel:
             ) from None
         return cls(release.config, release.tokenizer(), release, seed)
 
+    def for_conversations(self) -> InitialModel:
+        """The same as a model of conversations; what is trained on them says so in its config.
+
+        Raises:
+            ConfigError: it has no token that begins a system text.
+        """
+        try:
+            config = replace(self.config, conversation=True)
+        except ValueError as error:
+            raise ConfigError(f"start: {error}", field="start") from None
+        return replace(self, config=config, release=self.release and replace(self.release, config=config))
+
     def model(self, *, stacked: bool, dtype: Any, mesh: Mesh) -> OmniModel:
         """The model with float32 weights on the mesh."""
         if self.release is None:
@@ -122,6 +135,8 @@ class TrainingSetup:
             CheckpointError: the initial model cannot be opened.
         """
         start = InitialModel.find(config.start, config.seed)
+        if any(has_conversations(source.path) for source in config.data.sources):
+            start = start.for_conversations()
         mesh = make_run_mesh(config, devices)
         stacked, dtype = default_layout(mesh.devices.flat[0].platform)
         if config.dtype != "auto":

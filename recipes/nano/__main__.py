@@ -43,7 +43,7 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """A training step on CPUs allocates hundreds of megabytes; with small pages much of its time goes there."""
 TRIAL_TRAINING = (
     "optimizer.steps=2", "optimizer.warmup_steps=1", "checkpoint.save_interval_steps=2", "log_interval_steps=1",
-    "eval_interval_steps=2", "num_samples=0", "data.num_workers=0",
+    "evaluation.interval_steps=2", "evaluation.num_samples=0", "data.num_workers=0",
 )  # fmt: skip
 
 

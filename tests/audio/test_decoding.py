@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import os
 import struct
+import subprocess
+import sys
+import textwrap
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import soundfile
 
+from omni_jax.audio import decoding
 from omni_jax.audio import io as audio_io
 from omni_jax.errors import AudioError, AudioTooLongError
 from tests.audio.recordings import KINDS, SECONDS, Kind, correlation, encode, source, voice
@@ -124,6 +131,31 @@ def test_header_that_claims_gigabytes() -> None:
     assert len(audio_io.read_audio(data)) == pytest.approx(16_000, abs=1000)
 
 
+def test_metadata_that_claims_gigabytes(tmp_path: Path) -> None:
+    """FFmpeg would fill 2 GB with zeros for this list with a title, and then find that the file ends."""
+    data = wav()
+    (tmp_path / "whole.wav").write_bytes(data)
+    title = b"LIST" + struct.pack("<I", 0x7FFFFFF0) + b"INFOINAM" + struct.pack("<I", 0x7FFFFFD0)
+    (tmp_path / "title.wav").write_bytes(data[:36] + title + data[36:])
+    code = """
+        import resource
+        from omni_jax.audio.io import read_audio
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        read_audio("whole.wav")
+        before = peak()
+        try:
+            read_audio("title.wav")
+        except ValueError as error:
+            print(peak() - before, error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    root = str(Path(__file__).parents[2])
+    child = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True)
+    megabytes, _, message = child.stdout.partition(" ")
+    assert int(megabytes) < 100, child.stderr
+    assert message.startswith("title.wav: expected audio")
+
+
 STREAMS = {"mp2", "adts", "ac3", "eac3", "amr", "g722", "mulaw", "alaw", "mpegts", "mpeg", "vob", "voc"}
 """Containers that do not say how long they are."""
 WARNED = {"wav", "w64", "aiff", "au", "caf-pcm", "avi-pcm"}
@@ -162,6 +194,60 @@ def test_mp3_that_begins_and_ends_within_a_frame() -> None:
 def test_concatenated_mp3_is_read_whole() -> None:
     first, second = (encode(Kind("mp3", "libmp3lame", 16_000), seconds) for seconds in (1.0, 2.0))
     assert len(audio_io.read_audio(first + second)) / 16_000 == pytest.approx(3.0, abs=0.2)
+
+
+@pytest.mark.parametrize("seconds", [0.1, 2.0])
+def test_many_concatenated_mp3s_are_read_whole(seconds: float) -> None:
+    """As a service writes that sends each sentence as a file of its own. Each begins with a frame without sound."""
+    one = encode(Kind("mp3", "libmp3lame", 16_000), seconds)
+    found = len(audio_io.read_audio(100 * one)) / 16_000
+    # The encoder's delay and padding are known of the first one only.
+    assert 100 * seconds <= found < 100 * (seconds + 0.12)
+
+
+def test_mp3_that_is_mostly_undecodable_is_refused() -> None:
+    first = encode(Kind("mp3", "libmp3lame", 16_000), 1.0)
+    frame = first[-144:]
+    with pytest.raises(AudioError, match=r"damaged or cut|cannot be decoded"):
+        audio_io.read_audio(first + (frame[:4] + b"\xff" * 140) * 400)
+
+
+def test_read_audio_holds_the_recording_once() -> None:
+    """A stereo recording of a minute at 48 kHz; one at the wanted rate takes a sixth of its samples."""
+    seconds = 60
+    sound = np.tile(voice(48_000, 1.0), seconds)
+    data = encode(Kind("ogg", "libopus", 48_000, 2), sound=sound)
+    tracemalloc.start()
+    try:
+        found = audio_io.read_audio(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(found) == pytest.approx(16_000 * seconds, abs=100)
+    # The buffer grows by an eighth at most; a block of stereo samples takes megabytes.
+    assert peak < found.nbytes * 9 / 8 + 8e6
+
+
+def test_decoding_is_bounded_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any moment: while the file is opened, while it is decoded, while its pages are checked."""
+    data = encode(Kind("ogg", "libopus", 48_000), 5.0)
+    clock = itertools.count()
+    monkeypatch.setattr(decoding, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(decoding, "MIN_SPEED", 1e9)
+    monkeypatch.setattr(decoding, "MAX_DECODE_SECONDS", 1e9)
+    audio_io.read_audio(data)
+    ticks = next(clock) - 1
+    for seconds in (0, 0.1 * ticks, 0.5 * ticks, 0.9 * ticks, ticks - 2):
+        clock = itertools.count()
+        monkeypatch.setattr(decoding, "MAX_DECODE_SECONDS", seconds)
+        with pytest.raises(AudioError, match=r"recording: expected a recording that is decoded within \S+ s, found"):
+            audio_io.read_audio(data)
+
+
+def test_read_audio_without_a_limit_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "MAX_SECONDS", 1.0)
+    with pytest.raises(AudioTooLongError, match=r"at most 1\.00 s, found 1\.70 s"):
+        audio_io.read_audio(encode(Kind("flac", "flac", 16_000)))
 
 
 def test_mpegts_whose_format_changes() -> None:
@@ -226,8 +312,12 @@ def test_opposite_phase_takes_one_channel() -> None:
     for right in (-sound, -0.9 * sound, -1.1 * sound):
         louder = sound if np.abs(right).max() <= np.abs(sound).max() else right
         np.testing.assert_array_equal(audio_io.to_mono(np.stack([sound, right], axis=1), 16_000), louder)
-    found = audio_io.read_audio(encode(Kind("wav", "pcm_s16le", 16_000, 2), sound=np.stack([sound, -sound])))
-    assert correlation(found, 16_000) > 0.9999
+    for rate in (16_000, 48_000):
+        # More than one block at 48 kHz.
+        sound = voice(rate)
+        found = audio_io.read_audio(encode(Kind("wav", "pcm_s16le", rate, 2), sound=np.stack([sound, -sound])))
+        assert correlation(found, 16_000) > 0.9999
+    sound = voice(16_000)
     # Different sounds, and sound on one side only, are averaged.
     other = np.random.default_rng(0).standard_normal(len(sound)).astype(np.float32) / 5
     for right in (other, 0 * sound, -0.5 * sound):
@@ -291,8 +381,5 @@ def test_to_mono_scales_integers_and_takes_channels_first() -> None:
 
 def test_importing_audio_io_does_not_import_ffmpeg() -> None:
     """It takes a tenth of a second, which only who reads a file should wait for."""
-    import subprocess
-    import sys
-
     code = "import sys, omni_jax.audio.io, omni_jax.audio.encoding; sys.exit('av' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

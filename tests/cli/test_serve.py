@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import contextlib
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from omni_jax.cli import serve
-from omni_jax.serve import app, sessions
+from omni_jax.serve import app, binding, sessions
 from tests.cli.shell import run
 
 
@@ -16,14 +18,15 @@ def served(loads: list[str], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
 
     class Server:
-        def __init__(self, service: tuple[str, sessions.Settings], host: str, port: int):
-            self.given = (*service, host, port)
+        def __init__(self, service: tuple[str, sessions.Settings]):
+            self.given = service
 
-        def run(self) -> None:
-            found.append(self.given)
+        def run(self, sockets: list[tuple[str, int]]) -> None:
+            found.extend((*self.given, *address) for address in sockets)
 
     monkeypatch.setattr(sessions, "Service", lambda omni, name, settings: (name, settings))
     monkeypatch.setattr(app, "make_server", Server)
+    monkeypatch.setattr(binding, "bind", lambda *address: contextlib.nullcontext([address]))
     monkeypatch.setattr(serve, "limit_heap_growth", lambda: None)
     return found
 
@@ -42,6 +45,9 @@ def test_serve_passes_every_option(served: list[Any], tmp_path: Path) -> None:
         "--host": "0.0.0.0",
         "--port": 0,
         "--public-url": "https://omni.example/talk/",
+        "--allow-host": "Omni.lan",
+        "--trusted-proxy": "127.0.0.1",
+        "--max-connections": 50,
     }
     words = [word for option in options.items() for word in option]
     words += [
@@ -64,6 +70,9 @@ def test_serve_passes_every_option(served: list[Any], tmp_path: Path) -> None:
         api_keys=("one", "two"),
         aliases=("whisper-1", "tts-1"),
         allowed_origins=("http://localhost:3000", "https://omni.example"),
+        allowed_hosts=("omni.lan", "omni.example"),
+        trusted_proxies=("127.0.0.1",),
+        max_connections=50,
     )
     assert served == [("tiny", settings, "0.0.0.0", 0)]
     assert "without a key" not in result.stderr
@@ -88,6 +97,8 @@ def test_serve_warns_if_the_network_needs_no_key(served: list[Any]) -> None:
         ("--model-alias", "whisper-1=nano", "--model-alias: expected NAME=tiny, found 'whisper-1=nano'"),
         ("--allow-origin", "example.org", "expected https://HOST, found 'example.org'"),
         ("--public-url", "omni.example", "expected https://HOST, found 'omni.example'"),
+        ("--allow-host", "http://omni.lan", "--allow-host: expected the name of a host"),
+        ("--trusted-proxy", "proxy.lan", "--trusted-proxy: expected an address such as 127.0.0.1, found 'proxy.lan'"),
     ],
 )
 def test_serve_refuses_bad_names_before_loading(
@@ -110,4 +121,13 @@ def test_serve_refuses_a_bad_key_file_before_loading(
     assert result.exit_code == 2
     assert message in result.stderr
     assert not served
+    assert not loads
+
+
+@pytest.mark.parametrize(("host", "message"), [("127.0.0.1", "in use"), ("no.such.host.invalid", "--host: expected")])
+def test_serve_refuses_an_address_before_loading(host: str, message: str, loads: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = run("serve", "--model", "tiny", "--host", host, "--port", taken.getsockname()[1])
+    assert result.exit_code == 2
+    assert message in result.stderr
     assert not loads

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from omni_jax.cli import startup
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_enable_compilation_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,3 +48,16 @@ def test_silence_libtpu_keeps_the_users_choice(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
     startup.silence_libtpu(tmp_path)
     assert os.environ["JAX_PLATFORMS"] == "tpu"
+
+
+@pytest.mark.parametrize("script", ["train.py", "convert_weights.py"])
+def test_scripts_silence_libtpu_as_the_commands_do(script: str) -> None:
+    code = f"""
+import runpy, sys
+from omni_jax.cli import startup
+startup.silence_libtpu = lambda: print("silenced")
+sys.argv = ["{script}", "--help"]
+runpy.run_path("{script}", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "silenced" in done.stdout, done.stderr

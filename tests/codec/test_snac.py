@@ -11,9 +11,12 @@ import pytest
 import torch
 from flax import nnx
 
+from omni_jax.codec import snac
 from omni_jax.codec.ops import sine_squared
 from omni_jax.codec.snac import FRAME_SLOTS, Snac, make_decoder
+from omni_jax.compile_report.hlo import COLLECTIVES
 from omni_jax.config.model import CodecConfig
+from omni_jax.sharding import make_mesh, rows
 from tests.codec.reference import Pair, random_audio, random_codes
 
 TOLERANCE = 1e-5
@@ -60,6 +63,38 @@ def test_snac_24khz_shape_equals_torch(real_pair: Pair):
     np.testing.assert_allclose(real_pair.decode(codes), real_pair.torch_decode(codes), atol=TOLERANCE, rtol=0)
     audio = random_audio(1, 3 * 2048 + 1)
     np.testing.assert_array_equal(real_pair.encode(audio), real_pair.torch_encode(audio))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "frames", "groups"), [(5, 4, 2), (2, 16, 2), (2, 37, 8)], ids=["several rows", "whole rows", "windows"]
+)
+def test_decode_on_tpu_in_windows(pair: Pair, num_rows: int, frames: int, groups: int, monkeypatch: pytest.MonkeyPatch):
+    """A few frames at a time, as a TPU decodes them: the same audio, of ragged rows too."""
+    codes = random_codes(pair, num_rows, frames)
+    lengths = None if frames == 16 else np.array([frames, frames - 3, 0, 1, frames // 2], np.int32)[:num_rows]
+    expected = pair.decode(codes, lengths=lengths)
+    monkeypatch.setattr(snac.sharding, "platform", lambda: "tpu")
+    monkeypatch.setattr(snac, "TPU_FRAMES", 16)
+    program = jax.jit(pair.codec.decode).trace(codes, lengths=lengths)
+    assert f" length={groups}\n" in str(program.jaxpr)
+    audio = program.lower().compile()(codes, lengths=lengths)
+    np.testing.assert_allclose(audio, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_decode_on_tpu_slice_keeps_rows_apart(odd_pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    """Every chip decodes its own rows, without asking the others."""
+    codes = random_codes(odd_pair, 8, 4)
+    lengths = np.array([4, 3, 0, 1] * 2, np.int32)
+    expected = odd_pair.decode(codes, lengths=lengths)
+    monkeypatch.setattr(snac.sharding, "platform", lambda: "tpu")
+    graph, params = nnx.split(odd_pair.codec)
+    with jax.set_mesh(mesh := make_mesh(data=4)):
+        arguments = jax.device_put((codes, lengths), rows(mesh))
+        program = jax.jit(lambda codes, lengths: nnx.merge(graph, params).decode(codes, lengths=lengths))
+        compiled = program.lower(*arguments).compile()
+        np.testing.assert_allclose(compiled(*arguments), expected, atol=TOLERANCE, rtol=0)
+    text = compiled.as_text() or ""
+    assert not any(kind in text for kind in COLLECTIVES)
 
 
 def test_decode_ragged_rows(pair: Pair, codes: np.ndarray):

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from omni_jax.codec.stream import StreamDecoder, receptive_field
+from omni_jax.codec.snac import receptive_field
+from omni_jax.codec.stream import StreamDecoder
 from omni_jax.config.model import CodecConfig
 from tests.codec.reference import Pair, random_codes
 

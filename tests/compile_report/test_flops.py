@@ -27,6 +27,14 @@ def test_count_products_and_convolutions() -> None:
     assert count(convolve, jnp.ones((2, 10, 4)), jnp.ones((3, 4, 7))) == 2 * (2 * 5 * 7) * 3 * 4
 
 
+def test_count_passes_of_float32_products() -> None:
+    once = 2 * 2 * 3 * 4 * 5
+    for precision, passes in (("default", 1), ("high", 3), ("highest", 6)):
+        assert count(lambda x, w, p=precision: jnp.matmul(x, w, precision=p), X, W) == passes * once
+    half = X.astype(jnp.bfloat16), W.astype(jnp.bfloat16)
+    assert count(lambda x, w: jnp.matmul(x, w, precision="highest"), *half) == once
+
+
 def test_count_loops_and_branches() -> None:
     def scanned(w: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, _: (x @ w, None), jnp.ones((3, 4)), None, length=11)[0]
@@ -43,6 +51,12 @@ def test_count_loops_and_branches() -> None:
         return jax.lax.cond(w[0, 0] > 0, lambda w: w @ w, lambda w: w @ w @ w, w)
 
     assert count(branched, square) == 2 * 2 * 4**3
+
+    def switched(w: jax.Array) -> jax.Array:
+        return jax.lax.switch(2, [lambda w: w, lambda w: w @ w, lambda w: w @ w @ w], w)
+
+    traced = jax.make_jaxpr(switched)(square)
+    assert [flops.count(traced, branch=branch) for branch in (0, 1, -1)] == [0, 2 * 4**3, 2 * 2 * 4**3]
 
 
 @pytest.mark.parametrize(("remat", "products"), [(False, 5), (True, 6)])

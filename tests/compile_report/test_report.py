@@ -97,6 +97,28 @@ def test_decode_reads_weights_and_cache_once(batch: int) -> None:
 
 
 @pytest.mark.slow
+def test_decode_reads_live_positions_only() -> None:
+    """Of caches that hold 300 of 2048 positions, attention reads 320; the whole caches are 6.4 GB."""
+    report = compile_report("decode", Topology.parse(ONE), model="mini_omni", batch=256, positions=300)
+    assert ", 300 positions on" in report.table()
+    assert report.bytes < 2.45e9
+    assert report.roofline_seconds < 3e-3
+    assert report.bytes_ratio < 1.25
+    # Nothing is copied to choose a length: the same as with full caches.
+    assert report.temporary_bytes < 1.3e9
+
+
+@pytest.mark.slow
+def test_codec_stays_on_the_chip() -> None:
+    """32 frames at a time. All 64 rows at once move 39 GB and take 48 ms; four rows at a time 11 GB."""
+    report = compile_report("codec", Topology.parse(ONE), model="mini_omni", batch=64)
+    assert_consistent(report)
+    assert report.bound_by == "compute"
+    assert report.bytes < 1.3e9
+    assert report.roofline_seconds < 4.5e-3
+
+
+@pytest.mark.slow
 def test_decode_int8_halves_weight_bytes() -> None:
     sixteen, eight = (
         compile_report("decode", Topology.parse(ONE), model="nano", batch=1, int8=int8) for int8 in (False, True)
@@ -185,6 +207,8 @@ def test_train_seven_billion_parameters(
         ({"model": "huge"}, "model", "model: expected one of mini_omni"),
         ({"program": "codec", "int8": True}, "int8", "int8: expected with prefill, decode or batch, found with codec"),
         ({"program": "train"}, "config", "expected --config"),
+        ({"program": "codec", "positions": 3}, "positions", "positions: expected with decode or batch"),
+        ({"positions": 193}, "positions", "positions: expected 1 to 192, found 193"),
         ({"batch": 3}, "batch", "batch: expected a multiple of 4"),
         ({"tensor": 3}, "tensor", "tensor: expected a divisor of 4"),
     ],

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from omni_jax.config.load import build_config, load_config, save_config, to_dict
 from omni_jax.config.model import PRESETS, ModelConfig, RopeScaling, TrunkConfig
+from omni_jax.config.run import RunConfig
 from omni_jax.errors import ConfigError
 from omni_jax.vocab import Vocab
 
@@ -106,7 +109,24 @@ def test_to_dict_has_only_types_of_yaml_and_json() -> None:
         ({"trunk": {"head_dim": 7}}, "trunk", "7"),
         ({"trunk": {"norm_eps": 0}}, "trunk.norm_eps", "0"),
         ({"trunk": {"depth": 4}}, "trunk.depth", "4"),
-        ({"trunk": {"rope_scaling": {"factor": 8}}}, "trunk.rope_scaling.low_freq_factor", "required"),
+        (
+            {"trunk": {"rope_scaling": {"factor": 8}}},
+            "trunk.rope_scaling",
+            "original_max_position: expected a value with kind llama3",
+        ),
+        (
+            {"trunk": {"rope_scaling": {"kind": "linear", "factor": 2, "beta_fast": 1}}},
+            "trunk",
+            "expected none with kind",
+        ),
+        (
+            {"trunk": {"num_layers": 2, "no_rope_layers": [1, 2]}},
+            "trunk",
+            "no_rope_layers: expected layers from 0 to 1",
+        ),
+        ({"trunk": {"sliding_layers": [1]}}, "trunk", "sliding_layers need a sliding_window"),
+        ({"trunk": {"norms_before": False}}, "trunk", "expected norms_before, norms_after or both"),
+        ({"trunk": {"partial_rotary_factor": 0.05}}, "trunk", "must be even for rope, found 64 * 0.05"),
         ({"audio_encoder": {"hidden_size": 10, "num_heads": 4}}, "audio_encoder", "10 and 4"),
         ({"adapter": {"kind": "conv"}}, "adapter.kind", "'conv'"),
         ({"vocab": {"text_specials": 5}}, "vocab.text_specials", "5"),
@@ -222,3 +242,68 @@ def test_config_needs_no_jax() -> None:
         "import sys, omni_jax.config.load, omni_jax.config.model, omni_jax.config.run; assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", command], check=True)
+
+
+RUN = """
+out: out
+start: preset:tiny
+trainable: [adapter]
+data: {sources: [{path: records}], tasks: {A1T1: 1}}
+optimizer: {steps: 10, peak_lr: 1.0e-3}
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.batch_size=1000000000000", "data.batch_size: Input should be less than or equal to 1048576"),
+        ("data.max_length=1000000000000", "data.max_length: Input should be less than or equal to 16777216"),
+        ("data.num_workers=1000000", "data.num_workers: Input should be less than or equal to 1024"),
+        ("optimizer.steps=1e400", "optimizer.steps: Input should be a valid integer"),
+        ("optimizer.peak_lr=.inf", "optimizer.peak_lr: Input should be a finite number, found inf"),
+        ("optimizer.eps=.nan", "optimizer.eps: Input should be a finite number, found nan"),
+        ("seed=" + "9" * 40, "a number of 40 digits"),
+        ("out=" + "[" * 1000, "more than 64 levels"),
+        ("out=&a [*a, *a]", "the alias or anchor 'a'"),
+        ("out=" + str(["x" * 100] * 30), "found ['xxxx"),
+    ],
+)
+def test_load_config_refuses_what_no_run_has(tmp_path: Path, override: str, says: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    assert load_config(RunConfig, path).data.batch_size == 8
+    with pytest.raises(ConfigError) as error:
+        load_config(RunConfig, path, [override])
+    assert says in str(error.value)
+    assert len(str(error.value)) < 1500
+
+
+def test_build_config_lists_some_of_many_wrong_fields() -> None:
+    with pytest.raises(ConfigError) as error:
+        build_config(ModelConfig, {f"field{number}": "x\n" * 1000 for number in range(1000)}, "here.yaml")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 21
+    assert lines[-1] == "here.yaml: 980 more"
+    assert max(map(len, lines)) < 400
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"keep_best": "wer"}, "evaluation: Value error, keep_best: wer needs answers: expected num_answers above 0"),
+        ({"keep_best": "wer", "num_answers": 1}, "wer is measured on A1T1, which data.tasks does not have"),
+        ({"keep_best": "loss", "held_out": False}, "loss is measured on data.held_out, which has no source"),
+    ],
+)
+def test_keep_best_needs_what_it_is_measured_on(evaluation: dict[str, Any], message: str) -> None:
+    held_out = [{"path": "held"}] if evaluation.pop("held_out", True) else []
+    values = {
+        "out": "out",
+        "start": "preset:tiny",
+        "trainable": ["adapter"],
+        "data": {"sources": [{"path": "data"}], "tasks": {"A1T2": 1}, "held_out": held_out},
+        "optimizer": {"steps": 1, "peak_lr": 1e-3},
+        "evaluation": evaluation,
+    }
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build_config(RunConfig, values, "run.yaml")

@@ -1,19 +1,25 @@
 """Files of published checkpoints."""
 
 import json
+import os
+import zipfile
 
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 
 from omni_jax.checkpoint.safetensors_io import LazyTensor
+from omni_jax.config.model import ModelConfig
+from omni_jax.convert import mini_omni
 from omni_jax.convert.files import (
     common_dtype,
-    open_safetensors,
     open_state_dict,
+    open_weights,
     read_json,
+    shards,
     write_json,
     write_state_dict,
 )
@@ -56,24 +62,107 @@ def test_write_state_dict_shares_a_tensor_of_two_names(tmp_path):
     assert (tmp_path / "a.pth").stat().st_size < 6000
 
 
-def test_open_safetensors_of_one_file_or_shards(tmp_path):
+def test_open_weights_of_one_file_or_shards(tmp_path):
     for name in ("scalar", "half"):
         safetensors.numpy.save_file({name: ARRAYS[name]}, tmp_path / f"{name}.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"scalar": "scalar.safetensors", "half": "half.safetensors"}}))
-    assert set(open_safetensors(tmp_path)) == {"scalar", "half"}
+    assert set(open_weights(tmp_path)) == {"scalar", "half"}
     (tmp_path / "half.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"half\.safetensors: expected a safetensors file, found no such file"):
-        open_safetensors(tmp_path)
+        open_weights(tmp_path)
     for damaged in ({}, {"weight_map": {"scalar": 1}}):
         index.write_text(json.dumps(damaged))
         with pytest.raises(ConversionError, match="expected a file name for each tensor in weight_map"):
-            open_safetensors(tmp_path)
+            open_weights(tmp_path)
     safetensors.numpy.save_file({"half": ARRAYS["half"]}, tmp_path / "model.safetensors")
-    assert set(open_safetensors(tmp_path)) == {"half"}
+    assert set(open_weights(tmp_path)) == {"half"}
+
+
+def test_open_weights_of_pytorch(tmp_path):
+    arrays = {"half": ARRAYS["half"], "brain": ARRAYS["brain"]}
+    for name in arrays:
+        write_state_dict(tmp_path / f"{name}.bin", to_lazy({name: arrays[name]}))
+    index = {"weight_map": {name: f"{name}.bin" for name in arrays}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert shards(tmp_path) == [tmp_path / "brain.bin", tmp_path / "half.bin"]
+    for name, array in read_all(open_weights(tmp_path)).items():
+        np.testing.assert_array_equal(array, arrays[name])
+    state = {name: torch.load(tmp_path / f"{name}.bin", weights_only=True)[name] for name in arrays}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "pytorch_model.bin")
+    assert set(open_weights(tmp_path)) == set(arrays)
+    assert shards(tmp_path) == []
+
+
+def test_open_weights_names_a_type_that_is_not_read(tmp_path):
+    safetensors.torch.save_file({"a": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"'a': expected a dtype of F64, .*, found 'F8_E4M3'$"):
+        open_weights(tmp_path)
 
 
 def test_common_dtype():
     tensors = to_lazy(ARRAYS)
     assert common_dtype({"a": tensors["half"], "b": tensors["half"]}) == "float16"
     assert common_dtype(tensors) is None
+
+
+class Call:
+    """Pickled as a call."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def with_entry(path, change):
+    """An archive whose files are written again by `change(archive, name, data)`."""
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            change(archive, name, data)
+
+
+def test_open_state_dict_refuses_hostile_archives(tmp_path):
+    path = tmp_path / "a.pth"
+
+    def refused(message):
+        with pytest.raises(ConversionError, match=message) as info:
+            open_state_dict(path)
+        assert str(info.value).startswith(f"{path}: ")
+        assert str(info.value).count("expected") == 1
+
+    ones = {"a": torch.ones(4, 4)}
+    torch.save(ones, path)
+    with_entry(path, lambda archive, name, data: archive.writestr(name, data, zipfile.ZIP_DEFLATED))
+    refused(r"found .*, which is compressed")
+    torch.save(ones, path)
+    with_entry(path, lambda archive, name, data: None)
+    refused(r"found 0 files data\.pkl")
+    torch.save(ones, path)
+    with_entry(path, lambda archive, name, data: archive.writestr(name, data[:8] if "data/0" in name else data))
+    refused("found data/0 of 8 bytes, for tensors of 64")
+    with_entry(path, lambda archive, name, data: None if "data/0" in name else archive.writestr(name, data))
+    refused("found data/0 of 0 bytes, for tensors of 64")
+    for zipped in (True, False):
+        for function, args in ((bytearray, (1 << 40,)), (eval, ("1",)), (torch.empty, (1 << 40,))):
+            torch.save({"a": Call(function, *args)}, path, _use_new_zipfile_serialization=zipped)
+            refused("with tensors only, found ")
+        torch.save({"a": torch.ones(1).expand(1 << 20, 1 << 20)}, path, _use_new_zipfile_serialization=zipped)
+        refused(r"a: expected a tensor whose values are all in the file, found \(1048576, 1048576\) in 4 bytes")
+    torch.save(ones, path)
+    path.write_bytes(path.read_bytes()[:-30])
+    refused("with tensors only, found ")
+    path.unlink()
+    os.mkfifo(path)
+    refused("expected a state dict, found a pipe")
+
+
+@pytest.mark.parametrize("change", [{"n_head": 0}, {"hf_config": [1]}, {"hf_config": {"adapter_stack": None}}])
+def test_config_with_values_of_wrong_types_is_an_error(change):
+    config = ModelConfig()
+    values = mini_omni.config_to_yaml(config) | {"head_size": None} | change
+    with pytest.raises(ConversionError, match="here: expected values of the types of the format, found "):
+        mini_omni.config_from_yaml(values, config.audio_encoder, config.codec, tts_adapter=True, source="here")

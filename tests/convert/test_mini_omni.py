@@ -276,14 +276,20 @@ def test_config_to_yaml_lists_what_the_published_code_lacks(tiny_config):
     config = replace(
         tiny_config,
         adapter=AdapterConfig(intermediate_size=100),
-        trunk=replace(tiny_config.trunk, rope_scaling=scaling),
+        trunk=replace(tiny_config.trunk, rope_scaling=scaling, qk_norm="head", sliding_window=191, sliding_layers=(0,)),
     )
     with pytest.raises(ConversionError) as error:
         mini_omni.config_to_yaml(config)
     assert [line.split(":")[0] for line in str(error.value).splitlines()[1:]] == [
         "adapter.intermediate_size",
         "trunk.rope_scaling",
+        "trunk.sliding_window",
+        "trunk.sliding_layers",
+        "trunk.qk_norm",
     ]
+    # A window as long as the context changes nothing.
+    trunk = replace(tiny_config.trunk, sliding_window=192, sliding_layers=(0,))
+    assert mini_omni.unsupported(replace(tiny_config, trunk=trunk)) == []
 
 
 def test_published_number_of_specials_needs_no_hint():
@@ -337,7 +343,7 @@ class Malicious:
         return (print, ("this must never be printed",))
 
 
-@pytest.mark.parametrize("content", [{"a": Malicious()}, {"a": [1, 2]}, [1, 2], {"model": {"a": torch.zeros(2)}}])
+@pytest.mark.parametrize("content", [{"a": Malicious()}, {"a": [1, 2]}, [1, 2], {"b": {"a": torch.zeros(2)}}])
 def test_import_executes_nothing_and_takes_tensors_only(content, folder, tiny_parts, tmp_path, capfd):
     torch.save(content, folder / "lit_model.pth")
     with pytest.raises(ConversionError, match=r"lit_model\.pth: expected"):

@@ -297,7 +297,7 @@ def test_read_of_a_file_of_torch_before_zip(tmp_path: Path, module: Any, state: 
 
 
 def test_read_says_what_is_missing_or_damaged(tmp_path: Path):
-    with pytest.raises(ConversionError, match=r"config\.json: expected JSON, found .*No such file"):
+    with pytest.raises(ConversionError, match=r"config\.json: expected JSON, found no such file"):
         read(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConversionError, match=r"config\.json: expected JSON"):

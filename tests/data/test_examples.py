@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from omni_jax.config.model import PRESETS
 from omni_jax.config.run import DataConfig, SourceConfig
 from omni_jax.data.examples import REASONS, TASKS, DrawnRecord, ExampleBuilder, RecordsOfTask, SkippedRecord
-from omni_jax.data.records import Exchange, Records, RecordWriter, to_bytes
+from omni_jax.data.records import Exchange, PastTurn, Records, RecordWriter, to_bytes
 from omni_jax.errors import PipelineError, RecordError
 from omni_jax.tasks import Task
 from tests import models
@@ -102,3 +102,40 @@ def test_records_of_task_turn_errors_into_data(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Records, "__getitem__", fail)
     assert isinstance(records[0].data, RecordError)
+
+
+HISTORY = (PastTurn("who?", "me", True), PastTurn("not?", "so", False))
+
+
+def test_build_turn_of_a_conversation(builder: ExampleBuilder) -> None:
+    """History as text, then the present turn as it is without one; trained past answers count, too."""
+    turn = exchange(system="a b", history=HISTORY)
+    plain, built = builder.build(drawn(to_bytes(exchange()))), builder.build(drawn(to_bytes(turn)))
+    past = len(built["tokens"]) - len(plain["tokens"])
+    text = [builder.tokenizer.encode(text).ids for text in ("a b", "who?", "me", "not?", "so")]
+    assert past == sum(map(len, text)) + 2 * 5
+    assert (built["tokens"][:past, :7] == MODEL.vocab.audio + 1).all()
+    for name in ("tokens", "targets", "mask"):
+        np.testing.assert_array_equal(built[name][past:], plain[name])
+    np.testing.assert_array_equal(built["speech_frame"], [-1] * past + plain["speech_frame"].tolist())
+    begin = sum(map(len, text[:2])) + 2 * 2 + 1
+    counted = np.flatnonzero(built["mask"][:past, 7])
+    assert counted.tolist() == list(range(begin - 1, begin + len(text[2])))
+    assert built["targets"][counted, 7].tolist() == [*text[2], MODEL.vocab.text]
+
+
+@pytest.mark.parametrize("task", [Task.A1T1, Task.T1A1])
+def test_transcripts_and_reading_aloud_have_no_history(builder: ExampleBuilder, task: Task) -> None:
+    plain = builder.build(drawn(to_bytes(exchange()), task))
+    built = builder.build(drawn(to_bytes(exchange(system="a b", history=HISTORY)), task))
+    for name, value in plain.items():
+        np.testing.assert_array_equal(built[name], value)
+
+
+def test_oldest_turns_are_left_out_of_a_row(builder: ExampleBuilder) -> None:
+    history = tuple(PastTurn("question " * 4, "answer " * 3, True) for _ in range(9))
+    built = builder.build(drawn(to_bytes(exchange(history=history))))
+    assert len(built["tokens"]) <= 160
+    assert built["mask"][:, 7].sum() > len("so")
+    with pytest.raises(SkippedRecord, match="positions of 160"):
+        builder.build(drawn(to_bytes(exchange(system="word " * 40))))

@@ -355,10 +355,10 @@ def test_counts_are_part_of_the_state(tmp_path: Path, tokenizer: Tokenizer) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_workers": 1}, "num_workers: expected 1, found 0"),
-        ({"batch_size": 8}, "rows: expected 8, found 4"),
-        ({"max_length": 200}, "max_length: expected 200, found 160"),
-        ({"tasks": {"T1T2": 1}}, "tasks: expected"),
+        ({"num_workers": 1}, "data.num_workers: expected 0 as saved, found 1"),
+        ({"batch_size": 8}, r"data.batch_size \(rows of a process\): expected 4 as saved, found 8"),
+        ({"max_length": 200}, "data.max_length: expected 160 as saved, found 200"),
+        ({"tasks": {"T1T2": 1}}, "data.tasks: expected"),
     ],
 )
 def test_state_of_another_layout_is_refused(
@@ -367,9 +367,9 @@ def test_state_of_another_layout_is_refused(
     state = batches(config(folder), MODEL, tokenizer, seed=0).get_state()
     with pytest.raises(PipelineError, match=message):
         batches(config(folder, **changes), MODEL, tokenizer, seed=0).set_state(state)
-    with pytest.raises(PipelineError, match="seed: expected 1, found 0"):
+    with pytest.raises(PipelineError, match="seed: expected 0 as saved, found 1"):
         batches(config(folder), MODEL, tokenizer, seed=1).set_state(state)
-    with pytest.raises(PipelineError, match="process_index: expected 1, found 0"):
+    with pytest.raises(PipelineError, match="process_index: expected 0 as saved, found 1"):
         batches(config(folder, batch_size=8), MODEL, tokenizer, seed=0, process_index=1, process_count=2).set_state(
             state
         )

@@ -31,7 +31,7 @@ from omni_jax.data.readers import byte_ranges
 from omni_jax.data.records import INDEX, Exchange, Records, RecordWriter, from_bytes, write_json
 from omni_jax.data.shards import MANIFEST_SUFFIX, CodecSpec, ShardManifest, ShardWriter, encode_answers, manifest_path
 from omni_jax.data.sources import Manifest, RejectedRow, Row, SourceShard, TextQA, VoiceAssistant
-from omni_jax.errors import ConfigError, MissingExtraError
+from omni_jax.errors import ConfigError, FolderInUseError, MissingExtraError
 from omni_jax.tasks import Task
 from tests.data.test_sources import put, tone, voice_assistant, voice_assistant_row
 
@@ -263,6 +263,24 @@ def test_memory_of_preparing_a_gigabyte(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "large-out" / INDEX).read_text())["exchanges"] == 2400
     print(f"peak memory: {small} MiB for 21 MB, {large} MiB for 1.06 GB")
     assert large - small < 50
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_prepare_refuses_a_folder_that_another_run_writes_to(tmp_path: Path) -> None:
+    write_questions(tmp_path / "qa.jsonl", 30)
+    source, out = TextQA(tmp_path / "qa.jsonl"), tmp_path / "out"
+    refused = 0
+
+    def start_another(done: int, total: int) -> None:
+        nonlocal refused
+        with pytest.raises(FolderInUseError, match="found `omni-jax prepare` of "):
+            prepare(source, out)
+        refused += 1
+
+    prepare(source, out, progress=start_another)
+    assert refused == len(source.shards())
+    assert read_questions(out) == [f"Q{n}" for n in range(30)]
+    assert not list(out.glob(".*"))
 
 
 def test_prepare_refuses_folder_of_another_writer(tmp_path: Path) -> None:

@@ -16,7 +16,19 @@ import numpy as np
 import pytest
 import soundfile
 
-from omni_jax.data.records import INDEX, Exchange, RecordCounts, Records, RecordWriter, from_bytes, serves, to_bytes
+from omni_jax.data.records import (
+    INDEX,
+    Conversation,
+    Exchange,
+    PastTurn,
+    RecordCounts,
+    Records,
+    RecordWriter,
+    from_bytes,
+    has_conversations,
+    serves,
+    to_bytes,
+)
 from omni_jax.errors import RecordError
 from omni_jax.tasks import Task
 
@@ -203,6 +215,7 @@ def test_writer_and_records(tmp_path: Path) -> None:
     assert index == {
         "version": 1,
         "exchanges": 8,
+        "conversations": 0,
         "question_hours": 0.0,
         "answer_frames": 5,
         "sources": {"even": 4, "odd": 3, "tests": 1},
@@ -303,3 +316,124 @@ def test_record_counts_merge() -> None:
     assert (counts.exchanges, counts.samples, counts.frames) == (2, 1234, 5)
     assert counts.sources == {"tests": 1, "odd": 1}
     assert counts.tasks == {"A1A2": 1, "T1T2": 2}
+
+
+def test_from_bytes_refuses_flac_that_claims_more_than_it_has() -> None:
+    """libsndfile would allocate 137 GB for the length that this header claims."""
+    data = bytearray(flac(noise(0, 4000)))
+    # The last 36 bits of the length in STREAMINFO, after four bytes of "fLaC", four of a header, and 13 others.
+    data[21] |= 0x0F
+    data[22:26] = b"\xff" * 4
+    with pytest.raises(RecordError, match="question_audio: expected at most 57600000 samples, found 68719476735"):
+        from_bytes(changed(question_audio=bytes(data)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"file": "../00000.array_record"},
+            "expected a file of the folder and the number of its records, found '../00000",
+        ),
+        (
+            {"exchanges": 10**12},
+            "expected a file of the folder and the number of its records, found .* and 1000000000000",
+        ),
+        ({"exchanges": -1}, "expected a file of the folder and the number of its records, found .* and -1"),
+        ({"exchanges": "many"}, "expected the index of a folder of records, found ValueError"),
+    ],
+)
+def test_records_refuses_an_index_that_points_elsewhere(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    with RecordWriter(tmp_path / "a") as writer:
+        writer.write(numbered(0))
+    with RecordWriter(tmp_path / "a" / "b") as writer:
+        writer.write(numbered(0))
+    index = json.loads((tmp_path / "a" / "b" / INDEX).read_text())
+    index["shards"][0] |= change
+    (tmp_path / "a" / "b" / INDEX).write_text(json.dumps(index))
+    with pytest.raises(RecordError, match=message):
+        Records(tmp_path / "a" / "b")
+
+
+@pytest.mark.parametrize("text", ["[" * 10**6, '{"version": NaN}', '{"version": 1, "version": 1}', "1"])
+def test_records_refuses_an_index_that_is_no_json_object(tmp_path: Path, text: str) -> None:
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(RecordError, match=r"index\.json: expected the index of a folder of records, found"):
+        Records(tmp_path)
+
+
+# Conversations
+
+TURN = dataclasses.replace(FULL, system="Be kind.", history=(PastTurn("ä?", "b", True), PastTurn("", "c")))
+
+
+def test_turn_of_a_conversation_round_trip() -> None:
+    assert_equal(from_bytes(to_bytes(TURN)), TURN)
+    assert_equal(from_bytes(to_bytes(TURN), audio=False), dataclasses.replace(TURN, question_audio=None))
+    alone = dataclasses.replace(TURN, system="", history=())
+    assert to_bytes(alone) == to_bytes(FULL), "records of single exchanges stay as they were"
+    assert b"conversation" not in to_bytes(FULL)
+
+
+@pytest.mark.parametrize(
+    "conversation", [3, {}, {"system": 3, "history": []}, {"system": "", "history": [["a"] * 4]}, {"system": "a"}]
+)
+def test_malformed_conversation_is_an_error(conversation: object) -> None:
+    with pytest.raises(RecordError, match="conversation: expected"):
+        from_bytes(changed(conversation=conversation))
+
+
+@pytest.mark.parametrize("turn", [PastTurn(3), PastTurn("a", "b", 1)])
+def test_malformed_turn_is_not_written(turn: PastTurn) -> None:
+    with pytest.raises(RecordError, match="conversation: expected texts"):
+        to_bytes(dataclasses.replace(FULL, history=(turn,)))
+
+
+def text_exchange(number: int, **fields: object) -> Exchange:
+    return Exchange(question_text=f"q{number}", answer_text=f"a{number}", **fields)
+
+
+def test_conversation_of_text_is_one_record_with_all_answers() -> None:
+    exchanges = tuple(text_exchange(n) for n in range(3))
+    (record,) = Conversation(exchanges, "s").to_exchanges()
+    assert_equal(record, dataclasses.replace(exchanges[2], system="s", history=record.history))
+    assert record.history == (PastTurn("q0", "a0", True), PastTurn("q1", "a1", True))
+    (chosen,) = Conversation(exchanges, trained=(False, True, False)).to_exchanges()
+    assert (chosen.question_text, chosen.history) == ("q1", (PastTurn("q0", "a0"),))
+    assert Conversation(exchanges, trained=(False, False, False)).to_exchanges() == []
+    each = Conversation(exchanges).to_exchanges(every_turn=True)
+    assert [record.question_text for record in each] == ["q0", "q1", "q2"]
+    assert each[2].history == (PastTurn("q0", "a0"), PastTurn("q1", "a1"))
+
+
+def test_conversation_of_speech_is_a_record_for_each_spoken_turn() -> None:
+    """Every answer counts once: that of text before the spoken one in its record."""
+    spoken = text_exchange(1, question_audio=np.zeros(9, np.int16))
+    records = Conversation((text_exchange(0), spoken, text_exchange(2), text_exchange(3))).to_exchanges()
+    assert [record.question_text for record in records] == ["q1", "q3"]
+    assert records[0].history == (PastTurn("q0", "a0", True),)
+    assert records[1].history == (PastTurn("q0", "a0"), PastTurn("q1", "a1"), PastTurn("q2", "a2", True))
+
+
+def test_wrong_conversations_are_errors() -> None:
+    with pytest.raises(RecordError, match="trained: expected 1 entries, found 2"):
+        Conversation((FULL,), trained=(True, False)).to_exchanges()
+    with pytest.raises(RecordError, match="exchange 1: expected no history of its own"):
+        Conversation((FULL, TURN)).to_exchanges()
+
+
+def test_index_counts_conversations(tmp_path: Path) -> None:
+    assert not has_conversations(tmp_path)
+    for name, exchanges in (("plain", [FULL]), ("talk", [FULL, TURN])):
+        with RecordWriter(tmp_path / name) as writer:
+            for exchange in exchanges:
+                writer.write(exchange)
+    assert [has_conversations(tmp_path / name) for name in ("plain", "talk")] == [False, True]
+    assert Records(tmp_path / "talk").index["conversations"] == 1
+    index = json.loads((tmp_path / "plain" / INDEX).read_text())
+    del index["conversations"]
+    (tmp_path / "plain" / INDEX).write_text(json.dumps(index))
+    assert not has_conversations(tmp_path / "plain")
+    assert len(Records(tmp_path / "plain")) == 1

@@ -17,6 +17,7 @@ import soundfile
 from omni_jax.audio import io as audio_io
 from omni_jax.data import sources
 from omni_jax.data.readers import byte_ranges
+from omni_jax.data.records import PastTurn
 from omni_jax.data.sources import (
     Manifest,
     PendingExchange,
@@ -26,6 +27,7 @@ from omni_jax.data.sources import (
     SourceShard,
     TextQA,
     VoiceAssistant,
+    parse_codes,
 )
 from omni_jax.errors import AudioTooLongError, ConfigError
 
@@ -90,6 +92,62 @@ def test_voice_assistant(tmp_path: Path) -> None:
     assert len(read(VoiceAssistant(tmp_path, keep_persona=True))[0]) == 3
 
 
+def test_voice_assistant_without_the_columns_that_are_not_read(tmp_path: Path) -> None:
+    row = voice_assistant_row()
+    for name in ("split_name", "index", "round"):
+        del row[name]
+    row["answer_snac"] = [1, 2, 3, 4, 5, 6, 7]
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    ((pending,), rejected) = read(VoiceAssistant(tmp_path))
+    assert not rejected
+    assert pending.exchange.source == "voice_assistant_400k"
+    assert pending.exchange.answer_codes is not None
+    assert pending.exchange.answer_codes.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+
+
+FRAMES = [[1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 4095]]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "# 1 2 3 4 5 6 7 # 8 9 10 11 12 13 4095",
+        "1 2 3 4 5 6 7 8 9 10 11 12 13 4095",
+        "1, 2,3,4,5,6,7, 8,9,10,11,12,13,4095",
+        FRAMES,
+        [*FRAMES[0], *FRAMES[1]],
+        [str(code) for frame in FRAMES for code in frame],
+    ],
+)
+def test_parse_codes_takes_lists_and_text(value: Any) -> None:
+    codes = parse_codes(value, 4096)
+    assert codes.dtype == np.int32
+    assert codes.tolist() == FRAMES
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ([], "answer without codes"),
+        (7, "answer without codes"),
+        ([1, 2, 3], "malformed codes"),
+        ([[1, 2, 3, 4, 5, 6, 7], [1]], "malformed codes"),
+        ([[1] * 14], "malformed codes"),
+        ([0.5] * 7, "malformed codes"),
+        (["a"] * 7, "malformed codes"),
+        ([None] * 7, "malformed codes"),
+        ([10**30] * 7, "malformed codes"),
+        ("1 2 x 4 5 6 7", "malformed codes"),
+        ([-1] * 7, "code out of range"),
+        ([4096] * 7, "code out of range"),
+    ],
+)
+def test_parse_codes_rejects(value: Any, reason: str) -> None:
+    with pytest.raises(RejectedRow) as found:
+        parse_codes(value, 4096)
+    assert found.value.reason == reason
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -97,7 +155,7 @@ def test_voice_assistant(tmp_path: Path) -> None:
         ({"answer_snac": None}, "answer without codes"),
         ({"answer_snac": "# 1 2 3 4 5 6"}, "malformed codes"),
         ({"answer_snac": "# 1 2 3 4 5 6 7 8"}, "malformed codes"),
-        ({"answer_snac": "1 2 3 4 5 6 7"}, "malformed codes"),
+        ({"answer_snac": "1 2 3 4 5 6"}, "malformed codes"),
         ({"answer_snac": "# 1 2 3 4 5 6 -7"}, "malformed codes"),
         ({"answer_snac": "# 1 2 3 4 5 6 7 #"}, "malformed codes"),
         ({"answer_snac": "# 1 2 3 4 5 6 4096"}, "code out of range"),
@@ -282,6 +340,9 @@ def test_manifest(tmp_path: Path) -> None:
         json.dumps(good | {"color": "red"}),
         json.dumps(good | {"voice": 3}),
         json.dumps(good | {"answer_audio": "none.wav"}),
+        json.dumps(good | {"answer_codes": [[1, 2, 3, 4, 5, 6, 7]]}),
+        json.dumps({"answer_text": "a", "answer_codes": "1 2 3 4 5 6 4096"}),
+        json.dumps({"answer_text": "a", "answer_codes": "1 2 3 4 5 6 7"}),
     ]
     put(tmp_path / "m.jsonl", "\n".join(lines))
     pending, rejected = read(Manifest(tmp_path / "m.jsonl", answer_sample_rate=24_000))
@@ -291,8 +352,12 @@ def test_manifest(tmp_path: Path) -> None:
     assert len(answer) == pytest.approx(0.3 * 24_000, abs=2)
     assert pending[1].exchange.source == "manifest"
     assert [row.reason for row in rejected] == [
-        "not JSON", "not an object", "unknown field", "voice is not text", "recording unusable",
+        "not JSON", "not an object", "unknown field", "voice is not text", "recording unusable", "two answers",
+        "code out of range",
     ]  # fmt: skip
+    codes = pending[2].exchange.answer_codes
+    assert codes is not None
+    assert codes.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
     with pytest.raises(ConfigError, match="expected a file"):
         Manifest(tmp_path / "none").shards()
     small = Manifest(tmp_path / "m.jsonl", range_bytes=50)
@@ -333,3 +398,144 @@ def test_audio_too_long_without_a_declared_length(tmp_path: Path, monkeypatch: p
     put(tmp_path / "m.jsonl", '{"question_audio": "q.wav"}')
     _, (row,) = read(Manifest(tmp_path / "m.jsonl"))
     assert (row.reason, str(row)) == ("recording too long", "recording too long: any words")
+
+
+# Conversations
+
+
+def test_voice_assistant_rounds_are_turns(tmp_path: Path) -> None:
+    """Consecutive rounds of the same index; a rejected row is part of the history."""
+    rows = [
+        voice_assistant_row(index="1", round="round_1", question="a?", answer="b"),
+        voice_assistant_row(index="1", round="round_2", question="c?", answer="d", answer_snac=""),
+        voice_assistant_row(index="1", round="round_3"),
+        voice_assistant_row(index="1", round="round_5"),
+        voice_assistant_row(index="2", round="round_6"),
+        voice_assistant_row(index="2", round=None),
+        voice_assistant_row(index="2", round="None"),
+    ]
+    voice_assistant(tmp_path, rows)
+    pending, rejected = read(VoiceAssistant(tmp_path))
+    assert [each.exchange.history for each in pending] == [
+        (),
+        (PastTurn("a?", "b"), PastTurn("c?", "d")),
+        (),
+        (),
+        (),
+        (),
+    ]
+    assert [row.reason for row in rejected] == ["answer without codes"]
+
+
+def lines(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def chat(*texts: str, system: str = "", **fields: Any) -> dict[str, Any]:
+    messages = [{"role": "system", "content": system}] if system else []
+    roles = ["user", "assistant"] * len(texts)
+    messages += [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    return {"messages": messages, **fields}
+
+
+def test_text_of_chat_messages(tmp_path: Path) -> None:
+    chosen = chat("a?", "b", "c?", "d", "e?", "f")
+    chosen["messages"][1]["weight"] = 0
+    path = lines(tmp_path / "chat.jsonl", chat("a?", "b", system="Be kind."), chosen, {"question": "q", "answer": "r"})
+    pending, rejected = read(TextQA(path))
+    assert not rejected
+    first, second, third = (each.exchange for each in pending)
+    assert (first.system, first.question_text, first.answer_text, first.history) == ("Be kind.", "a?", "b", ())
+    assert (second.question_text, second.answer_text) == ("e?", "f")
+    assert second.history == (PastTurn("a?", "b"), PastTurn("c?", "d", True))
+    assert (third.question_text, third.in_conversation) == ("q", False)
+    every, _ = read(TextQA(path, every_turn=True))
+    assert [each.exchange.question_text for each in every] == ["a?", "c?", "e?", "q"]
+    assert every[2].exchange.history == (PastTurn("a?", "b"), PastTurn("c?", "d"))
+
+
+def test_greeting_and_unanswered_question_of_chat_messages(tmp_path: Path) -> None:
+    greeting = {"messages": [{"role": "assistant", "content": "Hello."}, *chat("a?", "b", "c?")["messages"]]}
+    pending, rejected = read(TextQA(lines(tmp_path / "chat.jsonl", greeting)))
+    assert not rejected
+    assert [(each.exchange.question_text, each.exchange.history) for each in pending] == [
+        ("a?", (PastTurn("", "Hello."),))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": "hi"}, "malformed messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "malformed messages"),
+        (chat("a?"), "messages without an answer"),
+        ({"messages": []}, "messages without an answer"),
+        (chat("a" * 30, "b", "c?", "d"), "question too long"),
+        (chat("\ud800", "b"), "message is not text"),
+    ],
+)
+def test_chat_messages_that_are_rejected(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    pending, rejected = read(TextQA(lines(tmp_path / "chat.jsonl", row), max_characters=20))
+    assert not pending
+    assert [row.reason for row in rejected] == [reason]
+
+
+def turn(name: str, number: int, **fields: Any) -> dict[str, Any]:
+    row = {"conversation": name, "turn": number, "question_text": f"{name}{number}?", "answer_text": f"{number}"}
+    return row | fields
+
+
+def test_manifest_of_conversations(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "m.jsonl",
+        turn("x", 1, system="Be kind."),
+        turn("x", 2, question_text=""),
+        turn("x", 7),
+        {"question_text": "alone?", "answer_text": "yes"},
+        turn("y", 3),
+        turn("x", 8),
+    )
+    pending, rejected = read(Manifest(path))
+    assert not rejected
+    found = [
+        (each.exchange.system, [(past.question, past.answer) for past in each.exchange.history]) for each in pending
+    ]
+    assert found == [
+        ("Be kind.", []),
+        ("Be kind.", [("x1?", "1")]),
+        ("Be kind.", [("x1?", "1"), ("", "2")]),
+        ("", []),
+        ("", []),
+        ("", []),
+    ]
+    assert not any(past.trained for each in pending for past in each.exchange.history)
+
+
+@pytest.mark.parametrize("range_bytes", [1, 60, 200, 5000])
+def test_ranges_of_a_manifest_end_between_conversations(tmp_path: Path, range_bytes: int) -> None:
+    rows = [turn(name, number) for name, turns in (("x", 5), ("y", 1), ("z", 4)) for number in range(turns)]
+    path = lines(tmp_path / "m.jsonl", *rows, {"question_text": "alone?"}, *[turn("w", n) for n in range(3)])
+    source = Manifest(path, range_bytes=range_bytes)
+    pending, rejected = read(source)
+    assert not rejected
+    assert [len(each.exchange.history) for each in pending] == [0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 0, 0, 1, 2]
+    assert (len(source.shards()) > 1) == (range_bytes < 5000)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (turn("x", 1), "turn out of order"),
+        (turn("x", 0), "turn out of order"),
+        (turn("x", True), "malformed turn"),
+        ({"conversation": "x"}, "malformed turn"),
+        (turn("x", 2, system=3), "malformed turn"),
+        (turn("", 2), "turn without a conversation"),
+        ({"system": "a"}, "turn without a conversation"),
+    ],
+)
+def test_turns_of_a_manifest_that_are_rejected(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    pending, rejected = read(Manifest(lines(tmp_path / "m.jsonl", turn("x", 1), row)))
+    assert len(pending) == 1
+    assert [row.reason for row in rejected] == [reason]

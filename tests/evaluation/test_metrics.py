@@ -52,3 +52,15 @@ def test_bootstrap_intervals() -> None:
     assert rate.low < 0.5 < rate.high
     errors = [ErrorCount(1, 10), ErrorCount(3, 5)]
     assert metrics.error_rate(errors) == metrics.error_rate(errors)
+
+
+def test_differences_are_of_pooled_rates_and_paired() -> None:
+    mine = [ErrorCount(1, 10), ErrorCount(0, 1), ErrorCount(9, 9)]
+    theirs = [ErrorCount(0, 10), ErrorCount(1, 1), ErrorCount(0, 9)]
+    difference = metrics.error_rate_difference(mine, theirs)
+    # The means of the rates of each case would differ by 0.033.
+    assert difference.value == pytest.approx((10 - 1) / 20)
+    assert difference.low < difference.value < difference.high
+    assert metrics.error_rate_difference(mine, mine) == metrics.Estimate(0.0, 0.0, 0.0, 3)
+    change = metrics.mean_difference([1.0, 0.0], [0.0, 0.0])
+    assert (change.value, change.count) == (0.5, 2)

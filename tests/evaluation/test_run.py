@@ -19,7 +19,8 @@ from omni_jax.audio import io as audio_io
 from omni_jax.audio.encoding import write_audio
 from omni_jax.errors import ConfigError
 from omni_jax.evaluation import asr_judge, report
-from omni_jax.evaluation.run import Evaluation, evaluate, measure_speed
+from omni_jax.evaluation.comparison import compare
+from omni_jax.evaluation.run import Evaluation, Result, evaluate, measure_speed
 from omni_jax.evaluation.suites import Case
 from omni_jax.inference.request import Request
 from omni_jax.tasks import Task
@@ -121,7 +122,8 @@ def test_measure_speed_times_recordings_in_memory(omni: Omni, cases: list[Case])
 def test_summary_and_saved_results(found: tuple[Evaluation, Path]) -> None:
     evaluation, out = found
     summary = evaluation.summary()
-    assert set(summary) == {"A1A2", "A1A2 a", "A1A2 b", "A1T1", "A1T1 a", "T1A2", "T1A1"}
+    # In the order of the tasks, each followed by its groups.
+    assert list(summary) == ["A1A2", "A1A2 a", "A1A2 b", "A1T1", "A1T1 a", "T1A2", "T1A1"]
     assert summary["A1A2"]["exact"].value == pytest.approx(1 / 3)
     assert summary["A1A2"]["failed"].value == pytest.approx(1 / 3)
     assert summary["A1A2 b"]["exact"].value == 0
@@ -145,13 +147,40 @@ def test_report(found: tuple[Evaluation, Path], omni: Omni, cases: list[Case], t
     assert "| T1A2 | seconds |" in text
     assert "+0.0 (+0.0 to +0.0)" in text
     assert "There was no ASR judge" in report.markdown(other)
-    report.write(evaluation, out, other)
+    # Pooled as in the table, and for each group.
+    (difference,) = [one for one in compare(evaluation, other, ["contains"]) if one.section == "A1A2 b"]
+    assert difference.difference.value == 0.0
+    assert difference.difference.count == 2
+    assert "| A1A2 b | contains-match |" in text
+    for line in ("Rows: each task, and below it the groups", "- WER: word error rate", "- failed: share of cases"):
+        assert line in text
+    report.write(evaluation, out, other, cases)
     page = (out / "report.html").read_text()
     # All that it shows is in it.
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
-    assert page.count("<audio") == 4
+    # Four spoken answers, and the recordings of three questions; a fourth is missing.
+    assert page.count("<audio") == 4 + 3
+    assert page.count("<dt>question</dt>") == len(cases)
+    assert "<dt>WER</dt><dd>word error rate" in page
     assert page.count('alt="spectrogram"') == 4
     assert "none.wav" in page
+
+
+def test_compare_pools_word_error_rates_as_the_table_does() -> None:
+    def of(*edits: tuple[int, int]) -> Evaluation:
+        results = [
+            Result(f"{n}", "A1T1", "", "", ["x"], scores={"failed": 0.0, "wer_edits": e, "wer_length": length})
+            for n, (e, length) in enumerate(edits)
+        ]
+        return Evaluation("m", "s", None, True, results, {})
+
+    mine, theirs = of((5, 10), (0, 90)), of((0, 10), (9, 90))
+    (difference,) = compare(mine, theirs, ["wer"])
+    assert difference.value == mine.summary()["A1T1"]["wer"].value == 0.05
+    assert difference.other == theirs.summary()["A1T1"]["wer"].value == 0.09
+    assert difference.difference.value == pytest.approx(-0.04)
+    assert not mine.all_failed
+    assert Evaluation("m", "s", None, True, [Result("a", "A1T1", "", "", [], error="gone")], {}).all_failed
 
 
 def test_parse_judge(tmp_path: Path) -> None:

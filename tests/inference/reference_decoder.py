@@ -37,6 +37,7 @@ def small_config(
     text: int = 37,
     text_specials: int = 6,
     audio_specials: int = 5,
+    conversation: bool = False,
     **trunk: Any,
 ) -> ModelConfig:
     """Sizes that all differ, so that a mixed-up axis shows."""
@@ -59,6 +60,7 @@ def small_config(
         vocab=VocabConfig(text=text, text_specials=text_specials, audio=12, audio_specials=audio_specials),
         codec=CodecConfig(encoder_dim=4, encoder_rates=(4, 4), decoder_dim=8, decoder_rates=(4, 4), codebook_size=12),
         tts_adapter_layers=tts_adapter_layers,
+        conversation=conversation,
     )
 
 
@@ -89,9 +91,9 @@ def random_model(
     return randomized(make, seed, favor_the_ends)
 
 
-def small_omni() -> Omni:
+def small_omni(**config_options: Any) -> Omni:
     """A small model with everything around it, whose tokens are bytes; most of its answers come to their end."""
-    config = small_config(text=260)
+    config = small_config(text=260, **config_options)
     codec = make_decoder(randomized(lambda: Snac(config.codec, rngs=nnx.Rngs(0))))
     return Omni(random_model(config, seed=3, eot=2.5, eoa=1.5), codec, byte_tokenizer())
 
@@ -192,7 +194,8 @@ class ReferenceDecoder:
         sound = np.zeros((1, config.audio_encoder.max_samples), np.float32)
         sound[0, : len(request.parts[0].speech)] = request.parts[0].speech
         positions = request.prompt.speech_positions
-        index[:, 1 : positions + 1] = np.arange(positions)
+        start = request.prompt.speech_start
+        index[:, start : start + positions] = np.arange(positions)
         return jnp.repeat(self.encode_audio(sound), 2, axis=0), index
 
     def _choose(self, logits: Any, request: PreparedRequest, step: int, streams: list[int]) -> list[int]:

@@ -16,7 +16,7 @@ from omni_jax.errors import BusyError, ClosedError, ConfigError
 from omni_jax.inference import async_engine
 from omni_jax.inference.answer import AnswerBuilder, Chunk, Reply
 from omni_jax.inference.async_engine import AsyncEngine, RequestHandle
-from omni_jax.inference.engine import PreparedRequest, Progress
+from omni_jax.inference.engine import Engine, PreparedRequest, Progress
 from omni_jax.inference.generation import GenerationConfig
 from tests.inference.reference_decoder import CONTEXT, small_omni
 
@@ -181,18 +181,22 @@ def test_exception_in_one_answer_fails_only_that_request(
     monkeypatch.setattr(AnswerBuilder, "add", add)
 
 
-def test_exception_in_batch_fails_active_requests_and_answers_queued_ones(
-    omni: Omni, requests: list[PreparedRequest], replies: list[Reply], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("faults", [1, 2])
+def test_exception_in_batch_is_survived_once_by_active_requests_and_always_by_queued_ones(
+    faults: int, omni: Omni, requests: list[PreparedRequest], replies: list[Reply], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with AsyncEngine(omni, max_batch_size=1, max_queue_size=2) as engine:
         batch = engine._engine
         route, stepper = batch._route, Stepper(engine, monkeypatch)
+        left = [True] * faults
 
         def fail() -> Any:
+            if not left:
+                return route()
+            left.pop()
             # As when a program that was given the state does not return.
             for array in jax.tree.leaves(batch.state):
                 array.delete()
-            monkeypatch.setattr(batch, "_route", route)
             raise ZeroDivisionError("in the batch")
 
         monkeypatch.setattr(batch, "_route", fail)
@@ -200,11 +204,37 @@ def test_exception_in_batch_fails_active_requests_and_answers_queued_ones(
         failed, queued = engine.submit(requests[0], notify=notified.set), engine.submit(requests[3])
         stepper.go()
         assert notified.wait(60), "the thread ended without a notification"
-        assert list(failed) == []
-        assert failed.outcome == "failed"
+        if faults == 1:
+            assert_same_answer(list(failed), replies[0])
+        else:
+            assert list(failed) == []
+            assert failed.outcome == "failed"
         assert_same_answer(list(queued), replies[3])
         assert_same_answer(list(engine.submit(requests[0])), replies[0])
         assert engine.num_requests == engine.num_active == 0
+
+
+def test_requests_are_answered_between_programs_of_the_warm_up(
+    omni: Omni, requests: list[PreparedRequest], replies: list[Reply], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = threading.Semaphore(0)
+
+    def compile_rest(engine: Engine) -> Iterator[None]:
+        for _ in range(3):
+            assert compiled.acquire(timeout=60)
+            yield
+
+    monkeypatch.setattr(Engine, "warm_up", lambda self, stop: None)
+    monkeypatch.setattr(Engine, "warm_up_rest", compile_rest)
+    with AsyncEngine(omni, max_batch_size=4, warm_up=True) as engine:
+        assert engine.ready.wait(60)
+        handle = engine.submit(requests[1])
+        compiled.release()
+        assert_same_answer(list(handle), replies[1])
+        assert not engine.warmed_up.is_set()
+        compiled.release(2)
+        assert engine.warmed_up.wait(60)
+        assert_same_answer(list(engine.submit(requests[3])), replies[3])
 
 
 def test_failing_reset_breaks_engine_and_fails_all_requests(
@@ -230,20 +260,25 @@ def test_failing_reset_breaks_engine_and_fails_all_requests(
             engine.submit(requests[0])
 
 
-def test_exception_on_submit_breaks_engine_and_notifies(
-    omni: Omni, requests: list[PreparedRequest], monkeypatch: pytest.MonkeyPatch
+def test_exception_on_submit_fails_only_that_request(
+    omni: Omni, requests: list[PreparedRequest], replies: list[Reply], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> Any:
-        raise MemoryError("no room")
-
     with AsyncEngine(omni, max_batch_size=1, max_queue_size=2) as engine:
+        submit = engine._engine.submit
+
+        def fail(key: int, request: PreparedRequest) -> None:
+            if key == 0:
+                raise MemoryError("no room")
+            submit(key, request)
+
         monkeypatch.setattr(engine._engine, "submit", fail)
         notified = threading.Event()
         handle = engine.submit(requests[0], notify=notified.set)
         assert notified.wait(60), "the thread ended without a notification"
         assert list(handle) == []
         assert handle.outcome == "failed"
-        assert engine.broken
+        assert not engine.broken
+        assert_same_answer(list(engine.submit(requests[1])), replies[1])
 
 
 def test_slow_reader_and_failing_notify_do_not_block(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import reprlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -461,6 +463,111 @@ def test_companion_rows_grow_shrink_and_move(tied: Family) -> None:
     assert {(4, 1), (1, 4)} <= set(pairwise(pairs))
 
 
+class FailingRunner(ModelRunner):
+    """A runner of which one program raises, if what it is given looks like that of one request."""
+
+    def __init__(self, runner: ModelRunner, program: str, marked: np.ndarray):
+        self.__dict__.update(vars(runner))
+        self.program, self.marked = program, marked
+
+    def prefill(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        length = self.marked.shape[1]
+        padding = Vocab(self.config.vocab).padding[:, None]
+        has_marked = any(
+            np.array_equal(row[:, :length], self.marked) and (row[:, length:] == padding).all()
+            for row in np.asarray(tokens)
+        )
+        if has_marked and self.program == "prefill":
+            raise MemoryError("no room for it")
+        self.inserts_marked = has_marked
+        return super().prefill(tokens, *args, **kwargs)
+
+    def insert(self, state: Any, *args: Any) -> Any:
+        if self.inserts_marked and self.program == "insert":
+            raise OverflowError("an option does not fit")
+        return super().insert(state, *args)
+
+
+@pytest.mark.parametrize("program", ["prefill", "insert", "read"])
+@pytest.mark.parametrize("marked", [0, 3])
+def test_exception_in_one_request_fails_only_that_request(
+    tied: Family, program: str, marked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = FailingRunner(tied.runner, program, tied.requests[marked].prompt.tokens[:, :-1])
+    engine = Engine(runner, tied.slots, CONTEXT)
+    if program == "read":
+        finish_reason = engine._finish_reason
+
+        def fail(active: Any, new: np.ndarray) -> Any:
+            if active.key == marked:
+                raise ZeroDivisionError("while it is read")
+            return finish_reason(active, new)
+
+        monkeypatch.setattr(engine, "_finish_reason", fail)
+    for key, request in enumerate(tied.requests):
+        engine.submit(key, request)
+    collected, errors = Collected(), {}
+    for progress in engine.run(3):
+        if progress.error is not None:
+            errors[progress.key] = progress.error
+        else:
+            collected.add([progress])
+    prompt = tied.requests[marked].prompt.tokens[:, :-1]
+    alike = [key for key, request in enumerate(tied.requests) if np.array_equal(request.prompt.tokens[:, :-1], prompt)]
+    assert sorted(errors) == ([marked] if program == "read" else alike)
+    others = [key for key in range(len(tied.requests)) if key not in errors]
+    assert len(others) > 5
+    assert_same(collected.answers(others), [tied.expected[key] for key in others])
+
+
+def test_reset_answers_again_without_reporting_twice(tied: Family) -> None:
+    engine = Engine(tied.runner, tied.slots, CONTEXT)
+    for key, request in enumerate(tied.requests):
+        engine.submit(key, request)
+    collected = Collected()
+    for _ in range(3):
+        collected.add(engine.advance(3))
+    assert sum(parts[0].shape[1] for parts in collected.parts.values()) > 0
+    active = [request.key for request in engine.active if request is not None]
+    # As when a program that was given the state does not return.
+    for array in jax.tree.leaves(engine.state):
+        array.delete()
+    assert engine.reset() == []
+    for progress in engine.run(3):
+        collected.add([progress])
+    assert_same(collected.answers(range(len(tied.requests))), tied.expected)
+    assert active
+
+    for key, request in enumerate(tied.requests):
+        engine.submit(key, request)
+    engine.advance(3)
+    active = [request.key for request in engine.active if request is not None]
+    assert engine.reset() == []
+    engine.advance(3)
+    assert engine.reset() == active
+    assert sorted(progress.key for progress in engine.run() if progress.finish) == [
+        key for key in range(len(tied.requests)) if key not in active
+    ]
+
+
+def test_reset_drops_a_queued_request_that_causes_faults(tied: Family) -> None:
+    engine = Engine(tied.runner, tied.slots, CONTEXT)
+    engine.submit(7, tied.requests[0])
+    assert engine.reset() == [7]
+    assert not engine.busy
+
+
+def test_warm_up_stops_when_asked(tied: Family) -> None:
+    asked: list[bool] = []
+
+    def stop() -> bool:
+        asked.append(True)
+        return len(asked) == 3
+
+    Engine(tied.runner, tied.slots, CONTEXT).warm_up(stop)
+    assert len(asked) == 3
+
+
 def request_of(config: ModelConfig, **settings: Any) -> PreparedRequest:
     return PreparedRequest.of(text_prompt(Task.T1T2, [1, 2], Vocab(config.vocab)), config=GenerationConfig(**settings))
 
@@ -473,6 +580,10 @@ def request_of(config: ModelConfig, **settings: Any) -> PreparedRequest:
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
+        ("temperature", 101),
+        ("temperature", 10**400),
+        ("max_steps", 2**31),
+        ("top_k", 10**12),
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.1),
@@ -482,7 +593,7 @@ def request_of(config: ModelConfig, **settings: Any) -> PreparedRequest:
     ],
 )
 def test_generation_config_names_an_option_out_of_range(setting: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"^{setting}: expected .*, found {value}"):
+    with pytest.raises(ConfigError, match=rf"^{setting}: expected .*, found {re.escape(reprlib.repr(value))}"):
         request_of(small_config(), **{setting: value})
 
 
@@ -502,6 +613,11 @@ def test_generation_config_names_an_option_out_of_range(setting: str, value: Any
 def test_generation_config_names_an_option_of_another_type(setting: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"^{setting}: expected"):
         request_of(small_config(), **{setting: value})
+
+
+def test_temperatures_beyond_float32_are_greedy() -> None:
+    assert GenerationConfig(temperature=1e-300).sampling_temperature == 0
+    assert GenerationConfig(temperature=0.01).sampling_temperature == 0.01
 
 
 def test_prepared_request_has_speech_exactly_when_the_task_takes_audio() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 
 from omni_jax import sharding
 from omni_jax.model.attention import attend, attend_cache, attend_splash, can_use_splash
+from omni_jax.model.decoder import Cache, attend_prefix, prefix_lengths
 
 B, T, N, K, H = 4, 256, 4, 2, 64
 
@@ -27,14 +29,23 @@ def close(ours: object, theirs: object, tolerance: float = 1e-5) -> None:
     np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), atol=tolerance, rtol=0)
 
 
-def reference_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def reference_attention(
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    mask: np.ndarray,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> np.ndarray:
     """One query head at a time; [B, T, N, H]."""
     out = np.zeros_like(query)
     B, T, N, H = query.shape
     group = N // key.shape[2]
     for b, t, n in itertools.product(range(B), range(T), range(N)):
         seen = np.flatnonzero(mask[b, t])
-        scores = key[b, seen, n // group] @ query[b, t, n] / math.sqrt(H)
+        scores = key[b, seen, n // group] @ query[b, t, n] * (scale or 1 / math.sqrt(H))
+        if softcap is not None:
+            scores = softcap * np.tanh(scores / softcap)
         weights = np.exp(scores - scores.max())
         out[b, t, n] = weights / weights.sum() @ value[b, seen, n // group]
     return out
@@ -45,6 +56,27 @@ def test_attend_with_a_mask() -> None:
     mask = RANDOM.random((2, 4, 5)) < 0.5
     mask[:, :, 1] = True
     close(attend(query, key, value, mask), reference_attention(query, key, value, mask))
+
+
+def test_attend_with_scale_and_softcap() -> None:
+    query, key, value = normal(2, 5, 4, 3), normal(2, 5, 2, 3), normal(2, 5, 2, 3)
+    mask = np.tril(np.ones((2, 5, 5), bool))
+    options = {"scale": 1.7, "softcap": 2.0}
+    expected = reference_attention(query, key, value, mask, **options)
+    close(attend(query, key, value, mask, **options), expected)
+    cached = attend_cache(query[:, 3], key.swapaxes(1, 2), value.swapaxes(1, 2), np.array([3, 3]), **options)
+    close(cached, expected[:, 3])
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_attend_cache_reads_no_further_back_than_its_window(traced: bool) -> None:
+    query, keys, values = normal(3, 6, 4), normal(3, 2, 5, 4), normal(3, 2, 5, 4)
+    positions = np.array([0, 2, 4])
+    mask = (np.arange(5) <= positions[:, None]) & (np.arange(5) > positions[:, None] - 2)
+    assert mask.sum(axis=1).tolist() == [1, 2, 2]
+    expected = reference_attention(query[:, None], keys.swapaxes(1, 2), values.swapaxes(1, 2), mask[:, None])
+    window = jnp.int32(2) if traced else 2
+    close(attend_cache(query, keys, values, positions, window), expected[:, 0])
 
 
 def test_attend_to_one_position_copies_its_value() -> None:
@@ -72,6 +104,29 @@ def test_attend_cache_of_packed_heads_equals_separate_heads(side_by_side: int) -
 
     packed = attend_cache(query, pack(keys), pack(values), positions)
     close(packed, attend_cache(query, keys, values, positions))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_attend_prefix_reads_live_positions_only(stacked: bool) -> None:
+    """The same as attention to the whole cache, whatever is in the rest: also at the lengths' borders."""
+    R, K, S, H, L = 3, 2, 32, 4, 2
+    query, keys, values = normal(R, 6, H), normal(L, R, K, S, H), normal(L, R, K, S, H)
+    lengths = (4, 5, 6, 8, 10, 12, 16, 24, 32) if stacked else (8, 16, 32)
+
+    @jax.jit
+    def attend(cache: Cache, positions: jax.Array, live: jax.Array) -> jax.Array:
+        return attend_prefix(query, cache, jnp.int32(1) if stacked else 1, positions, live)
+
+    def as_cache(keys: np.ndarray, values: np.ndarray) -> Cache:
+        return {"k": keys, "v": values} if stacked else {"k": tuple(keys), "v": tuple(values)}
+
+    assert prefix_lengths(as_cache(keys, values)) == lengths
+    for live in (1, *lengths, *(length + 1 for length in lengths[:-1])):
+        positions = np.array([0, live - 1, live // 2])
+        read = next(length for length in lengths if length >= live)
+        spoiled = [np.where(np.arange(S)[:, None] < read, x, np.nan) for x in (keys, values)]
+        found = attend(as_cache(*spoiled), positions, jnp.int32(live))
+        close(found, attend_cache(query, keys[1], values[1], positions))
 
 
 @pytest.mark.parametrize("positions", [1, 7, 512, 513, 600])
@@ -121,6 +176,17 @@ def test_attend_splash_equals_attend(sizes: tuple[int, int, int], packed: bool) 
         found = run(lambda q, k, v: attend_splash(q, k, v, segments, interpret=True))
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_attend_splash_with_window_scale_and_softcap() -> None:
+    query, key, value = inputs()
+    distance = jnp.arange(T)[:, None] - jnp.arange(T)
+    options = {"scale": 0.3, "softcap": 2.0}
+    expected = attend(query, key, value, ((distance >= 0) & (distance < 70))[None], **options)
+    with jax.set_mesh(sharding.make_mesh()):
+        splash = partial(attend_splash, segments=None, window=70, **options, interpret=True)
+        found = jax.jit(splash)(query, key, value)
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_can_use_splash_only_on_a_tpu() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,9 @@ import torch
 import transformers
 from flax import nnx
 
+from omni_jax import sharding
 from omni_jax.config.model import RopeScaling, TrunkConfig
+from omni_jax.model import decoder
 from omni_jax.model.decoder import Cache, Decoder, DecoderBlock, cache_length, cache_rows
 from omni_jax.model.layers import RMSNorm
 from tests.model.randomized import randomized
@@ -165,7 +168,7 @@ class Ours:
 
         @jax.jit
         def step(weights: Any, x: Any, positions: Any, caches: Any) -> tuple[jax.Array, Any]:
-            y, caches = nnx.merge(graph, weights).decode(x, positions, caches)
+            y, caches = nnx.merge(graph, weights).decode(x, positions, caches, positions.max() + 1)
             return norm(y) @ head.T, caches
 
         self._whole, self._step = whole, step
@@ -250,6 +253,21 @@ def test_packed_sequences_do_not_attend_to_each_other(ours: Ours, tokens: np.nda
     for part in parts:
         alone, _ = ours.whole(np.pad(tokens[:1, part], ((0, 0), (0, 40 - (part.stop - part.start)))))
         np.testing.assert_allclose(packed[0, part], alone[0, : part.stop - part.start], atol=1e-4, rtol=0)
+
+
+def test_layers_of_several_kinds_use_splash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scanned layers, some with a window and some without rope, by the TPU's kernel and without it."""
+    sizes = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "intermediate_size": 24}
+    config = TrunkConfig(**sizes, num_layers=4, sliding_window=40, sliding_layers=(0, 3), no_rope_layers=(1,))
+    blocks = randomized(lambda: Decoder(config, 4, stacked=True, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    assert blocks.kind_of_layer == [0, 1, 2, 0]
+    x = np.random.default_rng(1).standard_normal((1, 128, 16)).astype(np.float32)
+    plain, _ = blocks(x, jnp.arange(128)[None])
+    monkeypatch.setattr(decoder, "can_use_splash", lambda length: True)
+    monkeypatch.setattr(decoder, "attend_splash", partial(decoder.attend_splash, interpret=True))
+    with jax.set_mesh(sharding.make_mesh()):
+        found, _ = jax.jit(lambda x: blocks(x, jnp.arange(128)[None], remat="full"))(x)
+    np.testing.assert_allclose(found, plain, atol=1e-4, rtol=1e-4)
 
 
 def test_make_layers_draws_the_same_weights_stacked_or_not(monkeypatch: pytest.MonkeyPatch) -> None:

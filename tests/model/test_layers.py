@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from omni_jax.config.model import RopeScaling, TrunkConfig
+from omni_jax.config.model import LayerKind, RopeScaling, TrunkConfig
 from omni_jax.model.layers import (
     MAX_DECODE_ROWS,
     Attention,
@@ -70,6 +70,39 @@ def test_llama3_scaling_literal() -> None:
     kept = (turns[1] - 5) / 15
     expected = [1.0, 0.1 * kept + 0.1 / 4 * (1 - kept), 0.01 / 4, 0.001 / 4]
     close(rope_frequencies(8, 10000.0, scaling), expected, 1e-7)
+
+
+def test_linear_yarn_and_longrope_scaling_literal() -> None:
+    linear = RopeScaling(kind="linear", factor=4)
+    close(rope_frequencies(8, 10000.0, linear), [0.25, 0.025, 0.0025, 0.00025], 1e-7)
+    divisors = {"short_factor": (1.0, 2.0, 4.0, 5.0), "long_factor": (9.0,) * 4}
+    longrope = RopeScaling(kind="longrope", factor=4, original_max_position=8, attention_factor=1.0, **divisors)
+    close(rope_frequencies(8, 10000.0, longrope), [1.0, 0.05, 0.0025, 0.0002], 1e-7)
+    # In 628 positions the frequencies make 100, 10, 1 and 0.1 turns: the first is kept, the last stretched.
+    context = {"original_max_position": 628, "beta_fast": 20.0, "beta_slow": 0.2, "attention_factor": 1.0}
+    yarn = RopeScaling(kind="yarn", factor=4, **context)
+    close(rope_frequencies(8, 10000.0, yarn), [1.0, 0.1 * (2 / 3 + 1 / 12), 0.01 * (1 / 3 + 2 / 12), 0.00025], 1e-7)
+
+
+def test_rope_of_a_part_of_the_head_and_of_other_kinds() -> None:
+    config = TrunkConfig(head_dim=8, partial_rotary_factor=0.5, rope_theta=100.0, rope_local_theta=9.0)
+    positions = jnp.array([[3]])
+    cos, sin = rope(positions, config)
+    x = jnp.arange(8.0).reshape(1, 1, 1, 8)
+    turned = rotate(x, cos, sin)
+    close(turned[..., 4:], x[..., 4:])
+    close(turned[..., :4], rotate(x[..., :4], *rope(positions, TrunkConfig(head_dim=4, rope_theta=100.0))))
+    local = rope(positions, config, LayerKind(rope=True, sliding=True))
+    close(local[0], rope(positions, TrunkConfig(head_dim=4, rope_theta=9.0))[0])
+    assert (rotate(x, *rope(positions, config, LayerKind(rope=False, sliding=False))) == x).all()
+
+
+def test_rms_norm_with_an_offset() -> None:
+    norm = RMSNorm(2, eps=0.0, offset=1)
+    x = jnp.array([[3.0, 4.0]])
+    close(norm(x), RMSNorm(2, eps=0.0)(x))
+    norm.scale[...] = jnp.array([1.0, 0.0])
+    close(norm(x)[0, 0], 2 * RMSNorm(2, eps=0.0)(x)[0, 0])
 
 
 def test_rope_and_rotation_literal() -> None:

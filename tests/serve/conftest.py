@@ -10,19 +10,26 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
+import uvicorn
+from flax import nnx
 
 from omni_jax.api import Omni
 from omni_jax.audio import io as audio_io
 from omni_jax.audio.encoding import encode
+from omni_jax.codec.snac import Snac, make_decoder
+from omni_jax.config.model import CodecConfig
 from omni_jax.serve.app import make_server
+from omni_jax.serve.binding import bind
 from omni_jax.serve.sessions import Service, Settings
-from tests.inference.reference_decoder import small_omni
+from omni_jax.tokenizer import byte_tokenizer
+from tests.inference.reference_decoder import random_model, small_config, small_omni
+from tests.model.randomized import randomized
 from tests.models import quick_compile
 
 
@@ -32,6 +39,11 @@ class RunningServer:
 
     url: str
     service: Service
+    server: uvicorn.Server
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
     @property
     def omni(self) -> Omni:
@@ -69,11 +81,11 @@ class RunningServer:
         eventually(lambda: not self.service.engine.num_requests)
 
 
-def eventually(true: Callable[[], bool]) -> None:
+def eventually(true: Callable[[], bool], seconds: float = 30) -> None:
     """Wait for something that another thread does; a client may see an answer's end before it is counted."""
-    until = time.monotonic() + 30
+    until = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < until, "not true within 30 s"
+        assert time.monotonic() < until, f"not true within {seconds} s"
         time.sleep(0.01)
 
 
@@ -116,17 +128,24 @@ class HeldBatch:
 @contextlib.contextmanager
 def run_server(omni: Omni, *, ready: bool = True, **settings: Any) -> Iterator[RunningServer]:
     service = Service(omni, "small", Settings(**{"max_batch_size": 2, "max_queue_size": 20, **settings}))
-    server = make_server(service, "127.0.0.1", 0)
-    thread = threading.Thread(target=server.run)
-    thread.start()
+    server = make_server(service)
+    with bind("127.0.0.1", 0) as sockets:
+        port = sockets[0].getsockname()[1]
+        thread = threading.Thread(target=server.run, args=(sockets,))
+        thread.start()
+        yield from _running(thread, server, service, f"http://127.0.0.1:{port}", ready=ready)
+
+
+def _running(
+    thread: threading.Thread, server: uvicorn.Server, service: Service, url: str, *, ready: bool
+) -> Iterator[RunningServer]:
     try:
         until = time.monotonic() + 600
-        while not (server.started and (service.ready or not ready)):
+        while not (server.started and (service.engine.warmed_up.is_set() or not ready)):
             assert thread.is_alive()
             assert time.monotonic() < until
             time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield RunningServer(f"http://127.0.0.1:{port}", service)
+        yield RunningServer(url, service, server)
     finally:
         server.should_exit = True
         thread.join(60)
@@ -137,6 +156,27 @@ def run_server(omni: Omni, *, ready: bool = True, **settings: Any) -> Iterator[R
 def omni() -> Iterator[Omni]:
     with quick_compile():
         yield small_omni()
+
+
+def conversation_omni() -> Omni:
+    """A small model for conversations: takes recordings of six seconds, and answers for seconds, as people do."""
+    config = small_config(text=260, max_position=128, text_specials=7, conversation=True)
+    config = replace(
+        config,
+        audio_encoder=replace(config.audio_encoder, max_position=300),
+        adapter=replace(config.adapter, stack=8),
+        codec=CodecConfig(
+            encoder_dim=4, encoder_rates=(16, 32), decoder_dim=8, decoder_rates=(32, 16), codebook_size=12
+        ),
+    )
+    codec = make_decoder(randomized(lambda: Snac(config.codec, rngs=nnx.Rngs(0))))
+    return Omni(random_model(config, seed=3, eot=2.5, eoa=0.5), codec, byte_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def conversation_server() -> Iterator[RunningServer]:
+    with quick_compile(), run_server(conversation_omni()) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,12 @@ import gc
 import io
 import json
 import logging
+import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -44,7 +48,12 @@ def connect(server: RunningServer, timeout: float = 30) -> socket.socket:
 
 
 def post(path: str, body: bytes, *headers: str) -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "Host: a", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    ]
     return "\r\n".join([*lines, *headers, "", ""]).encode() + body
 
 
@@ -111,7 +120,7 @@ def test_warm_up_compiles_everything(
 
 @pytest.mark.parametrize("body", [HELLO, STREAM], ids=["whole", "streamed"])
 def test_answer_streams_are_freed_without_garbage_collection(server: RunningServer, body: Any) -> None:
-    """They hold their audio; see also `omni_jax.serve.app._freeze_when_ready`."""
+    """They hold their audio; see also `omni_jax.serve.app._freeze_when_warmed_up`."""
 
     def count() -> int:
         return sum(isinstance(thing, AnswerStream) for thing in gc.get_objects())
@@ -134,7 +143,8 @@ def test_errors_are_json_everywhere(server: RunningServer) -> None:
     status, message = server.refused("/v1/chat/completions", b"{")
     assert (status, message.partition(":")[0]) == (400, "body")
     assert server.refused("/v1/chat/completions", b"\xff\xfe")[0] == 400
-    assert server.refused("/v1/chat/completions", b"[" * 100_000)[0] == 400
+    assert server.refused("/v1/chat/completions", b"[" * 10_000)[0] == 400
+    assert server.refused("/v1/chat/completions", b"[" * 100_000)[0] == 413
     assert server.refused("/v1/chat/completions", b"{}", **{"Content-Type": "text/plain"})[0] in (400, 422)
     assert still_answers(server)
 
@@ -200,7 +210,7 @@ def test_max_body_bytes(omni: Omni) -> None:
         with connect(server) as client:
             # One that does not announce its length.
             client.sendall(
-                b"POST /chat HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+                b"POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Transfer-Encoding: chunked\r\n\r\n"
             )
             client.sendall(b"4000\r\n" + b" " * 0x4000 + b"\r\n")
@@ -286,7 +296,7 @@ def test_slow_clients_do_not_block_others(omni: Omni) -> None:
         silent = [connect(server) for _ in range(50)]
         begun = [connect(server) for _ in range(20)]
         for client in begun:
-            client.sendall(b"POST /chat HTTP/1.1\r\nHost: a\r\nContent-Le")
+            client.sendall(b"POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Le")
         slow = [connect(server) for _ in range(4)]
         for client in slow:
             # Asks for an answer and never reads it.
@@ -323,7 +333,7 @@ def test_shutdown_finishes_active_requests(omni: Omni) -> None:
 
 def test_warming_up_gives_status_503(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    monkeypatch.setattr(Engine, "warm_up", lambda self: gate.wait(60))
+    monkeypatch.setattr(Engine, "warm_up", lambda self, stop: gate.wait(60))
     with run_server(omni, ready=False) as server:
         try:
             assert server.call("/healthz")[0] == 200
@@ -338,7 +348,7 @@ def test_warming_up_gives_status_503(omni: Omni, monkeypatch: pytest.MonkeyPatch
 
 
 def test_failed_warm_up_is_reported_as_broken(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Engine) -> None:
+    def fail(self: Engine, stop: Any) -> None:
         raise MemoryError("too large")
 
     monkeypatch.setattr(Engine, "warm_up", fail)
@@ -391,5 +401,37 @@ def test_log_says_when_the_server_is_ready(omni: Omni, caplog: pytest.LogCapture
     with caplog.at_level(logging.INFO, "omni_jax"), run_server(omni):
         pass
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("omni_jax")]
-    assert messages[0].startswith("compiling every program")
-    assert re.fullmatch(r"ready after \d+\.\d s of compiling", messages[1])
+    assert messages[0].startswith("compiling what the first request needs")
+    assert re.fullmatch(r"listening at http://127\.0\.0\.1:\d+", messages[1])
+    assert re.fullmatch(r"ready after \d+\.\d s of compiling; the rest is compiled between requests", messages[2])
+    assert messages[3] == "every program is compiled"
+
+
+def test_access_log_has_one_line_for_a_request(omni: Omni, capfd: pytest.CaptureFixture[str]) -> None:
+    with run_server(omni) as server, connect(server) as client:
+        path = b"/%0aINFO:%20forged?a=%0d%0aINFO:%1b[2J"
+        client.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 404")
+    output = "".join(capfd.readouterr())
+    assert next(line for line in output.splitlines() if "forged" in line).count("GET") == 1
+    assert not any(line.startswith("INFO: forged") or "\x1b[2J" in line for line in output.splitlines())
+
+
+@pytest.mark.slow
+def test_sigterm_while_compiling_ends_the_server_within_5_seconds(tmp_path: Any) -> None:
+    command = [sys.executable, "-m", "omni_jax.cli", "serve", "--model", "nano", "--port", "0"]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if "listening at" in line:
+                    break
+            time.sleep(3)
+            process.send_signal(signal.SIGTERM)
+            start = time.monotonic()
+            assert process.wait(30) == -signal.SIGTERM
+            assert time.monotonic() - start < 5
+            assert "ready after" not in process.stderr.read()
+        finally:
+            process.kill()

@@ -233,11 +233,11 @@ def test_chat_refuses_invalid_requests(client: Any, change: dict[str, Any], mess
 @pytest.mark.parametrize(
     ("path", "body", "param", "message"),
     [
-        ("chat/completions", {"temperature": -1}, "temperature", "expected a number, 0 or more, found -1"),
+        ("chat/completions", {"temperature": -1}, "temperature", "expected a number, 0 to 100, found -1"),
         ("chat/completions", {"top_p": 0}, "top_p", "expected a number above 0 and at most 1, found 0"),
         ("chat/completions", {"seed": 2**32}, "seed", "expected a whole number"),
-        ("chat/completions", {"max_tokens": 0}, "max_tokens", "expected a whole number, at least 1, found 0"),
-        ("chat/completions", {"max_completion_tokens": 0}, "max_completion_tokens", "at least 1, found 0"),
+        ("chat/completions", {"max_tokens": 0}, "max_tokens", "expected a whole number, 1 to 2^31-1, found 0"),
+        ("chat/completions", {"max_completion_tokens": 0}, "max_completion_tokens", "1 to 2^31-1, found 0"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a" * 62}]}, None, "context of 64"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a" * 9999}]}, "messages", "expected at most"),
         ("audio/speech", {"input": ""}, "input", "expected some text with a letter or a digit, found none"),
@@ -251,9 +251,9 @@ def test_chat_refuses_invalid_requests(client: Any, change: dict[str, Any], mess
         ("responses", {"input": ""}, "input", "expected some text"),
         ("responses", {"input": []}, "input", "expected at least one message, found none"),
         ("responses", {"input": "a", "previous_response_id": "resp_1"}, "previous_response_id", "not supported"),
-        ("responses", {"input": "a", "max_output_tokens": 0}, "max_output_tokens", "at least 1, found 0"),
+        ("responses", {"input": "a", "max_output_tokens": 0}, "max_output_tokens", "1 to 2^31-1, found 0"),
         ("responses", {"input": [{"role": "assistant", "content": "a"}]}, "input", "to be the user's"),
-        ("audio/speech", {"input": "a", "temperature": -1}, "temperature", "expected a number, 0 or more"),
+        ("audio/speech", {"input": "a", "temperature": -1}, "temperature", "expected a number, 0 to 100"),
         ("audio/speech", {}, "input", "field required"),
     ],
 )

@@ -130,7 +130,7 @@ def test_live_refuses_damaged_files(socket: ClientConnection) -> None:
 
 def test_live_waits_until_the_programs_are_compiled(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = threading.Event()
-    monkeypatch.setattr(Engine, "warm_up", lambda self: compiled.wait(60))
+    monkeypatch.setattr(Engine, "warm_up", lambda self, stop: compiled.wait(60))
     with run_server(omni, ready=False) as server, open_socket(server) as socket:
         try:
             send(socket, type="start")

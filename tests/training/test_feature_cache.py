@@ -16,12 +16,12 @@ from omni_jax.checkpoint.release import Release, open_release
 from omni_jax.config.load import build_config, to_dict
 from omni_jax.config.run import RunConfig, SourceConfig
 from omni_jax.data.examples import RecordsOfTask
-from omni_jax.data.pipeline import batches
+from omni_jax.data.pipeline import batches, held_out
 from omni_jax.data.records import Exchange, Records, RecordWriter
 from omni_jax.errors import ConfigError
 from omni_jax.tasks import Task
 from omni_jax.training import feature_cache
-from omni_jax.training.feature_cache import open_caches
+from omni_jax.training.feature_cache import open_caches, open_held_out_caches
 from omni_jax.training.setup import TrainingSetup
 from omni_jax.training.step import adapt, encode_audio, forward
 from tests import models
@@ -92,6 +92,26 @@ def test_cached_features_give_the_embeddings_of_the_recordings(release: Release,
             for batch in (features, sounds)
         ]
         np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_held_out_recordings_are_cached_without_augmentation(release: Release, records: Path, tmp_path: Path) -> None:
+    run = setup(release, records, tmp_path, versions=2)
+    data = replace(run.config.data, held_out=(SourceConfig(str(records)), SourceConfig(str(records), tasks=("T1T2",))))
+    run = replace(run, config=replace(run.config, data=data))
+    caches = open_held_out_caches(run)
+    assert caches is not None
+    assert caches[0] is not None
+    assert caches[0].versions == 1
+    assert caches[1] is None
+    cached, plain = (list(held_out(data, run.start.config, run.start.tokenizer, caches=of)) for of in (caches, None))
+    assert len(cached) == len(plain) > 0
+    for features, sounds in zip(cached, plain, strict=True):
+        assert "sound" not in features
+        for name in sounds.keys() - {"sound"}:
+            np.testing.assert_array_equal(features[name], sounds[name])
+    assert (
+        open_held_out_caches(replace(run, config=replace(run.config, data=replace(data, cached_features=None)))) is None
+    )
 
 
 def test_caches_are_shared_by_runs_with_the_same_audio_encoder(

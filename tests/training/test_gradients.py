@@ -20,7 +20,7 @@ from omni_jax.audio.features import log_mel
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
 from omni_jax.checkpoint.tensors import model_tensors, parameter_shapes
 from omni_jax.config.model import ModelConfig
-from omni_jax.convert import qwen2
+from omni_jax.convert import language_model
 from omni_jax.model.omni import OmniModel
 from omni_jax.training.stages import combine, partition
 from omni_jax.training.step import forward
@@ -67,7 +67,7 @@ def our_gradient(config: ModelConfig, arrays: dict) -> tuple[float, list[dict[st
 
 def qwen(folder: Path, trunk, rows: int, tensors: dict[str, np.ndarray]) -> transformers.Qwen2ForCausalLM:
     folder.mkdir()
-    qwen2.write(folder, trunk, rows, {name: LazyTensor.of(array) for name, array in tensors.items()})
+    language_model.write(folder, trunk, rows, {name: LazyTensor.of(array) for name, array in tensors.items()})
     # transformers would otherwise take its own, fused, attention.
     return transformers.Qwen2ForCausalLM.from_pretrained(folder, attn_implementation="eager")
 
@@ -77,7 +77,7 @@ def named_gradients(model: transformers.Qwen2ForCausalLM, trunk, rows: int) -> d
         name: LazyTensor.of((torch.zeros_like(p) if p.grad is None else p.grad).numpy())
         for name, p in model.named_parameters()
     }
-    return {name: tensor.read() for name, tensor in qwen2.from_state(state, trunk, rows, "gradients").items()}
+    return {name: tensor.read() for name, tensor in language_model.from_state(state, trunk, rows, "gradients").items()}
 
 
 def their_gradient(

@@ -1,8 +1,11 @@
 """Whole runs: train, stop, kill, resume, start the next stage, release."""
 
 import dataclasses
+import errno
 import json
 import os
+import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,21 +18,24 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from flax import nnx
 from jax.experimental import topologies
 
 from omni_jax import sharding
+from omni_jax.api import Omni
 from omni_jax.checkpoint.release import open_release
 from omni_jax.checkpoint.tensors import init_model, model_tensors
+from omni_jax.codec.snac import make_decoder
 from omni_jax.compile_report.topology import Topology
 from omni_jax.config.load import build_config
 from omni_jax.config.model import PRESETS
 from omni_jax.config.run import RunConfig
 from omni_jax.data.pipeline import REASONS
 from omni_jax.data.records import Exchange, RecordWriter
-from omni_jax.errors import CheckpointError, ConfigError
-from omni_jax.training import checkpointing
-from omni_jax.training.checkpointing import DataPosition, open_data
+from omni_jax.errors import CheckpointError, ConfigError, FolderInUseError, PeerLostError, TrainingError
+from omni_jax.folder_lock import FolderLock
+from omni_jax.training import checkpointing, loop
+from omni_jax.training.checkpointing import Checkpoints, DataPosition, open_data
+from omni_jax.training.checksums import find_damage
 from omni_jax.training.describe import describe
 from omni_jax.training.evaluation import HeldOutEvaluation
 from omni_jax.training.loop import train
@@ -77,7 +83,7 @@ def run_values(out: Path, records: Path, steps: int = 6, **changes) -> dict:
         "remat": "none",
         "checkpoint": {"save_interval_steps": 2, "max_to_keep": 2},
         "log_interval_steps": 1,
-        "num_samples": 1,
+        "evaluation": {"num_samples": 1},
     }
     return {**values, **changes}
 
@@ -98,13 +104,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory, records: Path) -> Path:
     return out
 
 
-def spawn(config: dict, folder: Path, *extra: str) -> subprocess.Popen:
-    """`train.py` as a process of its own, on 8 virtual devices like this one."""
+def whole_checkpoints(out: Path) -> list[str]:
+    """Names of the checkpoints that have their hashes, which are written last."""
+    return [path.parent.name for path in (out / "checkpoints").glob("*/SHA256SUMS") if path.parent.name.isdecimal()]
+
+
+def spawn(
+    config: dict, folder: Path, *extra: str, environment: dict[str, str] | None = None, name: str | None = None
+) -> subprocess.Popen:
+    """`train.py` as a process of its own, by default on 8 virtual devices like this one."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{len(list(folder.glob('*.yaml')))}.yaml"
+    file = folder / f"{name or len(list(folder.glob('*.yaml')))}.yaml"
     file.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "train.py", str(file), *extra]
     with (folder / f"{file.stem}.log").open("w") as log:
-        return subprocess.Popen([sys.executable, "train.py", str(file), *extra], cwd=ROOT, stdout=log, stderr=log)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
 def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
@@ -162,6 +176,86 @@ def test_train_does_not_repeat_a_finished_run(finished: Path, records: Path):
     before = (finished / "metrics.jsonl").read_text()
     assert train(run_config(finished, records)) == finished / "release"
     assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_train_refuses_a_folder_that_another_run_writes_to(records: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    with (
+        FolderLock(out, "omni-jax train"),
+        pytest.raises(FolderInUseError, match=rf"{out}: expected one run at a time, found `omni-jax train` of .*"),
+    ):
+        train(run_config(out, records))
+    assert not list(out.iterdir())
+
+
+def test_train_says_what_it_cannot_write(records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "run.yaml")
+
+    monkeypatch.setattr(loop, "save_config", fail)
+    with pytest.raises(TrainingError, match=r"run.yaml: Read-only file system; once that is repaired,"):
+        train(run_config(tmp_path / "out", records))
+
+
+def test_notice_lost_peer_tells_a_lost_process_from_other_errors(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    lost = "UNKNOWN: Gloo AllGather failed: Read error: Connection reset by peer\nmore"
+    with (
+        pytest.raises(PeerLostError, match=r"another process of the run has ended .*reset by peer\)$"),
+        loop.notice_lost_peer(),
+    ):
+        raise jax.errors.JaxRuntimeError(lost)
+    with pytest.raises(jax.errors.JaxRuntimeError), loop.notice_lost_peer():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4 bytes.")
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    with pytest.raises(jax.errors.JaxRuntimeError), loop.notice_lost_peer():
+        raise jax.errors.JaxRuntimeError(lost)
+
+
+def test_finished_run_goes_on_with_more_steps_and_keeps_the_best_model(
+    finished: Path, records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    out = tmp_path / "longer"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("tensorboard"))
+    before = (out / "release" / "model.safetensors").read_bytes()
+    # As if the run had been killed between its last checkpoint and the evaluation.
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(line for line in lines if "held_out" not in line))
+    evaluation = {"num_samples": 0, "num_answers": 2, "max_batches": 1, "interval_steps": 2, "keep_best": "loss"}
+    with caplog.at_level("INFO"):
+        assert train(run_config(out, records, steps=8, evaluation=evaluation)) == out / "release"
+    assert sorted(losses(out)) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert (out / "release" / "model.safetensors").read_bytes() != before
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    evaluations = {line["step"]: line for line in found if "held_out/loss" in line}
+    assert list(evaluations) == [6, 8]
+    # As training weighs them: the shares of the tasks, and the sum over heads.
+    last, heads = evaluations[8], [*(f"audio_{codebook}" for codebook in range(7)), "text"]
+    total = sum(
+        share * sum(last.get(f"held_out/{task}/loss/{head}", 0.0) for head in heads)
+        for task, share in {"A1A2": 2, "A1T1": 1, "T1A1": 1}.items()
+    )
+    assert last["held_out/loss"] == pytest.approx(total / 4)
+    # An untrained model transcribes nothing.
+    assert last["held_out/wer"] > 0.5
+    assert last["held_out/A1A2/answer_accuracy"] == last["held_out/answer_accuracy"] == 0.0
+    best = min(evaluations, key=lambda step: evaluations[step]["held_out/loss"])
+    tensors = {name: open_release(out / name).model_tensors() for name in ("best", "release")}
+    same = all(np.array_equal(x.read(), tensors["release"][name].read()) for name, x in tensors["best"].items())
+    assert same == (best == 8)
+    messages = [record.message for record in caplog.records]
+    for expected in (
+        "resuming from step 6: ",
+        "evaluating at step 6: ",
+        "compiling the train step: ",
+        "memory per device: ",
+        "step 7/8: loss ",
+        "evaluating at step 8: ",
+        "held out: loss ",
+        "writing the release: ",
+        "goodput of ",
+    ):
+        assert any(message.startswith(expected) for message in messages), expected
 
 
 def test_start_takes_the_run_folder_of_an_earlier_stage(finished: Path, records: Path, tmp_path: Path):
@@ -238,16 +332,14 @@ def test_make_run_mesh_splits_the_batch_over_slices(tmp_path: Path, records: Pat
 
 
 def test_describe_counts_trainable_and_frozen_parameters(tmp_path: Path, records: Path):
-    rows = {line.split()[0]: line.split() for line in describe(run_config(tmp_path / "x", records)).splitlines()}
+    setup = TrainingSetup.of(run_config(tmp_path / "x", records))
+    rows = {line.split()[0]: line.split() for line in describe(setup).splitlines()}
     model = PRESETS["tiny"]
     # gate, up and down
     adapter = model.adapter.intermediate_size * (2 * model.audio_encoder.hidden_size * model.adapter.stack + 48)
     assert rows["adapter"][1:3] == [f"{adapter:,}", "trainable"]
     # 300 + 12 rows of 48
     assert rows["text_embedding"][1:3] == ["14,976", "frozen"]
-    # A trainable parameter takes four times its size, 8 devices without fsdp.
-    assert rows["adapter"][3] == f"{16 * adapter:,}"
-    assert rows["text_embedding"][3] == f"{4 * 14_976:,}"
     assert "on 8 x cpu" in " ".join(rows["mesh:"])
     assert not (tmp_path / "x").exists()
 
@@ -302,9 +394,123 @@ def test_train_stopped_at_once_saves_nothing(
     monkeypatch.setattr(StopSignal, "requested", lambda self, step: True)
     for interval in (2, 3):
         checkpoint = {"save_interval_steps": interval, "max_to_keep": 2}
-        config = run_config(out, records, checkpoint=checkpoint, num_samples=0)
+        config = run_config(out, records, checkpoint=checkpoint, evaluation={"num_samples": 0})
         assert train(config) is None
     assert max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit()) == 4
+
+
+def copy_run(finished: Path, out: Path) -> Path:
+    """The run as it was when it had all its checkpoints and no release yet."""
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("release", "tensorboard"))
+    return out
+
+
+def flip_byte(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x10
+    path.write_bytes(data)
+
+
+def test_train_moves_a_damaged_checkpoint_aside_and_goes_on_from_the_one_before(
+    finished: Path, records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    out = copy_run(finished, tmp_path / "damaged")
+    newest = out / "checkpoints" / "6"
+    flip_byte(max(newest.rglob("*"), key=lambda path: path.stat().st_size), 1000)
+    (out / "checkpoints" / "9").mkdir()
+    (out / "checkpoints" / "7").write_text("stray")
+    (out / "metrics.jsonl").unlink()
+    assert train(run_config(out, records, evaluation={"num_samples": 0})) == out / "release"
+    assert losses(out) == {step: losses(finished)[step] for step in (5, 6)}
+    assert sorted(path.name for path in (out / "damaged_checkpoints").iterdir()) == ["6-1", "7-1", "9-1"]
+    warnings = [record.getMessage() for record in caplog.records if "whole checkpoint" in record.getMessage()]
+    assert len(warnings) == 3
+    assert warnings[0].startswith(f"{out}/checkpoints/9: expected a whole checkpoint, found no SHA256SUMS: move")
+    assert warnings[1].startswith(f"{out}/checkpoints/7: expected a whole checkpoint, found a file: move")
+    assert warnings[2].startswith(f"{out}/checkpoints/6: expected a whole checkpoint, found other bytes in ")
+    assert warnings[2].endswith(f"move it to {out}/damaged_checkpoints/6-1, go on from the one before")
+    # Those that were written again are whole.
+    assert {find_damage(path) for path in (out / "checkpoints").iterdir()} == {None}
+
+
+def test_flips_at_50_random_places_of_a_checkpoint_are_noticed(finished: Path):
+    checkpoint = finished / "checkpoints" / "6"
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    sizes = [path.stat().st_size for path in files]
+    rng = np.random.default_rng(0)
+    for place in rng.integers(0, sum(sizes), 50):
+        index = int(np.searchsorted(np.cumsum(sizes), place, side="right"))
+        at = int(place) - sum(sizes[:index])
+        flip_byte(files[index], at)
+        assert find_damage(checkpoint), f"{files[index]} at {at}"
+        flip_byte(files[index], at)
+    assert find_damage(checkpoint) is None
+
+
+def test_checkpoints_begin_at_step_0_where_no_whole_one_is_left(
+    finished: Path, records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    out = copy_run(finished, tmp_path / "damaged")
+    for step in (4, 6):
+        flip_byte(out / "checkpoints" / str(step) / "state" / "manifest.ocdbt", 20)
+    # Another one was moved aside before.
+    (out / "damaged_checkpoints" / "4-1").mkdir(parents=True)
+    with closing(Checkpoints(run_config(out, records), out)) as checkpoints:
+        assert checkpoints.latest_step() is None
+    assert "damaged_checkpoints/4-2, begin at step 0, as there is no other" in caplog.text
+
+
+def test_checkpoints_of_another_configuration_are_refused(finished: Path, records: Path, tmp_path: Path):
+    out = copy_run(finished, tmp_path / "other")
+    config = run_config(out, records, trainable=["adapter"])
+    with (
+        closing(Checkpoints(config, out)) as checkpoints,
+        pytest.raises(CheckpointError, match="checkpoints/6: expected the arrays of this configuration"),
+    ):
+        checkpoints.restore_or_init(TrainingSetup.of(config))
+
+
+def test_checkpoints_are_not_saved_where_there_is_no_room(
+    finished: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = copy_run(finished, tmp_path / "full")
+    setup = TrainingSetup.of(run_config(out, records))
+    with closing(Checkpoints(setup.config, out)) as checkpoints:
+        state, frozen, position = checkpoints.restore_or_init(setup)
+        usage = shutil.disk_usage(out)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+        with pytest.raises(
+            TrainingError,
+            match=r"/7: expected \d\.\d MB of free space .*, found 0.1 MB; .* from step 6",
+        ):
+            checkpoints.save(7, state, frozen, position)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["4", "6"]
+
+
+def test_checkpoints_say_why_a_save_failed_and_keep_the_others(
+    finished: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = copy_run(finished, tmp_path / "full")
+    setup = TrainingSetup.of(run_config(out, records))
+
+    def fail(folder: Path, known: dict[str, str]) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+    with closing(Checkpoints(setup.config, out)) as checkpoints:
+        state, frozen, position = checkpoints.restore_or_init(setup)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpointing, "write_checksums", fail)
+            checkpoints.save(7, state, frozen, position)
+            while checkpoints._manager.is_saving_in_progress():
+                time.sleep(0.01)
+            with pytest.raises(TrainingError) as failed:
+                checkpoints.check()
+        assert str(failed.value) == (
+            f"{out}/checkpoints/7: the checkpoint could not be saved: No space left on device; "
+            "once it can be saved, the same command continues from step 6"
+        )
+        checkpoints.save(8, state, frozen, position)
+    assert {path.name for path in (out / "checkpoints").iterdir() if find_damage(path) is None} == {"4", "6", "8"}
 
 
 def test_a_sample_that_cannot_be_answered_is_skipped(
@@ -319,13 +525,16 @@ def test_a_sample_that_cannot_be_answered_is_skipped(
         writer.write(Exchange("q", too_long[:8000], "a", codes, "noise"))
     data = {**run_values(tmp_path, tmp_path)["data"], "tasks": {"T1A1": 1}}
     data |= {"sources": [{"path": str(tmp_path / "records")}], "held_out": [{"path": str(tmp_path / "records")}]}
-    setup = TrainingSetup.of(run_config(tmp_path / "out", tmp_path / "records", data=data, num_samples=3))
+    setup = TrainingSetup.of(
+        run_config(tmp_path / "out", tmp_path / "records", data=data, evaluation={"num_samples": 3})
+    )
     model = setup.start.model(stacked=setup.stacked, dtype=setup.dtype, mesh=setup.mesh)
     (tmp_path / "out").mkdir()
     written: list[str] = []
     monkeypatch.setattr(MetricsWriter, "sample", lambda self, step, name, *_: written.append(name))
+    omni = Omni(model, make_decoder(setup.start.codec()), setup.start.tokenizer)
     with closing(MetricsWriter(setup.config, 0)) as writer:
-        HeldOutEvaluation(setup)._write_samples(1, nnx.to_pure_dict(nnx.state(model)), writer)
+        HeldOutEvaluation(setup, tmp_path / "out")._write_samples(1, omni, writer)
     assert "sample 0 is skipped" in caplog.text
     assert written == ["1", "2"]
 
@@ -337,7 +546,7 @@ def test_train_resumes_on_another_mesh(finished: Path, records: Path, tmp_path: 
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 4))
     assert dict(make_run_mesh(run_config(finished, records)).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-    train(run_config(out, records, mesh={"data": 2, "fsdp": 2, "tensor": 2}, num_samples=0))
+    train(run_config(out, records, mesh={"data": 2, "fsdp": 2, "tensor": 2}, evaluation={"num_samples": 0}))
     mine, theirs = losses(out), losses(finished)
     assert sorted(mine) == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose([mine[5], mine[6]], [theirs[5], theirs[6]], rtol=1e-5)
@@ -351,12 +560,48 @@ def test_train_profiles_a_resumed_run(finished: Path, records: Path, tmp_path: P
     out = tmp_path / "resumed"
     shutil.copytree(finished, out, ignore=shutil.ignore_patterns("release", "6", "tensorboard"))
     handlers = [signal.getsignal(number) for number in SIGNALS]
-    train(run_config(out, records, num_samples=0, log_interval_steps=10), profile=str(tmp_path / "profile"))
+    train(
+        run_config(out, records, evaluation={"num_samples": 0}, log_interval_steps=10),
+        profile=str(tmp_path / "profile"),
+    )
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
     # The trace has ended: another one can start.
     with jax.profiler.trace(str(tmp_path / "other")):
         pass
+
+
+@pytest.mark.slow
+def test_run_killed_ten_times_at_random_after_its_first_checkpoint_has_the_same_losses(records: Path, tmp_path: Path):
+    """On one device, whose compiled programs are kept: every start but the first takes seconds."""
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    checkpoint = {"save_interval_steps": 3, "max_to_keep": 2}
+
+    def start(out: Path) -> subprocess.Popen:
+        values = run_values(
+            out, records, steps=100_000, checkpoint=checkpoint, evaluation={"num_samples": 0}, mesh={"data": 1}
+        )
+        return spawn(values, tmp_path / "logs", environment=environment)
+
+    rng, out, whole = random.Random(0), tmp_path / "killed", tmp_path / "whole"
+    for attempt in range(10):
+        process = start(out)
+        begun = max(map(int, whole_checkpoints(out)), default=0)
+        while max(map(int, whole_checkpoints(out)), default=0) <= begun:
+            assert process.poll() is None, (tmp_path / "logs" / f"{attempt}.log").read_text()
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        process.kill()
+        process.wait()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = {step: {line["loss"] for line in lines if line["step"] == step and "loss" in line} for step in losses(out)}
+    process = start(whole)
+    wait_for_step(whole, max(found), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    expected = losses(whole)
+    assert found == {step: {expected[step]} for step in found}
 
 
 @pytest.mark.slow
@@ -410,25 +655,64 @@ def test_run_killed_during_a_save_resumes_from_the_last_checkpoint(finished: Pat
 
 
 @pytest.mark.slow
-def test_sigterm_saves_a_checkpoint_and_exits_with_75(records: Path, tmp_path: Path):
-    out = tmp_path / "stopped"
+def test_sigterm_before_the_first_step_ends_the_run_within_5_s(records: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    process = spawn(run_values(out, records), tmp_path / "logs")
+    deadline = time.monotonic() + 120
+    while not (out / "run.yaml").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    # Loading, tracing and compiling take seconds from here on.
+    time.sleep(1)
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    assert time.monotonic() - start < 5
+    assert (tmp_path / "logs" / "0.log").read_text().count("stopped before the first step") == 1
+    assert not (out / "checkpoints" / "1").exists()
+    assert not (out / ".lock").exists()
+
+
+@pytest.mark.slow
+def test_run_that_cannot_write_any_more_says_so_and_resumes(finished: Path, records: Path, tmp_path: Path):
+    out = tmp_path / "full"
+    values = run_values(
+        out, records, evaluation={"num_samples": 0}, checkpoint={"save_interval_steps": 1, "max_to_keep": 2}
+    )
+    process = spawn(values, tmp_path / "logs")
+    wait_for_step(out, 2, process)
+    # From now on no file may be larger than 1 kB, as if the disk were full.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    assert process.wait(timeout=120) == 2
+    shown = (tmp_path / "logs" / "0.log").read_text()
+    assert "File too large; once" in shown
+    assert not (out / ".lock").exists()
+    assert spawn(values, tmp_path / "logs").wait(timeout=280) == 0, (tmp_path / "logs" / "1.log").read_text()
+    assert losses(out) == losses(finished)
+
+
+def spawn_two(
+    values: dict, folder: Path, name: str, port: int, *extra: str
+) -> tuple[list[subprocess.Popen], list[Path]]:
+    """The two processes of a run, with four devices each, and their logs."""
     environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=4")}
     environment["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
+    processes, logs = [], []
+    for index in range(2):
+        options = ["--coordinator", f"localhost:{port}", "--processes", "2", "--process", str(index), *extra]
+        processes.append(spawn(values, folder, *options, environment=environment, name=f"{name}{index}"))
+        logs.append(folder / f"{name}{index}.log")
+    return processes, logs
+
+
+@pytest.mark.slow
+def test_sigterm_saves_a_checkpoint_and_exits_with_75(records: Path, tmp_path: Path):
+    out, checkpoint = tmp_path / "stopped", {"save_interval_steps": 10_000, "max_to_keep": 2}
 
     def start(name: str, port: int, steps: int) -> tuple[list[subprocess.Popen], list[Path]]:
-        values = run_values(
-            out, records, steps=steps, checkpoint={"save_interval_steps": 10_000, "max_to_keep": 2}, num_samples=0
-        )
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(values))
-        logs = [tmp_path / f"{name}{index}.log" for index in range(2)]
-        processes = []
-        for index, log in enumerate(logs):
-            command = [sys.executable, "train.py", str(file), "--coordinator", f"localhost:{port}"]
-            command += ["--processes", "2", "--process", str(index)]
-            with log.open("w") as shown:
-                processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=shown, stderr=shown))
-        return processes, logs
+        values = run_values(out, records, steps=steps, checkpoint=checkpoint, evaluation={"num_samples": 0})
+        return spawn_two(values, tmp_path / "logs", name, port)
 
     processes, logs = start("first", 12357, 100_000)
     wait_for_step(out, 2, processes[0])
@@ -445,3 +729,35 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_75(records: Path, tmp_path: P
         assert "reshuffling" not in log.read_text()
     assert sorted(losses(out)) == list(range(1, saved[0] + 3))
     assert (out / "release").is_dir()
+
+
+@pytest.mark.slow
+def test_run_of_two_processes_says_that_one_is_lost_and_goes_on_from_a_whole_checkpoint(records: Path, tmp_path: Path):
+    out, checkpoint = tmp_path / "lost", {"save_interval_steps": 2, "max_to_keep": 3}
+
+    def start(name: str, port: int, steps: int, *extra: str) -> tuple[list[subprocess.Popen], list[Path]]:
+        values = run_values(out, records, steps=steps, checkpoint=checkpoint, evaluation={"num_samples": 0})
+        return spawn_two(values, tmp_path / "logs", name, port, *extra)
+
+    processes, logs = start("first", 12359, 100_000, "--heartbeat-timeout", "20")
+    while len(whole_checkpoints(out)) < 2:
+        assert {process.poll() for process in processes} == {None}, logs[0].read_text()
+        time.sleep(0.05)
+    processes[1].kill()
+    killed = time.monotonic()
+    assert processes[0].wait(timeout=60) == 75, logs[0].read_text()
+    assert time.monotonic() - killed < 25
+    assert logs[0].read_text().count("another process of the run has ended or cannot be reached") == 1
+    processes[1].wait()
+    assert not (out / ".lock").exists()
+
+    before, newest = sorted(map(int, whole_checkpoints(out)))[-2:]
+    flip_byte(out / "checkpoints" / str(newest) / "state" / "manifest.ocdbt", 30)
+    processes, logs = start("second", 12360, newest + 2)
+    for process, log in zip(processes, logs, strict=True):
+        assert process.wait(timeout=180) == 0, log.read_text()
+    assert f"/{newest}: expected a whole checkpoint, found other bytes in state/manifest.ocdbt" in logs[0].read_text()
+    assert "whole checkpoint" not in logs[1].read_text()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps[-(newest + 2 - before) :] == list(range(before + 1, newest + 3))

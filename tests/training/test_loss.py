@@ -1,5 +1,6 @@
 """The chunked cross entropy against whole logits."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from omni_jax.config.model import ModelConfig
 from omni_jax.config.run import LossConfig
 from omni_jax.training.loss import batch_loss
 from tests.inference.reference_decoder import random_model
@@ -57,9 +59,14 @@ def test_batch_loss_of_a_head_without_targets_is_zero():
     assert not np.asarray(gradient).any()
 
 
-@pytest.mark.parametrize("chunk_size", [ROWS * LENGTH, ROWS * 16, ROWS * 7])
-def test_batch_loss_gradient_equals_autodiff_of_whole_logits(chunk_size: int):
-    model = random_model(MODEL)
+SCALED = replace(MODEL, trunk=replace(MODEL.trunk, logits_scaling=0.5, logits_softcap=3.0))
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "shape"), [(ROWS * LENGTH, MODEL), (ROWS * 16, MODEL), (ROWS * 7, MODEL), (ROWS * 16, SCALED)]
+)
+def test_batch_loss_gradient_equals_autodiff_of_whole_logits(chunk_size: int, shape: ModelConfig):
+    model = random_model(shape)
     arrays = batch()
     config = LossConfig(chunk_size=chunk_size, text=2.0, audio=(1.0, 0.5, 0.0, 1.0, 1.0, 1.0, 1.0))
     rng = np.random.default_rng(1)
@@ -69,13 +76,15 @@ def test_batch_loss_gradient_equals_autodiff_of_whole_logits(chunk_size: int):
     weights = np.array([*config.audio, config.text], np.float32) / counts
 
     def chunked(tables, text, audio):
-        heads = SimpleNamespace(head_tables=lambda: tables)
+        heads = SimpleNamespace(head_tables=lambda: tables, config=shape)
         return 3.0 * batch_loss(heads, text, audio, arrays["targets"], arrays["mask"], counts, config)[0]
 
     def whole(tables, text, audio):
         logits = [*jnp.moveaxis(jnp.einsum("btd,cvd->btcv", audio, tables[1]), 2, 0), text @ tables[0].T]
         value = 0.0
         for head, scores in enumerate(logits):
+            if shape is SCALED:
+                scores = 3.0 * jnp.tanh(2 * scores / 3.0)
             target = jnp.take_along_axis(scores, arrays["targets"][:, head, :, None], -1)[..., 0]
             each = jax.nn.logsumexp(scores, axis=-1) - target
             value += weights[head] * jnp.where(arrays["mask"][:, head], each, 0.0).sum()

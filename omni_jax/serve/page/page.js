@@ -1,159 +1,184 @@
-// The page of omni_jax: sends requests over the WebSocket /live and plays answers while they are decoded.
+// The page of omni_jax: a conversation over the Realtime API. The server finds where turns begin and end; the page sends
+// what the microphone takes, plays answers while they are decoded, and shows what both sides say.
 // No library, no build step.
+
+import { RATE, Microphone, endOf, fromBase64, join, openPlayer, play, readFile, stopPlaying, toBase64, toFloat, toWav } from "./audio.js";
+import { Realtime } from "./realtime.js";
 
 const byId = (id) => document.getElementById(id);
 const seconds = (value) => `${value.toFixed(2)} s`;
 
-// For tests: the samples that were played, per turn; how many seconds before the limit a recording is sent.
-const playback = { turns: [], limitMargin: 0.3 };
+const SHORTEST = 0.3;         // seconds; anything shorter is a tap
+const REMEMBERED = 120;       // seconds of the microphone that are kept until a turn is known
+
+// For tests: the samples that were played, by answer; how many seconds before the limit a recording is sent; who has said
+// what.
+const playback = {
+  turns: [],
+  limitMargin: 0.3,
+  messages: () => state.messages.map(({ role, text, pieces, cut }) => ({ role, text, cut, pieces: pieces.map((piece) => [...piece]) })),
+};
 window.omni = playback;
 
-const SHORTEST = 0.3;      // seconds; anything shorter is a tap
-
 const state = {
-  socket: null,
-  sampleRate: 24000,
-  maxSeconds: 8,
-  maxFileBytes: 0,
-  apiKey: sessionStorage.getItem("omni-key") || "",
-  turn: null,        // the one being answered
-  turnCount: 0,      // of this connection, as the server counts
-  items: new Map(),  // in the history, by the number of the turn
-  compiled: false,
-  microphone: null,
-  recording: null,
-  player: null,
-  context: null,
-  retryDelay: 500,
+  messages: [],         // in their order
+  byItem: new Map(),    // by the id of the item
+  listening: false,     // hands-free
+  recording: null,      // while the button is held
+  response: null,       // id of the one in progress
+  answering: null,      // the message whose sound is played
+  sent: { pieces: [], start: 0, end: 0 },    // of the microphone, in samples since the session began
+  asked: 0,             // when the last question ended, in milliseconds
+  microphone: new Microphone(),
 };
+
+const connection = new Realtime({ open: begin, message: handle, closed: lost, needsKey: askForKey, state: showModel });
 
 function setStatus(message, error = false) {
   byId("state").textContent = message;
   byId("state").classList.toggle("error", error);
 }
 
+function setIdleStatus() {
+  setStatus(state.listening ? "Listening …" : "Ready.");
+}
+
 function setEnabled(enabled) {
   for (const id of ["talk", "send"]) byId(id).disabled = !enabled;
 }
 
-// ---- WebSocket
+// ---- session
 
-function connect() {
-  // Relative to the page: a proxy may serve it below any path.
-  const address = new URL("live", location.href);
-  address.protocol = address.protocol === "https:" ? "wss:" : "ws:";
-  const socket = new WebSocket(address);
-  state.socket = socket;
-  state.turnCount = 0;
-  state.items.clear();
-  let accepted = false;
-  socket.onopen = () => send({ type: "start", api_key: state.apiKey, transcript: true });
-  socket.onmessage = ({ data }) => {
-    const message = JSON.parse(data);
-    if (message.type === "ready") accepted = true;
-    handleMessage(message);
-  };
-  socket.onclose = ({ code }) => {
-    setEnabled(false);
-    if (state.recording) stopRecording();
-    if (state.turn) endTurn(state.turn, "connection lost");
-    if (code === 1008 && !accepted) {
-      byId("login").hidden = false;
-      byId("key").focus();
-      setStatus("API key required.", true);
-      return;
-    }
-    setStatus("Disconnected. Reconnecting …", true);
-    setTimeout(connect, state.retryDelay);
-    state.retryDelay = Math.min(state.retryDelay * 2, 10000);
-  };
+function showModel(model) {
+  byId("model").textContent = model.id;
+  byId("untrained").hidden = model.trained;
+  byId("forgets").hidden = model.conversation || !model.trained;
+  byId("instructions-option").hidden = !model.conversation;
+  byId("login").hidden = true;
+  if (model.state === "warming up") setStatus("The server has just started and is compiling. One moment …");
+  else if (model.state !== "ready") setStatus("The model has failed; the server must be started again.", true);
 }
 
-function send(message) {
-  state.socket.send(JSON.stringify(message));
+function askForKey() {
+  byId("login").hidden = false;
+  byId("key").focus();
+  setStatus("API key required.", true);
 }
 
-function handleMessage(message) {
-  if (message.type === "ready") {
-    state.sampleRate = message.sample_rate;
-    state.maxSeconds = message.max_audio_seconds;
-    state.maxFileBytes = message.max_file_bytes;
-    state.retryDelay = 500;
-    byId("model").textContent = message.model;
-    byId("untrained").hidden = message.trained;
-    byId("login").hidden = true;
-    return;
-  }
-  if (message.type === "state") {
-    state.compiled = message.state === "ready";
-    setEnabled(state.compiled);
-    setIdleStatus();
-    return;
-  }
-  if (message.type === "transcript") {
-    showTranscript(message);
-    return;
-  }
-  const turn = state.turn;
-  if (!turn) {
-    if (message.type === "error") setStatus(problemOf(message), true);
-    return;
-  }
-  // Messages of an earlier turn may arrive late.
-  if (message.turn && message.turn !== turn.number) return;
-  if (message.type === "text") {
-    turn.item.querySelector(".answer").textContent += message.text;
-  } else if (message.type === "audio") {
-    play(turn, decodeSamples(message.data));
-  } else if (message.type === "timing") {
-    showTiming(turn, message);
-  } else if (message.type === "error") {
-    endTurn(turn, problemOf(message));
-  } else if (message.type === "end") {
-    state.player?.port.postMessage({ complete: true });
-    endTurn(turn, message.outcome === "cancelled" ? "stopped" : "");
-  }
+function begin() {
+  state.sent = { pieces: [], start: 0, end: 0 };
+  state.byItem.clear();
+  // After an interruption the server knows nothing of what was said.
+  for (const message of state.messages) remind(message);
+  configure();
+  setEnabled(true);
+  setIdleStatus();
 }
 
-// ---- turns
-
-function beginTurn(question) {
-  stop();
-  const item = byId("turn").content.firstElementChild.cloneNode(true);
-  item.querySelector(".question").textContent = question;
-  byId("history").prepend(item);
-  state.turn = { item, number: ++state.turnCount, audio: [] };
-  state.items.set(state.turn.number, item);
-  playback.turns.push({ played: [], ended: false });
-  byId("stop").disabled = false;
-  setStatus("Waiting for the answer …");
-  return state.turn;
+function configure() {
+  const hold = byId("hold").checked;
+  connection.send("session.update", {
+    session: {
+      type: "realtime",
+      instructions: byId("instructions").value.trim(),
+      audio: {
+        input: {
+          transcription: {},
+          turn_detection: hold ? null : { type: "server_vad", silence_duration_ms: 500, interrupt_response: true },
+        },
+      },
+    },
+  });
+  byId("talk").textContent = hold ? "Hold to talk" : state.listening ? "Stop talking" : "Start talking";
+  byId("how").textContent = hold
+    ? "Hold the button or the space bar while you speak, or drop a recording anywhere on this page."
+    : "Click once, then just talk. Speak, or press Escape, to interrupt.";
 }
 
-function endTurn(turn, problem) {
-  if (problem) {
-    const timing = turn.item.querySelector(".timing");
-    timing.textContent = [timing.textContent, problem].filter(Boolean).join(" · ");
-    timing.classList.add("failed");
-  }
-  if (turn.audio.length) {
-    const replay = turn.item.querySelector(".replay");
-    replay.hidden = false;
-    replay.onclick = () => {
-      clearPlayback();
-      for (const samples of turn.audio) state.player.port.postMessage({ samples: samples.slice() });
-      state.player.port.postMessage({ complete: true });
-    };
-  }
-  if (state.turn === turn) {
-    state.turn = null;
-    byId("stop").disabled = true;
-    setIdleStatus();
-  }
+function remind(message) {
+  const text = message.role === "user" ? message.text : playedText(message);
+  message.item = null;
+  if (!text || message.failed) return;
+  message.item = newId();
+  state.byItem.set(message.item, message);
+  const type = message.role === "user" ? "input_text" : "output_text";
+  connection.send("conversation.item.create", { item: item(message, [{ type, text }]) });
 }
 
-function setIdleStatus() {
-  setStatus(state.compiled ? "Ready." : "The server has just started and is compiling. One moment …");
+const newId = () => `item_${crypto.getRandomValues(new Uint32Array(2)).join("")}`;
+const item = (message, content) => ({ id: message.item, type: "message", role: message.role, content });
+
+function lost() {
+  setEnabled(false);
+  stopListening();
+  cancelRecording();
+  if (state.response) endAnswer("connection lost");
+  setStatus("Disconnected. Reconnecting …", true);
+}
+
+// ---- events of the server
+
+function handle(event) {
+  const message = state.byItem.get(event.item_id ?? event.item?.id);
+  switch (event.type) {
+    case "input_audio_buffer.speech_started":
+      interrupt();
+      add("user", event.item_id).begin = (event.audio_start_ms / 1000) * RATE;
+      setStatus("Listening …");
+      break;
+    case "input_audio_buffer.speech_stopped":
+      state.asked = performance.now();
+      setAudio(message, message.begin, (event.audio_end_ms / 1000) * RATE);
+      setStatus("Waiting for the answer …");
+      break;
+    case "input_audio_buffer.committed":
+      if (state.recorded) {
+        const { pieces, remark } = state.recorded;
+        state.recorded = null;
+        const mine = add("user", event.item_id);
+        mine.pieces = pieces;
+        if (remark) note(mine, remark);
+        offerReplay(mine);
+      }
+      break;
+    case "conversation.item.input_audio_transcription.delta":
+      if (message) setText(message, message.text + event.delta);
+      break;
+    case "conversation.item.input_audio_transcription.completed":
+      if (message) setText(message, event.transcript, event.transcript || "Nothing was understood.");
+      break;
+    case "conversation.item.input_audio_transcription.failed":
+      if (message) note(message, problemOf(event.error), true);
+      break;
+    case "response.created":
+      state.response = event.response.id;
+      byId("stop").disabled = false;
+      break;
+    case "response.output_item.added":
+      state.answering = add("assistant", event.item.id);
+      playback.turns.push({ played: [], ended: false });
+      state.answering.turn = playback.turns.at(-1);
+      break;
+    case "response.output_audio_transcript.delta":
+      setText(message, message.text + event.delta);
+      break;
+    case "response.output_audio.delta":
+      if (message !== state.answering) break;
+      if (!message.pieces.length) message.first = performance.now() - state.asked;
+      message.pieces.push(fromBase64(event.delta));
+      play(event.item_id, message.pieces.at(-1));
+      setStatus("Playing the answer …");
+      break;
+    case "response.output_audio.done":
+      if (message === state.answering) endOf(event.item_id);
+      break;
+    case "response.done":
+      if (event.response.id === state.response) finish(event.response);
+      break;
+    case "error":
+      if (event.error.code !== "response_cancel_not_active") setStatus(problemOf(event.error), true);
+      break;
+  }
 }
 
 const PROBLEMS = {
@@ -163,190 +188,293 @@ const PROBLEMS = {
   failed: "The answer failed. Try again.",
 };
 
-function problemOf(message) {
-  return PROBLEMS[message.code] || message.message;
+const problemOf = (error) => PROBLEMS[error.code] || error.message;
+
+function finish({ status, status_details: details }) {
+  const message = state.answering;
+  if (status === "failed") {
+    const problem = problemOf(details.error);
+    const asked = state.messages.findLast(({ role }) => role === "user");
+    if (asked) note(asked, problem, true);
+    endAnswer("");
+    setStatus(problem, true);
+    return;
+  }
+  if (message && status !== "cancelled") {
+    const total = (performance.now() - state.asked) / 1000;
+    const duration = length(message) / RATE;
+    const parts = [`first audio after ${seconds(message.first / 1000)}`, `complete after ${seconds(total)}`];
+    if (duration) parts.push(`real-time factor ${(total / duration).toFixed(2)}`, `${seconds(duration)} of audio`);
+    if (message.pieces.length) note(message, parts.join(" · "));
+  }
+  endAnswer(status === "cancelled" ? "interrupted" : "");
 }
 
-function showTranscript(message) {
-  const transcript = state.items.get(message.turn)?.querySelector(".transcript");
-  if (!transcript) return;
-  transcript.textContent = message.text ? `Transcript: ${message.text}` : "Nothing was understood.";
-  transcript.hidden = false;
+function endAnswer(problem) {
+  const message = state.answering;
+  if (message) {
+    if (problem) note(message, problem, true);
+    offerReplay(message);
+  }
+  state.response = null;
+  byId("stop").disabled = !message || message.turn.ended || !message.pieces.length;
+  if (byId("stop").disabled) setIdleStatus();
 }
 
-function showTiming(turn, timing) {
-  const items = [];
-  const duration = turn.audio.reduce((total, samples) => total + samples.length, 0) / state.sampleRate;
-  if (timing.first_audio_seconds) items.push(`first audio after ${seconds(timing.first_audio_seconds)}`);
-  if (timing.total_seconds) items.push(`complete after ${seconds(timing.total_seconds)}`);
-  if (timing.real_time_factor) items.push(`real-time factor ${timing.real_time_factor.toFixed(2)}`);
-  if (timing.total_seconds && duration) items.push(`${seconds(duration)} of audio`);
-  turn.item.querySelector(".timing").textContent = items.join(" · ");
+// ---- messages
+
+function add(role, itemId) {
+  const element = byId("message").content.firstElementChild.cloneNode(true);
+  element.classList.add(role);
+  element.querySelector(".who").textContent = role === "user" ? "You" : "omni";
+  const message = { role, item: itemId, element, text: "", pieces: [], played: 0 };
+  state.messages.push(message);
+  state.byItem.set(itemId, message);
+  byId("history").append(element);
+  element.scrollIntoView({ block: "end" });
+  return message;
+}
+
+function setText(message, text, shown = text) {
+  message.text = text;
+  message.element.querySelector(".text").textContent = shown;
+  message.element.scrollIntoView({ block: "end" });
+}
+
+function note(message, text, failed = false) {
+  const timing = message.element.querySelector(".timing");
+  timing.textContent = [timing.textContent, text].filter(Boolean).join(" · ");
+  timing.classList.toggle("failed", failed);
+  message.failed ||= failed && message.role === "user";
+}
+
+const length = (message) => message.pieces.reduce((total, piece) => total + piece.length, 0);
+
+// Of an answer that was interrupted, the words whose sound was played.
+function playedText(message) {
+  const total = length(message);
+  if (!message.cut || !total) return message.text;
+  const words = message.text.split(" ");
+  return words.slice(0, Math.floor((words.length * message.played) / total)).join(" ");
+}
+
+function offerReplay(message) {
+  if (!message.pieces.length) return;
+  const replay = message.element.querySelector(".replay");
+  replay.hidden = false;
+  replay.onclick = async () => {
+    await openSpeaker();
+    stopPlaying();
+    play(null, join(message.pieces));
+  };
+}
+
+// ---- interruption
+
+// Stops the answer that is being decoded or played.
+function interrupt() {
+  const message = state.answering;
+  if (!message || message.turn.ended) return;
+  stopPlaying();
+  message.turn.ended = true;
+  message.cut = true;
+  state.answering = null;
+  const played = Math.min(message.played, length(message));
+  connection.send("conversation.item.truncate", {
+    item_id: message.item,
+    content_index: 0,
+    audio_end_ms: Math.floor((played / RATE) * 1000),
+  });
+  note(message, "interrupted", true);
+  offerReplay(message);
 }
 
 function stop() {
-  clearPlayback();
-  if (state.turn) {
-    send({ type: "cancel" });
-    endTurn(state.turn, "stopped");
-  }
+  if (state.response) connection.send("response.cancel", { response_id: state.response });
+  interrupt();
+  state.response = null;
+  byId("stop").disabled = true;
+  setIdleStatus();
 }
 
-// ---- playback
+// ---- loudspeaker
 
-async function openPlayer() {
-  if (state.context) {
-    await state.context.resume();
-    return;
-  }
-  state.context = new AudioContext({ sampleRate: state.sampleRate });
-  await state.context.audioWorklet.addModule("page/worklets.js");
-  state.player = new AudioWorkletNode(state.context, "player", { outputChannelCount: [1] });
-  state.player.connect(state.context.destination);
-  state.player.port.onmessage = ({ data }) => {
-    const turn = playback.turns.at(-1);
-    if (data.played) {
-      addToWaveform(data.played);
-      turn?.played.push(data.played);
+const openSpeaker = () => openPlayer(
+  (id, samples) => {
+    addToWaveform(samples);
+    const message = state.byItem.get(id);
+    if (!message) return;
+    message.played += samples.length;
+    message.turn.played.push(samples);
+  },
+  (id) => {
+    const message = state.byItem.get(id);
+    if (!message) return;
+    message.turn.ended = true;
+    if (message === state.answering && !state.response) {
+      byId("stop").disabled = true;
+      setIdleStatus();
     }
-    if (data.ended && turn) turn.ended = true;
-  };
-  await state.context.resume();
+  },
+);
+
+// ---- microphone
+
+async function openMicrophone(onSamples) {
+  try {
+    await openSpeaker();
+    await state.microphone.open(onSamples);
+    return true;
+  } catch (error) {
+    setStatus(`No microphone: ${error.message}`, true);
+    return false;
+  }
 }
 
-function decodeSamples(base64) {
-  const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
-  const view = new DataView(bytes.buffer);
-  return Float32Array.from({ length: bytes.length / 2 }, (_, index) => view.getInt16(2 * index, true) / 32768);
+function sendSamples(samples) {
+  addToWaveform(toFloat(samples));
+  connection.send("input_audio_buffer.append", { audio: toBase64(samples) });
+  const { sent } = state;
+  sent.pieces.push(samples);
+  sent.end += samples.length;
+  while (sent.end - sent.start > REMEMBERED * RATE) sent.start += sent.pieces.shift().length;
 }
 
-function play(turn, samples) {
-  turn.audio.push(samples);
-  state.player?.port.postMessage({ samples: samples.slice() });
-  setStatus("Playing the answer …");
+// The samples of a turn, which the server has found.
+function setAudio(message, begin, end) {
+  const all = join(state.sent.pieces);
+  message.pieces = [all.slice(Math.max(0, begin - state.sent.start), Math.max(0, end - state.sent.start))];
+  offerReplay(message);
 }
 
-function clearPlayback() {
-  state.player?.port.postMessage({ clear: true });
+async function startListening() {
+  state.listening = true;
+  configureTalk();
+  if (!(await openMicrophone(sendSamples))) stopListening();
+  else setIdleStatus();
 }
 
-// ---- recording
+function stopListening() {
+  if (!state.listening) return;
+  state.listening = false;
+  state.microphone.close();
+  connection.send("input_audio_buffer.clear");
+  configureTalk();
+  setIdleStatus();
+}
+
+function configureTalk() {
+  byId("talk").setAttribute("aria-pressed", String(state.listening));
+  if (!byId("hold").checked) byId("talk").textContent = state.listening ? "Stop talking" : "Start talking";
+}
+
+// ---- hold to talk
 
 async function startRecording(event) {
   if (state.recording || byId("talk").disabled) return;
   stop();
-  const recording = { length: 0, open: true, pieces: [], start: event.timeStamp };
+  const recording = { pieces: [], length: 0, start: event.timeStamp };
   state.recording = recording;
   byId("talk").setAttribute("aria-pressed", "true");
   setStatus("Listening …");
-  try {
-    await openPlayer();
-    if (!state.microphone) await openMicrophone();
-    await state.microphone.context.resume();
-  } catch (error) {
-    stopRecording();
-    setStatus(`No microphone: ${error.message}`, true);
-    return;
-  }
-  if (!recording.open) return;
-  const { rate } = state.microphone;
-  send({ type: "start", sample_rate: rate, transcript: true });
-  state.microphone.node.port.onmessage = ({ data }) => {
-    recording.length += data.length;
-    recording.pieces.push(data);
-    addToWaveform(data);
-    state.socket.send(encodePcm(data));
-    const left = state.maxSeconds - recording.length / rate;
+  connection.send("input_audio_buffer.clear");
+  const opened = await openMicrophone((samples) => {
+    recording.pieces.push(samples);
+    recording.length += samples.length;
+    sendSamples(samples);
+    const left = connection.model.max_audio_seconds - recording.length / RATE;
     setStatus(`Listening … ${Math.max(0, left).toFixed(0)} s left`);
-    if (left < playback.limitMargin) sendRecording({ remark: `the limit of ${seconds(state.maxSeconds)} is reached` });
-  };
+    const limit = `the limit of ${seconds(connection.model.max_audio_seconds)} is reached`;
+    if (left < playback.limitMargin) sendRecording({ remark: limit });
+  });
+  if (!opened || state.recording !== recording) {
+    state.microphone.close();
+    if (!opened) cancelRecording();
+  }
 }
 
-async function openMicrophone() {
-  const stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } });
-  const context = new AudioContext();
-  await context.audioWorklet.addModule("page/worklets.js");
-  const node = new AudioWorkletNode(context, "recorder");
-  context.createMediaStreamSource(stream).connect(node);
-  // Some browsers do not run a node without a destination; a gain of 0 keeps it silent.
-  node.connect(new GainNode(context, { gain: 0 })).connect(context.destination);
-  state.microphone = { context, node, rate: context.sampleRate };
-}
-
-function stopRecording() {
-  if (state.microphone) state.microphone.node.port.onmessage = null;
-  if (state.recording) state.recording.open = false;
+function cancelRecording() {
+  if (!state.recording) return null;
+  const { recording } = state;
   state.recording = null;
+  state.microphone.close();
   byId("talk").setAttribute("aria-pressed", "false");
+  return recording;
 }
 
 function sendRecording({ event = null, remark = "" }) {
-  const recording = state.recording;
+  const recording = cancelRecording();
   if (!recording) return;
-  stopRecording();
-  const duration = state.microphone ? recording.length / state.microphone.rate : 0;
+  const duration = recording.length / RATE;
   // Opening the microphone can delay the event that ends a tap until sound has been recorded.
   const held = event ? (event.timeStamp - recording.start) / 1000 : duration;
   if (Math.min(held, duration) < SHORTEST && !remark) {
-    if (state.socket.readyState === WebSocket.OPEN) send({ type: "cancel" });
+    connection.send("input_audio_buffer.clear");
     setStatus("Hold the button while you speak.", true);
     return;
   }
-  const turn = beginTurn([`Recording, ${seconds(duration)}`, remark].filter(Boolean).join(" · "));
-  offerReplay(turn.item, recording.pieces, state.microphone.rate);
-  send({ type: "end" });
+  state.recorded = { pieces: recording.pieces, remark };
+  state.asked = performance.now();
+  connection.send("input_audio_buffer.commit");
+  connection.send("response.create");
+  setStatus("Waiting for the answer …");
 }
 
-function offerReplay(item, pieces, rate) {
-  const mine = item.querySelector(".mine");
-  mine.hidden = false;
-  mine.onclick = async () => {
-    await openPlayer();
-    const buffer = new AudioBuffer({ length: pieces.reduce((sum, piece) => sum + piece.length, 0), sampleRate: rate });
-    let offset = 0;
-    for (const piece of pieces) {
-      buffer.copyToChannel(piece, 0, offset);
-      offset += piece.length;
-    }
-    const source = new AudioBufferSourceNode(state.context, { buffer });
-    source.connect(state.context.destination);
-    source.start();
-  };
-}
+// ---- typed questions and files
 
-function encodePcm(samples) {
-  const view = new DataView(new ArrayBuffer(2 * samples.length));
-  samples.forEach((value, index) => {
-    view.setInt16(2 * index, Math.max(-32768, Math.min(32767, Math.round(value * 32768))), true);
-  });
-  return view.buffer;
+async function ask(shown, content, pieces = []) {
+  stop();
+  await openSpeaker();
+  const message = add("user", newId());
+  setText(message, shown);
+  message.pieces = pieces;
+  offerReplay(message);
+  state.asked = performance.now();
+  connection.send("conversation.item.create", { item: item(message, content) });
+  connection.send("response.create");
+  setStatus("Waiting for the answer …");
 }
 
 async function sendFile(file) {
   if (byId("talk").disabled) return;
-  stop();
-  if (file.size > state.maxFileBytes) {
-    setStatus(`${file.name} has ${file.size} bytes; the limit is ${state.maxFileBytes}.`, true);
-    return;
-  }
-  let data;
   try {
-    // As it is: the server reads more formats than a browser.
-    const url = await new Promise((resolve, reject) => {
-      const reader = new FileReader();
-      reader.onload = () => resolve(reader.result);
-      reader.onerror = () => reject(reader.error);
-      reader.readAsDataURL(file);
-    });
-    data = url.slice(url.indexOf(",") + 1);
-    await openPlayer();
-  } catch (error) {
-    setStatus(`${file.name} cannot be read: ${error.message}`, true);
-    return;
+    const samples = await readFile(file);
+    await ask(file.name, [{ type: "input_audio", audio: toBase64(samples) }], [samples]);
+  } catch {
+    await sendUnknownFile(file);
   }
-  beginTurn(file.name);
-  send({ type: "file", data });
 }
+
+// The server reads more formats than a browser, and writes down what is said.
+async function sendUnknownFile(file) {
+  const form = new FormData();
+  form.append("model", connection.model.id);
+  form.append("file", file);
+  setStatus(`Transcribing ${file.name} …`);
+  try {
+    const response = await connection.fetch("v1/audio/transcriptions", { method: "POST", body: form });
+    const found = await response.json();
+    if (!response.ok) throw new Error(problemOf(found.error));
+    await ask(found.text, [{ type: "input_text", text: found.text }]);
+  } catch (error) {
+    setStatus(`${file.name}: ${error.message}`, true);
+  }
+}
+
+// ---- download
+
+function download(name, blob) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
+const transcript = () => state.messages
+  .filter(({ text }) => text)
+  .map((message) => `${message.role === "user" ? "You" : "omni"}: ${message.text}\n`)
+  .join("");
 
 // ---- waveform of the last four seconds of microphone and answer
 
@@ -355,7 +483,7 @@ const waveform = { peaks: new Float32Array(400), next: 0, peak: 0, count: 0 };
 function addToWaveform(samples) {
   for (const value of samples) {
     waveform.peak = Math.max(waveform.peak, Math.abs(value));
-    if (++waveform.count >= state.sampleRate / 100) {
+    if (++waveform.count >= RATE / 100) {
       waveform.peaks[waveform.next++ % waveform.peaks.length] = waveform.peak;
       waveform.peak = waveform.count = 0;
     }
@@ -379,13 +507,19 @@ function drawWaveform() {
 // ---- event handlers
 
 const talk = byId("talk");
+talk.addEventListener("click", () => {
+  if (byId("hold").checked) return;
+  if (state.listening) stopListening();
+  else startListening();
+});
 talk.addEventListener("pointerdown", (event) => {
+  if (!byId("hold").checked) return;
   talk.setPointerCapture(event.pointerId);
   startRecording(event);
 });
 for (const kind of ["pointerup", "pointercancel"]) talk.addEventListener(kind, (event) => sendRecording({ event }));
 talk.addEventListener("contextmenu", (event) => event.preventDefault());
-const isTalkKey = (event) => event.code === "Space" && !event.target.closest("input, a, button:not(#talk)");
+const isTalkKey = (event) => event.code === "Space" && byId("hold").checked && !event.target.closest("input, a, summary, button:not(#talk)");
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") stop();
   if (!isTalkKey(event)) return;
@@ -399,25 +533,35 @@ document.addEventListener("keyup", (event) => {
 });
 window.addEventListener("blur", (event) => sendRecording({ event }));
 byId("stop").addEventListener("click", stop);
-byId("typed").addEventListener("submit", async (event) => {
+byId("hold").addEventListener("change", () => {
+  stopListening();
+  cancelRecording();
+  configure();
+});
+byId("instructions").addEventListener("change", configure);
+byId("typed").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = byId("text").value.trim();
   if (!text || byId("send").disabled) return;
   byId("text").value = "";
-  stop();
-  await openPlayer();
-  beginTurn(text);
-  send({ type: "text", text });
+  ask(text, [{ type: "input_text", text }]);
 });
 byId("file").addEventListener("change", () => {
   if (byId("file").files.length) sendFile(byId("file").files[0]);
   byId("file").value = "";
 });
+byId("save-text").addEventListener("click", () => download("conversation.txt", new Blob([transcript()], { type: "text/plain" })));
+byId("save-sound").addEventListener("click", () => download("conversation.wav", toWav(state.messages.flatMap(({ pieces }) => pieces))));
+byId("clear").addEventListener("click", () => {
+  stop();
+  for (const { item: id } of state.messages) if (id) connection.send("conversation.item.delete", { item_id: id });
+  state.messages = [];
+  byId("history").replaceChildren();
+});
 byId("login").addEventListener("submit", (event) => {
   event.preventDefault();
-  state.apiKey = byId("key").value;
-  sessionStorage.setItem("omni-key", state.apiKey);
-  connect();
+  connection.setKey(byId("key").value);
+  connection.connect();
 });
 for (const kind of ["dragover", "dragleave", "drop"]) {
   document.addEventListener(kind, (event) => {
@@ -428,4 +572,4 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
 }
 
 drawWaveform();
-connect();
+connection.connect();

@@ -1,0 +1,62 @@
+"""Folders to convert: downloaded from the hub, and named where they are not what they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omni_jax.checkpoint.hub import fetch
+from omni_jax.checkpoint.release import is_release
+from omni_jax.convert import files, mini_omni
+from omni_jax.errors import ConversionError
+
+WHISPER, SNAC, MINI_OMNI, RELEASE = "a Whisper", "a SNAC", "a Mini-Omni checkpoint", "a release of omni_jax"
+LANGUAGE_MODEL = "a language model"
+
+
+def fetch_model(source: str, what: str, others: Sequence[str] = ()) -> Path:
+    """A folder with `config.json` and weights; of a hub repository one set of weights, as its index names it.
+
+    Args:
+        source: a folder or a hub id.
+        what: what it should be: `LANGUAGE_MODEL`, `WHISPER` or `SNAC`.
+        others: further files worth downloading.
+
+    Raises:
+        ConversionError: the folder is something else.
+        CheckpointError: there is neither such a folder nor such a repository within reach.
+    """
+    folder = fetch(source, (files.CONFIG, files.WEIGHTS, files.INDEX, *others), what)
+    expect(folder, what)
+    if not (folder / files.WEIGHTS).is_file() and not (folder / files.INDEX).is_file():
+        folder = fetch(source, (files.TORCH_WEIGHTS, files.TORCH_INDEX), what)
+    if shards := files.shards(folder):
+        folder = fetch(source, [shard.name for shard in shards], what)
+    return folder
+
+
+def expect(folder: Path, what: str) -> None:
+    """Check what a folder holds, as far as its files tell.
+
+    Raises:
+        ConversionError: it is something else.
+    """
+    found = kind_of(folder)
+    if found is not None and found != what:
+        raise ConversionError(f"{folder}: expected {what}, found {found}")
+
+
+def kind_of(folder: Path) -> str | None:
+    """What a folder holds, by its files; None if they do not tell."""
+    if is_release(folder):
+        return RELEASE
+    if (folder / mini_omni.WEIGHTS).is_file():
+        return MINI_OMNI
+    if not (folder / files.CONFIG).is_file():
+        return None
+    values = files.read_json(folder / files.CONFIG)
+    if values.get("model_type") == "whisper":
+        return WHISPER
+    if "vq_strides" in values or "codebook_size" in values:
+        return SNAC
+    return LANGUAGE_MODEL if "model_type" in values else None

@@ -1,0 +1,276 @@
+"""What clients may do with a connection; attacks of one client, bounded in count and time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from omni_jax.api import Omni
+from omni_jax.serve.connections import MAX_CHUNK_OVERHEAD, MAX_FRAGMENTS, START_BYTES
+from tests.serve.conftest import RunningServer, eventually, run_server
+from tests.serve.test_app import connect, post, still_answers
+
+MAX_DELAY = 2.0
+"""Seconds that /healthz may take while a client attacks, on a machine that has other things to do; it was 7 to 26."""
+START = b'{"type": "start"}'
+
+
+def frame(data: bytes, opcode: int = 1, *, last: bool = True) -> bytes:
+    """A frame of a client: masked with zeros."""
+    size = len(data)
+    if size < 126:
+        head = struct.pack("!BB", opcode | 128 * last, size | 128)
+    elif size < 1 << 16:
+        head = struct.pack("!BBH", opcode | 128 * last, 126 | 128, size)
+    else:
+        head = struct.pack("!BBQ", opcode | 128 * last, 127 | 128, size)
+    return head + bytes(4) + data
+
+
+def upgrade(server: RunningServer) -> socket.socket:
+    """A WebSocket of which the handshake is done."""
+    client = connect(server)
+    client.sendall(
+        b"GET /live HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    assert client.recv(1000).startswith(b"HTTP/1.1 101")
+    return client
+
+
+def started(server: RunningServer) -> socket.socket:
+    client = upgrade(server)
+    client.sendall(frame(START))
+    received = b""
+    while b'"state"' not in received:
+        received += client.recv(1000)
+    return client
+
+
+def is_closed(client: socket.socket, seconds: float = 10) -> bool:
+    """Whether the server closes the connection soon; what it sends is dropped."""
+    client.settimeout(seconds)
+    with contextlib.suppress(ConnectionError):
+        try:
+            while client.recv(1 << 16):
+                pass
+        except TimeoutError:
+            return False
+    return True
+
+
+def send_until_closed(client: socket.socket, data: bytes, times: int) -> bool:
+    client.settimeout(20)
+    for _ in range(times):
+        try:
+            client.sendall(data)
+        except (ConnectionError, TimeoutError):
+            return True
+    return is_closed(client)
+
+
+@contextlib.contextmanager
+def measured(server: RunningServer) -> Iterator[Callable[[], float]]:
+    """The longest time so far that /healthz took."""
+    delays, stop = [0.0], threading.Event()
+
+    def ask() -> None:
+        while not stop.wait(0.02):
+            start = time.perf_counter()
+            assert server.call("/healthz")[0] == 200
+            delays.append(time.perf_counter() - start)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield lambda: max(delays)
+    finally:
+        stop.set()
+        thread.join(60)
+
+
+def test_connections_of_a_client_are_bounded(omni: Omni) -> None:
+    with run_server(omni, max_connections=40) as server:
+        held = [connect(server) for _ in range(10)]
+        eventually(lambda: len(server.server.server_state.connections) == 10)
+        for _ in range(3):
+            # It may be closed before `connect` returns.
+            with contextlib.suppress(ConnectionError), connect(server) as client:
+                assert is_closed(client)
+        # Another client, on another address.
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30, source_address=("127.0.0.2", 0)) as other:
+            other.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert other.recv(100).startswith(b"HTTP/1.1 200")
+        for client in held:
+            client.close()
+        eventually(lambda: not server.server.server_state.connections)
+        # A WebSocket is one, until it is closed.
+        sockets = [upgrade(server) for _ in range(9)]
+        assert server.call("/healthz")[0] == 200
+        for client in sockets:
+            client.close()
+        eventually(lambda: not server.server.server_state.connections)
+        assert still_answers(server)
+
+
+def test_proxies_stand_for_many_clients(omni: Omni) -> None:
+    with run_server(omni, max_connections=8, trusted_proxies=("127.0.0.1",)) as server:
+        held = [connect(server) for _ in range(7)]
+        assert server.call("/healthz")[0] == 200
+        for client in held:
+            client.close()
+
+
+@pytest.mark.parametrize("trusted", [(), ("127.0.0.1",)])
+def test_proxy_headers_count_from_trusted_proxies_only(
+    omni: Omni, trusted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with run_server(omni, trusted_proxies=trusted) as server:
+        found: list[Any] = []
+        client_of = server.service.client_of
+        monkeypatch.setattr(server.service, "client_of", lambda address: found.append(address[0]) or client_of(address))
+        assert server.call("/v1/models", **{"X-Forwarded-For": "203.0.113.7"})[0] == 200
+        assert found[-1] == ("203.0.113.7" if trusted else "127.0.0.1")
+
+
+@pytest.mark.parametrize("begun", [b"", b"POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Le"])
+def test_connections_without_a_request_are_closed(omni: Omni, begun: bytes) -> None:
+    with run_server(omni, idle_timeout=1) as server:
+        with connect(server) as client:
+            client.sendall(begun)
+            assert is_closed(client)
+        with connect(server) as client:
+            # Again after a request.
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" + begun)
+            assert is_closed(client)
+
+
+def test_pipelined_requests_end_the_connection(server: RunningServer) -> None:
+    get = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with connect(server) as client:
+        client.sendall(get * 100)
+        received = b""
+        with contextlib.suppress(ConnectionError):
+            while data := client.recv(10_000):
+                received += data
+    assert 1 <= received.count(b"HTTP/1.1 200") < 5
+    with connect(server) as client:
+        for _ in range(5):
+            client.sendall(get)
+            received = b""
+            while b'"ok"' not in received:
+                received += client.recv(1000)
+            assert received.startswith(b"HTTP/1.1 200")
+
+
+def test_bodies_in_tiny_chunks_are_ended(server: RunningServer) -> None:
+    with measured(server) as worst, connect(server) as client:
+        client.sendall(post("/chat", b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked"))
+        assert send_until_closed(client, b"1\r\na\r\n" * 1000, 10 * MAX_CHUNK_OVERHEAD // 5000)
+    assert worst() < MAX_DELAY
+    with connect(server) as client:
+        # Chunks of an ordinary size.
+        client.sendall(post("/chat", b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked"))
+        for _ in range(200):
+            client.sendall(b"400\r\n" + b" " * 1024 + b"\r\n")
+        client.sendall(b"0\r\n\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 400")
+
+
+def test_what_a_refused_client_still_sends_is_bounded(omni: Omni) -> None:
+    with run_server(omni, api_keys=("right",), max_body_bytes=1_000_000) as server:
+        with connect(server) as client:
+            # Large, but allowed: the client sees why, although it reads only after it has sent all.
+            client.sendall(post("/chat", b" " * 1_000_000))
+            assert client.recv(1000).startswith(b"HTTP/1.1 401")
+        with connect(server) as client:
+            client.sendall(post("/chat", b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked"))
+            assert send_until_closed(client, b"10000\r\n" + b" " * 0x10000 + b"\r\n", 1000)
+
+
+def test_live_first_message_is_small(omni: Omni) -> None:
+    with run_server(omni, api_keys=("right",)) as server, measured(server) as worst:
+        for data in (b"[" + b"0," * (15 << 20) + b"0]", b'{"type": "start", "api_key": "' + b"a" * (30 << 20) + b'"}'):
+            client = upgrade(server)
+            with contextlib.suppress(ConnectionError):
+                client.sendall(frame(data))
+            assert is_closed(client)
+            client.close()
+        assert server.service.bodies.left("127.0.0.1") == server.service.bodies.per_client
+        with upgrade(server) as client:
+            key = json.dumps({"type": "start", "api_key": "right"}).encode()
+            client.sendall(frame(key + b" " * (START_BYTES - len(key))))
+            assert b"ready" in client.recv(1000)
+            # From now on they may be large.
+            client.sendall(frame(json.dumps({"type": "file", "data": "A" * 300_000}).encode()))
+            received = b""
+            while b'"type": "end", "turn": 1' not in received:
+                received += client.recv(1000)
+            assert b'"code": "bad_audio"' in received
+        assert worst() < MAX_DELAY
+
+
+def test_live_refuses_json_of_many_values(server: RunningServer) -> None:
+    with measured(server) as worst, started(server) as client:
+        client.sendall(frame(b"[" + b"0," * (10 << 20) + b"0]"))
+        assert b"commas, colons and brackets" in client.recv(1000)
+        assert worst() < MAX_DELAY
+    server.wait_until_idle()
+
+
+def test_live_tiny_frames_block_no_one(server: RunningServer) -> None:
+    with measured(server) as worst, started(server) as client:
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
+            client.sendall(frame(b"\0\0", 2) * 2000)
+        client.sendall(frame(b'{"type": "cancel"}'))
+    assert worst() < MAX_DELAY
+
+
+def test_live_fragments_are_counted(server: RunningServer) -> None:
+    with started(server) as client:
+        client.sendall(frame(b"", 2, last=False))
+        assert send_until_closed(client, frame(b"", 0, last=False) * 1000, MAX_FRAGMENTS // 50)
+    with started(server) as client:
+        client.sendall(frame(b'{"type": ', 1, last=False) + frame(b'"start"}', 0))
+        client.sendall(frame(b'{"type": "nothing"}'))
+        assert b"type" in client.recv(1000)
+
+
+def test_live_pings_that_are_not_drained_close_the_socket(server: RunningServer) -> None:
+    with started(server) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        assert send_until_closed(client, frame(os.urandom(125), 9) * 1000, 500)
+
+
+def test_live_unfinished_messages_are_bounded(omni: Omni) -> None:
+    with run_server(omni, max_body_bytes=100_000) as server:
+        held = [started(server) for _ in range(4)]
+        for client in held[:2]:
+            client.sendall(frame(b" " * 99_000, 2)[:-1])
+        eventually(lambda: server.service.bodies.left("127.0.0.1") < 5000)
+        held[2].sendall(frame(b" " * 99_000, 2)[:-1])
+        assert is_closed(held[2])
+        for client in held:
+            client.close()
+        eventually(lambda: server.service.bodies.left("127.0.0.1") == 200_000)
+
+
+def test_live_recordings_are_bounded(omni: Omni) -> None:
+    with run_server(omni, max_body_bytes=20_000) as server:
+        held = [started(server) for _ in range(5)]
+        for client in held:
+            client.sendall(frame(b" " * 10_000, 2))
+        assert b"try again later" in held[-1].recv(1000)
+        for client in held:
+            client.close()
+        eventually(lambda: server.service.bodies.left("127.0.0.1") == 40_000)
