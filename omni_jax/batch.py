@@ -413,7 +413,7 @@ class AnswerFolder:
                 # A kill while a wav file is written leaves these.
                 for left_over in self.folder.glob(".*.wav.????????.part"):
                     left_over.unlink()
-            lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+            lines = read_file(self.path, ConfigError, "earlier answers").split(b"\n") if self.path.exists() else []
         except OSError as error:
             raise ConfigError(f"{error.filename}: expected a folder to write to, found {error.strerror}") from None
         for line in lines:
@@ -438,7 +438,8 @@ class AnswerFolder:
         record = self._earlier.get(id or "")
         if record is None or fingerprint is None or record.get("request") != fingerprint:
             return None
-        return record if record.get("audio") is None or (self.folder / record["audio"]).is_file() else None
+        audio = record.get("audio")
+        return record if audio is None or (isinstance(audio, str) and (self.folder / audio).is_file()) else None
 
     def write_all(self, records: Sequence[dict[str, Any]]) -> None:
         """Replace the file of lines, whole or not at all."""

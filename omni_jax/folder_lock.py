@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import platform
+import stat
 import threading
 import time
 import uuid
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Self
 
 from omni_jax.errors import ConfigError, FolderInUseError
+from omni_jax.input_files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ SILENCE_SECONDS = 120.0
 """More than a minute above the heartbeat: a mounted bucket shows the files of other machines a minute late."""
 SETTLE_SECONDS = 2.0
 POLL_SECONDS = 0.5
+MAX_BYTES = 64 << 10
+"""Of a lock file that are read."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,12 @@ class Holder:
     def parse(cls, text: bytes) -> Holder:
         """Of a lock file; damaged ones name no one."""
         try:
-            holder = cls(**json.loads(text))
-            return replace(holder, process=int(holder.process), heartbeat=int(holder.heartbeat))
+            holder = cls(**parse_json(text))
+            holder = replace(holder, process=int(holder.process), heartbeat=int(holder.heartbeat))
         except (ValueError, TypeError):
             return cls()
+        # To the kernel 0 and less are groups of processes, which do not end.
+        return holder if holder.process > 0 else cls()
 
     def has_ended(self) -> bool:
         """Whether this is a process of this machine that is certain to have ended."""
@@ -218,9 +224,14 @@ class FolderLock:
 
     def _read(self) -> Holder | None:
         try:
-            return Holder.parse(self.path.read_bytes())
+            mode = self.path.stat().st_mode
+            if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+                with self.path.open("rb") as file:
+                    return Holder.parse(file.read(MAX_BYTES))
         except FileNotFoundError:
-            return None
+            return Holder() if self.path.is_symlink() else None
+        # A pipe or a device, which would not end.
+        return Holder()
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omni_jax.errors import CheckpointError
 from omni_jax.input_files import read_file
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 256 << 20
 """Largest file of a tokenizer; that of 262,144 tokens has 33 MB."""
+MAX_GROWTH = 1000
+"""Most times that a tokenizer may make a text longer. A few replacements in a row make one of a word a billion."""
 SAMPLE = "Hello, world! 123 \u00e9\u4e16"
 """A tokenizer that cannot encode this and decode its ids is damaged."""
 
@@ -33,8 +36,27 @@ def load_tokenizer(file: Path) -> tokenizers.Tokenizer:
         # Prompts are checked and padded elsewhere; a tokenizer that pads to a billion ends the process.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+    for name in ("normalizer", "decoder"):
+        component = getattr(tokenizer, name)
+        growth = 1.0 if component is None else _growth(json.loads(component.__getstate__()))
+        if growth > MAX_GROWTH:
+            expected = f"expected texts that become at most {MAX_GROWTH} times as long"
+            raise CheckpointError(f"{file}: {name}: {expected}, found {growth:.3g} times")
     tokenizer.decode(encode_text(tokenizer, SAMPLE, name=str(file)))
     return tokenizer
+
+
+def _growth(component: dict[str, Any]) -> float:
+    """How many times as long a normalizer or a decoder, as it is in the file, may make a text of one character."""
+    growth = 1.0
+    for part in component.get("normalizers") or component.get("decoders") or ():
+        growth = min(growth * _growth(part), 1e300)
+    pattern, content = component.get("pattern"), component.get("content")
+    if isinstance(pattern, dict) and isinstance(content, str):
+        # A regular expression may match nothing, between any two characters.
+        length = len(pattern.get("String") or "")
+        growth *= max(1.0, len(content) / length if length else 1 + len(content))
+    return growth + len(component.get("prepend") or "")
 
 
 def encode_text(tokenizer: tokenizers.Tokenizer, text: str, *, name: str = "tokenizer") -> list[int]:

@@ -120,6 +120,19 @@ def test_answer_manifest_overwrites_nothing_if_the_model_cannot_be_loaded(tiny: 
     assert (out / "answers.jsonl").read_bytes() == before
 
 
+def test_answer_manifest_drops_damaged_answers_and_refuses_a_pipe_of_them(tiny: Omni, tmp_path: Path) -> None:
+    manifest, out = write_manifest(tmp_path / "m.jsonl", {"id": "a", "text": "x", "task": "T1T2"}), tmp_path / "out"
+    path = answer_manifest(lambda: tiny, manifest, out, model_id="tiny", config=CONFIG).path
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "audio": 5}) + "\n" + json.dumps(record)[:-9])
+    assert answer_manifest(lambda: tiny, manifest, out, model_id="tiny", config=CONFIG).num_answered == 1
+    assert json.loads(path.read_text()) == record
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match=r"answers\.jsonl: expected earlier answers, found a pipe"):
+        answer_manifest(lambda: tiny, manifest, out, model_id="tiny", config=CONFIG)
+
+
 def test_answer_manifest_refuses_a_folder_that_another_job_writes_to(tiny: Omni, tmp_path: Path) -> None:
     manifest, out = write_manifest(tmp_path / "m.jsonl", {"id": "a", "text": "x", "task": "T1T2"}), tmp_path / "out"
 

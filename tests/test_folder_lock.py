@@ -145,6 +145,25 @@ def test_folder_lock_of_another_machine_is_taken_over_after_its_silence(
     assert "a lock file that cannot be read" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "damage", ["pipe", "link to nothing", "[" * 50_000, '{"process": 1e999}', "group of processes"]
+)
+def test_folder_lock_that_is_damaged_is_taken_over_after_its_silence(tmp_path: Path, damage: str):
+    if damage == "pipe":
+        os.mkfifo(tmp_path / LOCK)
+    elif damage == "link to nothing":
+        (tmp_path / LOCK).symlink_to(tmp_path / "nothing")
+    elif damage == "group of processes":
+        write_lock(tmp_path, process=0)
+    else:
+        (tmp_path / LOCK).write_text(damage)
+    start = time.monotonic()
+    with FolderLock(tmp_path, "omni-jax train") as lock:
+        assert time.monotonic() - start > folder_lock.SILENCE_SECONDS
+        lock.check()
+        assert (tmp_path / LOCK).is_file()
+
+
 def test_folder_lock_of_another_machine_that_lives_is_refused(tmp_path: Path):
     holder = write_lock(tmp_path, machine="elsewhere", host="elsewhere")
     alive = threading.Timer(0.1, lambda: write_lock(tmp_path, **{**asdict(holder), "heartbeat": 1}))

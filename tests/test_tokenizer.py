@@ -61,6 +61,39 @@ def test_load_tokenizer_neither_cuts_nor_pads(tmp_path: Path) -> None:
     assert encode_text(tokenizer, "Hello") == encode_text(byte_tokenizer(), "Hello")
 
 
+def replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("part", "found"),
+    [
+        ({"normalizer": {"type": "Sequence", "normalizers": [replace({"String": "l"}, "l" * 1000)] * 4}}, r"1e\+12"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [replace({"Regex": ""}, "l")] * 50}}, r"1.13e\+15"),
+        ({"decoder": {"type": "Sequence", "decoders": [replace({"String": "l"}, "l" * 1000)] * 4}}, r"1e\+12"),
+        ({"normalizer": {"type": "Prepend", "prepend": "l" * 10_000_000}}, r"1e\+07"),
+    ],
+)
+def test_load_tokenizer_refuses_those_that_blow_up_text(part: dict[str, Any], found: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"json: {next(iter(part))}: expected texts .*, found {found} times"):
+        load_tokenizer(tokenizer_file(tmp_path, **part))
+
+
+def test_load_tokenizer_takes_usual_replacements(tmp_path: Path) -> None:
+    """Those of Llama 2, T5 and ALBERT together."""
+    quotes = [replace({"String": quote}, '"') for quote in ("``", "''")]
+    spaces = [replace({"String": " "}, "\u2581"), replace({"Regex": " {2,}"}, "\u2581")]
+    normalizers = [{"type": "Prepend", "prepend": "\u2581"}, *spaces, *quotes, {"type": "NFKC"}]
+    back = [replace({"String": "\u2581"}, " "), {"type": "Fuse"}]
+    load_tokenizer(
+        tokenizer_file(
+            tmp_path,
+            normalizer={"type": "Sequence", "normalizers": normalizers},
+            decoder={"type": "Sequence", "decoders": back},
+        )
+    )
+
+
 def test_load_tokenizer_of_nano() -> None:
     tokenizer = load_tokenizer(NANO)
     assert tokenizer.decode(encode_text(tokenizer, "Hello world.")).strip() == "Hello world."

@@ -45,6 +45,8 @@ _ALIGNMENT = 64
 
 _MAX_HEADER_SIZE = 100_000_000
 _MAX_AXES = 32
+_MAX_SIZE = 1 << 48
+"""Of an axis; next to an axis of size 0, any would fit the file."""
 
 
 _EXPONENTS = {np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80}
@@ -185,8 +187,8 @@ class SafetensorsFile:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise wrong(f"a dtype of {', '.join(DTYPES)}", dtype)
-        if not _are_counts(shape) or len(shape) > _MAX_AXES:
-            raise wrong(f"a shape of at most {_MAX_AXES} integers of 0 or more", shape)
+        if not _are_counts(shape) or len(shape) > _MAX_AXES or max(shape, default=0) > _MAX_SIZE:
+            raise wrong(f"a shape of at most {_MAX_AXES} integers from 0 to {_MAX_SIZE}", shape)
         if not _are_counts(offsets) or len(offsets) != 2:
             raise wrong("data_offsets of two integers of 0 or more", offsets)
         size = math.prod(shape) * DTYPES[dtype].itemsize
@@ -241,10 +243,18 @@ class SafetensorsFile:
         if not all_finite(values if stored.scale is None else self._map(stored.scale)):
             raise CheckpointError(f"{self.path}: {name}: expected finite values, found NaN or infinity")
         if stored.scale is None:
-            out[...] = values
+            with np.errstate(over="ignore"):
+                out[...] = values
+            narrowed = out.dtype != values.dtype and out.dtype.itemsize <= values.dtype.itemsize
+            if narrowed and not all_finite(out):
+                raise CheckpointError(f"{self.path}: {name}: expected values that {out.dtype} holds, found larger ones")
         else:
             # One scale along a whole axis is the scale of any slice of the axis.
             scales = self._map(stored.scale)
+            if np.abs(scales).max() > np.finfo(np.float32).max / 128:
+                raise CheckpointError(
+                    f"{self.path}: {name}: expected scales that give finite values, found larger ones"
+                )
             picked = tuple(slice(None) if size == 1 else axis for axis, size in zip(index, scales.shape, strict=False))
             np.multiply(values, scales[picked], out=out, dtype=np.float32, casting="unsafe")
 

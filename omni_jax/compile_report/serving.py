@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
@@ -164,8 +165,19 @@ def serving_report(
         for name, (program, batch) in programs.items()
     }
     rows = _rows(decode_program(config, mesh, groups, int8=int8), topology)
-    decode = decode_program(config, mesh, rows * groups, int8=int8, positions=positions)
-    reports["decode"] = report_program("decode", model, topology, rows * groups, decode, int8=int8, positions=positions)
+    while "decode" not in reports:
+        decode = decode_program(config, mesh, rows * groups, int8=int8, positions=positions)
+        try:
+            found = report_program("decode", model, topology, rows * groups, decode, int8=int8, positions=positions)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or rows == 1:
+                raise
+        else:
+            if found.fits or rows == 1:
+                reports["decode"] = found
+                break
+        # What a step needs besides the state is known to the compiler alone; of a small model it is the larger part.
+        rows //= 2
 
     per_answer = {
         "encode": reports["encode"].roofline_seconds / MAX_PREFILL_ROWS,

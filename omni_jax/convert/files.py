@@ -33,6 +33,9 @@ INDEX = "model.safetensors.index.json"
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 """The same of PyTorch."""
 
+_MAX_TUPLE = 1000
+"""Most values of a tuple in a pickle. Those of tensors have up to twenty."""
+
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Names under which a file may hold its state dict, next to other things."""
 
@@ -173,7 +176,16 @@ def _check_state_dict(file: Path, torch: Any) -> bool:
                     if stored != needed:
                         raise ValueError(f"data/{key} of {stored} bytes, for tensors of {needed}")
                 return True
-    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
         reason: Exception = error
     except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
         reason = error
@@ -189,32 +201,60 @@ def _storage_sizes(file: IO[bytes], max_length: int, torch: Any) -> dict[str, in
     Raises:
         ValueError, pickle.UnpicklingError: it is no pickle, or names something that is not of a state dict.
     """
-    start = file.tell()
+    start, longest_memo = file.tell(), 0
     for opcode, argument, _ in pickletools.genops(file):
+        if "PUT" in opcode.name and argument is not None:
+            longest_memo = max(longest_memo, int(argument))
+    end = file.tell()
+    if longest_memo > end - start:
         # The unpickler would make a list that is as long.
-        if "PUT" in opcode.name and argument is not None and int(argument) > max_length:
-            raise ValueError(f"a pickle that remembers value {argument}")
+        raise ValueError(f"a pickle that remembers value {longest_memo}")
     sizes: dict[str, int] = {}
 
-    class Reader(pickle.Unpickler):
+    class Reader(pickle._Unpickler):
+        dispatch = pickle._Unpickler.dispatch.copy()
+
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) == ("collections", "OrderedDict"):
-                return OrderedDict
+                # Not of a list: each call would copy it.
+                return lambda: OrderedDict()
             if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
                 return lambda *values: None
             if module in ("torch", "torch.storage") and name.endswith("Storage"):
-                return getattr(torch, name)
+                storage = getattr(torch, name)
+                # A number only: a storage class that is called allocates what it is told to.
+                return 1 if storage is torch.UntypedStorage else storage.dtype.itemsize
             raise ValueError(f"{module} {name}")
 
         def persistent_load(self, pid: Any) -> None:
-            _, storage, key, _, numel, *_ = pid
-            itemsize = 1 if storage is torch.UntypedStorage else storage.dtype.itemsize
-            sizes[str(key)] = max(sizes.get(str(key), 0), int(numel) * itemsize)
+            _, itemsize, key, _, numel, *_ = pid
+            if type(itemsize) is not int or type(numel) is not int:
+                raise ValueError(f"a tensor of {str(numel)[:100]} values")
+            sizes[str(key)] = max(sizes.get(str(key), 0), numel * itemsize)
 
-    end = file.tell()
+    for name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+        Reader.dispatch[getattr(pickle, name)[0]] = _bound_tuples(Reader.dispatch[getattr(pickle, name)[0]])
     file.seek(start)
     Reader(io.BytesIO(file.read(end - start))).load()
     return sizes
+
+
+def _bound_tuples(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Let an unpickler make no tuple that has more than `_MAX_TUPLE` values, with those of the tuples in it.
+
+    A tuple of two times the same tuple, of two times the same one, and so on takes few bytes, and years to hash.
+    """
+
+    def count(value: Any) -> int:
+        return 1 + sum(map(count, value)) if type(value) is tuple else 1
+
+    def bounded(unpickler: Any) -> None:
+        load(unpickler)
+        # The tuples in it have been counted, so that this ends soon.
+        if count(unpickler.stack[-1]) > _MAX_TUPLE:
+            raise ValueError(f"a tuple of more than {_MAX_TUPLE} values")
+
+    return bounded
 
 
 def open_state_dict(file: Path) -> dict[str, LazyTensor]:

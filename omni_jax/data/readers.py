@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,12 +141,10 @@ def byte_ranges(path: Path, size: int = RANGE_BYTES) -> list[tuple[int, int]]:
     """Cut a file into ranges [begin, end) of about `size` bytes, for `read_lines`.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or it is a folder, a pipe or a device.
     """
-    try:
-        total = path.stat().st_size
-    except OSError as error:
-        raise ConfigError(f"{path}: expected a file, found {error.strerror}") from None
+    with open_file(path, ConfigError, "a file of lines") as file:
+        total = os.fstat(file.fileno()).st_size
     return [(begin, min(begin + size, total)) for begin in range(0, total, size)]
 
 

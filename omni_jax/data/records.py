@@ -13,13 +13,16 @@ it is whole.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import re
 import struct
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -256,6 +259,28 @@ def write_json(path: Path, values: Any) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a failure of the disk into an error that says so. ArrayRecord raises RuntimeError, with a text.
+
+    Raises:
+        RecordError: the folder cannot be written to, for want of space or the like.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        failed = re.search(r"\w+\(\) failed: ([^;]*)", str(error))
+        reason = error.strerror if isinstance(error, OSError) else failed and failed[1]
+        if not reason or (isinstance(error, OSError) and error.errno not in _CANNOT_WRITE):
+            raise
+        raise RecordError(
+            f"{folder}: the records could not be written: {reason}; once they can, the same command continues"
+        ) from error
 
 
 class RecordWriter:

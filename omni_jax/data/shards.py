@@ -20,7 +20,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from omni_jax.config.model import PRESETS, CodecConfig
-from omni_jax.data.records import RECORD_SUFFIX, WRITER_OPTIONS, RecordCounts, serves, to_bytes, write_json
+from omni_jax.data.records import RECORD_SUFFIX, WRITER_OPTIONS, RecordCounts, serves, to_bytes, write_json, writing
 from omni_jax.data.sources import PendingExchange, RejectedRow, Row, Source, SourceShard
 from omni_jax.errors import RecordError
 from omni_jax.input_files import read_json
@@ -132,11 +132,19 @@ class ShardWriter:
 
         Raises:
             ConfigError: the files of the source's shard cannot be read.
+            RecordError: there is no space left, or the like.
         """
-        manifest, content = ShardManifest(fingerprint=fingerprint, source=self.source.name), hashlib.sha256()
         path = shard_path(self.folder, number)
         # A cluster may write the same shard twice at once; the last one that is complete stays.
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        try:
+            with writing(self.folder):
+                return self._write(number, shard, fingerprint, path, partial)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _write(self, number: int, shard: SourceShard, fingerprint: str, path: Path, partial: Path) -> ShardManifest:
+        manifest, content = ShardManifest(fingerprint=fingerprint, source=self.source.name), hashlib.sha256()
         writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
         try:
             rows = self.source.rows(shard)
@@ -161,7 +169,6 @@ class ShardWriter:
             partial.replace(path)
         else:
             # ArrayRecord cannot read a file without records.
-            partial.unlink()
             path.unlink(missing_ok=True)
         manifest.content = content.hexdigest()
         write_json(manifest_path(self.folder, number), vars(manifest))

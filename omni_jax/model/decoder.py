@@ -26,6 +26,8 @@ Remat = Literal["none", "dots", "full"]
 Cache = dict[str, Any]
 """`k` and `v`: stacked [L, R, K / P, S, P * H], or a tuple of L arrays [R, K, S, H]. R rows of S positions, P heads
 side by side."""
+FEWEST_ROWS = 16
+"""Of a stacked cache, of which attention reads the part that is in use."""
 LANES = 128
 """Numbers that a TPU handles at once: an array's last axis is padded to a multiple of it, in memory too."""
 
@@ -311,8 +313,11 @@ def prefix_lengths(cache: Cache) -> tuple[int, ...]:
     """The numbers of positions that attention can read of a cache's rows, the last of them all.
 
     From an eighth, the short ones close together. Layers that are not stacked are compiled one by one, each for all
-    lengths: there are three of them, from a quarter.
+    lengths: there are three of them, from a quarter. A stacked cache of few rows is read whole: it is small next to the
+    weights, and the TPU compiler reads these more than once where it has to choose.
     """
+    if not isinstance(cache["k"], tuple) and cache_rows(cache) < FEWEST_ROWS:
+        return (cache_length(cache),)
     eighths = (2, 4, 8) if isinstance(cache["k"], tuple) else (1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8)
     return tuple(sorted({math.ceil(cache_length(cache) * part / 8) for part in eighths}))
 

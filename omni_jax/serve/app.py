@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import logging
 import math
 import socket
@@ -88,6 +89,15 @@ async def readyz(request: Request, response: Response) -> dict[str, str]:
     return {"status": state}
 
 
+@router.get("/openapi.json", include_in_schema=False)
+async def openapi(request: Request) -> Response:
+    """The schema of the HTTP endpoints. It takes a second to make, so it is made once, in a thread."""
+    state = request.app.state
+    if state.schema is None:
+        state.schema = asyncio.create_task(asyncio.to_thread(lambda: json.dumps(request.app.openapi()).encode()))
+    return Response(await asyncio.shield(state.schema), media_type="application/json")
+
+
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
     """Metrics for Prometheus."""
@@ -108,9 +118,15 @@ def make_app(service: Service) -> ASGIApp:
             service.close()
 
     app = FastAPI(
-        title="omni_jax", version=metadata.version("omni-jax"), docs_url=None, redoc_url=None, lifespan=lifespan
+        title="omni_jax",
+        version=metadata.version("omni-jax"),
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
     )
     app.state.service = service
+    app.state.schema = None
     app.state.client_secrets = ClientSecrets()
     app.state.texts = TextCache()
     for routes in (

@@ -6,10 +6,13 @@ import secrets
 import time
 
 from omni_jax.errors import BusyError
+from omni_jax.serve.budget import Budget, Share
 from omni_jax.serve.realtime_schema import Session
 
-MAX_SECRETS = 10_000
-"""Most that are valid at a time."""
+MAX_BYTES = 32 << 20
+"""Most that all valid ones keep; those that one client has asked for, a quarter."""
+SECRET_BYTES = 2048
+"""What one keeps besides its settings."""
 PREFIX = "ek_"
 """Of every client secret."""
 
@@ -18,12 +21,14 @@ class ClientSecrets:
     """The client secrets that were given out, each with the session that it begins."""
 
     def __init__(self) -> None:
-        self._sessions: dict[str, tuple[float, Session]] = {}
+        self._sessions: dict[str, tuple[float, Session, Share]] = {}
+        self._budget = Budget(MAX_BYTES, MAX_BYTES // 4)
 
-    def create(self, session: Session, seconds: int) -> tuple[str, int]:
+    def create(self, client: str | None, session: Session, seconds: int) -> tuple[str, int]:
         """A new client secret and when it expires, in seconds since the epoch.
 
         Args:
+            client: that asks for it; see `Service.client_of`.
             session: settings of the sessions that it begins.
             seconds: that it is valid for. A session that has begun goes on.
 
@@ -31,15 +36,17 @@ class ClientSecrets:
             BusyError: too many are valid.
         """
         now = time.time()
-        self._sessions = {secret: kept for secret, kept in self._sessions.items() if kept[0] > now}
-        if len(self._sessions) >= MAX_SECRETS:
-            raise BusyError(f"{MAX_SECRETS} client secrets are valid, the most allowed; try again later")
+        for secret in [secret for secret, (expires, _, _) in self._sessions.items() if expires <= now]:
+            self._sessions.pop(secret)[2].give_back()
+        share = Share(self._budget, client)
+        if not share.take(SECRET_BYTES + len(session.model_dump_json())):
+            raise BusyError("as many client secrets are valid as are allowed; try again later")
         secret = PREFIX + secrets.token_urlsafe(32)
-        self._sessions[secret] = (now + seconds, session)
+        self._sessions[secret] = (now + seconds, session, share)
         return secret, int(now + seconds)
 
     def find(self, secret: str) -> Session | None:
         """The settings of the session that a client secret begins; None if it is unknown or has expired."""
         # A table of random keys, whose timing tells nothing about a key.
-        expires, session = self._sessions.get(secret, (0.0, None))
+        expires, session, _ = self._sessions.get(secret, (0.0, None, None))
         return session if expires > time.time() else None

@@ -7,6 +7,7 @@ lets a client of tiny frames keep all others waiting.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import Any, cast
 
 import h11
@@ -31,6 +32,9 @@ TRY_AGAIN_LATER = 1013
 """Close code, RFC 6455 section 7.4.1 and IANA's registry."""
 INVALID_DATA, TOO_BIG = 1007, 1009
 
+BACKLOG = 64
+"""Connections that wait to be accepted."""
+
 
 class ServerConfig(uvicorn.Config):
     """uvicorn's configuration, with what the protocols need.
@@ -41,7 +45,8 @@ class ServerConfig(uvicorn.Config):
     """
 
     def __init__(self, app: Any, service: Service, **options: Any):
-        super().__init__(app, http=HttpProtocol, ws=WebSocketProtocol, loop="asyncio", **options)
+        # As many connections are accepted in a row, before anything else is done.
+        super().__init__(app, http=HttpProtocol, ws=WebSocketProtocol, loop="asyncio", backlog=BACKLOG, **options)
         self.service = service
         most = service.settings.max_connections
         self.open_connections = Budget(most, max(1, most // 4))
@@ -142,23 +147,36 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def connection_made(self, transport: Any) -> None:
         """Take over the connection."""
         super().connection_made(transport)
-        self._unread = Share(self.config.service.bodies, self.config.service.client_of(self.client))
+        self._unread = self._new_share()
+        # Messages that the application has not taken, and the one that it has not done with.
+        self._queued: deque[Share] = deque()
+        self._in_work: Share | None = None
+
+    def _new_share(self) -> Share:
+        return Share(self.config.service.bodies, self.config.service.client_of(self.client))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Count no longer."""
         super().connection_lost(exc)
-        self._unread.give_back()
+        for share in (self._unread, *self._queued, *filter(None, [self._in_work])):
+            share.give_back()
+        self._queued.clear()
         if self.counted is not None:
             self.counted.give_back()
 
     def handle_connect(self, event: Any) -> None:
-        """Give the application the means to trust the client."""
+        """Give the application the means to trust the client, and to keep what it has sent."""
         super().handle_connect(event)
         if self.response.status_code == 101:
-            self.scope["state"]["trust"] = self._trust
+            self.scope["state"] |= {"trust": self._trust, "keep": self._keep}
 
     def _trust(self) -> None:
         self.conn.max_message_size = self.config.ws_max_size
+
+    def _keep(self) -> Share:
+        """The share of the message that was received last, for an application that is not done with it soon."""
+        share, self._in_work = self._in_work or self._new_share(), None
+        return share
 
     def data_received(self, data: bytes) -> None:
         """Take data, if there is room for it until a message is complete."""
@@ -174,8 +192,22 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.frames = []
             self._end(INVALID_DATA, "expected text in UTF-8")
             return
+        if self.close_sent:
+            self._unread.give_back()
+        else:
+            self._queued.append(self._unread)
+            self._unread = self._new_share()
         super().send_receive_event_to_app()
-        self._unread.give_back()
+
+    async def receive(self) -> Any:
+        """The next event; the application has done with the message before."""
+        if self._in_work is not None:
+            self._in_work.give_back()
+            self._in_work = None
+        event = await super().receive()
+        if event["type"] == "websocket.receive" and self._queued:
+            self._in_work = self._queued.popleft()
+        return event
 
     def handle_cont(self, event: Any) -> None:
         """Count the fragments of a message, which may be empty."""

@@ -23,10 +23,10 @@ from omni_jax.serve.limits import POLICY_VIOLATION, is_known_key
 from omni_jax.serve.realtime_beta import from_beta, is_beta, session_to_beta, to_beta
 from omni_jax.serve.realtime_conversation import new_id
 from omni_jax.serve.realtime_response import ENDPOINT
-from omni_jax.serve.realtime_schema import Model, Session, invalid, parse_event, parse_json
+from omni_jax.serve.realtime_schema import Model, Session, invalid, parse_event, parse_json, repeatable, validate
 from omni_jax.serve.realtime_session import RealtimeSession, update_session
 from omni_jax.serve.sessions import Service
-from omni_jax.serve.streaming import service_of
+from omni_jax.serve.streaming import client_of, service_of
 from omni_jax.serve.websocket import DISCONNECTED, SMALL_MESSAGE
 
 router = APIRouter(prefix="/v1/realtime", route_class=JsonRoute)
@@ -62,7 +62,7 @@ async def client_secrets(request: Request, body: ClientSecretRequest) -> Any:
     """A short-lived key that begins sessions with some settings."""
     service = service_of(request)
     session = update_session(service, Session(model=service.name), from_beta(body.session))
-    value, expires_at = _secrets(request).create(session, body.expires_after.seconds)
+    value, expires_at = _secrets(request).create(client_of(request), session, body.expires_after.seconds)
     return {"value": value, "expires_at": expires_at, "session": {"id": new_id("sess"), **session.render()}}
 
 
@@ -75,8 +75,9 @@ async def sessions(request: Request, body: dict[str, Any]) -> Any:
     if request.url.path.endswith("/transcription_sessions"):
         fields["type"] = "transcription"
     session = update_session(service, Session(model=service.name), fields)
-    wanted = BetaClientSecret.model_validate(body.get("client_secret") or {})
-    value, expires_at = _secrets(request).create(session, (wanted.expires_at or wanted.expires_after).seconds)
+    wanted = validate(BetaClientSecret, body.get("client_secret") or {}, "client_secret.")
+    seconds = (wanted.expires_at or wanted.expires_after).seconds
+    value, expires_at = _secrets(request).create(client_of(request), session, seconds)
     rendered = session_to_beta({"id": new_id("sess"), **session.render()})
     return {**rendered, "client_secret": {"value": value, "expires_at": expires_at}}
 
@@ -163,7 +164,7 @@ class Connection:
                 raise invalid("event: expected a message of text, found one of bytes")
             text = received["text"]
             fields = parse_json(text) if len(text) <= SMALL_MESSAGE else await asyncio.to_thread(parse_json, text)
-            event_id = fields.get("event_id") if isinstance(fields.get("event_id"), str) else None
+            event_id = repeatable(fields.get("event_id"))
             event = parse_event(fields)
         except OmniError as error:
             await session.send_error(error, event_id)

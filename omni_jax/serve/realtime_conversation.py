@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import secrets
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ ContentType = Literal["input_text", "input_audio", "output_text", "output_audio"
 
 MAX_ITEMS = 1024
 """Of a conversation; the oldest are dropped."""
+PART_BYTES = 1024
+"""What a part of an item keeps besides its text and audio. Thousands of empty ones are not for nothing."""
 
 
 def new_id(kind: str) -> str:
@@ -136,7 +139,7 @@ class Item:
     @property
     def num_bytes(self) -> int:
         """Bytes that it keeps."""
-        return sum(len(part.audio) + len(part.text or "") for part in self.parts)
+        return sum(PART_BYTES + len(part.audio) + sys.getsizeof(part.text) for part in self.parts)
 
 
 @dataclass

@@ -34,7 +34,23 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 """Fields of sessions and responses that this model cannot honor, and their values that change nothing."""
 
 MAX_INSTRUCTIONS = 65_536
-"""Most characters of instructions."""
+"""Most characters of instructions, and of a text in an item."""
+
+MAX_PARTS = 16
+"""Most parts of an item from the client."""
+
+MAX_INPUT = 1024
+"""Most items that a response brings."""
+
+MAX_IDLE_MS = 3_600_000
+"""Longest silence that can be waited for."""
+
+MAX_NAME = 512
+"""Most characters of names and ids."""
+
+Name = Annotated[str, Field(max_length=MAX_NAME)]
+"""A short text that is kept, and repeated in events."""
+Text = Annotated[str, Field(max_length=MAX_INSTRUCTIONS)]
 
 EAGERNESS_MS = {"high": 300, "medium": 500, "auto": 500, "low": 1000}
 """Silence that ends a turn under `semantic_vad`; the end of a turn is detected by silence alone."""
@@ -69,7 +85,7 @@ class TurnDetection(Model):
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
     prefix_padding_ms: Annotated[int, Field(ge=0, le=10_000)] = 300
     silence_duration_ms: Annotated[int, Field(ge=0, le=60_000)] = 500
-    idle_timeout_ms: Annotated[int, Field(ge=1)] | None = None
+    idle_timeout_ms: Annotated[int, Field(ge=1, le=MAX_IDLE_MS)] | None = None
     eagerness: Literal["low", "medium", "high", "auto"] = "auto"
     create_response: bool = True
     interrupt_response: bool = True
@@ -98,9 +114,9 @@ class TurnDetection(Model):
 class Transcription(Model):
     """Whether and how what the user says is transcribed; the served model does it, whatever model is named."""
 
-    model: str | None = None
-    language: str | None = None
-    prompt: str | None = None
+    model: Name | None = None
+    language: Name | None = None
+    prompt: Text | None = None
 
 
 class InputConfig(Model):
@@ -115,7 +131,7 @@ class OutputConfig(Model):
     """Audio to the client."""
 
     format: AudioFormat = AudioFormat()
-    voice: str | dict[str, Any] = "alloy"
+    voice: Name | dict[Literal["id"], Name] = "alloy"
     speed: Annotated[float, Field(ge=0.25, le=1.5)] = 1.0
 
 
@@ -134,7 +150,7 @@ class AnswerSettings(Model):
     """What sessions and single responses can set."""
 
     output_modalities: Modalities = ["audio"]
-    instructions: Annotated[str, Field(max_length=MAX_INSTRUCTIONS)] = ""
+    instructions: Text = ""
     max_output_tokens: MaxTokens = "inf"
     temperature: Temperature | None = None
     audio: AudioConfig = AudioConfig()
@@ -160,7 +176,7 @@ class Session(AnswerSettings):
     """The settings of a connection."""
 
     type: Literal["realtime", "transcription"] = "realtime"
-    model: str
+    model: Name
 
     def render(self) -> dict[str, Any]:
         """As events have it, without its id."""
@@ -207,17 +223,17 @@ class ResponseParams(AnswerSettings):
     """The settings of one response."""
 
     conversation: Literal["auto", "none"] = "auto"
-    input: list[dict[str, Any]] | None = None
-    metadata: dict[str, str] | None = None
+    input: Annotated[list[dict[str, Any]], Field(max_length=MAX_INPUT, fail_fast=True)] | None = None
+    metadata: Annotated[dict[Name, Name], Field(max_length=16)] | None = None
 
 
 class Content(Model):
     """A part of an item from the client."""
 
     type: Literal["input_text", "input_audio", "output_text", "output_audio", "text", "audio"]
-    text: str | None = None
+    text: Text | None = None
     audio: str | None = None
-    transcript: str | None = None
+    transcript: Text | None = None
 
 
 class ItemParam(Model):
@@ -226,14 +242,14 @@ class ItemParam(Model):
     type: Literal["message"]
     id: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     role: Literal["system", "user", "assistant"]
-    content: Annotated[list[Content], Field(max_length=64)]
+    content: Annotated[list[Content], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
 class Event(Model):
     """An event from the client."""
 
     type: str
-    event_id: str | None = None
+    event_id: Name | None = None
 
 
 class SessionUpdate(Event):
@@ -252,20 +268,20 @@ class ItemCreate(Event):
     """Add an item."""
 
     item: ItemParam
-    previous_item_id: str | None = None
+    previous_item_id: Name | None = None
 
 
 class ItemEvent(Event):
     """Delete or retrieve an item."""
 
-    item_id: str
+    item_id: Name
 
 
 class ItemTruncate(ItemEvent):
     """Cut the audio of an answer at what was played."""
 
-    content_index: Annotated[int, Field(ge=0)]
-    audio_end_ms: Annotated[int, Field(ge=0)]
+    content_index: Annotated[int, Field(ge=0, lt=2**31)]
+    audio_end_ms: Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class ResponseCreate(Event):
@@ -277,7 +293,7 @@ class ResponseCreate(Event):
 class ResponseCancel(Event):
     """Stop answering."""
 
-    response_id: str | None = None
+    response_id: Name | None = None
 
 
 CLIENT_EVENTS: dict[str, type[Event]] = {
@@ -321,6 +337,11 @@ def parse_json(text: str) -> dict[str, Any]:
     return found
 
 
+def repeatable(event_id: Any) -> str | None:
+    """A client's id of an event as errors repeat it; None if it is none, or too long."""
+    return event_id if isinstance(event_id, str) and len(event_id) <= MAX_NAME else None
+
+
 def parse_event(found: dict[str, Any]) -> Event:
     """The event of a client.
 
@@ -351,8 +372,9 @@ def validate(model: type[AnyModel], values: Any, prefix: str = "") -> AnyModel:
     try:
         return model.model_validate(values)
     except pydantic.ValidationError as error:
-        field, message = describe_validation_error(error.errors())
-        missing = error.errors()[0]["type"] == "missing"
+        errors = error.errors(include_url=False)
+        field, message = describe_validation_error(errors)
+        missing = errors[0]["type"] == "missing"
         code = "missing_required_parameter" if missing else "invalid_value"
         raise invalid(prefix + message, prefix + field if field else None, code) from None
 

@@ -288,8 +288,14 @@ class RealtimeSession:
     # Items
 
     async def _create_item(self, event: ItemCreate) -> None:
-        item = make_item(event.item, self._input.format)
+        item = await self._make_item(event.item)
         await self._announce(item, self.conversation.add(item, event.previous_item_id))
+
+    async def _make_item(self, param: ItemParam, prefix: str = "item") -> Item:
+        """As `make_item`, in a thread if its recordings are large."""
+        if sum(len(content.audio or "") for content in param.content) <= SMALL_MESSAGE:
+            return make_item(param, self._input.format, prefix)
+        return await asyncio.to_thread(make_item, param, self._input.format, prefix)
 
     async def _delete_item(self, event: ItemEvent) -> None:
         self.conversation.delete(event.item_id)
@@ -316,9 +322,9 @@ class RealtimeSession:
         if self.settings.type == "transcription":
             raise invalid("response.create: a transcription session has no responses")
         params = self._params(event.response)
-        await self._respond(params, self._context(params))
+        await self._respond(params, await self._context(params))
 
-    def _context(self, params: ResponseParams) -> list[Item]:
+    async def _context(self, params: ResponseParams) -> list[Item]:
         """The items before an answer: those that a response brings, or those of the conversation."""
         if params.input is None:
             return list(self.conversation)
@@ -328,7 +334,7 @@ class RealtimeSession:
             if value.get("type") == "item_reference":
                 items.append(self.conversation.find(str(value.get("id")), "reference"))
             else:
-                items.append(make_item(validate(ItemParam, value, where), self._input.format, where.rstrip(".")))
+                items.append(await self._make_item(validate(ItemParam, value, where), where.rstrip(".")))
         return items
 
     async def _respond(self, params: ResponseParams, context: list[Item]) -> None:

@@ -43,7 +43,9 @@ DATA_URI_HEAD = 1024
 BODIES_PER_CLIENT, BODIES = 2, 8
 """Bodies of the largest size that the requests of one client, and of all, may hold at once."""
 RECORDINGS = 4
-"""Recordings of the greatest length that the requests of all clients may hold at once; those of one client hold one."""
+"""How many times as much of recordings as those of one client the requests of all clients may hold at once."""
+SECONDS_PER_CLIENT = 600
+"""Of recordings that a client may have in progress, or else one of the greatest length, if that is longer."""
 READY_INTERVAL = 0.2
 """Seconds between two looks whether the model is ready."""
 
@@ -151,7 +153,8 @@ class Service:
         self.metrics = Metrics(self)
         most = settings.max_body_bytes
         self.bodies = Budget(BODIES * most, BODIES_PER_CLIENT * most)
-        most = max(1, int(settings.max_audio_seconds * audio_io.SAMPLE_RATE))
+        # A client may ask several short questions at once, and have each of them transcribed, too.
+        most = int(max(settings.max_audio_seconds, SECONDS_PER_CLIENT) * audio_io.SAMPLE_RATE)
         self.recordings = Budget(RECORDINGS * most, most)
         # Decoding a file takes a core for a moment; more at once would only take it from the model.
         self._decoding = asyncio.Semaphore(2)

@@ -185,8 +185,10 @@ class LiveSession:
             max_audio_seconds=self._max_seconds,
             max_file_bytes=service.settings.max_body_bytes * 3 // 4 - MESSAGE_BYTES,
         )
-        await self._send(type="state", state=service.state)
-        if service.state == "warming up":
+        # Once: a model that becomes ready while this is sent is announced, too.
+        state = service.state
+        await self._send(type="state", state=state)
+        if state == "warming up":
             self.waiting = asyncio.create_task(self._announce_ready())
         return True
 
@@ -213,11 +215,11 @@ class LiveSession:
             self.settings = message
         elif isinstance(message, TextMessage):
             await self._interrupt()
-            self._begin_turn(text=message.text)
+            self._begin_turn(self._keep(), text=message.text)
         elif isinstance(message, FileMessage):
             self._discard_recording()
             await self._interrupt()
-            self._begin_turn(file=message.data)
+            self._begin_turn(self._keep(), file=message.data)
         elif isinstance(message, ControlMessage) and message.type == "cancel":
             self._discard_recording()
             await self._interrupt()
@@ -225,8 +227,9 @@ class LiveSession:
             await self._interrupt()
             # A message may end within a sample; the next one continues it.
             samples = np.frombuffer(bytes(self.recording[: len(self.recording) // 2 * 2]), "<i2")
-            self._discard_recording()
-            self._begin_turn(audio=samples, sample_rate=self.settings.sample_rate)
+            self.recording.clear()
+            held, self._recorded = self._recorded, Share(self.service.bodies, self.client)
+            self._begin_turn(held, audio=samples, sample_rate=self.settings.sample_rate)
 
     async def _parse(self, received: Any) -> ClientMessage | None:
         """The message, or None after an error has been sent."""
@@ -285,10 +288,17 @@ class LiveSession:
                     self.service.metrics.count(ENDPOINT, "cancelled")
                 await self._send(type="end", turn=self.turn, outcome="cancelled", finish_reason=None)
 
-    def _begin_turn(self, **inputs: Any) -> None:
+    def _keep(self) -> Share:
+        """The share of the message that is handled."""
+        keep = self.socket.scope.get("state", {}).get("keep")
+        return keep() if keep else Share(self.service.bodies, self.client)
+
+    def _begin_turn(self, held: Share, **inputs: Any) -> None:
+        """Begin to answer a request, whose share is held until it is answered."""
         self.turn += 1
         self.answer = None
         self.task = asyncio.create_task(self._run_turn(self.turn, inputs))
+        self.task.add_done_callback(lambda _: held.give_back())
 
     async def _run_turn(self, turn: int, inputs: dict[str, Any]) -> None:
         """Answer one request; an error is sent to the client, which may continue."""

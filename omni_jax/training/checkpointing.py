@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -46,6 +47,13 @@ class DataPosition:
     """Of the order of the records."""
     states: list[dict[str, Any]]
     """State of the iterator of each reader, in the order of their shares. Processes that share rows are one reader."""
+
+    def check(self) -> None:
+        """See that it can be a position. Raises: TypeError: it cannot."""
+        if type(self.seed) is not int or not isinstance(self.states, list):
+            raise TypeError("a position in the data without a seed or states")
+        if not all(isinstance(state, dict) and isinstance(state.get("layout"), dict) for state in self.states):
+            raise TypeError("a position in the data without a layout")
 
 
 class Checkpoints:
@@ -91,7 +99,7 @@ class Checkpoints:
         The position is None at step 0.
 
         Raises:
-            CheckpointError: the last checkpoint is of a model or an optimizer with other arrays.
+            CheckpointError: the last checkpoint is of a model or an optimizer with other arrays, or not of a run.
         """
         step = self.latest_step()
         return _init(setup) if step is None else self._restore(setup, step)
@@ -105,13 +113,15 @@ class Checkpoints:
         )
         try:
             restored = self._manager.restore(step, args=args)
-        except ValueError as error:
+            position = DataPosition(**restored["data"])
+            position.check()
+        except (ValueError, KeyError, TypeError) as error:
             found = str(error).partition("\n")[0]
             raise CheckpointError(
                 f"{self.folder / str(step)}: expected the arrays of this configuration, found those of another one; "
                 f"continue with the configuration that the run began with, or choose another out ({found})"
             ) from error
-        return restored["state"], restored["frozen"], DataPosition(**restored["data"])
+        return restored["state"], restored["frozen"], position
 
     def save(self, step: int, state: TrainState, frozen: Params, position: DataPosition) -> None:
         """Start saving a checkpoint; `wait` waits for its end. Called by all processes.
@@ -191,9 +201,9 @@ class Checkpoints:
 def _reason(error: OSError | ValueError) -> str:
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    # TensorStore raises ValueError, with "[OS error 28: No space left on device]" in a text of many lines.
-    found = re.search(r"OS error \d+: ([^\]]*)", str(error))
-    return found[1] if found else str(error)
+    # TensorStore raises ValueError, with the number of the system's error in a text of many lines.
+    found = re.search(r"OS error (\d+)|os_error_code='(\d+)'", str(error))
+    return os.strerror(int(found[1] or found[2])) if found else str(error)
 
 
 class _HashedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):

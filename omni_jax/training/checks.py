@@ -113,11 +113,14 @@ def _read_saved_run(out: Path, step: int) -> SavedRun:
     with ocp.CheckpointManager(out / RUN, item_handlers=handlers) as manager:
         metadata = manager.item_metadata(step)
         data = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+    layouts = [state.get("layout", {}) for state in data["states"]]
+    if not all(isinstance(layout, dict) for layout in layouts):
+        raise TypeError("a layout of the data that is none")
     return SavedRun(
         step,
         _shapes(metadata["state"].tree["trainable"]),
         _shapes(metadata["frozen"].tree),
-        [state.get("layout", {}) for state in data["states"]],
+        layouts,
         data["seed"],
     )
 

@@ -58,11 +58,17 @@ def find_damage(folder: Path, share: int = 0, num_shares: int = 1) -> str | None
     if not folder.is_dir():
         return "a file"
     try:
-        written, found = (folder / SUMS).read_bytes(), _files(folder)
+        found = _files(folder)
+        # Reading a pipe or a device would not end.
+        if odd := [name for name in (*found, SUMS) if (folder / name).exists() and not (folder / name).is_file()]:
+            return f"{odd[0]}, which is no file"
+        written = (folder / SUMS).read_bytes()
         lines = [line.partition("  ") for line in written.decode().splitlines()]
         expected = {name: digest for digest, _, name in lines[1:]}
         if _render(folder.name, expected) != written:
             return f"another {SUMS} than was written"
+        if not expected:
+            return f"no file in {SUMS}"
         if missing := sorted(expected.keys() - found):
             return f"no {missing[0]}"
         if stray := sorted(set(found) - expected.keys()):

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, NoReturn
 
 import typer
@@ -51,6 +52,8 @@ def train_command(
 
     Exit codes: 0 finished, 2 the run cannot be done as configured, 75 stopped: the same command resumes it.
     """
+    # Before Orbax is imported, which gives the root logger a handler: it would show every line again.
+    log_to_stderr()
     try:
         run = load_config(RunConfig, config, overrides or ())
         _initialize_processes(coordinator, processes, process, heartbeat_timeout, on_pod=not dry_run)
@@ -122,13 +125,24 @@ def _describe(run: RunConfig, *, reshuffle: bool) -> bool:
     return True
 
 
+def _show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Show an exception that no caller catches, but not those of a save that has failed.
+
+    TensorStore reports the failure of each array to an event loop that Orbax has closed by then.
+    """
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
+
+
 def _train(run: RunConfig, profile: str | None, *, reshuffle: bool) -> bool:
     """Whether the run has finished."""
     import jax
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     # Orbax logs the stack of an error several times before it raises it.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.excepthook = _show_exception
 
     with _requires_extra():
         from omni_jax.training.loop import train

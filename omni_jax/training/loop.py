@@ -35,8 +35,11 @@ from omni_jax.training.stop_signal import StopSignal
 
 logger = logging.getLogger(__name__)
 
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-"""Errors of the system that say that a file cannot be written: space, quota, permissions."""
+CANNOT_WRITE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EISDIR, errno.ENOTDIR),
+)
+"""Errors of the system that say that a file cannot be written: space, quota, permissions, a folder in its place."""
 
 LOST_PEER = re.compile("Gloo|peer|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]oordination")
 """In the message of an error: a collective failed because of another process, not for want of memory or the like."""

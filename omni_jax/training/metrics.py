@@ -106,15 +106,15 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """The lines of a metrics file up to a step; a line that a kill has cut is left out."""
+    """The lines of a metrics file up to a step; a line that a kill has cut, or that is damaged, is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for text in path.read_bytes().splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
-        except ValueError:
+            if line["step"] <= last_step:
+                lines.append(line)
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
-        if line["step"] <= last_step:
-            lines.append(line)
     return lines
 
 

@@ -9,7 +9,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile, write_safetensors
+from omni_jax.checkpoint.safetensors_io import SCALE_SUFFIX, LazyTensor, SafetensorsFile, write_safetensors
 from omni_jax.errors import CheckpointError
 
 
@@ -97,7 +97,7 @@ def entry(first=0, last=8, shape=(2,), dtype="F32"):
 
 
 OFFSETS = "expected data_offsets of two integers of 0 or more"
-SHAPE = "expected a shape of at most 32 integers of 0 or more"
+SHAPE = "expected a shape of at most 32 integers from 0 to "
 BAD_HEADERS = {
     "no object": ([1], "a header that is no JSON object"),
     "depth": (b"[" * 100_000, "found a header with more than 64 levels"),
@@ -171,3 +171,20 @@ def test_read_refuses_values_that_are_not_finite(tmp_path, dtype, value):
     with pytest.raises(CheckpointError, match=r"x\.safetensors: a: expected finite values, found NaN or infinity"):
         file.read("a")
     np.testing.assert_array_equal(file.read("a", (slice(0, 2),)), array[:2])
+
+
+def test_values_that_become_infinite_when_they_are_read_are_named(tmp_path):
+    big = {"x": np.array([[127]], np.int8), f"x{SCALE_SUFFIX}": np.array([[3e38]], np.float32), "y": np.array([1e300])}
+    write_safetensors(tmp_path / "a.safetensors", {name: LazyTensor.of(array) for name, array in big.items()})
+    file = SafetensorsFile(tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="x: expected scales that give finite values"):
+        file.read("x")
+    with pytest.raises(CheckpointError, match="y: expected values that float32 holds"):
+        file.read_into("y", np.zeros(1, np.float32))
+
+
+def test_an_axis_that_no_array_has_is_refused_although_it_takes_no_byte(tmp_path):
+    header = json.dumps({"x": {"dtype": "F32", "shape": [0, 10**31], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="expected a shape of at most 32 integers from 0 to"):
+        SafetensorsFile(tmp_path / "a.safetensors")

@@ -29,7 +29,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     def report(name: str, model: str, topology: Topology, batch: int, *args: Any, **options: Any) -> Any:
         found[name] = batch
-        return SimpleNamespace(roofline_seconds=seconds[name])
+        return SimpleNamespace(roofline_seconds=seconds[name], fits=True)
 
     monkeypatch.setattr(serving, "report_program", report)
     return found

@@ -1,7 +1,9 @@
 """Files of published checkpoints."""
 
+import io
 import json
 import os
+import pickle
 import zipfile
 
 import ml_dtypes
@@ -158,6 +160,54 @@ def test_open_state_dict_refuses_hostile_archives(tmp_path):
     path.unlink()
     os.mkfifo(path)
     refused("expected a state dict, found a pipe")
+
+
+def tensor_of(numel):
+    """A pickle of a tensor of so many values."""
+
+    class Storage:
+        pass
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return ("storage", torch.FloatStorage, "0", "cpu", numel) if isinstance(value, Storage) else None
+
+    file = io.BytesIO()
+    Pickler(file, 2).dump({"a": Storage()})
+    return file.getvalue()
+
+
+DOUBLED_TUPLES = b"\x80\x02}N" + b"q\x01h\x01\x86" * 64 + b"K\x01s."
+"""As a key: a tuple of two times the same tuple, 64 times, which takes forever to hash."""
+UNTYPED_STORAGE = b"\x80\x02}K\x01ctorch\nUntypedStorage\n\x8a\x05\0\0\0\0\1\x85Rs."
+"""A call that allocates 4 GB."""
+COPIED_LIST = b"\x80\x02ccollections\nOrderedDict\n]K\x01K\x02\x86a\x85R."
+"""Of which each call makes a copy."""
+LONG_FRAME = b"\x80\x04\x95" + b"\xff" * 8 + b"}."
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (DOUBLED_TUPLES, "a tuple of more than 1000 values"),
+        (UNTYPED_STORAGE, "'int' object is not callable"),
+        (COPIED_LIST, "takes 0 positional arguments"),
+        (LONG_FRAME, "frame size"),
+        (tensor_of(float("inf")), "a tensor of inf values"),
+    ],
+)
+def test_open_state_dict_refuses_hostile_pickles(tmp_path, data, message, zipped):
+    path = tmp_path / "a.pth"
+    torch.save({}, path, _use_new_zipfile_serialization=zipped)
+    if zipped:
+        with_entry(path, lambda archive, name, old: archive.writestr(name, data if "data.pkl" in name else old))
+    else:
+        old = path.read_bytes()
+        path.write_bytes(old.replace(pickle.dumps({}, 2), data, 1))
+        assert path.read_bytes() != old
+    with pytest.raises(ConversionError, match=f"found .*{message}"):
+        open_state_dict(path)
 
 
 @pytest.mark.parametrize("change", [{"n_head": 0}, {"hf_config": [1]}, {"hf_config": {"adapter_stack": None}}])

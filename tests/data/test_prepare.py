@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from omni_jax.data.readers import byte_ranges
 from omni_jax.data.records import INDEX, Exchange, Records, RecordWriter, from_bytes, write_json
 from omni_jax.data.shards import MANIFEST_SUFFIX, CodecSpec, ShardManifest, ShardWriter, encode_answers, manifest_path
 from omni_jax.data.sources import Manifest, RejectedRow, Row, SourceShard, TextQA, VoiceAssistant
-from omni_jax.errors import ConfigError, FolderInUseError, MissingExtraError
+from omni_jax.errors import ConfigError, FolderInUseError, MissingExtraError, RecordError
 from omni_jax.tasks import Task
 from tests.data.test_sources import put, tone, voice_assistant, voice_assistant_row
 
@@ -113,6 +114,22 @@ def test_row_that_serves_no_task_is_rejected(tmp_path: Path) -> None:
     put(tmp_path / "m.jsonl", '{"question_text": "alone"}\n{"question_text": "q", "answer_text": "a"}')
     index = prepare(Manifest(tmp_path / "m.jsonl"), tmp_path / "out")
     assert (index["exchanges"], index["rejected"]) == (1, {"serves no task": 1})
+
+
+def test_prepare_on_a_full_disk_says_so_and_resumes(tmp_path: Path) -> None:
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnop "), (100, 1900))
+    lines = [json.dumps({"question": "".join(text), "answer": "a"}) for text in letters]
+    put(tmp_path / "m.jsonl", "\n".join(lines))
+    source = TextQA(tmp_path / "m.jsonl")
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))
+    try:
+        with pytest.raises(RecordError, match="out: the records could not be written: File too large; once they can"):
+            prepare(source, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert not list((tmp_path / "out").iterdir())
+    assert prepare(source, tmp_path / "out")["exchanges"] == 100
 
 
 @pytest.fixture

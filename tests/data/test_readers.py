@@ -67,6 +67,8 @@ def test_read_lines_refuses_a_line_without_an_end(tmp_path: Path, monkeypatch: p
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match="pipe: expected a file of lines, found a pipe"):
         next(read_lines(tmp_path / "pipe", 0, 1))
+    with pytest.raises(ConfigError, match="pipe: expected a file of lines, found a pipe"):
+        byte_ranges(tmp_path / "pipe")
 
 
 def test_read_parquet_of_a_row_that_is_repeated_by_a_dictionary(

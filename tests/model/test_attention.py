@@ -109,7 +109,7 @@ def test_attend_cache_of_packed_heads_equals_separate_heads(side_by_side: int) -
 @pytest.mark.parametrize("stacked", [False, True])
 def test_attend_prefix_reads_live_positions_only(stacked: bool) -> None:
     """The same as attention to the whole cache, whatever is in the rest: also at the lengths' borders."""
-    R, K, S, H, L = 3, 2, 32, 4, 2
+    R, K, S, H, L = 16, 2, 32, 4, 2
     query, keys, values = normal(R, 6, H), normal(L, R, K, S, H), normal(L, R, K, S, H)
     lengths = (4, 5, 6, 8, 10, 12, 16, 24, 32) if stacked else (8, 16, 32)
 
@@ -122,11 +122,13 @@ def test_attend_prefix_reads_live_positions_only(stacked: bool) -> None:
 
     assert prefix_lengths(as_cache(keys, values)) == lengths
     for live in (1, *lengths, *(length + 1 for length in lengths[:-1])):
-        positions = np.array([0, live - 1, live // 2])
+        positions = np.resize([0, live - 1, live // 2], R)
         read = next(length for length in lengths if length >= live)
         spoiled = [np.where(np.arange(S)[:, None] < read, x, np.nan) for x in (keys, values)]
         found = attend(as_cache(*spoiled), positions, jnp.int32(live))
         close(found, attend_cache(query, keys[1], values[1], positions))
+    few = as_cache(keys[:, :15], values[:, :15])
+    assert prefix_lengths(few) == ((S,) if stacked else lengths)
 
 
 @pytest.mark.parametrize("positions", [1, 7, 512, 513, 600])

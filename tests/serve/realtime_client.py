@@ -42,7 +42,7 @@ def check_event(event: Event, *, beta: bool = False) -> None:
     if beta and "model" in event.get("session", {}):
         # The beta's package knows the names of OpenAI's models only.
         event = {**event, "session": event["session"] | {"model": "gpt-4o-realtime-preview"}}
-    found = pydantic.TypeAdapter(event_types(beta=beta)[event["type"]]).validate_python(event)
+    found = event_types(beta=beta)[event["type"]].model_validate(event)
     _check_no_extra_fields(found, event["type"])
 
 

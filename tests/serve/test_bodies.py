@@ -20,15 +20,21 @@ from tests.serve.conftest import RunningServer
     ("body", "status", "found"),
     [
         (b"[" + b"0," * MAX_VALUES + b"0]", 413, "expected JSON of at most 20000"),
-        (b'{"a":' * 9000, 400, "nested too deeply"),
-        (b"1" * 10_000, 400, "too many digits"),
-        (b'"\xff"', 400, "UTF-8"),
+        (b'{"a":' * 9000, 400, "recursion limit exceeded"),
+        (b"1" * 10_000, 400, "number out of range"),
+        (b'"\xff"', 400, "invalid unicode"),
+        (b'"\\ud800"', 400, "hex escape"),
+        (b"NaN", 400, "expected value"),
     ],
 )
 def test_parse_json_refuses_what_is_expensive(body: bytes, status: int, found: str) -> None:
     with pytest.raises(HTTPException, match=found) as error:
         parse_json(body)
     assert error.value.status_code == status
+
+
+def test_parse_json_takes_a_byte_order_mark() -> None:
+    assert parse_json(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
 
 
 def test_parse_json_takes_a_long_string() -> None:

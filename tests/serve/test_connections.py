@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
+from benchmarks.attacks import frame
 from omni_jax.api import Omni
 from omni_jax.serve.connections import MAX_CHUNK_OVERHEAD, MAX_FRAGMENTS, START_BYTES
 from tests.serve.conftest import RunningServer, eventually, run_server
@@ -22,18 +24,6 @@ from tests.serve.test_app import connect, post, still_answers
 MAX_DELAY = 2.0
 """Seconds that /healthz may take while a client attacks, on a machine that has other things to do; it was 7 to 26."""
 START = b'{"type": "start"}'
-
-
-def frame(data: bytes, opcode: int = 1, *, last: bool = True) -> bytes:
-    """A frame of a client: masked with zeros."""
-    size = len(data)
-    if size < 126:
-        head = struct.pack("!BB", opcode | 128 * last, size | 128)
-    elif size < 1 << 16:
-        head = struct.pack("!BBH", opcode | 128 * last, 126 | 128, size)
-    else:
-        head = struct.pack("!BBQ", opcode | 128 * last, 127 | 128, size)
-    return head + bytes(4) + data
 
 
 def upgrade(server: RunningServer) -> socket.socket:
@@ -274,3 +264,26 @@ def test_live_recordings_are_bounded(omni: Omni) -> None:
         for client in held:
             client.close()
         eventually(lambda: server.service.bodies.left("127.0.0.1") == 40_000)
+
+
+def test_live_requests_in_progress_are_counted(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request is in memory until it is answered, however many wait for a turn to be decoded."""
+
+    async def wait(**_: Any) -> None:
+        await asyncio.sleep(60)
+
+    with run_server(omni, max_body_bytes=100_000) as server, contextlib.ExitStack() as closing:
+        monkeypatch.setattr(server.service, "prepare", wait)
+        held = [closing.enter_context(started(server)) for _ in range(3)]
+        message = frame(json.dumps({"type": "file", "data": "A" * 70_000}).encode())
+        for client, most in ((held[0], 130_000), (held[1], 60_000)):
+            client.sendall(message)
+            eventually(partial(lambda most: server.service.bodies.left("127.0.0.1") <= most, most))
+        # It stays so, as the requests wait.
+        time.sleep(0.2)
+        assert server.service.bodies.left("127.0.0.1") <= 60_000
+        held[2].sendall(message)
+        assert b"try again later" in held[2].recv(1000)
+        for client in held:
+            client.close()
+        eventually(lambda: server.service.bodies.left("127.0.0.1") == 200_000)

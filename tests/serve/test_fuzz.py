@@ -18,9 +18,10 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.generation import GenerationMode
 
+from benchmarks.attacks import frame
 from tests.serve.conftest import RunningServer
 from tests.serve.test_app import still_answers
-from tests.serve.test_connections import frame, started, upgrade
+from tests.serve.test_connections import started, upgrade
 
 EXAMPLES = 350
 """Requests of each kind to each endpoint, about."""
@@ -37,6 +38,9 @@ def test_generated_requests_never_give_status_500(server: RunningServer) -> None
         "/v1/audio/speech",
         "/v1/audio/transcriptions",
         "/v1/responses",
+        "/v1/realtime/client_secrets",
+        "/v1/realtime/sessions",
+        "/v1/realtime/transcription_sessions",
     }
     answered: Counter[int] = Counter()
     with requests.Session() as session:

@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from tests.serve.conftest import RunningServer, assert_same_audio, eventually
-from tests.serve.test_page import browser, played, until  # noqa: F401  (browser is a fixture)
+from tests.serve.test_page import browser, played, playwright, until  # noqa: F401  (two are fixtures)
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 

@@ -708,3 +708,51 @@ def test_realtime_half_open_socket_is_closed(omni: Omni) -> None:
             assert raw.recv(12) == b"HTTP/1.1 101"
             eventually(lambda: server.metric("omni_realtime_sessions") == 1)
             eventually(lambda: server.metric("omni_realtime_sessions") == 0)
+
+
+# Clients that attack
+
+
+BETA_SESSIONS = "/v1/realtime/sessions"
+CLIENT_SECRETS = "/v1/realtime/client_secrets"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        (BETA_SESSIONS, {"client_secret": {"expires_after": {"seconds": 1}}}, "client_secret.expires_after.seconds"),
+        (BETA_SESSIONS, {"client_secret": "now"}, "client_secret"),
+        (CLIENT_SECRETS, b'{"session": {"audio": {"output": {"voice": "\\ud800"}}}}', "hex escape"),
+        (CLIENT_SECRETS, {"session": {"audio": {"output": {"voice": "v" * 513}}}}, "at most 512 characters"),
+        (CLIENT_SECRETS, {"session": {"audio": {"output": {"voice": {"id": {}}}}}}, "voice"),
+        ("/v1/responses", b'{"model": "small", "input": "hi", "instructions": "\\ud800"}', "hex escape"),
+    ],
+)
+def test_bodies_that_cannot_be_answered_are_refused(
+    server: RunningServer, path: str, body: Event | bytes, message: str
+) -> None:
+    status, found = server.refused(path, body)
+    assert status == 400
+    assert message in found
+
+
+LONG: list[tuple[str, Event]] = [
+    ("session.update", {"session": {"audio": {"output": {"voice": "v" * 100_000}}}}),
+    ("session.update", {"session": {"audio": {"input": {"transcription": {"prompt": "p" * 100_000}}}}}),
+    ("session.update", {"session": {"audio": {"input": {"turn_detection": {"idle_timeout_ms": 10**400}}}}}),
+    ("response.create", {"response": {"input": [1] * 19_000}}),
+    ("response.create", {"response": {"metadata": {"a": "m" * 1000}}}),
+    ("conversation.item.create", {"item": {"type": "message", "role": "user", "content": [{"type": "x"}] * 3000}}),
+    (
+        "conversation.item.create",
+        {"item": {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a" * 100_000}]}},
+    ),
+    ("conversation.item.delete", {"item_id": "i" * 100_000}),
+]
+
+
+@pytest.mark.parametrize(("type", "fields"), LONG)
+def test_realtime_refuses_what_would_be_kept_and_repeated(client: Client, type: str, fields: Event) -> None:
+    assert len(client.error(type, **fields)["message"]) < 500
+    client.send(type, event_id="e" * 100_000, **fields)
+    assert client.receive()["error"]["event_id"] is None

@@ -40,7 +40,7 @@ def test_kept_text_of_an_answer_that_was_not_decoded_to_its_end() -> None:
 
 
 def test_conversation_drops_the_oldest_audio_and_then_the_oldest_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    conversation = Conversation(100_000)
+    conversation = Conversation(110_000)
     items = [spoken("text", 0.5) for _ in range(6)]
     for item in items:
         conversation.add(item)
@@ -49,6 +49,14 @@ def test_conversation_drops_the_oldest_audio_and_then_the_oldest_items(monkeypat
     conversation.add(spoken("text", 0.5))
     assert len(conversation) == 4
     assert next(iter(conversation)) is items[3]
+
+
+def test_conversation_counts_empty_parts_and_wide_characters() -> None:
+    conversation = Conversation(1 << 20)
+    for _ in range(100):
+        conversation.add(Item("user", [Part("input_text", "a") for _ in range(16)]))
+    assert sum(len(item.parts) for item in conversation) <= 1024
+    assert Item("user", [Part("input_text", "\U0001f600" * 1000)]).num_bytes > 4000
 
 
 def test_conversation_refuses_a_second_item_with_an_id() -> None:

@@ -27,8 +27,8 @@ class Fuzzer:
     def __init__(self, seed: int):
         self.random = random.Random(seed)
         self.beta = self.random.random() < 0.3
-        speech = question("name")[:20_000].tobytes()
-        self.sounds = (b"", b"\1", bytes(9600), speech, speech + bytes(48_000), self.random.randbytes(2000))
+        speech = question("name")[:16_000].tobytes()
+        self.sounds = (b"", b"\1", bytes(9600), speech, speech + bytes(24_000), self.random.randbytes(2000))
 
     def maybe(self, **fields: Any) -> dict[str, Any]:
         """Some of the fields."""

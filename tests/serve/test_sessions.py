@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.attacks import frame
 from omni_jax.api import Omni
+from omni_jax.serve import sessions
 from tests.serve.conftest import HeldBatch, eventually, run_server
 from tests.serve.test_app import post
-from tests.serve.test_connections import frame, started
+from tests.serve.test_connections import started
 
 
 def test_recordings_of_a_client_are_decoded_one_at_a_time(
@@ -48,7 +50,8 @@ def test_recordings_of_a_client_are_decoded_one_at_a_time(
         server.wait_until_idle()
 
 
-def test_recordings_in_memory_are_bounded(omni: Omni, recording_base64: str) -> None:
+def test_recordings_in_memory_are_bounded(omni: Omni, recording_base64: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "SECONDS_PER_CLIENT", 0)
     body = {"audio": recording_base64, "max_tokens": 2}
     with run_server(omni, max_audio_seconds=0.4) as server:
         left = server.service.recordings.left

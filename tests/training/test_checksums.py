@@ -1,5 +1,6 @@
 """Whether a checkpoint is whole: files that changed, that are missing, and that were not there."""
 
+import os
 import random
 import shutil
 import subprocess
@@ -70,6 +71,24 @@ def test_find_damage_says_what_is_missing_cut_or_stray(checkpoint: Path):
     assert damage(lambda copy: (copy / "state" / "d" / "1b").unlink()) == "no state/d/1b"
     assert damage(lambda copy: (copy / "state" / "d" / "2c").touch()) == f"state/d/2c, which is not in {SUMS}"
     assert "state/d/1b" in str(damage(lambda copy: (copy / "state" / "d" / "1b").write_bytes(b"short")))
+
+
+def test_find_damage_of_pipes_devices_and_emptied_checkpoints(checkpoint: Path):
+    for name in ("state/d/1b", SUMS):
+        data = (checkpoint / name).read_bytes()
+        (checkpoint / name).unlink()
+        os.mkfifo(checkpoint / name)
+        assert find_damage(checkpoint) == f"{name}, which is no file"
+        (checkpoint / name).unlink()
+        (checkpoint / name).symlink_to("/dev/zero")
+        assert find_damage(checkpoint) == f"{name}, which is no file"
+        (checkpoint / name).unlink()
+        (checkpoint / name).write_bytes(data)
+    assert find_damage(checkpoint) is None
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+    write_checksums(checkpoint, {})
+    assert find_damage(checkpoint) == f"no file in {SUMS}"
 
 
 def test_find_damage_of_a_checkpoint_under_the_name_of_another_step(checkpoint: Path):

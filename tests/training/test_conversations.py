@@ -86,7 +86,7 @@ def test_overfitted_conversations_answer_the_third_turn_from_the_first(tmp_path:
         f"optimizer.steps={STEPS}",
         "checkpoint.save_interval_steps=1000",
         "log_interval_steps=50",
-        "num_samples=0",
+        "evaluation.num_samples=0",
     ]
     command = [sys.executable, "train.py", "configs/tiny_stage3.yaml", *changes]
     environment = {**os.environ, "XLA_FLAGS": ""}

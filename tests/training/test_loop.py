@@ -35,7 +35,8 @@ from omni_jax.errors import CheckpointError, ConfigError, FolderInUseError, Peer
 from omni_jax.folder_lock import FolderLock
 from omni_jax.training import checkpointing, loop
 from omni_jax.training.checkpointing import Checkpoints, DataPosition, open_data
-from omni_jax.training.checksums import find_damage
+from omni_jax.training.checks import read_saved_run
+from omni_jax.training.checksums import SUMS, find_damage, write_checksums
 from omni_jax.training.describe import describe
 from omni_jax.training.evaluation import HeldOutEvaluation
 from omni_jax.training.loop import train
@@ -194,6 +195,10 @@ def test_train_says_what_it_cannot_write(records: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(loop, "save_config", fail)
     with pytest.raises(TrainingError, match=r"run.yaml: Read-only file system; once that is repaired,"):
+        train(run_config(tmp_path / "out", records))
+    monkeypatch.undo()
+    (tmp_path / "out" / "run.yaml").mkdir(parents=True)
+    with pytest.raises(TrainingError, match=r"run.yaml: Is a directory; once that is repaired,"):
         train(run_config(tmp_path / "out", records))
 
 
@@ -470,6 +475,30 @@ def test_checkpoints_of_another_configuration_are_refused(finished: Path, record
         checkpoints.restore_or_init(TrainingSetup.of(config))
 
 
+@pytest.mark.parametrize(
+    "data", [None, {"seed": 1}, {"seed": 1, "states": [{"layout": 5}]}, {"seed": [], "states": []}]
+)
+def test_checkpoints_that_are_not_of_a_run_are_refused(
+    finished: Path, records: Path, tmp_path: Path, data: dict | None
+):
+    """With the right hashes: made by someone, not damaged."""
+    out = copy_run(finished, tmp_path / "other")
+    folder = out / "checkpoints" / "6"
+    if data is None:
+        shutil.rmtree(folder / "state")
+    else:
+        (folder / "data" / "metadata").write_text(json.dumps(data))
+    (folder / SUMS).unlink()
+    write_checksums(folder, {})
+    config = run_config(out, records)
+    read_saved_run(out)
+    with (
+        closing(Checkpoints(config, out)) as checkpoints,
+        pytest.raises(CheckpointError, match="checkpoints/6: expected"),
+    ):
+        checkpoints.restore_or_init(TrainingSetup.of(config))
+
+
 def test_checkpoints_are_not_saved_where_there_is_no_room(
     finished: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -682,11 +711,12 @@ def test_run_that_cannot_write_any_more_says_so_and_resumes(finished: Path, reco
     )
     process = spawn(values, tmp_path / "logs")
     wait_for_step(out, 2, process)
-    # From now on no file may be larger than 1 kB, as if the disk were full.
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    # From now on no file may be larger than 100 kB, more than the log needs, as if the disk were full.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     assert process.wait(timeout=120) == 2
     shown = (tmp_path / "logs" / "0.log").read_text()
     assert "File too large; once" in shown
+    assert "Traceback" not in shown
     assert not (out / ".lock").exists()
     assert spawn(values, tmp_path / "logs").wait(timeout=280) == 0, (tmp_path / "logs" / "1.log").read_text()
     assert losses(out) == losses(finished)

@@ -13,7 +13,16 @@ import pytest
 from omni_jax.errors import TrainingError
 from omni_jax.training.batches import ShardedBatch
 from omni_jax.training.goodput import WAITING, Goodput
-from omni_jax.training.metrics import METRICS, WANDB_ID, MetricsWriter, Tally, log_step, model_flops, peak_flops
+from omni_jax.training.metrics import (
+    METRICS,
+    WANDB_ID,
+    MetricsWriter,
+    Tally,
+    log_step,
+    model_flops,
+    peak_flops,
+    read_metrics,
+)
 from omni_jax.training.progress import Progress
 from omni_jax.training.setup import TrainingSetup
 from tests.training.test_step import run_config
@@ -126,3 +135,9 @@ def test_model_flops_counts_trainable_and_frozen_parameters(setup: TrainingSetup
     frozen = model_flops(everything, 1.0) / 6 - adapter
     assert model_flops(setup, 10.0) == pytest.approx(10 * (6 * adapter + 4 * frozen))
     assert peak_flops(setup.mesh) is None
+
+
+def test_read_metrics_leaves_out_damaged_lines(tmp_path: Path) -> None:
+    whole = b'{"step": 1}\n{"step": 3}\n{"step": 2}\n'
+    (tmp_path / METRICS).write_bytes(b'\xff{"step": 1}\n5\n{}\n{"step": null}\n' + b"[" * 50_000 + b"\n\0\0\n" + whole)
+    assert read_metrics(tmp_path / METRICS, 2) == [{"step": 1}, {"step": 2}]

@@ -422,11 +422,12 @@ function sendRecording({ event = null, remark = "" }) {
 
 // ---- typed questions and files
 
-async function ask(shown, content, pieces = []) {
+async function ask(shown, content, { file = "", pieces = [] } = {}) {
   stop();
   await openSpeaker();
   const message = add("user", newId());
   setText(message, shown);
+  if (file) message.element.querySelector(".who").textContent += ` · ${file}`;
   message.pieces = pieces;
   offerReplay(message);
   state.asked = performance.now();
@@ -439,7 +440,7 @@ async function sendFile(file) {
   if (byId("talk").disabled) return;
   try {
     const samples = await readFile(file);
-    await ask(file.name, [{ type: "input_audio", audio: toBase64(samples) }], [samples]);
+    await ask("", [{ type: "input_audio", audio: toBase64(samples) }], { file: file.name, pieces: [samples] });
   } catch {
     await sendUnknownFile(file);
   }
@@ -455,7 +456,7 @@ async function sendUnknownFile(file) {
     const response = await connection.fetch("v1/audio/transcriptions", { method: "POST", body: form });
     const found = await response.json();
     if (!response.ok) throw new Error(problemOf(found.error));
-    await ask(found.text, [{ type: "input_text", text: found.text }]);
+    await ask(found.text, [{ type: "input_text", text: found.text }], { file: file.name });
   } catch (error) {
     setStatus(`${file.name}: ${error.message}`, true);
   }
