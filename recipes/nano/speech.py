@@ -182,10 +182,8 @@ def main(
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
 ) -> None:
     """Synthesize the spoken sets."""
-    written = {"conversation_text", "conversation_text_held_out"}
-    names = sorted(
-        {path.stem for group in ("spoken", "conversations") for path in (texts / group).glob("*.jsonl")} - written
-    )
+    found = {path.stem for group in ("spoken", "conversations") for path in (texts / group).glob("*.jsonl")}
+    names = sorted(name for name in found if not name.startswith("conversation_text"))
     for name in only or names:
         with tqdm(desc=name, unit="shard") as bar:
 
