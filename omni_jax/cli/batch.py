@@ -26,8 +26,8 @@ def batch(
         Path,
         typer.Argument(
             metavar="MANIFEST.jsonl|FOLDER",
-            help="JSON lines with id, audio or text, and optionally task, truncate and options such as max_steps; or a "
-            "folder of recordings.",
+            help="JSON lines with id, audio or text, and optionally task, truncate, system, history and options such "
+            "as max_steps; or a folder of recordings.",
             show_default=False,
         ),
     ],

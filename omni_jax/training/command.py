@@ -11,14 +11,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, NoReturn
 
 import typer
 
 from omni_jax.config.load import load_config
 from omni_jax.config.run import RunConfig
-from omni_jax.errors import EXTRAS, ConfigError, MissingExtraError, OmniError, PeerLostError
+from omni_jax.errors import EXTRAS, ConfigError, MissingExtraError, OmniError, PeerLostError, TrainingError
 from omni_jax.log import log_to_stderr
 
 EXIT_REFUSED = 2
@@ -60,8 +59,8 @@ def train_command(
         finished = _describe(run, reshuffle=reshuffle) if dry_run else _train(run, profile, reshuffle=reshuffle)
     except OmniError as error:
         typer.echo("\n".join(f"train: {line}" for line in str(error).splitlines()), err=True)
-        if isinstance(error, PeerLostError):
-            _end_without_peers()
+        if isinstance(error, TrainingError):
+            _end_now(error)
         raise typer.Exit(EXIT_REFUSED) from None
     if not finished:
         from omni_jax.training.stop_signal import EXIT_STOPPED
@@ -86,13 +85,17 @@ def _initialize_processes(
         jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout)
 
 
-def _end_without_peers() -> NoReturn:
-    """End this process now: the usual end waits until JAX, too, counts the lost process as lost."""
+def _end_now(error: TrainingError) -> NoReturn:
+    """End this process, from which the run has closed what it had open.
+
+    The usual end would wait until JAX, too, counts a lost process as lost; and threads of TensorStore would print a
+    stack for each array that could not be saved while the interpreter ends.
+    """
     from omni_jax.training.stop_signal import EXIT_STOPPED
 
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(EXIT_STOPPED)
+    os._exit(EXIT_STOPPED if isinstance(error, PeerLostError) else EXIT_REFUSED)
 
 
 @contextmanager
@@ -125,13 +128,13 @@ def _describe(run: RunConfig, *, reshuffle: bool) -> bool:
     return True
 
 
-def _show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Show an exception that no caller catches, but not those of a save that has failed.
+def _show_unraisable(found: sys.UnraisableHookArgs) -> None:
+    """Show an exception that cannot be raised, but not those of a save that has failed.
 
     TensorStore reports the failure of each array to an event loop that Orbax has closed by then.
     """
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+    if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(found)
 
 
 def _train(run: RunConfig, profile: str | None, *, reshuffle: bool) -> bool:
@@ -142,7 +145,7 @@ def _train(run: RunConfig, profile: str | None, *, reshuffle: bool) -> bool:
     # Orbax logs the stack of an error several times before it raises it.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.excepthook = _show_exception
+    sys.unraisablehook = _show_unraisable
 
     with _requires_extra():
         from omni_jax.training.loop import train

@@ -113,6 +113,7 @@ QUESTION_VOICES: dict[str, tuple[VoiceSpec, ...]] = {
     "conversation_train": many(),
     "conversation_natural": (natural(),),
     "conversation_held_out": (UNSEEN_NATURAL,),
+    "history_held_out": (UNSEEN_NATURAL,),
 }
 """By set; a set that is not here has no spoken questions."""
 

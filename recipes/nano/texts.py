@@ -26,6 +26,7 @@ Spoken sets, to be synthesized; rows without an answer are dictations, rows with
     read_train, read_free, read_answer_like, read_held_out      sentences to read aloud
     dictation_train, dictation_seen, dictation_unseen       sentences to write down
     held_out_seen, held_out_unseen, held_out_natural    held-out questions, for voices that training has and for others
+    history_held_out    the past questions of conversation_held_out
 
 Conversations, as `messages` of which the last answer is trained; see `conversations.py`:
 
@@ -211,6 +212,7 @@ def spoken_sets(sizes: Sizes) -> dict[str, list[Row]]:
         "dictation_unseen": write_down(dictated[:unseen]),
         "noise_train": noises(sizes.noises, 0),
         "noise_held_out": noises(sizes.held_out_noises, 1),
+        "history_held_out": write_down(past_questions(held_out_conversations(sizes))),
     }
 
 
@@ -226,8 +228,18 @@ def conversation_sets(sizes: Sizes) -> dict[str, list[Conversation]]:
             for seed, (name, count) in enumerate(spoken, 1)
         },
         "conversation_natural": transcribed(conversations("train", sizes.natural_conversations, 3)),
-        "conversation_held_out": conversations("held_out", sizes.held_out_conversations, 4),
+        "conversation_held_out": held_out_conversations(sizes),
     }
+
+
+def held_out_conversations(sizes: Sizes) -> list[Conversation]:
+    """Those whose last questions are asked aloud."""
+    return conversations("held_out", sizes.held_out_conversations, 4)
+
+
+def past_questions(made: Iterable[Conversation]) -> list[str]:
+    """The distinct questions before the last ones."""
+    return list(dict.fromkeys(turn.question for one in made for turn in one.history))
 
 
 def transcribed(made: list[Conversation]) -> list[Conversation]:

@@ -47,6 +47,7 @@ FINGERPRINTS = {
     "spoken/dictation_unseen": "9bd43a760f0ea769",
     "spoken/noise_train": "0363e88730df5f72",
     "spoken/noise_held_out": "36034321ba7e48d5",
+    "spoken/history_held_out": "dc6ddf5ade32626d",
 }
 """Of the sorted rows of each set."""
 
@@ -159,14 +160,22 @@ def test_repeat_has_nothing_held_out(written: dict[str, list[Row]]) -> None:
 
 def test_main_writes_limited_manifests(tmp_path: Path) -> None:
     texts.main(tmp_path / "texts", limit=8)
-    files = sorted((tmp_path / "texts").rglob("*.jsonl"))
+    files = sorted(file for group in ("spoken", "written") for file in (tmp_path / "texts" / group).iterdir())
     assert [str(file.relative_to(tmp_path / "texts").with_suffix("")) for file in files] == sorted(FINGERPRINTS)
     for file in files:
         rows = [Row(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
         assert 4 <= len(rows) <= 60
         asked, answered = ({bool(getattr(row, name)) for row in rows} for name in ("question_text", "answer_text"))
         assert asked == {not file.stem.startswith("read_")}
-        assert answered == {not file.stem.startswith("dictation_")}, file
+        assert answered == {not file.stem.startswith(("dictation_", "history_"))}, file
+
+
+def test_past_questions_are_those_of_the_spoken_conversations() -> None:
+    sizes = Sizes.limited(8)
+    questions = [row.question_text for row in texts.spoken_sets(sizes)["history_held_out"]]
+    past = [turn.question for made in texts.conversation_sets(sizes)["conversation_held_out"] for turn in made.history]
+    assert set(questions) == set(past)
+    assert len(questions) == len(set(questions))
 
 
 def test_by_answer_groups_rows() -> None:

@@ -431,11 +431,13 @@ def test_realtime_cancel(client: Client, server: RunningServer) -> None:
     assert_same_audio(pcm(audio_bytes(client.until("response.done"))), expected.audio)
 
 
-def test_realtime_cancel_before_it_begins(client: Client) -> None:
+def test_realtime_cancel_before_it_begins(client: Client, server: RunningServer) -> None:
     client.add_text("hello")
-    client.send("response.create")
-    client.send("response.cancel")
-    events = client.until("response.done")
+    # Held, so that the whole answer does not come before the second event is read.
+    with HeldBatch(server):
+        client.send("response.create")
+        client.send("response.cancel")
+        events = client.until("response.done")
     assert (events[0]["type"], events[-1]["response"]["status"]) == ("response.created", "cancelled")
 
 
