@@ -31,6 +31,20 @@ Snac = Annotated[
 ]
 
 
+class Dtype(StrEnum):
+    """Types of weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option("--dtype", help="type of all weights but the codec's; without it, each keeps the type of its file"),
+]
+
+
 class Format(StrEnum):
     """Formats that a release can be exported to."""
 
@@ -73,10 +87,11 @@ def import_(
     out: Out,
     whisper: Whisper,
     snac: Snac,
+    dtype: DtypeOption = None,
 ) -> None:
     """Make a release folder of a Mini-Omni checkpoint, a Whisper and a SNAC."""
     with _exit_on_user_error():
-        conversion.import_mini_omni(source, out, whisper_source=whisper, snac_source=snac)
+        conversion.import_mini_omni(source, out, whisper_source=whisper, snac_source=snac, dtype=dtype)
     typer.echo(f"wrote {out}")
 
 
@@ -112,6 +127,7 @@ def init(
         bool | None,
         typer.Option("--tied/--untied", help="whether the head is the embedding, where the saved one differs from it"),
     ] = None,
+    dtype: DtypeOption = None,
 ) -> None:
     """Make a release folder, ready for training, of a language model, a Whisper and a SNAC."""
     with _exit_on_user_error():
@@ -124,6 +140,7 @@ def init(
             tts_adapter_layers=tts_adapter_layers,
             seed=seed,
             tied=tied,
+            dtype=dtype,
         )
     typer.echo(f"wrote {out}")
 

@@ -33,6 +33,7 @@ from omni_jax.checkpoint.tensors import tensor_name
 from omni_jax.config.model import AdapterConfig, AudioEncoderConfig, CodecConfig, ModelConfig, VocabConfig
 from omni_jax.convert import files, language_model, mini_omni, snac, tokenizer, whisper
 from omni_jax.convert.sources import LANGUAGE_MODEL, MINI_OMNI, SNAC, WHISPER, expect, fetch_model
+from omni_jax.convert.table import cast
 from omni_jax.errors import ConversionError
 from omni_jax.model.omni import Adapter, TTSAdapter
 from omni_jax.vocab import NUM_CODEBOOKS, Vocab
@@ -42,14 +43,17 @@ logger = logging.getLogger(__name__)
 _MINI_OMNI_FILES = (mini_omni.WEIGHTS, mini_omni.CONFIG, *TOKENIZER_FILES)
 
 
-def import_mini_omni(source: str, out: str | Path, *, whisper_source: str, snac_source: str) -> None:
-    """Make a release of a Mini-Omni checkpoint, a Whisper and a SNAC, each tensor of its own type.
+def import_mini_omni(
+    source: str, out: str | Path, *, whisper_source: str, snac_source: str, dtype: str | None = None
+) -> None:
+    """Make a release of a Mini-Omni checkpoint, a Whisper and a SNAC.
 
     Args:
         source: a Mini-Omni folder.
         out: new or empty folder.
         whisper_source: a Whisper folder of transformers, a file of OpenAI's, or a release whose audio encoder is taken.
         snac_source: a SNAC folder, or a release whose codec is taken.
+        dtype: of all weights but those of the codec, see `table.cast`; None: as in the files.
 
     Raises:
         ConversionError: a source is not what it should be; lists everything that is wrong with it.
@@ -70,8 +74,8 @@ def import_mini_omni(source: str, out: str | Path, *, whisper_source: str, snac_
         tts_adapter=mini_omni.has_tts_adapter(state),
         source=str(folder / mini_omni.CONFIG),
     )
-    tensors = mini_omni.from_state(state, config, str(folder / mini_omni.WEIGHTS))
-    save_release(out, config, {**tensors, **encoder}, codec, _tokenizer_files(folder))
+    tensors = {**mini_omni.from_state(state, config, str(folder / mini_omni.WEIGHTS)), **encoder}
+    save_release(out, config, cast(tensors, dtype, source), codec, _tokenizer_files(folder))
 
 
 def export_mini_omni(release: Release, out: str | Path) -> None:
@@ -156,6 +160,7 @@ def init_release(
     tts_adapter_layers: int = 0,
     seed: int = 0,
     tied: bool | None = None,
+    dtype: str | None = None,
 ) -> None:
     """Make a release ready for training of a language model, a Whisper and a SNAC.
 
@@ -170,6 +175,8 @@ def init_release(
         tts_adapter_layers: blocks that serve the audio heads only.
         seed: the same seed gives the same release.
         tied: see `language_model.read`.
+        dtype: of all weights but those of the codec, see `table.cast`; None: as in the files, and float32 for new
+            adapters.
 
     Raises:
         ConversionError: a source is not what it should be; lists everything that is wrong with it.
@@ -201,7 +208,8 @@ def init_release(
         tables.update(language_model.extend(table, name, vocab.text_rows, (NUM_CODEBOOKS, vocab.audio_rows), seed))
     tensors = {**encoder, **_init_adapters(config, seed), **lm, **tables}
     with tempfile.TemporaryDirectory() as made:
-        save_release(out, config, tensors, codec, tokenizer.tokenizer_files(folder, Path(made), rows))
+        files_of_tokenizer = tokenizer.tokenizer_files(folder, Path(made), rows)
+        save_release(out, config, cast(tensors, dtype, lm_source), codec, files_of_tokenizer)
 
 
 @dataclass(frozen=True)
