@@ -115,7 +115,7 @@ def config_from_yaml(
         ConversionError: lists every field that is missing, unknown, inconsistent or has a value that our model does
             not support.
     """
-    field = {**_OPTIONAL, **values}
+    field = with_defaults(values)
     hints = field["hf_config"] or {}
     stack = hints.get("adapter_stack", 1)
     # Each check relies on the ones before it.
@@ -151,6 +151,11 @@ def config_from_yaml(
         return build_config(ModelConfig, ours, source)
     except ConfigError as error:
         raise ConversionError(str(error)) from None
+
+
+def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `model_config.yaml` with the published code's defaults for what it leaves out."""
+    return {**_OPTIONAL, **values}
 
 
 def _trunk_values(field: Mapping[str, Any]) -> dict[str, Any]:

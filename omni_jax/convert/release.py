@@ -32,15 +32,13 @@ from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
 from omni_jax.checkpoint.tensors import tensor_name
 from omni_jax.config.model import AdapterConfig, AudioEncoderConfig, CodecConfig, ModelConfig, VocabConfig
 from omni_jax.convert import files, language_model, mini_omni, snac, tokenizer, whisper
-from omni_jax.convert.sources import LANGUAGE_MODEL, MINI_OMNI, SNAC, WHISPER, expect, fetch_model
-from omni_jax.convert.table import cast
+from omni_jax.convert.sources import LANGUAGE_MODEL, MINI_OMNI_FILES, SNAC, fetch_mini_omni, fetch_model, fetch_whisper
+from omni_jax.convert.table import cast, first_rows
 from omni_jax.errors import ConversionError
 from omni_jax.model.omni import Adapter, TTSAdapter
 from omni_jax.vocab import NUM_CODEBOOKS, Vocab
 
 logger = logging.getLogger(__name__)
-
-_MINI_OMNI_FILES = (mini_omni.WEIGHTS, mini_omni.CONFIG, *TOKENIZER_FILES)
 
 
 def import_mini_omni(
@@ -61,9 +59,7 @@ def import_mini_omni(
         MissingExtraError: torch is not installed.
     """
     require_free(out)
-    folder = fetch(source, _MINI_OMNI_FILES, "a Mini-Omni checkpoint")
-    expect(folder, MINI_OMNI)
-    require_files(folder, _MINI_OMNI_FILES, "a Mini-Omni checkpoint")
+    folder = fetch_mini_omni(source)
     state = mini_omni.read_state(folder)
     encoder_config, encoder = _read_audio_encoder(whisper_source)
     codec_config, codec = _read_codec(snac_source)
@@ -100,19 +96,19 @@ def export_transformers(release: Release, out: str | Path) -> None:
         CheckpointError: the release is damaged, or `out` is in use.
     """
     rows = release.config.vocab.text
+    with new_folder(out) as partial:
+        language_model.write(partial, release.config.trunk, rows, text_tensors(release, rows))
+        _copy(release.tokenizer_files(), partial)
+
+
+def text_tensors(release: Release, rows: int) -> dict[str, LazyTensor]:
+    """The tensors of a release's trunk, with the first `rows` rows of its text tables."""
     tables = ("embed.text", "head.text")
-
-    def first_rows(table: LazyTensor) -> LazyTensor:
-        return LazyTensor((rows, *table.shape[1:]), table.dtype, lambda: table.read()[:rows])
-
-    tensors = {
-        name: first_rows(tensor) if name in tables else tensor
+    return {
+        name: first_rows(tensor, rows) if name in tables else tensor
         for name, tensor in release.model_tensors().items()
         if name.startswith(("trunk.", "norm.")) or name in tables
     }
-    with new_folder(out) as partial:
-        language_model.write(partial, release.config.trunk, rows, tensors)
-        _copy(release.tokenizer_files(), partial)
 
 
 def export_whisper(release: Release, out: str | Path) -> None:
@@ -240,7 +236,7 @@ def inspect(source: str) -> list[TensorGroup]:
         CheckpointError: it is not there, or damaged.
         MissingExtraError: a Mini-Omni checkpoint needs torch, which is not installed.
     """
-    wanted = (CONFIG, *_MINI_OMNI_FILES, "*.safetensors")
+    wanted = (CONFIG, *MINI_OMNI_FILES, "*.safetensors")
     folder = Path(source) if is_release(source) else fetch(source, wanted, "a release or a Mini-Omni checkpoint")
     if is_release(folder):
         tensors = open_release(folder).inspect()
@@ -272,18 +268,9 @@ def _read_audio_encoder(source: str) -> tuple[AudioEncoderConfig, dict[str, Lazy
     if is_release(source):
         release = open_release(source)
         config, tensors = release.config.audio_encoder, release.audio_encoder_tensors()
-    elif (file := _openai_file(Path(source))) is not None:
-        config, tensors = whisper.read_openai(file)
     else:
-        config, tensors = whisper.read(fetch_model(source, WHISPER))
+        config, tensors = whisper.read(fetch_whisper(source))
     return config, {AUDIO_ENCODER_PREFIX + name: tensor for name, tensor in tensors.items()}
-
-
-def _openai_file(path: Path) -> Path | None:
-    """A Whisper file of OpenAI: the path itself, or in a folder such as Mini-Omni's."""
-    if path.suffix == ".pt" and path.is_file():
-        return path
-    return path / whisper.OPENAI_FILE if (path / whisper.OPENAI_FILE).is_file() else None
 
 
 def _read_codec(source: str) -> tuple[CodecConfig, dict[str, LazyTensor]]:

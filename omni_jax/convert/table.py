@@ -200,6 +200,11 @@ def cast(tensors: Tensors, dtype: str | None, source: str) -> dict[str, LazyTens
     return {name: narrow(name, tensor) for name, tensor in tensors.items()}
 
 
+def first_rows(tensor: LazyTensor, rows: int) -> LazyTensor:
+    """The beginning of a tensor along its first axis."""
+    return LazyTensor((rows, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[:rows])
+
+
 def is_identical(one: LazyTensor, other: LazyTensor) -> bool:
     """Whether two tensors of the same shape hold the same bytes; compared a few rows at a time."""
     a, b = one.read(), other.read()

@@ -19,10 +19,10 @@ from omni_jax.checkpoint.safetensors_io import LazyTensor
 from omni_jax.config.model import AdapterConfig, RopeScaling, VocabConfig
 from omni_jax.convert import mini_omni
 from omni_jax.convert.release import export_mini_omni, import_mini_omni
+from omni_jax.convert.torch_mini_omni import MiniOmni
 from omni_jax.errors import ConversionError
 from omni_jax.vocab import Vocab
 from tests import models
-from tests.reference_mini_omni import MiniOmni
 
 # Tied or not, which adapter, blocks of the TTS adapter.
 KINDS = [(True, "llamamlp", 0), (False, "mlp", 2), (True, "mlp", 1), (False, "llamamlp", 0)]
