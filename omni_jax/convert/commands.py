@@ -23,7 +23,7 @@ Whisper = Annotated[
     str,
     typer.Option(
         help="Whisper folder of transformers or hub id, such as openai/whisper-small; a file of OpenAI's, such as "
-        "small.pt; or a release, to take its audio encoder"
+        "small.pt, or a folder with small.pt in it; or a release, to take its audio encoder"
     ),
 ]
 Snac = Annotated[
@@ -42,7 +42,7 @@ class Dtype(StrEnum):
 
 DtypeOption = Annotated[
     Dtype | None,
-    typer.Option("--dtype", help="type of all weights but the codec's; without it, each keeps the type of its file"),
+    typer.Option("--dtype", help="type of all weights but the codec's; by default each keeps the type of its file"),
 ]
 
 
@@ -158,11 +158,20 @@ def init(
     whisper: Whisper,
     snac: Snac,
     tts_adapter_layers: Annotated[int, typer.Option(min=0, help="blocks that serve the audio heads only")] = 0,
-    adapter: Annotated[Adapter, typer.Option(help="module between audio encoder and trunk")] = Adapter.llamamlp,
+    adapter: Annotated[
+        Adapter,
+        typer.Option(
+            help="module between audio encoder and trunk: llamamlp, the gated MLP of Mini-Omni; mlp, one linear layer"
+        ),
+    ] = Adapter.llamamlp,
     seed: Annotated[int, typer.Option(min=0, help="seed of the new weights")] = 0,
     tied: Annotated[
         bool | None,
-        typer.Option("--tied/--untied", help="whether the head is the embedding, where the saved one differs from it"),
+        typer.Option(
+            "--tied/--untied",
+            help="for a language model that is saved with a head, although its config ties the head to the embedding: "
+            "take the embedding, or the head",
+        ),
     ] = None,
     dtype: DtypeOption = None,
     verified: Verify = False,

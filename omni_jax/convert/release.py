@@ -20,6 +20,7 @@ from flax import nnx
 from omni_jax.checkpoint.folders import new_folder, require_files, require_free
 from omni_jax.checkpoint.hub import fetch
 from omni_jax.checkpoint.release import (
+    AUDIO_ENCODER,
     AUDIO_ENCODER_PREFIX,
     CONFIG,
     TOKENIZER_FILES,
@@ -28,17 +29,21 @@ from omni_jax.checkpoint.release import (
     open_release,
     save_release,
 )
+from omni_jax.checkpoint.release import FILES as RELEASE_FILES
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
 from omni_jax.checkpoint.tensors import tensor_name
 from omni_jax.config.model import AdapterConfig, AudioEncoderConfig, CodecConfig, ModelConfig, VocabConfig
 from omni_jax.convert import files, language_model, mini_omni, snac, tokenizer, whisper
-from omni_jax.convert.sources import LANGUAGE_MODEL, MINI_OMNI_FILES, SNAC, fetch_mini_omni, fetch_model, fetch_whisper
+from omni_jax.convert.sources import LANGUAGE_MODEL, SNAC, fetch_mini_omni, fetch_model, fetch_whisper
 from omni_jax.convert.table import cast, first_rows
 from omni_jax.errors import ConversionError
 from omni_jax.model.omni import Adapter, TTSAdapter
 from omni_jax.vocab import NUM_CODEBOOKS, Vocab
 
 logger = logging.getLogger(__name__)
+
+_KEPT = (*TOKENIZER_FILES, mini_omni.CONFIG)
+"""Files of a Mini-Omni checkpoint that a release has as they are."""
 
 
 def import_mini_omni(
@@ -71,7 +76,7 @@ def import_mini_omni(
         source=str(folder / mini_omni.CONFIG),
     )
     tensors = {**mini_omni.from_state(state, config, str(folder / mini_omni.WEIGHTS)), **encoder}
-    save_release(out, config, cast(tensors, dtype, source), codec, _tokenizer_files(folder))
+    save_release(out, config, cast(tensors, dtype, source), codec, [folder / name for name in _KEPT])
 
 
 def export_mini_omni(release: Release, out: str | Path) -> None:
@@ -84,7 +89,7 @@ def export_mini_omni(release: Release, out: str | Path) -> None:
     """
     state = mini_omni.to_state(release.model_tensors(), release.config, str(release.folder))
     with new_folder(out) as partial:
-        mini_omni.write(partial, release.config, state)
+        mini_omni.write(partial, release.config, state, release.mini_omni_config())
         _copy(release.tokenizer_files(), partial)
 
 
@@ -185,27 +190,33 @@ def init_release(
     trunk, rows, lm = language_model.read(folder, tied=tied)
     encoder_config, encoder = _read_audio_encoder(whisper_source)
     codec_config, codec = _read_codec(snac_source)
-    config = ModelConfig(
-        audio_encoder=encoder_config,
-        adapter=AdapterConfig(kind=adapter, intermediate_size=trunk.intermediate_size),
-        trunk=trunk,
-        vocab=replace(VocabConfig(), text=rows, audio=codec_config.codebook_size),
-        codec=codec_config,
-        tts_adapter_layers=tts_adapter_layers,
-    )
-    if lines := mini_omni.unsupported(config):
-        logger.warning(
-            "Mini-Omni's published code has no such model; it cannot be exported to it:\n%s", "\n".join(lines)
-        )
-    vocab = Vocab(config.vocab)
-    tables: dict[str, LazyTensor] = {}
-    for name in ("embed",) if trunk.tie_word_embeddings else ("embed", "head"):
-        table = lm.pop(f"{name}.text")
-        tables.update(language_model.extend(table, name, vocab.text_rows, (NUM_CODEBOOKS, vocab.audio_rows), seed))
-    tensors = {**encoder, **_init_adapters(config, seed), **lm, **tables}
     with tempfile.TemporaryDirectory() as made:
-        files_of_tokenizer = tokenizer.tokenizer_files(folder, Path(made), rows)
-        save_release(out, config, cast(tensors, dtype, lm_source), codec, files_of_tokenizer)
+        tokenizer_files = tokenizer.tokenizer_files(folder, Path(made))
+        text_rows = tokenizer.num_text_rows(tokenizer_files[0], rows)
+        config = ModelConfig(
+            audio_encoder=encoder_config,
+            adapter=AdapterConfig(kind=adapter, intermediate_size=trunk.intermediate_size),
+            trunk=trunk,
+            vocab=replace(VocabConfig(), text=text_rows, audio=codec_config.codebook_size),
+            codec=codec_config,
+            tts_adapter_layers=tts_adapter_layers,
+        )
+        if lines := mini_omni.unsupported(config):
+            logger.warning(
+                "Mini-Omni's published code has no such model; it cannot be exported to it:\n%s", "\n".join(lines)
+            )
+        tensors = {**encoder, **_init_adapters(config, seed), **_with_new_rows(lm, config, seed)}
+        save_release(out, config, cast(tensors, dtype, lm_source), codec, tokenizer_files)
+
+
+def _with_new_rows(lm: Tensors, config: ModelConfig, seed: int) -> dict[str, LazyTensor]:
+    """A language model's tensors, its tables extended."""
+    vocab = Vocab(config.vocab)
+    tensors = dict(lm)
+    for name in ("embed",) if config.trunk.tie_word_embeddings else ("embed", "head"):
+        table = tensors.pop(f"{name}.text")
+        tensors |= language_model.extend(table, name, vocab.text_rows, (NUM_CODEBOOKS, vocab.audio_rows), seed)
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -236,7 +247,7 @@ def inspect(source: str) -> list[TensorGroup]:
         CheckpointError: it is not there, or damaged.
         MissingExtraError: a Mini-Omni checkpoint needs torch, which is not installed.
     """
-    wanted = (CONFIG, *MINI_OMNI_FILES, "*.safetensors")
+    wanted = (*RELEASE_FILES, AUDIO_ENCODER, mini_omni.WEIGHTS, mini_omni.CONFIG)
     folder = Path(source) if is_release(source) else fetch(source, wanted, "a release or a Mini-Omni checkpoint")
     if is_release(folder):
         tensors = open_release(folder).inspect()
@@ -292,10 +303,6 @@ def _init_adapters(config: ModelConfig, seed: int) -> dict[str, LazyTensor]:
         for name, module in modules.items()
         for path, variable in nnx.to_flat_state(nnx.state(module))
     }
-
-
-def _tokenizer_files(folder: Path) -> list[Path]:
-    return [folder / name for name in TOKENIZER_FILES]
 
 
 def _copy(paths: list[Path], folder: Path) -> None:

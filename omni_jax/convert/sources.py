@@ -34,7 +34,7 @@ def fetch_whisper(source: str) -> Path:
     """A Whisper: a folder of transformers, or a file of OpenAI's.
 
     Args:
-        source: one of these, a folder with OpenAI's `small.pt`, such as Mini-Omni's, or a hub id of one of the folders.
+        source: one of these, a folder with OpenAI's `small.pt`, such as Mini-Omni's, or the hub id of such a folder.
 
     Raises:
         ConversionError: it is something else.
@@ -46,10 +46,15 @@ def fetch_whisper(source: str) -> Path:
     if (path / whisper.OPENAI_FILE).is_file() and kind_of(path) != WHISPER:
         return path / whisper.OPENAI_FILE
     folder = fetch_model(source, WHISPER)
-    if not path.is_dir() and not (folder / files.CONFIG).is_file():
-        file = fetch(source, (whisper.OPENAI_FILE,), WHISPER) / whisper.OPENAI_FILE
-        return file if file.is_file() else folder
-    return folder
+    if (folder / files.CONFIG).is_file():
+        return folder
+    file = fetch(source, (whisper.OPENAI_FILE,), WHISPER) / whisper.OPENAI_FILE
+    if not file.is_file():
+        raise ConversionError(
+            f"{source}: expected a Whisper: {files.CONFIG} with weights, or {whisper.OPENAI_FILE}, found neither; "
+            "a file of OpenAI's with another name is passed by its path"
+        )
+    return file
 
 
 def fetch_model(source: str, what: str, others: Sequence[str] = ()) -> Path:
