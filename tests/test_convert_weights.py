@@ -152,6 +152,13 @@ def test_inspect(tiny_parts, tiny_release):
     assert ["transformer.h.*.attn.attn.weight", "2", "x", "128x48", "float32", "12,288"] in lines
 
 
+def test_help_shows_whole_ids_and_extras():
+    """Of a narrow terminal; what is in brackets is no markup."""
+    text = " ".join(run("init", "--help").output.split())
+    for name in ("Qwen/Qwen3-0.6B", "openai/whisper-small", "hubertsiuzdak/snac_24khz", "omni-jax[torch]"):
+        assert name in text
+
+
 # Errors: one message, exit code 2, no traceback, no folder.
 
 

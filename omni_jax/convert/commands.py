@@ -16,7 +16,9 @@ from omni_jax.convert import release as conversion
 from omni_jax.convert import verify
 from omni_jax.errors import OmniError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
+)
 
 Out = Annotated[Path, typer.Argument(help="new or empty folder")]
 Whisper = Annotated[
@@ -127,14 +129,14 @@ def import_(
 
 @app.command()
 def export(
-    release: Annotated[str, typer.Argument(help="release folder, hub id, or nano")],
+    release: Annotated[str, typer.Argument(help="release folder or hub id, folder of a training run, or nano")],
     out: Out,
     to: Annotated[
         Format,
         typer.Option(
-            help="mini-omni: adapter, trunk and heads for the published code; transformers: the trunk alone; whisper: "
-            "the audio encoder alone, for transformers; openai-whisper: the same as small.pt, which the published "
-            "Mini-Omni loads; snac: the codec alone"
+            help="mini-omni: adapter, trunk and heads for the published code; transformers: the language model alone; "
+            "whisper: the audio encoder alone, for transformers; openai-whisper: the audio encoder as small.pt, which "
+            "the published Mini-Omni loads; snac: the codec alone"
         ),
     ] = Format.mini_omni,
     verified: Verify = False,

@@ -55,7 +55,7 @@ class Comparison:
         return self.limit is None or self.error <= self.limit
 
     def __str__(self) -> str:
-        if self.limit == self.error == 0:
+        if self.error == 0:
             return f"{self.what}: equal"
         limit = "" if self.limit is None else f", at most {self.limit:.0e} expected"
         return f"{self.what}: largest error {self.error:.1e} of the largest value{limit}"
