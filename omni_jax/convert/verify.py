@@ -148,14 +148,16 @@ def compare_language_model(source: str | Path, release: Release, *, dtype: str |
     yield compare_tensors("trunk", cast(tensors, dtype, str(folder)), text_tensors(release, rows))
 
     config = AutoConfig.from_pretrained(folder)
-    if config.tie_word_embeddings != trunk.tie_word_embeddings:
-        config.tie_word_embeddings = trunk.tie_word_embeddings
+    config.tie_word_embeddings = trunk.tie_word_embeddings
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     module, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise ConversionError(f"{folder}: expected all tensors of transformers' model, found no {', '.join(missing)}")
+    if trunk.tie_word_embeddings:
+        # transformers takes a head that is in the file, although the config ties it.
+        module.get_output_embeddings().weight = module.get_input_embeddings().weight
     ids = np.random.default_rng(0).integers(0, rows, (1, NUM_TOKENS))
 
     def run_ours(model: OmniModel) -> jax.Array:

@@ -5,11 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from omni_jax.checkpoint.release import open_release
 from omni_jax.config.model import AdapterConfig, AudioEncoderConfig
 from omni_jax.convert import mini_omni, verify
 from omni_jax.convert.commands import app
+from omni_jax.convert.release import init_release
 from omni_jax.errors import ConversionError
 from tests import models
 from tests.lazy import to_lazy
@@ -80,6 +83,20 @@ def test_verified_export_of_a_whisper_of_openai(tmp_path):
     found = run("export", tmp_path / "release", tmp_path / "out", "--to", "openai-whisper")
     tensors, outputs = errors(found).values()
     assert tensors == 0 < outputs < 1e-5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_comparison_with_a_folder_as_people_have_them(tied, tiny_release, tmp_path):
+    """Files of PyTorch, names without a prefix, a head that its config ties and that has other values."""
+    theirs = models.language_model_folder(tmp_path / "lm", "qwen2", tied=True)
+    state = {name.removeprefix("model."): tensor for name, tensor in theirs.state_dict().items()}
+    state["lm_head.weight"] = state["lm_head.weight"] + 1
+    (tmp_path / "lm" / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "lm" / "pytorch_model.bin")
+    source = str(tiny_release)
+    init_release(tmp_path / "new", lm_source=str(tmp_path / "lm"), whisper_source=source, snac_source=source, tied=tied)
+    tensors, outputs = verify.compare_language_model(tmp_path / "lm", open_release(tmp_path / "new"))
+    assert tensors.error == 0 < outputs.error < 1e-5
 
 
 def test_wrong_conversion_ends_with_exit_code_1(tiny_release, tmp_path, monkeypatch):
