@@ -76,10 +76,8 @@ def num_text_rows(file: Path, rows: int) -> int:
             f"{file}: expected a tokenizer of the language model, whose embedding has {rows} rows, found one of "
             f"{needed} tokens; an embedding grows to twice its rows, and to {MAX_SIZE}, at most"
         )
-    logger.warning(
-        "%s has ids up to %d, and the embedding %d rows: it grows to %d; the new rows are untrained",
-        *(file, needed - 1, rows, grown),
-    )
+    message = "%s has ids up to %d, and the embedding %d rows: it grows to %d; the new rows are untrained"
+    logger.warning(message, file, needed - 1, rows, grown)
     return grown
 
 
