@@ -184,7 +184,7 @@ class Omni:
             self.config,
             tensors.model_tensors(self.model),
             self._release.codec_tensors(),
-            self._release.tokenizer_files(),
+            self._release.files_to_keep(),
             int8=int8,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -679,9 +680,12 @@ def test_warm_up_compiles_everything_for_streams(
 
 
 def test_save_pretrained_round_trip(tiny_release: Path, tmp_path: Path) -> None:
-    omni = Omni.from_pretrained(tiny_release)
+    folder = shutil.copytree(tiny_release, tmp_path / "imported")
+    (folder / "model_config.yaml").write_text("# as it came\n")
+    omni = Omni.from_pretrained(folder)
     omni.save_pretrained(tmp_path / "saved")
-    before, after = open_release(tiny_release), open_release(tmp_path / "saved")
+    before, after = open_release(folder), open_release(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model_config.yaml").read_text() == "# as it came\n"
     assert before.config == after.config
     assert before.tokenizer().to_str() == after.tokenizer().to_str()
     tensors, saved = before.inspect(), after.inspect()

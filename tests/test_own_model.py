@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from omni_jax.checkpoint.release import open_release
+from omni_jax.convert.torch_mini_omni import MiniOmni
 from tests import models
-from tests.reference_mini_omni import MiniOmni
 from tests.test_docs import commands
 
 ROOT = Path(__file__).parents[1]

@@ -38,7 +38,7 @@ def _write(setup: TrainingSetup, params: Params, folder: Path) -> None:
     start = setup.start
     tensors = model_tensors(nnx.merge(setup.graph, params))
     if start.release is not None:
-        codec, files = start.release.codec_tensors(), start.release.tokenizer_files()
+        codec, files = start.release.codec_tensors(), start.release.files_to_keep()
         releases.save_release(folder, start.config, tensors, codec, files)
         return
     codec = {name: LazyTensor.of(np.asarray(value)) for name, value in start.codec().params().items()}
