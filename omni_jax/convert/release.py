@@ -31,7 +31,7 @@ from omni_jax.checkpoint.release import (
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
 from omni_jax.checkpoint.tensors import tensor_name
 from omni_jax.config.model import AdapterConfig, AudioEncoderConfig, CodecConfig, ModelConfig, VocabConfig
-from omni_jax.convert import files, language_model, mini_omni, snac, tokenizer, whisper
+from omni_jax.convert import files, language_model, mini_omni, peft, snac, tokenizer, whisper
 from omni_jax.convert.sources import LANGUAGE_MODEL, MINI_OMNI, SNAC, WHISPER, expect, fetch_model
 from omni_jax.errors import ConversionError
 from omni_jax.model.omni import Adapter, TTSAdapter
@@ -202,6 +202,19 @@ def init_release(
     tensors = {**encoder, **_init_adapters(config, seed), **lm, **tables}
     with tempfile.TemporaryDirectory() as made:
         save_release(out, config, tensors, codec, tokenizer.tokenizer_files(folder, Path(made), rows))
+
+
+def merge_lora(release: Release, lora: Path, out: str | Path) -> None:
+    """Make a release with a LoRA adapter of PEFT in the weights of its trunk; those that it changes are float32.
+
+    Raises:
+        ConversionError: the adapter is not a plain LoRA of this trunk; lists what is wrong.
+        CheckpointError: a file is missing or damaged, or `out` is in use.
+    """
+    require_free(out)
+    adapter = peft.read(lora, release.config.trunk)
+    tensors = peft.merge({**release.model_tensors(), **adapter.tensors}, adapter.alpha / adapter.rank)
+    save_release(out, release.config, tensors, release.codec_tensors(), release.tokenizer_files())
 
 
 @dataclass(frozen=True)
