@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from omni_jax.checkpoint.folders import new_folder
 from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile, Tensors, write_safetensors
-from omni_jax.config.model import TrunkConfig
+from omni_jax.config.model import MAX_SIZE, TrunkConfig
 from omni_jax.config.run import LoRAConfig
 from omni_jax.convert.files import read_json, refuse_wrong_types, write_json
 from omni_jax.convert.language_model import text_tensors, trunk_table
@@ -30,6 +30,9 @@ PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 OUR_A, OUR_B = ".lora.a", ".lora.b"
 """What follows the name of a linear map in the names of our tensors."""
+
+MIN_ALPHA, MAX_ALPHA = 1e-6, 1e6
+"""Far from any that is used; the scales that follow from them are numbers of float32."""
 
 _FIXED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -72,7 +75,7 @@ def read(folder: Path, trunk: TrunkConfig) -> Adapter:
             state[name.removeprefix(PREFIX)] = tensor
         else:
             wrong.append(f"{name}: unknown, found {tensor.shape}")
-    rank, alpha, scale_of = _scales(values, str(folder / CONFIG))
+    rank, alpha, scale_of = scales_from_json(values, str(folder / CONFIG))
     state, tensors = text_tensors(state), {}
     for theirs, shape, ours in _linear_maps(trunk):
         a, b = state.pop(theirs + _A, None), state.pop(theirs + _B, None)
@@ -189,8 +192,12 @@ def _linear_maps(trunk: TrunkConfig) -> Iterator[tuple[str, tuple[int, ...], dic
 
 
 @refuse_wrong_types
-def _scales(values: Mapping[str, Any], source: str) -> tuple[int, float, Any]:
-    """Rank, alpha, and a function that gives the scale of a linear map by its name and rank.
+def scales_from_json(values: Mapping[str, Any], source: str) -> tuple[int, float, Callable[[str, int], float]]:
+    """Rank, alpha, and what gives the scale of a linear map by its name and rank, from an `adapter_config.json`.
+
+    Args:
+        values: the content.
+        source: the file's name, for errors.
 
     Raises:
         ConversionError: lists every key that asks for something else than a plain LoRA.
@@ -201,20 +208,25 @@ def _scales(values: Mapping[str, Any], source: str) -> tuple[int, float, Any]:
         if values.get(key) not in allowed
     ]
     rank, alpha = int(values["r"]), float(values["lora_alpha"])
+    if not 1 <= rank <= MAX_SIZE:
+        wrong.append(f"r: expected 1 to {MAX_SIZE}, found {rank}")
     alphas = {str(key): float(value) for key, value in (values.get("alpha_pattern") or {}).items()}
-    # PEFT takes them for regular expressions.
+    # PEFT takes the names for regular expressions.
     wrong += [f"alpha_pattern: expected names, found {key}" for key in alphas if not re.fullmatch(r"[\w.]+", key)]
-    wrong += [] if rank > 0 else [f"r: expected 1 or more, found {rank}"]
-    wrong += [] if alpha > 0 else [f"lora_alpha: expected more than 0, found {alpha}"]
+    wrong += [
+        f"{key}: expected an alpha of {MIN_ALPHA} to {MAX_ALPHA}, found {value}"
+        for key, value in {"lora_alpha": alpha, **alphas}.items()
+        if not MIN_ALPHA <= value <= MAX_ALPHA
+    ]
     if wrong:
         raise ConversionError(f"{source}:\n" + "\n".join(wrong))
+    # Rank-stabilized LoRA (arXiv 2312.03732) has another scale and nothing else.
     root = bool(values.get("use_rslora"))
 
     def scale(name: str, rank: int) -> float:
-        own = next((value for key, value in alphas.items() if f".{name}".endswith(f".{key}")), values["lora_alpha"])
-        return float(own) / (math.sqrt(rank) if root else rank)
+        own = next((value for key, value in alphas.items() if f".{name}".endswith(f".{key}")), alpha)
+        return own / (math.sqrt(rank) if root else rank)
 
-    # Rank-stabilized LoRA (arXiv 2312.03732) has another scale and nothing else.
     return rank, alpha * math.sqrt(rank) if root else alpha, scale
 
 

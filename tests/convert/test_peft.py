@@ -173,8 +173,8 @@ def test_read_takes_names_of_a_model_that_sees(tmp_path: Path):
         ({"use_dora": True}, {}, "use_dora: expected None or False, found True"),
         ({"init_lora_weights": "pissa"}, {}, "init_lora_weights: expected .*, found pissa"),
         ({"bias": "all"}, {}, "bias: expected None or none, found all"),
-        ({"r": 0}, {}, "r: expected 1 or more, found 0"),
-        ({"lora_alpha": 0}, {}, "lora_alpha: expected more than 0, found 0.0"),
+        ({"r": 0}, {}, "r: expected 1 to 1048576, found 0"),
+        ({"lora_alpha": 0}, {}, "lora_alpha: expected an alpha of 1e-06 to 1000000.0, found 0.0"),
         ({"r": "many"}, {}, "expected values of the types of the format"),
         ({"alpha_pattern": {"(a+)+": 1}}, {}, "alpha_pattern: expected names, found"),
         (
