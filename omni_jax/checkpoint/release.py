@@ -68,6 +68,9 @@ MINI_OMNI_CONFIG = "model_config.yaml"
 FILES = (CONFIG, MODEL, CODEC, *TOKENIZER_FILES)
 """Without these, a folder is no release."""
 
+Hold = Callable[[ParamPath, Any], Any]
+"""From the path of a parameter, and its array or `jax.ShapeDtypeStruct`, to what a model has in its place."""
+
 AUDIO_ENCODER_PREFIX = "audio_encoder."
 """Of the names of the audio encoder's tensors."""
 
@@ -179,7 +182,15 @@ class Release:
             )
         return tokenizer
 
-    def load_model(self, *, stacked: bool, dtype: Any, param_dtype: Any = None, mesh: Mesh | None = None) -> OmniModel:
+    def load_model(
+        self,
+        *,
+        stacked: bool,
+        dtype: Any,
+        param_dtype: Any = None,
+        mesh: Mesh | None = None,
+        hold: Hold | None = None,
+    ) -> OmniModel:
         """Read the weights straight onto their devices.
 
         Each device's shard of each parameter is read on its own, and layers are stacked while reading. No parameter
@@ -190,6 +201,7 @@ class Release:
             dtype: of matrix products.
             param_dtype: of the parameters, whatever type the file has; None is the same as `dtype`.
             mesh: where the parameters are; None is the first device.
+            hold: makes of each parameter on the mesh what the model has of it.
 
         Raises:
             CheckpointError: lists every tensor that is missing, unknown or misshapen; or names one with a value that is
@@ -204,7 +216,16 @@ class Release:
         param_dtype = np.dtype(dtype if param_dtype is None else param_dtype)
         devices = jax.local_devices()[:1] if mesh is None else list(mesh.devices.flat)
         num_params = sum(map(math.prod, shapes.values()))
-        require_memory(num_params * param_dtype.itemsize, f"{self.folder}: {num_params} parameters", devices)
+
+        def held(path: ParamPath, param: Any) -> Any:
+            return param if hold is None else hold(path, param)
+
+        abstract = [
+            held(path, jax.ShapeDtypeStruct(variable.shape, param_dtype, sharding=shardings[path]))
+            for path, variable in nnx.to_flat_state(state)
+        ]
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+        require_memory(size, f"{self.folder}: {num_params} parameters", devices)
 
         def load(path: ParamPath, shape: tuple[int, ...]) -> jax.Array:
             names = tensor_names(path, shape)
@@ -220,7 +241,7 @@ class Release:
 
             return jax.make_array_from_callback(shape, shardings[path], _memoize_shards(read))
 
-        arrays = {path: load(path, variable.shape) for path, variable in nnx.to_flat_state(state)}
+        arrays = {path: held(path, load(path, variable.shape)) for path, variable in nnx.to_flat_state(state)}
         return nnx.merge(graph, traverse_util.unflatten_dict(arrays))
 
     def load_codec(self) -> Snac:

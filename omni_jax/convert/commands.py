@@ -209,6 +209,18 @@ def _compare_parts(
 
 
 @app.command()
+def merge(
+    release: Annotated[str, typer.Argument(help="release folder, hub id, or nano")],
+    lora: Annotated[Path, typer.Argument(help="folder with adapter_config.json and adapter_model.safetensors")],
+    out: Out,
+) -> None:
+    """Make a release with a LoRA adapter of PEFT in the weights of its trunk."""
+    with _exit_on_user_error():
+        conversion.merge_lora(open_release(release), lora, out)
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
 def inspect(
     source: Annotated[str, typer.Argument(help="release or Mini-Omni folder, hub id, or nano")],
 ) -> None:

@@ -33,7 +33,7 @@ from omni_jax.checkpoint.release import FILES as RELEASE_FILES
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
 from omni_jax.checkpoint.tensors import tensor_name
 from omni_jax.config.model import AdapterConfig, AudioEncoderConfig, CodecConfig, ModelConfig, VocabConfig
-from omni_jax.convert import files, language_model, mini_omni, snac, tokenizer, whisper
+from omni_jax.convert import files, language_model, mini_omni, peft, snac, tokenizer, whisper
 from omni_jax.convert.sources import LANGUAGE_MODEL, SNAC, fetch_mini_omni, fetch_model, fetch_whisper
 from omni_jax.convert.table import cast, first_rows
 from omni_jax.errors import ConversionError
@@ -217,6 +217,19 @@ def _with_new_rows(lm: Tensors, config: ModelConfig, seed: int) -> dict[str, Laz
         table = tensors.pop(f"{name}.text")
         tensors |= language_model.extend(table, name, vocab.text_rows, (NUM_CODEBOOKS, vocab.audio_rows), seed)
     return tensors
+
+
+def merge_lora(release: Release, lora: Path, out: str | Path) -> None:
+    """Make a release with a LoRA adapter of PEFT in the weights of its trunk; those that it changes are float32.
+
+    Raises:
+        ConversionError: the adapter is not a plain LoRA of this trunk; lists what is wrong.
+        CheckpointError: a file is missing or damaged, or `out` is in use.
+    """
+    require_free(out)
+    adapter = peft.read(lora, release.config.trunk)
+    tensors = peft.merge({**release.model_tensors(), **adapter.tensors}, adapter.alpha / adapter.rank)
+    save_release(out, release.config, tensors, release.codec_tensors(), release.tokenizer_files())
 
 
 @dataclass(frozen=True)
