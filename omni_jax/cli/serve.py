@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 import typer
 
 from omni_jax.cli.console import echo_err
-from omni_jax.cli.loading import load_model
-from omni_jax.cli.options import Codec, Int8, MaxBatchSize, Model
+from omni_jax.cli.loading import load_model, tensor_mesh
+from omni_jax.cli.options import Codec, Int8, MaxBatchSize, Model, Tensor
 from omni_jax.errors import ConfigError
 from omni_jax.log import log_to_stderr
 from omni_jax.serve.malloc import limit_heap_growth
@@ -31,6 +31,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind; 0: any that is free.")] = 8000,
     max_batch_size: MaxBatchSize = 8,
+    tensor: Tensor = 1,
     max_queue_size: Annotated[
         int, typer.Option(min=0, help="Requests that may wait for a batch slot; more get status 429.")
     ] = 64,
@@ -109,7 +110,7 @@ def serve(
         echo_err(f"note: {host}:{port} accepts requests from the network without a key; see --api-key-file")
     log_to_stderr()
     with bind(host, port) as sockets:
-        omni = load_model(model, codec, int8=int8)
+        omni = load_model(model, codec, int8=int8, mesh=tensor_mesh(tensor))
         make_server(Service(omni, name, settings)).run([*sockets])
 
 
