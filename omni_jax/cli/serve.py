@@ -88,7 +88,7 @@ def serve(
     from omni_jax.serve.sessions import Service, Settings
 
     limit_heap_growth()
-    keys = _read_keys(api_key_file) if api_key_file is not None else ()
+    keys = read_keys(api_key_file) if api_key_file is not None else ()
     name = Path(model).name or model
     origins = _origins([*(allow_origin or []), *([public_url] if public_url else [])])
     public_host = [urlsplit(public_url).hostname or ""] if public_url else []
@@ -158,7 +158,12 @@ def _is_address(value: str) -> bool:
     return True
 
 
-def _read_keys(path: Path) -> tuple[str, ...]:
+def read_keys(path: Path) -> tuple[str, ...]:
+    """The API keys of a file, one per line.
+
+    Raises:
+        ConfigError: it cannot be read, or has none.
+    """
     try:
         keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
