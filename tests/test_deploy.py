@@ -125,6 +125,8 @@ def test_jobset():
     [container] = pod["containers"]
     assert container["name"] == rule["onExitCodes"]["containerName"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    folder = {variable["name"]: variable["value"] for variable in container["env"]}["JAX_COMPILATION_CACHE_DIR"]
+    assert any(folder.startswith(f"{mount['mountPath']}/") for mount in container["volumeMounts"])
     config = next(word for word in container["command"] if word.endswith(".yaml"))
     assert (ROOT / config).is_file()
 
