@@ -93,7 +93,8 @@ class Load:
         """Print the outcomes since the last call."""
         with self.lock:
             found, self.outcomes = self.outcomes, Counter()
-        print(f"{phase}: " + (", ".join(f"{number} {outcome}" for outcome, number in found.most_common()) or "none"))
+        outcomes = ", ".join(f"{number} {outcome}" for outcome, number in found.most_common())
+        print(f"{phase}: {outcomes or 'none'}", flush=True)
 
 
 def num_running() -> int:
