@@ -13,6 +13,7 @@ replicas, and are not lost with a replica that dies.
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pydantic
 from pydantic import Field
@@ -65,7 +66,7 @@ class OmniServer:
         await self.service.wait_until_ready()
         self.check_health()
 
-    def __serve_build_asgi_app__(self):
+    def __serve_build_asgi_app__(self) -> Any:
         """The application, which Ray closes when the replica ends."""
         from omni_jax.serve.app import make_app
 
@@ -77,7 +78,7 @@ class OmniServer:
             raise RuntimeError("the model has failed; the log of the replica says why")
 
 
-def _make_service(arguments: Arguments):
+def _make_service(arguments: Arguments) -> Any:
     # In the replica alone: the process that starts the application may have no accelerator.
     from omni_jax.cli.loading import load_model, tensor_mesh
     from omni_jax.cli.serve import read_keys
