@@ -56,7 +56,7 @@ class Arguments(pydantic.BaseModel, extra="forbid"):
 class OmniServer:
     """A model behind every endpoint of `omni-jax serve`, WebSockets included."""
 
-    async def __init__(self, arguments: Arguments):
+    async def __init__(self, arguments: Arguments):  # type: ignore[misc]  # Ray awaits it.
         """Load the model; a replica gets requests once it can answer the first one."""
         startup.enable_compilation_cache()
         startup.silence_libtpu()
@@ -97,7 +97,7 @@ def _make_service(arguments: Arguments) -> Any:
 def build(arguments: Arguments) -> serve.Application:
     """The application, as `serve run` and `serve build` take it."""
     resources = {"TPU": arguments.num_tpus} if arguments.num_tpus else {}
-    deployment = OmniServer.options(
+    deployment = OmniServer.options(  # type: ignore[attr-defined]  # The decorator makes a deployment of the class.
         max_ongoing_requests=arguments.max_batch_size,
         max_queued_requests=arguments.max_queue_size,
         autoscaling_config={
