@@ -120,12 +120,14 @@ class Omni:
             cache_dir: where hub downloads are kept.
 
         Raises:
-            ConfigError, CheckpointError: there is no such model, or a file of it cannot be used; names the file.
+            ConfigError, CheckpointError: there is no such model, a file of it cannot be used, or the mesh does not
+                divide its heads; names the file or field.
         """
         _check_codec(codec)
         release = releases.find_release(name_or_path, revision=revision, cache_dir=cache_dir)
         if release is None:
             return cls._untrained(str(name_or_path), 0, codec, mesh, int8=int8, dtype=dtype)
+        _check_heads(release.config, mesh)
         stacked, default = sharding.default_layout()
         dtype = default if dtype is None else dtype
         model = release.load_model(stacked=stacked, dtype=dtype, param_dtype=dtype, mesh=mesh)
@@ -153,12 +155,13 @@ class Omni:
         _check_codec(codec)
         if preset not in PRESETS:
             raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, found {preset!r}")
+        config = PRESETS[preset]
+        _check_heads(config, mesh)
         warnings.warn(
             f"the model {preset!r} is untrained: its weights are random (seed {seed}), its answers mean nothing",
             UntrainedWarning,
             stacklevel=3,
         )
-        config = PRESETS[preset]
         stacked, default = sharding.default_layout()
         dtype = default if dtype is None else dtype
         model = tensors.init_model(config, stacked=stacked, dtype=dtype, seed=seed, mesh=mesh)
@@ -540,6 +543,16 @@ class Omni:
 def _check_codec(name: str) -> None:
     if name not in ("jax", "torch"):
         raise ConfigError(f"codec: expected jax or torch, found {name!r}", field="codec")
+
+
+def _check_heads(config: ModelConfig, mesh: jax.sharding.Mesh | None) -> None:
+    """Refuse a mesh over whose tensor axis the trunk cannot be split: every device would compute all heads."""
+    if mesh is None:
+        return
+    for field, axis in (("num_heads", "heads"), ("num_kv_heads", "kv_heads")):
+        heads, shards = getattr(config.trunk, field), sharding.num_shards(axis, mesh)
+        if heads % shards:
+            raise ConfigError(f"tensor: expected a divisor of trunk.{field}, {heads}, found {shards}", field="tensor")
 
 
 def _decoder(codec: Snac, name: str) -> DecodeFn:

@@ -19,6 +19,7 @@ import soundfile
 from flax import nnx
 
 import omni_jax
+from omni_jax import sharding
 from omni_jax.api import Omni, Request
 from omni_jax.checkpoint import tensors
 from omni_jax.checkpoint.release import MODEL, open_release
@@ -612,6 +613,18 @@ def test_from_pretrained_refuses_unknown_names() -> None:
         Omni.untrained("huge")
     with pytest.raises(ValueError, match="nowhere"):
         Omni.from_pretrained("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [(8, "trunk.num_heads, 4, found 8"), (4, "trunk.num_kv_heads, 2, found 4")],
+)
+def test_heads_that_the_devices_do_not_divide_are_refused(tiny_release: Path, devices: int, message: str) -> None:
+    mesh = sharding.make_mesh(tensor=devices)
+    with pytest.raises(ConfigError, match=f"tensor: expected a divisor of {message}"):
+        Omni.untrained("tiny", mesh=mesh)
+    with pytest.raises(ConfigError, match=f"tensor: expected a divisor of {message}"):
+        Omni.from_pretrained(tiny_release, mesh=mesh)
 
 
 def test_generate_takes_task_config_and_options(omni: Omni) -> None:

@@ -10,7 +10,7 @@ import typer
 from omni_jax.batch import ANSWERS, answer_manifest
 from omni_jax.cli.console import echo_err, progress_bar
 from omni_jax.cli.loading import load_model
-from omni_jax.cli.options import Codec, Int8, MaxBatchSize, Model, TaskName, Truncate, takes_generation_config
+from omni_jax.cli.options import Codec, Int8, MaxBatchSize, Model, TaskName, Tensor, Truncate, takes_generation_config
 from omni_jax.errors import ConfigError
 from omni_jax.inference.generation import GenerationConfig
 
@@ -37,7 +37,7 @@ def batch(
     codec: Codec = "jax",
     int8: Int8 = False,
     max_batch_size: MaxBatchSize = 8,
-    tensor: Annotated[int, typer.Option(min=1, help="Devices that share a row (tensor parallelism).")] = 1,
+    tensor: Tensor = 1,
     process: Annotated[
         int | None,
         typer.Option(

@@ -29,6 +29,7 @@ TaskName = Annotated[
 ]
 Truncate = Annotated[bool, typer.Option("--truncate", help="Use only the beginning of a recording that is too long.")]
 MaxBatchSize = Annotated[int, typer.Option(min=1, max=1024, help="Requests that are decoded together.")]
+Tensor = Annotated[int, typer.Option(min=1, help="Devices that share a row (tensor parallelism).")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
