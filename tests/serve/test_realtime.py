@@ -8,6 +8,7 @@ import socket as sockets
 import time
 import wave
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from omni_jax.api import Omni
 from omni_jax.audio.raw import RawFormat
+from omni_jax.config.model import AudioConfig
+from omni_jax.errors import NoSpeechError
 from omni_jax.inference.request import Request, Turn
 from omni_jax.serve.sessions import Service
 from tests.serve.conftest import HeldBatch, RunningServer, assert_same_audio, eventually, run_server
@@ -366,6 +369,42 @@ def test_realtime_idle_timeout(client: Client) -> None:
     assert triggered["item_id"] == committed["item_id"]
     assert committed["previous_item_id"] == first["response"]["output"][0]["id"]
     assert triggered["audio_end_ms"] >= triggered["audio_start_ms"]
+
+
+def test_realtime_silence_is_answered_with_nothing(
+    client: Client, server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a model that looks for speech. The client, which sends nothing while it is silent, gets no error."""
+    monkeypatch.setattr(server.omni, "config", replace(server.omni.config, audio=AudioConfig(find_speech=True)))
+    detection = {"type": "server_vad", "idle_timeout_ms": 200}
+    audio = {"input": {"turn_detection": detection, "transcription": {"model": "small"}}}
+    client.update(audio=audio, max_output_tokens=4)
+    assert ask_text(client, "hello")[-1]["response"]["output"]
+    events = client.until("response.done")
+    assert types_of(events)[:2] == ["input_audio_buffer.timeout_triggered", "input_audio_buffer.committed"]
+    response = events[-1]["response"]
+    assert (response["status"], response["status_details"], response["output"]) == ("completed", None, [])
+    transcript = next((event for event in events if event["type"] == f"{TRANSCRIPTION}.completed"), None)
+    assert (transcript or client.last(f"{TRANSCRIPTION}.completed"))["transcript"] == ""
+    # The user is not asked again and again, and an answer that is asked for says why there is none.
+    time.sleep(0.5)
+    client.send("response.create")
+    events = client.until("response.done")
+    assert types_of(events) == ["response.created", "response.done"]
+    assert events[-1]["response"]["status_details"]["error"]["code"] == "no_speech"
+
+
+def test_realtime_noise_is_answered_with_nothing(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn in which the model finds no speech."""
+
+    def find_none(*_: object) -> Any:
+        raise NoSpeechError("recording: expected speech, found none", seconds=1.0)
+
+    monkeypatch.setattr(Omni, "_spans_to_hear", find_none)
+    client.append(np.concatenate([question("name"), silence(1)]).tobytes())
+    events = client.until("response.done")
+    assert events[-1]["response"]["status"] == "completed"
+    assert not [event for event in events if event["type"] in ("error", "response.output_item.added")]
 
 
 def test_realtime_refuses_recordings_that_are_too_long(client: Client, server: RunningServer) -> None:
