@@ -13,7 +13,9 @@ from typing import Any, cast
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.exceptions import InvalidState
 
 from omni_jax.serve.budget import Budget, Share
 from omni_jax.serve.sessions import Service
@@ -26,6 +28,8 @@ START_BYTES = 1 << 16
 """Largest message of a WebSocket before its client has shown a key."""
 MAX_FRAGMENTS = 4096
 """Frames that a message of a WebSocket may come in."""
+FRAME_CHARACTERS = 1 << 16
+"""Characters of a message of a WebSocket that are sent at once."""
 MAX_UNREAD_BYTES = 1 << 18
 """Answers to pings that a client may leave unread."""
 TRY_AGAIN_LATER = 1013
@@ -148,6 +152,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         """Take over the connection."""
         super().connection_made(transport)
         self._unread = self._new_share()
+        self._sending = asyncio.Lock()
         # Messages that the application has not taken, and the one that it has not done with.
         self._queued: deque[Share] = deque()
         self._in_work: Share | None = None
@@ -208,6 +213,44 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if event["type"] == "websocket.receive" and self._queued:
             self._in_work = self._queued.popleft()
         return event
+
+    async def send(self, message: Any) -> None:
+        """Send an event; a long text in frames, between which others have their turn.
+
+        Raises:
+            ClientDisconnected: the client is gone, or is disconnected as it read nothing for `Settings.idle_timeout`.
+        """
+        text = message.get("text") if message["type"] == "websocket.send" else None
+        # Other messages wait until all frames of one are sent.
+        async with self._sending:
+            await self._until_writable()
+            if text is None or len(text) <= FRAME_CHARACTERS:
+                await super().send(message)
+                return
+            try:
+                await self._send_frames(text)
+            except BaseException:
+                # A message that has begun cannot be taken back.
+                self.transport.abort()
+                raise
+
+    async def _send_frames(self, text: str) -> None:
+        for start in range(0, len(text), FRAME_CHARACTERS):
+            await self._until_writable()
+            send = self.conn.send_continuation if start else self.conn.send_text
+            try:
+                send(text[start : start + FRAME_CHARACTERS].encode(), fin=start + FRAME_CHARACTERS >= len(text))
+            except InvalidState:
+                raise ClientDisconnected from None
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            await asyncio.sleep(0)
+
+    async def _until_writable(self) -> None:
+        try:
+            await asyncio.wait_for(self.writable.wait(), self.config.service.settings.idle_timeout)
+        except TimeoutError:
+            self.transport.abort()
+            raise ClientDisconnected from None
 
     def handle_cont(self, event: Any) -> None:
         """Count the fragments of a message, which may be empty."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, cast
 
+import pydantic_core
 from fastapi import APIRouter, Request, WebSocket, WebSocketDisconnect
 from pydantic import Field
 from starlette.responses import JSONResponse
@@ -175,15 +176,24 @@ class Connection:
             self.beta = True
         await session.handle(event)
 
-    async def send(self, type: str, **fields: Any) -> None:
-        """Send an event. A client that reads nothing is disconnected, which ends `run`."""
-        found = {"type": type, "event_id": new_id("event"), **fields}
-        event = to_beta(found) if self.beta else found
-        if event is None or self._gone:
+    async def send(self, type: str, *, large: Callable[[], dict[str, Any]] | None = None, **fields: Any) -> None:
+        """Send an event. A client that reads nothing is disconnected, which ends `run`.
+
+        Args:
+            type: of the event.
+            large: makes further fields of which there may be much: in a thread, as the JSON is made then.
+            **fields: of the event.
+        """
+
+        def render() -> str | None:
+            found = {"type": type, "event_id": new_id("event"), **fields, **(large() if large else {})}
+            event = to_beta(found) if self.beta else found
+            return None if event is None else pydantic_core.to_json(event).decode()
+
+        text = render() if large is None else await self._service.run_large(render)
+        if text is None or self._gone:
             return
         try:
-            await asyncio.wait_for(self._socket.send_text(json.dumps(event)), self._service.settings.idle_timeout)
+            await self._socket.send_text(text)
         except DISCONNECTED:
             self._gone = True
-            with contextlib.suppress(*DISCONNECTED):
-                await asyncio.wait_for(self._socket.close(), 1)

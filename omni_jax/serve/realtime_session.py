@@ -94,6 +94,7 @@ class RealtimeSession:
         """The last response of the conversation, whose audio may still be played."""
         self._transcribing: set[asyncio.Task[None]] = set()
         self._idle: asyncio.Task[None] | None = None
+        self._remembering: asyncio.Task[None] | None = None
         # A client's event and an idle time-out are not handled at once.
         self._lock = asyncio.Lock()
 
@@ -141,6 +142,7 @@ class RealtimeSession:
         self._held.give_back()
         for response in self._responses.values():
             response.abandon()
+        self._stop_remembering()
         for task in (self._idle, *self._transcribing):
             if task is not None:
                 task.cancel()
@@ -305,7 +307,13 @@ class RealtimeSession:
 
     async def _retrieve_item(self, event: ItemEvent) -> None:
         item = self.conversation.find(event.item_id, "retrieve")
-        await self._send("conversation.item.retrieved", item=item.render(with_audio=True))
+
+        def render() -> dict[str, Any]:
+            return {"item": item.render(with_audio=True)}
+
+        # Of a few bytes it is soon done.
+        large = render if item.num_bytes > SMALL_MESSAGE else None
+        await self._send("conversation.item.retrieved", large=large, **({} if large else render()))
 
     async def _truncate_item(self, event: ItemTruncate) -> None:
         await self._truncate(event.item_id, event.content_index, event.audio_end_ms)
@@ -314,6 +322,22 @@ class RealtimeSession:
         self.conversation.truncate(item_id, content_index, audio_end_ms)
         fields = {"item_id": item_id, "content_index": content_index, "audio_end_ms": audio_end_ms}
         await self._send("conversation.item.truncated", **fields)
+        self._remember()
+
+    def _remember(self) -> None:
+        """Have the keys and values of the conversation computed, so that the next turn prefills only what is new."""
+        if self._service.remembers:
+            self._stop_remembering()
+            self._remembering = asyncio.create_task(self._remember_items(list(self.conversation)))
+
+    async def _remember_items(self, items: list[Item]) -> None:
+        system, turns = await Context(None, items).history(self.settings.instructions)
+        await self._service.remember(system, turns)
+
+    def _stop_remembering(self) -> None:
+        remembering, self._remembering = self._remembering, None
+        if remembering is not None:
+            remembering.cancel()
 
     # Responses
 
@@ -373,6 +397,8 @@ class RealtimeSession:
 
     def _response_done(self, response: Response) -> None:
         self._responses.pop(response.id, None)
+        if response.conversation is not None:
+            self._remember()
         if response is self._spoken and response.item is not None:
             # After an answer of nothing the user is waited for without end.
             self._watch_idle()

@@ -6,14 +6,17 @@ what nano knows.
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
-from omni_jax.api import Omni
+from omni_jax.serve.binding import bind
 from tests.clients.services import MODELS
-from tests.serve.conftest import eventually, run_server
 
 ROOT = Path(__file__).parents[2]
 QUESTION = ROOT / "omni_jax" / "assets" / "questions" / "sum.wav"
@@ -40,18 +43,53 @@ def run(python: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
+@contextlib.contextmanager
+def served() -> Iterator[str]:
+    """The address of `omni-jax serve`, once it is ready."""
+    with bind("127.0.0.1", 0) as sockets:
+        port = sockets[0].getsockname()[1]
+    aliases = [option for name in MODELS for option in ("--model-alias", f"{name}=nano")]
+    command = [
+        Path(sys.executable).with_name("omni-jax"),
+        "serve",
+        "--port",
+        str(port),
+        "--max-batch-size",
+        "2",
+        *aliases,
+    ]
+    url = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(command)
+    try:
+        while not is_ready(url):
+            if server.poll() is not None:
+                sys.exit("the server has ended")
+            time.sleep(0.5)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=10):
+            return True
+    except OSError:
+        return False
+
+
 def main() -> None:
-    with run_server(Omni.from_pretrained("nano"), ready=False, aliases=("nano", *MODELS), max_batch_size=2) as server:
-        eventually(lambda: server.service.ready, 600)
+    with served() as url:
         for name, python in (argument.split("=", 1) for argument in sys.argv[1:]):
             example = ROOT / "examples" / "realtime" / f"{name}.py"
             for options in OPTIONS.get(name, [[]]):
-                found = run(python, example, QUESTION, "answer.wav", "--url", server.url, *options)
+                found = run(python, example, QUESTION, "answer.wav", "--url", url, *options)
                 for line in EXPECTED[name]:
                     if line not in found:
                         sys.exit(f"{name}: expected the line {line!r}")
             if name in SERVICES:
-                run(python, Path(__file__).with_name("services.py"), SERVICES[name], server.url, QUESTION)
+                run(python, Path(__file__).with_name("services.py"), SERVICES[name], url, QUESTION)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import re
 import socket as sockets
+import threading
 import time
 import wave
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,9 @@ from omni_jax.api import Omni
 from omni_jax.audio.raw import RawFormat
 from omni_jax.config.model import AudioConfig
 from omni_jax.errors import NoSpeechError
+from omni_jax.inference.prefix_cache import Prefix
 from omni_jax.inference.request import Request, Turn
+from omni_jax.prompts import History
 from omni_jax.serve.sessions import Service
 from tests.serve.conftest import HeldBatch, RunningServer, assert_same_audio, eventually, run_server
 from tests.serve.realtime_client import RATE, Client, Event, audio_bytes, joined, pcm, question
@@ -278,6 +282,42 @@ def test_realtime_remembers(client: Client, server: RunningServer) -> None:
     assert found == omni.generate(request, max_steps=10).text
 
 
+def test_realtime_prefills_only_what_is_new(
+    client: Client, server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The conversation is prefilled when an answer has ended, so that a turn prefills its question alone."""
+    system, samples, omni = "Prefill what is new.", question("name"), server.omni
+    client.update(instructions=system, audio={"input": {"turn_detection": None}}, max_output_tokens=6)
+    answer = joined(push_to_talk(client, samples), "response.output_audio_transcript")
+    turns = [Turn(omni.transcribe(samples, sample_rate=RATE, truncate=True).text, answer)]
+    prefixes, history = server.service.engine._engine.prefixes, omni.prepare_history(system, turns)
+
+    def known() -> int:
+        found = prefixes.find(history)
+        return 0 if found is None else found.length
+
+    eventually(lambda: known() == len(history))
+    admitted: list[tuple[int, int]] = []
+    find = prefixes.find
+
+    def find_and_count(asked: History) -> Prefix | None:
+        found = find(asked)
+        admitted.append((len(asked), 0 if found is None else found.length))
+        return found
+
+    monkeypatch.setattr(prefixes, "find", find_and_count)
+    found = joined(ask_text(client, "hello"), "response.output_audio_transcript")
+    assert (len(history), len(history)) in admitted
+    expected = omni.generate(Request(text="hello", system=system, history=turns), max_steps=6)
+    assert found == expected.text
+    # So it does after a cut, by which the history has changed.
+    item_id = push_to_talk(client, samples)[-1]["response"]["output"][0]["id"]
+    client.send("conversation.item.truncate", item_id=item_id, content_index=0, audio_end_ms=0)
+    client.last("conversation.item.truncated")
+    history = omni.prepare_history(system, [*turns, Turn("hello", found), Turn(turns[0].question)])
+    eventually(lambda: known() == len(history))
+
+
 def test_realtime_remembers_what_was_played(client: Client, server: RunningServer) -> None:
     """An answer that the client cut is in the history up to the cut."""
     client.update(output_modalities=["audio"], max_output_tokens=40)
@@ -523,6 +563,39 @@ def test_realtime_items(client: Client) -> None:
     client.send("conversation.item.retrieve", item_id=spoken["id"])
     found = client.last("conversation.item.retrieved")["item"]["content"][0]["audio"]
     assert base64.b64decode(found) == samples.tobytes()
+
+
+def test_realtime_large_items_do_not_hold_the_others(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An item of megabytes is rendered in a thread, and sent in pieces."""
+    data, run_large = np.random.default_rng(0).bytes(7 << 20), Service.run_large
+    longest, done, beating = [0.0], threading.Event(), set()
+
+    async def beat() -> None:
+        # What the thread of the loop does between two turns of this task.
+        before = time.thread_time()
+        while not done.is_set():
+            await asyncio.sleep(0)
+            now = time.thread_time()
+            longest[0], before = max(longest[0], now - before), now
+
+    async def run(self: Service, work: Callable[[], Any]) -> Any:
+        beating.add(asyncio.create_task(beat()))
+        return await run_large(self, work)
+
+    monkeypatch.setattr(Service, "run_large", run)
+    with Client(server.url, max_size=None) as client:
+        client.last("conversation.created")
+        part = {"type": "input_audio", "audio": base64.b64encode(data).decode()}
+        client.send("conversation.item.create", **message("user", part))
+        item_id = client.last("conversation.item.done")["item"]["id"]
+        client.send("conversation.item.retrieve", item_id=item_id)
+        found = client.last("conversation.item.retrieved")["item"]["content"][0]["audio"]
+        # Nothing else comes between the frames.
+        client.send("conversation.item.retrieve", item_id=item_id)
+        client.add_text("hello")
+    done.set()
+    assert base64.b64decode(found) == data
+    assert 0 < longest[0] < 0.05
 
 
 def message(role: str, *content: Any) -> dict[str, Any]:
