@@ -151,6 +151,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def connection_made(self, transport: Any) -> None:
         """Take over the connection."""
         super().connection_made(transport)
+        self._client = self.config.service.client_of(self.client)
         self._unread = self._new_share()
         self._sending = asyncio.Lock()
         # Messages that the application has not taken, and the one that it has not done with.
@@ -158,7 +159,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._in_work: Share | None = None
 
     def _new_share(self) -> Share:
-        return Share(self.config.service.bodies, self.config.service.client_of(self.client))
+        return Share(self.config.service.bodies, self._client)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Count no longer."""
@@ -175,8 +176,17 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if self.response.status_code == 101:
             self.scope["state"] |= {"trust": self._trust, "keep": self._keep}
 
-    def _trust(self) -> None:
+    def _trust(self, client: str | None) -> None:
+        """Take large messages of a client whose key was valid, and count what it has for that client."""
         self.conn.max_message_size = self.config.ws_max_size
+        if client == self._client:
+            return
+        self._client = client
+        if self.counted is not None:
+            self.counted.give_back()
+            self.counted = Share(self.config.open_connections, client)
+            if not self.counted.take(1):
+                self._end(TRY_AGAIN_LATER, "too many connections at once; try again later")
 
     def _keep(self) -> Share:
         """The share of the message that was received last, for an application that is not done with it soon."""

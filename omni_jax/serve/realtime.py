@@ -94,19 +94,22 @@ async def realtime(socket: WebSocket) -> None:
     protocols = [name.strip() for name in socket.headers.get("sec-websocket-protocol", "").split(",")]
     key = socket.headers.get("authorization", "").partition(" ")[2].strip()
     key = key or next((name.removeprefix(KEY_PROTOCOL) for name in protocols if name.startswith(KEY_PROTOCOL)), "")
-    session = _secrets(socket).find(key)
-    if session is None and service.settings.api_keys and not is_known_key(key, service.settings.api_keys):
+    secret = _secrets(socket).find(key)
+    keys = service.settings.api_keys
+    if secret is None and keys and not is_known_key(key, keys):
         service.metrics.count(ENDPOINT, "refused")
         body = error_body("expected a valid API key or client secret", status=401, code="invalid_api_key")
         await socket.send_denial_response(JSONResponse(body, 401, headers={"www-authenticate": "Bearer"}))
         return
     await socket.accept("realtime" if "realtime" in protocols else None)
+    # A client secret stands for the key of who has asked for it.
+    client = service.client_of(socket.client, key if keys else "") if secret is None or not keys else secret[1]
     # From now on messages may be large.
     if trust := socket.scope.get("state", {}).get("trust"):
-        trust()
+        trust(client)
     beta = socket.headers.get("openai-beta") == "realtime=v1" or BETA_PROTOCOL in protocols
     with service.metrics.realtime_sessions.track_inprogress():
-        await Connection(socket, service, beta=beta).run(session)
+        await Connection(socket, service, client, beta=beta).run(secret[0] if secret else None)
 
 
 class Connection:
@@ -116,10 +119,9 @@ class Connection:
         beta: whether the client sends and reads the shapes of the beta.
     """
 
-    def __init__(self, socket: WebSocket, service: Service, *, beta: bool):
+    def __init__(self, socket: WebSocket, service: Service, client: str | None, *, beta: bool):
         self.beta = beta
-        self._socket, self._service = socket, service
-        self._client = service.client_of(socket.client)
+        self._socket, self._service, self._client = socket, service, client
         self._gone = False
 
     async def run(self, settings: Session | None) -> None:

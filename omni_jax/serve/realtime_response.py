@@ -357,7 +357,7 @@ def _usage(prepared: PreparedRequest, reply: Reply, *, spoken: bool) -> dict[str
         "input_token_details": {
             "text_tokens": counts["input_tokens"] - audio,
             "audio_tokens": audio,
-            "cached_tokens": 0,
+            "cached_tokens": reply.cached_positions,
         },
         "output_token_details": {"text_tokens": 0 if spoken else steps, "audio_tokens": steps if spoken else 0},
     }

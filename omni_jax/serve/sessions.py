@@ -6,6 +6,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
+import hashlib
 import queue
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -165,8 +166,15 @@ class Service:
         # The recording of each client that is decoded; others of the same client wait for it.
         self._decoding_of: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    def client_of(self, address: Sequence[Any] | None) -> str | None:
-        """Whom a connection or request is counted for, by its address and port; None for a proxy."""
+    def client_of(self, address: Sequence[Any] | None, key: str = "") -> str | None:
+        """Whom a connection or request is counted for; None for a proxy.
+
+        Args:
+            address: its address and port.
+            key: its API key, if it has a valid one. Where there are several, a client is a key, not an address.
+        """
+        if key and len(self.settings.api_keys) > 1:
+            return f"key {hashlib.sha256(key.encode()).hexdigest()}"
         host = str(address[0]) if address else ""
         return None if host in self.settings.trusted_proxies else client_name(host)
 

@@ -173,10 +173,12 @@ class LiveSession:
             await self.socket.close(POLICY_VIOLATION, f"expected {expected}")
             return False
         self.settings = message
+        service = self.service
+        self.client = service.client_of(self.socket.client, message.api_key if keys else "")
+        self._recorded = Share(service.bodies, self.client)
         # From now on messages may be large.
         if trust := self.socket.scope.get("state", {}).get("trust"):
-            trust()
-        service = self.service
+            trust(self.client)
         await self._send(
             type="ready",
             model=service.name,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import json
 import re
 import socket as sockets
 import threading
@@ -24,9 +26,7 @@ from omni_jax.api import Omni
 from omni_jax.audio.raw import RawFormat
 from omni_jax.config.model import AudioConfig
 from omni_jax.errors import NoSpeechError
-from omni_jax.inference.prefix_cache import Prefix
 from omni_jax.inference.request import Request, Turn
-from omni_jax.prompts import History
 from omni_jax.serve.sessions import Service
 from tests.serve.conftest import HeldBatch, RunningServer, assert_same_audio, eventually, run_server
 from tests.serve.realtime_client import RATE, Client, Event, audio_bytes, joined, pcm, question
@@ -282,9 +282,7 @@ def test_realtime_remembers(client: Client, server: RunningServer) -> None:
     assert found == omni.generate(request, max_steps=10).text
 
 
-def test_realtime_prefills_only_what_is_new(
-    client: Client, server: RunningServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_realtime_prefills_only_what_is_new(client: Client, server: RunningServer) -> None:
     """The conversation is prefilled when an answer has ended, so that a turn prefills its question alone."""
     system, samples, omni = "Prefill what is new.", question("name"), server.omni
     client.update(instructions=system, audio={"input": {"turn_detection": None}}, max_output_tokens=6)
@@ -297,17 +295,11 @@ def test_realtime_prefills_only_what_is_new(
         return 0 if found is None else found.length
 
     eventually(lambda: known() == len(history))
-    admitted: list[tuple[int, int]] = []
-    find = prefixes.find
-
-    def find_and_count(asked: History) -> Prefix | None:
-        found = find(asked)
-        admitted.append((len(asked), 0 if found is None else found.length))
-        return found
-
-    monkeypatch.setattr(prefixes, "find", find_and_count)
-    found = joined(ask_text(client, "hello"), "response.output_audio_transcript")
-    assert (len(history), len(history)) in admitted
+    events = ask_text(client, "hello")
+    usage, found = events[-1]["response"]["usage"], joined(events, "response.output_audio_transcript")
+    request = omni.prepare(Request(text="hello", system=system, history=turns))
+    assert usage["input_tokens"] == len(request.prompt)
+    assert usage["input_token_details"]["cached_tokens"] == len(history)
     expected = omni.generate(Request(text="hello", system=system, history=turns), max_steps=6)
     assert found == expected.text
     # So it does after a cut, by which the history has changed.
@@ -790,6 +782,47 @@ def test_realtime_keys_and_client_secrets(omni: Omni) -> None:
             openai.OpenAI(base_url=f"{server.url}/v1", api_key=secret.value, max_retries=0) as openai_client,
         ):
             openai_client.models.list()
+
+
+def test_clients_are_counted_by_key(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are several keys: requests, sessions, what they hold and how many there are."""
+    prepared_for, prepare = [], Service.prepare
+
+    async def note_client(self: Service, *, client: str | None, **options: Any) -> Any:
+        prepared_for.append(client)
+        return await prepare(self, client=client, **options)
+
+    monkeypatch.setattr(Service, "prepare", note_client)
+    with run_server(omni, ready=False, api_keys=("one", "two"), max_batch_size=1, max_connections=8) as server:
+        eventually(lambda: server.service.ready, 120)
+        one, two = (server.service.client_of(("127.0.0.1", 1), key) for key in ("one", "two"))
+        assert len({one, two, server.service.client_of(("127.0.0.1", 1))}) == 3
+        bearer = {"Authorization": "Bearer one"}
+        body = {"model": "small", "messages": [{"role": "user", "content": "hello"}], "max_completion_tokens": 2}
+        assert server.call("/v1/chat/completions", body, **bearer)[0] == 200
+        status, secret, _ = server.call(CLIENT_SECRETS, {}, **bearer)
+        assert (status, prepared_for) == (200, [one])
+        connections = server.server.config.open_connections  # type: ignore[attr-defined]
+        sessions = [json.loads(secret)["value"], "one", "two"]
+        with contextlib.ExitStack() as closing:
+            first, second, third = (
+                closing.enter_context(Client(server.url, additional_headers={"Authorization": f"Bearer {key}"}))
+                for key in sessions
+            )
+            for client in (first, second, third):
+                client.last("conversation.created")
+            assert (connections.left(one), connections.left(two)) == (0, 1)
+            first.add_text("hello")
+            assert server.service.bodies.left(one) < server.service.bodies.left(two)
+            # A quarter of all connections are those of one key, wherever they come from.
+            with (
+                pytest.raises(ConnectionClosed, match="too many connections"),
+                Client(server.url, additional_headers=bearer) as fourth,
+            ):
+                fourth.receive()
+            third.add_text("hello")
+        eventually(lambda: server.service.bodies.left(one) == server.service.bodies.left(two))
+        eventually(lambda: connections.left(one) == connections.left(two) == 2)
 
 
 # Clients that vanish
