@@ -216,10 +216,11 @@ def main() -> None:
         to_pcm16(soxr.resample(read_audio(file), SAMPLE_RATE, RATE))
         for file in sorted(Path("omni_jax/assets/questions").glob("*.wav"))
     ]
-    conversations = [
-        conversation(omni, asked)
-        for asked in ([spoken[0], "What is two plus three?"], ["What is your name?", spoken[1], spoken[2]])
+    scripts: list[list[np.ndarray | str]] = [
+        [spoken[0], "What is two plus three?"],
+        ["What is your name?", spoken[1], spoken[2]],
     ]
+    conversations = [conversation(omni, asked) for asked in scripts]
     port, seconds = free_port(), 60 * float(os.environ.get("MINUTES", "1"))
     command = ["serve", "--port", str(port), "--max-batch-size", str(MAX_BATCH_SIZE)]
     server = subprocess.Popen(
