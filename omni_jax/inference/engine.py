@@ -153,6 +153,8 @@ class Progress:
     """Whether the tokens are those of the question's transcription; `finish` is the transcription's then."""
     pending: bool = False
     """Whether the other one of the answer and the transcription goes on when this one has ended."""
+    cached: int = 0
+    """Positions of the prompt that the prefix cache had; known when `finish` is."""
 
     @property
     def done(self) -> bool:
@@ -534,7 +536,8 @@ class Engine:
             if unfinished:
                 self._unfinished[active.key] = unfinished
             question = active.request.of_question
-            return Progress(active.key, new, finish, of_question=question, pending=unfinished > 0)
+            cached = 0 if active.prefix is None else active.prefix.length
+            return Progress(active.key, new, finish, of_question=question, pending=unfinished > 0, cached=cached)
         if active.step == active.request.config.max_steps:
             return Progress(active.key, new, "length")
         rest = (active.key, active.request.after_first(active.step))
