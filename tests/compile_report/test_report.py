@@ -10,8 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
+from omni_jax.compile_report.programs import bytes_per_chip, train_program
 from omni_jax.compile_report.report import CompileReport, compile_report
 from omni_jax.compile_report.topology import Topology
 from omni_jax.config.load import load_config
@@ -231,3 +233,19 @@ def test_compile_command_prints_json() -> None:
     assert set(wanted.split()) <= set(report)
     done = subprocess.run([*command, "--topology", "v5e"], capture_output=True, text=True, env=env, check=False)
     assert (done.returncode, "topology: expected" in done.stderr) == (2, True)
+
+
+def test_train_program_of_lora_takes_the_memory_of_its_frozen_weights() -> None:
+    """Mini-Omni with a trunk of 7 billion parameters on eight chips."""
+    devices = Topology.parse("v5e:2x4").devices()
+    gib = {}
+    for dtype in ("float32", "bfloat16", "int8"):
+        overrides = ["start=preset:mini_omni_7b", "mesh.fsdp=8", "data.max_length=2048", f"frozen_dtype={dtype}"]
+        config = load_config(RunConfig, ROOT / "configs" / "lora.yaml", overrides)
+        state, frozen, _ = train_program(config, devices).arguments
+        assert {str(x.dtype) for x in jax.tree.leaves(state.trainable)} == {"float32"}
+        gib[dtype] = [round(bytes_per_chip(tree) / 2**30, 2) for tree in (state, frozen)]
+    print(gib)
+    assert gib["float32"][0] == gib["int8"][0] < 0.5
+    assert gib["bfloat16"][1] == pytest.approx(gib["float32"][1] / 2, abs=0.01)
+    assert gib["int8"][1] < 0.65 * gib["bfloat16"][1]
