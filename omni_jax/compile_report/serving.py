@@ -65,11 +65,13 @@ class ServingReport:
     rows: int
     """Conversations whose caches each group of `tensor` chips holds."""
     reports: dict[str, CompileReport]
-    """By program: `encode`, `prefill`, `decode`, `codec`."""
+    """By program: `encode`, `prefill`, `decode`, `codec`; and `encode_short`, if short windows change it."""
     seconds: dict[str, float]
     """Seconds that each program takes of a group of chips for one question and its answer."""
     speech_per_second: float
     """Seconds of speech per second and chip."""
+    speech_per_second_short: float
+    """The same with short windows of the audio encoder."""
     conversations_by_time: float
     """Real-time conversations per chip for which there is time, if each asks and is answered in turns."""
     conversations_by_memory: float
@@ -103,7 +105,8 @@ class ServingReport:
         for name, seconds in self.seconds.items():
             rows[name] = f"{seconds * 1e3:.3f} ms an answer, {seconds / total:.0%}"
         rows |= {
-            "speech": f"{self.speech_per_second:.0f} s per second and chip",
+            "speech": f"{self.speech_per_second:.0f} s per second and chip; {self.speech_per_second_short:.0f} s with "
+            "--short-windows",
             "real-time conversations": f"{self.conversations:.0f} per chip, limited by {self.limited_by} "
             f"(time {self.conversations_by_time:.0f}, memory {self.conversations_by_memory:.0f})",
             "first sound": f"{self.first_sound_seconds * 1e3:.0f} ms after the question",
@@ -120,7 +123,7 @@ def serving_report(
     tensor: int = 1,
     int8: bool = False,
 ) -> ServingReport:
-    """Compile the four programs and add them up.
+    """Compile the programs and add them up. Prompts are padded as `omni-jax batch` pads them.
 
     Args:
         topology: the slice.
@@ -153,13 +156,17 @@ def serving_report(
 
     length = next(size for size in PROMPT_BUCKETS if size >= profile.history_positions)
     prefilled = MAX_PREFILL_ROWS * groups
-    # The mean over an answer.
-    positions = profile.history_positions + steps // 2
+    # Attention reads as many positions of every row as the row at the end of its answer has.
+    positions = profile.history_positions + steps
+    short = config.with_short_windows()
     programs = {
         "encode": (encode_program(config, mesh, prefilled, samples=samples, int8=int8), prefilled),
+        "encode_short": (encode_program(short, mesh, prefilled, samples=samples, int8=int8), prefilled),
         "prefill": (prefill_program(config, mesh, prefilled, length=length, int8=int8), prefilled),
         "codec": (codec_program(config, mesh, CODEC_ROWS * groups), CODEC_ROWS * groups),
     }
+    if short.audio_encoder.window(samples) == config.audio_encoder.window(samples):
+        del programs["encode_short"]
     reports = {
         name: report_program(name, model, topology, batch, program, int8=int8 and name != "codec")
         for name, (program, batch) in programs.items()
@@ -185,7 +192,10 @@ def serving_report(
         "decode": reports["decode"].roofline_seconds / rows * steps,
         "codec": reports["codec"].roofline_seconds / (CODEC_ROWS * CODEC_FRAMES) * (steps - DELAY_STEPS),
     }
-    speech = profile.answer_seconds / sum(per_answer.values()) / tensor
+    seconds = sum(per_answer.values())
+    speech = profile.answer_seconds / seconds / tensor
+    if "encode_short" in reports:
+        seconds += reports["encode_short"].roofline_seconds / MAX_PREFILL_ROWS - per_answer["encode"]
     turn = profile.question_seconds + profile.answer_seconds
     # The first audio is final when the frames after it that it depends on are there.
     first_frames = receptive_field(config.codec).right_samples // config.codec.frame_size + 1
@@ -205,6 +215,7 @@ def serving_report(
         reports=reports,
         seconds=per_answer,
         speech_per_second=speech,
+        speech_per_second_short=profile.answer_seconds / seconds / tensor,
         conversations_by_time=speech * turn / profile.answer_seconds,
         conversations_by_memory=rows / tensor,
         first_sound_seconds=first_sound,

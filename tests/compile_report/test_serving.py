@@ -25,7 +25,7 @@ SHORT = ServingProfile(question_seconds=0.5, answer_seconds=2.048, history_posit
 def batches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """The batch size of each program; none is compiled, all have a time for the whole batch."""
     found: dict[str, int] = {}
-    seconds = {"encode": 0.008, "prefill": 0.016, "decode": 0.004, "codec": 0.01024}
+    seconds = {"encode": 0.008, "encode_short": 0.004, "prefill": 0.016, "decode": 0.004, "codec": 0.01024}
 
     def report(name: str, model: str, topology: Topology, batch: int, *args: Any, **options: Any) -> Any:
         found[name] = batch
@@ -39,11 +39,12 @@ def test_serving_report_adds_up(batches: dict[str, int]) -> None:
     assert PRESETS["tiny"].codec.frame_size == 2048
     report = serving_report(ONE, model="tiny", profile=SHORT)
     rows = report.rows
-    assert batches == {"encode": 8, "prefill": 8, "codec": 64, "decode": rows}
+    assert batches == {"encode": 8, "encode_short": 8, "prefill": 8, "codec": 64, "decode": rows}
     # 24 frames take 32 steps.
     expected = {"encode": 0.001, "prefill": 0.002, "decode": 0.004 / rows * 32, "codec": 24 * 1e-5}
     assert report.seconds == pytest.approx(expected)
     assert report.speech_per_second == pytest.approx(2.048 / sum(expected.values()))
+    assert report.speech_per_second_short == pytest.approx(2.048 / (sum(expected.values()) - 0.0005))
     assert report.conversations_by_time == pytest.approx(report.speech_per_second * 2.548 / 2.048)
     assert report.conversations_by_memory == rows
     assert report.conversations == min(report.conversations_by_time, rows)
