@@ -98,9 +98,9 @@ class CompileReport:
             f"ICI traffic per chip{per_step}": ici,
             f"least time{per_step}": f"{self.roofline_seconds * 1e3:.3f} ms, bound by {self.bound_by}; "
             f"{self.flop_utilization:.0%} of the peak FLOP/s",
-            "utilization": f"{self.predicted_utilization:.0%} of the peak FLOP/s with {self.exposed_ici_seconds * 1e3:.3f} "
-            f"ms of ICI traffic that does not overlap; {self.predicted_utilization_serial:.0%} if HBM traffic does not "
-            "either",
+            "utilization": f"{self.predicted_utilization:.0%} of the peak FLOP/s with the "
+            f"{self.exposed_ici_seconds * 1e3:.3f} ms of ICI traffic that does not overlap; "
+            f"{self.predicted_utilization_serial:.0%} if HBM traffic does not either",
         }
         width = max(map(len, rows))
         return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
@@ -212,8 +212,9 @@ def report_program(
     # The TPU compiler gives both.
     assert memory is not None
     assert text is not None
-    cost = hlo.parse(text, unknown_trips=program.steps, branch=program.branch).cost
     chip = topology.chip
+    bytes_per_cycle = chip.ici_bandwidth / chip.clock
+    cost = hlo.parse(text, unknown_trips=program.steps, branch=program.branch, bytes_per_cycle=bytes_per_cycle).cost
     work = flops.count(traced.jaxpr, program.steps, program.branch) / topology.num_chips / program.steps
     hbm_traffic = cost.hbm / program.steps
     collectives = {kind: amount / program.steps for kind, amount in cost.collectives.items()}
