@@ -89,12 +89,17 @@ GPU_FLOPS = {
 """Peak bfloat16 floating-point operations per second of GPUs, by the beginning of `jax.Device.device_kind`."""
 
 
+def tpu_name(device_kind: str) -> str | None:
+    """The name in `CHIPS` of a TPU by its `jax.Device.device_kind`; None if it is none of them."""
+    # A v5p names itself with and without its letter.
+    kinds = {kind: name for name, chip in CHIPS.items() for kind in (chip.device_kind, f"{chip.device_kind}p")}
+    return kinds.get(device_kind)
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Peak bfloat16 floating-point operations per second of a device; None if it is not known."""
-    for chip in CHIPS.values():
-        # A v5p names itself with and without its letter.
-        if device_kind in (chip.device_kind, f"{chip.device_kind}p"):
-            return chip.flops
+    if (name := tpu_name(device_kind)) is not None:
+        return CHIPS[name].flops
     words = device_kind.replace("-", " ").split()
     known = [name for name in GPU_FLOPS if words[: len(name.split())] == name.split()]
     return GPU_FLOPS[max(known, key=len)] if known else None
