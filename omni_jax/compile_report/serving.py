@@ -32,14 +32,16 @@ from omni_jax.compile_report.topology import Topology
 from omni_jax.config.model import ModelConfig
 from omni_jax.errors import ConfigError
 from omni_jax.inference.engine import MAX_PREFILL_ROWS, PROMPT_BUCKETS
-from omni_jax.vocab import NUM_CODEBOOKS
+from omni_jax.vocab import NUM_CODEBOOKS, Vocab
 
 DELAY_STEPS = NUM_CODEBOOKS + 1
 """Steps of an answer besides one per frame."""
 CODEC_ROWS = 64
 """Rows that the codec decodes together; its time per frame hardly depends on it."""
 FREE_MEMORY = 0.1
-"""Part of a chip's memory that is left to temporary arrays and to the other programs."""
+"""Part of a chip's memory that is left to the other programs."""
+LOGITS_ARRAYS = 8
+"""Temporary arrays of a decode step that are as large as the float32 logits; 256 rows of mini_omni take seven."""
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -171,7 +173,7 @@ def serving_report(
         name: report_program(name, model, topology, batch, program, int8=int8 and name != "codec")
         for name, (program, batch) in programs.items()
     }
-    rows = _rows(decode_program(config, mesh, groups, int8=int8), topology)
+    rows = _rows(config, decode_program(config, mesh, groups, int8=int8), topology, tensor)
     while "decode" not in reports:
         decode = decode_program(config, mesh, rows * groups, int8=int8, positions=positions)
         try:
@@ -183,8 +185,9 @@ def serving_report(
             if found.fits or rows == 1:
                 reports["decode"] = found
                 break
-        # What a step needs besides the state is known to the compiler alone; of a small model it is the larger part.
-        rows //= 2
+        # What a step needs besides the state is known to the compiler alone.
+        rows = rows * 3 // 4
+        rows = rows // 8 * 8 or rows
 
     per_answer = {
         "encode": reports["encode"].roofline_seconds / MAX_PREFILL_ROWS,
@@ -227,15 +230,19 @@ def _steps(config: ModelConfig, profile: ServingProfile) -> int:
     return math.ceil(profile.answer_seconds * config.codec.sample_rate / config.codec.frame_size) + DELAY_STEPS
 
 
-def _rows(one_row: Program, topology: Topology) -> int:
+def _rows(config: ModelConfig, one_row: Program, topology: Topology, tensor: int) -> int:
     """How many rows a group of chips holds, besides the weights; a multiple of 8 where there are so many.
+
+    To compile for more than there is room for takes the compiler several times as long.
 
     Raises:
         ConfigError: not one.
     """
     weights, state, *_ = one_row.arguments
     room = topology.chip.hbm_bytes * (1 - FREE_MEMORY) - bytes_per_chip(weights)
-    rows = int(room / bytes_per_chip(state))
+    vocab = Vocab(config.vocab)
+    logits = 4 * (vocab.text_rows + NUM_CODEBOOKS * vocab.audio_rows) / tensor
+    rows = int(room / (bytes_per_chip(state) + LOGITS_ARRAYS * logits))
     if rows < 1:
         raise ConfigError(
             f"topology {topology.name}: expected room for the weights, {bytes_per_chip(weights) / 2**30:.1f} GiB a "

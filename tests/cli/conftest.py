@@ -22,7 +22,7 @@ def loads(tiny: Omni, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """`from_pretrained("tiny")` gives the fixture, which has its programs compiled; the names that were loaded."""
     real, names = Omni.from_pretrained, []
 
-    def load(name: str, *, codec: Any = "jax", mesh: Any = None, **options: bool) -> Omni:
+    def load(name: str, *, codec: Any = "jax", mesh: Any = None, **options: Any) -> Omni:
         names.append(name)
         if name != "tiny" or codec != "jax" or mesh or any(options.values()):
             return real(name, codec=codec, mesh=mesh, **options)

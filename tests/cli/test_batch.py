@@ -157,7 +157,7 @@ def test_batch_answers_again_with_another_option(tiny: Omni, loads: list[str], o
     assert loads == ["tiny", "tiny"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedWarning)
-        other = Omni.untrained("tiny", **{option: True})
+        other = Omni.untrained("tiny", int8=option == "int8", short_windows=option == "short_windows")
     answer = json.loads((tmp_path / "out" / "answers.jsonl").read_text())
     assert answer["text"] == other.answer(text="hello", max_steps=STEPS).text
 

@@ -15,6 +15,8 @@ from omni_jax.compile_report.serving import ServingReport, serving_report
 from omni_jax.compile_report.topology import Topology
 
 PAGE = Path(__file__).parents[2] / "docs" / "tpu.md"
+MARK = "writes the table of the default mix:\n\n"
+"""What the table follows."""
 HEADER = (
     "| model, chip | chips a row | encoder, prefill, decoding, codec | speech per second and chip | with "
     "`--short-windows` | conversations by time | by memory | first sound |\n|---|---|---|---|---|---|---|---|\n"
@@ -48,10 +50,14 @@ CASES = [
 ]
 
 
+COLUMNS = ("speech", "short windows", "by time", "by memory", "first sound")
+"""Figures of a row, at its end."""
+
+
 def line(case: Case, report: ServingReport) -> str:
     """A row of the table."""
     total = sum(report.seconds.values())
-    figures = [
+    cells = [
         f"`{case.name}`",
         f"{case.tensor}",
         ", ".join(f"{seconds / total:.0%}" for seconds in report.seconds.values()),
@@ -61,7 +67,18 @@ def line(case: Case, report: ServingReport) -> str:
         f"{report.conversations_by_memory:.0f}",
         f"{report.first_sound_seconds * 1e3:.0f} ms",
     ]
-    return f"| {' | '.join(figures)} |\n"
+    return f"| {' | '.join(cells)} |\n"
+
+
+def figures(row: str) -> dict[str, float]:
+    """The figures of a row, in its units."""
+    cells = row.strip("| \n").split(" | ")[-len(COLUMNS) :]
+    return {name: float(cell.split()[0]) for name, cell in zip(COLUMNS, cells, strict=True)}
+
+
+def table(rows: dict[str, str]) -> str:
+    """The table of those rows, in the order of the cases; empty without any."""
+    return HEADER * bool(rows) + "".join(rows[case.name] for case in CASES if case.name in rows)
 
 
 def stated() -> dict[str, str]:
@@ -77,12 +94,13 @@ def main(names: list[str]) -> None:
         sys.exit(f"expected some of {', '.join(case.name for case in CASES)}, found {', '.join(sorted(unknown))}")
     for case in CASES:
         if not names or case.name in names:
-            rows = stated() | {case.name: line(case, case.measure())}
-            print(rows[case.name], end="", flush=True)
+            before = stated()
+            after = before | {case.name: line(case, case.measure())}
+            print(after[case.name], end="", flush=True)
             page = PAGE.read_text(encoding="utf-8")
-            start = page.index(HEADER[:20])
-            table = HEADER + "".join(rows[case.name] for case in CASES if case.name in rows)
-            PAGE.write_text(page[:start] + table + page[page.index("\n\n", start) + 1 :], encoding="utf-8")
+            start = page.index(MARK) + len(MARK)
+            end = start + len(table(before)) + 1 if before else start
+            PAGE.write_text(f"{page[:start]}{table(after)}\n{page[end:]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from omni_jax.compile_report.serving import ServingProfile, ServingReport, servi
 from omni_jax.compile_report.topology import Topology
 from omni_jax.config.model import PRESETS
 from omni_jax.errors import ConfigError
+from tests.compile_report.serving_table import CASES, MARK, PAGE, Case, figures, line, stated, table
 
 ONE = Topology.parse("v5e:1x1")
 SHORT = ServingProfile(question_seconds=0.5, answer_seconds=2.048, history_positions=100)
@@ -101,3 +102,19 @@ def test_serving_report_of_compiled_programs() -> None:
     assert all(seconds > 0 for seconds in report.seconds.values())
     assert all(compiled.fits for compiled in report.reports.values())
     assert json.loads(json.dumps(report.to_json()))["limited_by"] in ("time", "memory")
+
+
+def test_page_has_rows_of_the_serving_table(batches: dict[str, int]) -> None:
+    """In the order of the cases, as the command writes them."""
+    assert MARK + table(stated()) in PAGE.read_text(encoding="utf-8")
+    case = CASES[0]
+    report = serving_report(ONE, model="tiny", profile=SHORT)
+    found = figures(line(case, report))
+    assert found["speech"] == round(report.speech_per_second)
+    assert found["first sound"] == round(report.first_sound_seconds * 1e3)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in stated()], ids=lambda case: case.name)
+def test_serving_figures_of_the_page(case: Case) -> None:
+    assert figures(line(case, case.measure())) == pytest.approx(figures(stated()[case.name]), rel=0.05)
