@@ -692,6 +692,23 @@ def test_warm_up_compiles_everything_for_streams(
     assert not [r for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
 
 
+def test_short_windows_encode_short_recordings_in_a_part_of_the_window(tiny_release: Path) -> None:
+    full, short = (Omni.from_pretrained(tiny_release, short_windows=value) for value in (False, True))
+    positions = full.config.audio_encoder.max_position
+    assert (full.config.audio_encoder.windows, short.config.audio_encoder.windows[::2]) == (
+        (positions,),
+        (positions // 4, positions),
+    )
+    with pytest.warns(UntrainedWarning):
+        assert Omni.untrained("tiny", short_windows=True).config.audio_encoder.short_windows
+    seen = []
+    for omni in (full, short):
+        encode = omni.runner.encode_audio
+        omni.runner.encode_audio = lambda audio, encode=encode: (seen.append(audio.shape[1]), encode(audio))[1]
+        omni.answer(recording(1)[:400], sample_rate=16000, max_steps=2)
+    assert seen == [320 * positions, 320 * (positions // 4)]
+
+
 def test_save_pretrained_round_trip(tiny_release: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_release, tmp_path / "imported")
     (folder / "model_config.yaml").write_text("# as it came\n")

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from omni_jax.api import CodecName
 
 
-def load_model(model: str, codec: CodecName = "jax", *, int8: bool = False, mesh: Mesh | None = None) -> omni_jax.Omni:
+def load_model(
+    model: str, codec: CodecName = "jax", *, int8: bool = False, short_windows: bool = False, mesh: Mesh | None = None
+) -> omni_jax.Omni:
     """Load a model; report how long it took, and if it is untrained.
 
     Raises:
@@ -26,7 +28,7 @@ def load_model(model: str, codec: CodecName = "jax", *, int8: bool = False, mesh
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UntrainedWarning)
-        omni = omni_jax.Omni.from_pretrained(model, codec=codec, int8=int8, mesh=mesh)
+        omni = omni_jax.Omni.from_pretrained(model, codec=codec, int8=int8, short_windows=short_windows, mesh=mesh)
     for warning in caught:
         echo_err(f"note: {warning.message}")
     echo_err(f"loaded in {time.perf_counter() - start:.1f} s")

@@ -18,6 +18,14 @@ Codec = Annotated[Literal["jax", "torch"], typer.Option(help="Implementation tha
 Int8 = Annotated[
     bool, typer.Option("--int8", help="Decode with 8-bit weights: half the bytes per step; slower on a CPU.")
 ]
+ShortWindows = Annotated[
+    bool,
+    typer.Option(
+        "--short-windows",
+        help="Encode a short recording in a quarter or a half of the audio encoder's window, whatever the release "
+        "says: faster, with other features.",
+    ),
+]
 TaskName = Annotated[
     Task | None,
     typer.Option(

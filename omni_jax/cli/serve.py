@@ -11,7 +11,7 @@ import typer
 
 from omni_jax.cli.console import echo_err
 from omni_jax.cli.loading import load_model, tensor_mesh
-from omni_jax.cli.options import Codec, Int8, MaxBatchSize, Model, Tensor
+from omni_jax.cli.options import Codec, Int8, MaxBatchSize, Model, ShortWindows, Tensor
 from omni_jax.errors import ConfigError
 from omni_jax.log import log_to_stderr
 from omni_jax.serve.malloc import limit_heap_growth
@@ -23,6 +23,7 @@ def serve(
     model: Model = "nano",
     codec: Codec = "jax",
     int8: Int8 = False,
+    short_windows: ShortWindows = False,
     host: Annotated[
         str,
         typer.Option(
@@ -110,7 +111,7 @@ def serve(
         echo_err(f"note: {host}:{port} accepts requests from the network without a key; see --api-key-file")
     log_to_stderr()
     with bind(host, port) as sockets:
-        omni = load_model(model, codec, int8=int8, mesh=tensor_mesh(tensor))
+        omni = load_model(model, codec, int8=int8, short_windows=short_windows, mesh=tensor_mesh(tensor))
         make_server(Service(omni, name, settings)).run([*sockets])
 
 

@@ -626,7 +626,7 @@ class Engine:
             unused = (row for row in range(self.companion_rows) if row not in used)
             for active in newcomers:
                 active.companion = next(unused)
-        groups: dict[tuple[int, bool, bool], list[tuple[int, ActiveRequest]]] = {}
+        groups: dict[tuple[int, int, bool], list[tuple[int, ActiveRequest]]] = {}
         for slot, active in arrivals:
             groups.setdefault(self._prefill_shape(active.request, active.prefix), []).append((slot, active))
         for (length, _, _), group in groups.items():
@@ -660,7 +660,7 @@ class Engine:
         if not free or not self.queue:
             return []
 
-        def shape_of(request: PreparedRequest) -> tuple[int, bool, bool]:
+        def shape_of(request: PreparedRequest) -> tuple[int, int, bool]:
             return self._prefill_shape(request, self.prefixes.find(request.prompt.history))
 
         shape, rows = shape_of(self.queue[0][1]), min(free, MAX_PREFILL_ROWS)
@@ -672,10 +672,16 @@ class Engine:
         self.queue = left
         return chosen
 
-    def _prefill_shape(self, request: PreparedRequest, prefix: Prefix | None) -> tuple[int, bool, bool]:
-        """Padded length, and whether there are speech and a prefix: prompts alike in this are prefilled together."""
+    def _prefill_shape(self, request: PreparedRequest, prefix: Prefix | None) -> tuple[int, int, bool]:
+        """Padded length, the audio encoder's window, 0 without speech, and if there is a prefix.
+
+        Prompts alike in this are prefilled together. Without `mask_padding` the features depend on the window, which
+        must not depend on the other requests.
+        """
         known = 0 if prefix is None else prefix.length
-        return self._padded(len(request.prompt) - 1 - known), request.task.takes_audio, prefix is not None
+        speech = request.parts[0].speech
+        window = 0 if speech is None else self.runner.config.audio_encoder.window(len(speech))
+        return self._padded(len(request.prompt) - 1 - known), window, prefix is not None
 
     def _padded(self, length: int) -> int:
         return min(next(size for size in self.buckets if size >= length), self.max_len)

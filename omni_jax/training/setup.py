@@ -24,7 +24,7 @@ from omni_jax.config.model import PRESETS, ModelConfig
 from omni_jax.config.run import RunConfig
 from omni_jax.data.records import has_conversations
 from omni_jax.errors import CheckpointError, ConfigError
-from omni_jax.hardware import CHIPS
+from omni_jax.hardware import tpu_name
 from omni_jax.inference.runner import input_axes
 from omni_jax.model.layers import Int8
 from omni_jax.model.lora import add_lora
@@ -38,16 +38,22 @@ from omni_jax.training.step import TrainState, train_step
 PRESET = "preset:"
 
 COMPILER_OPTIONS = {
-    # By default the compiler overlaps the gathering of weights with compute, but not the reduction of gradients. It
-    # accepts these options for this kind only.
-    CHIPS["v5e"].device_kind: {
+    # Products and collectives in one program of the cores. By default the compiler does so with the gathering of
+    # weights, but not with the reduction of gradients. It accepts these options for this kind only.
+    "v5e": {
         "xla_enable_async_reduce_scatter_fusion": "true",
         "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
         # The reductions need a little more than the 16 MiB of on-chip memory that a fusion may use by default.
         "xla_tpu_scoped_vmem_limit_kib": "20480",
     },
+    # SparseCores run the collectives while the other cores compute. By default nothing overlaps on this kind.
+    "v5p": {
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
+    },
 }
-"""Compiler options of the step, by kind of device."""
+"""Compiler options of the step, by TPU."""
 
 
 @dataclass(frozen=True)
@@ -273,5 +279,5 @@ def compile_step(setup: TrainingSetup) -> Any:
         partial(train_step, setup.graph, setup.config),
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(setup.mesh)),
-        compiler_options=COMPILER_OPTIONS.get(setup.mesh.devices.flat[0].device_kind),
+        compiler_options=COMPILER_OPTIONS.get(tpu_name(setup.mesh.devices.flat[0].device_kind) or ""),
     )
