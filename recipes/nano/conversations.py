@@ -1,7 +1,8 @@
 """Conversations: questions that only the turns before them, or a system text, make clear.
 
-The phrasings are in `facts/conversations.yaml`; everything else is taken from `questions`. Held out are a fifth of the
-phrasings, never the first, a fifth of the names, and what `questions` holds out about numbers.
+The phrasings are in `facts/conversations.yaml` and, for training only, `facts/further_conversations.yaml`; everything
+else is taken from `questions`. Held out are a fifth of the phrasings in the former, never the first, a fifth of its
+names, and what `questions` holds out about numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,18 @@ from recipes.nano.questions import (
 
 FORMS: dict[str, list[str]] = read_facts("conversations.yaml")
 """Phrasings by form."""
+FURTHER_FORMS: dict[str, list[str]] = read_facts("further_conversations.yaml")
+"""Further phrasings, for training only."""
 NAMES = FORMS.pop("names")
+FURTHER_NAMES = FURTHER_FORMS.pop("names")
+MADE_UP = 0.4
+"""Share of names in training that are made up: what a model has never seen must be copied."""
+SYLLABLES = tuple(
+    onset + vowel + coda
+    for onset in ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "sh", "th", "tr", "br")
+    for vowel in ("a", "e", "i", "o", "u", "ee", "ai")
+    for coda in ("", "", "n", "l", "r", "s", "m")
+)
 UNKNOWN = KINDS["unknown"].facts[0].answer
 HELD_OUT_NAMES = lowest_hashes(NAMES[1:], HELD_OUT_PHRASINGS, "name")
 NEIGHBORS = {"after": KINDS["after"], "before": KINDS["before"]}
@@ -83,11 +95,23 @@ class _Maker:
     def __init__(self, split: Split, seed: int) -> None:
         self.split: Split = split
         self.rng = random.Random(f"conversations {split} {seed}")
-        self.names = sorted(HELD_OUT_NAMES) if split == "held_out" else [n for n in NAMES if n not in HELD_OUT_NAMES]
+
+    def name(self) -> str:
+        """Of a person."""
+        if self.split == "held_out":
+            return self.rng.choice(sorted(HELD_OUT_NAMES))
+        if self.rng.random() < MADE_UP:
+            return "".join(self.rng.choices(SYLLABLES, k=self.rng.randint(1, 3))).capitalize()
+        return self.rng.choice([name for name in NAMES + FURTHER_NAMES if name not in HELD_OUT_NAMES])
 
     def phrasing(self, form: str) -> str:
+        """Of a form; half of those in training are further ones."""
         held_out = _held_out_phrasings(form)
-        return self.rng.choice([text for text in FORMS[form] if (text in held_out) == (self.split == "held_out")])
+        if self.split == "held_out":
+            return self.rng.choice([text for text in FORMS[form] if text in held_out])
+        if self.rng.random() < 0.5:
+            return self.rng.choice(FURTHER_FORMS[form])
+        return self.rng.choice([text for text in FORMS[form] if text not in held_out])
 
     def asked(self, *kinds: str) -> Asked:
         """A training question of one of the kinds.
@@ -111,7 +135,10 @@ class _Maker:
         return tuple(self.asked().turn for _ in range(self.rng.randint(0, most)))
 
     def plain_system(self) -> str:
-        return self.rng.choice(FORMS["system_plain"]) if self.rng.random() < 0.3 else ""
+        if self.rng.random() >= 0.3:
+            return ""
+        further = [] if self.split == "held_out" else FURTHER_FORMS["system_plain"]
+        return self.rng.choice(FORMS["system_plain"] + further)
 
     def follow_up(self, form: str, previous: Turn, answer: str, **fields: str) -> Conversation:
         """The form's question right after a turn."""
@@ -253,13 +280,13 @@ def _tell_name(maker: _Maker, name: str) -> Turn:
 
 
 def _told_name(maker: _Maker) -> Conversation:
-    turn = _tell_name(maker, maker.rng.choice(maker.names))
+    turn = _tell_name(maker, maker.name())
     return Conversation("user_name", maker.plain_system(), maker.before(1), turn.question, turn.answer)
 
 
 def _user_name(maker: _Maker) -> Conversation:
     """Told before, by the user or the system text, or never."""
-    name = maker.rng.choice(maker.names)
+    name = maker.name()
     where = maker.rng.choice(("history", "history", "history", "system", "nowhere"))
     system, history = maker.plain_system(), maker.before(2)
     if where == "history":
@@ -292,7 +319,7 @@ def _user_favorite(maker: _Maker) -> Conversation:
 
 
 def _system_name(maker: _Maker) -> Conversation:
-    name = maker.rng.choice(maker.names)
+    name = maker.name()
     system = maker.phrasing("system_name").format(x=name)
     asked = maker.asked("name")
     return Conversation("system_name", system, maker.before(2), asked.turn.question, f"My name is {name}.")
@@ -319,9 +346,9 @@ def _new_question(maker: _Maker) -> Conversation:
     draw = maker.rng.random()
     if last.kind.name not in ("name", "greeting"):
         if draw < 0.15:
-            system = maker.phrasing("system_name").format(x=maker.rng.choice(maker.names))
+            system = maker.phrasing("system_name").format(x=maker.name())
         elif draw < 0.3:
-            system = maker.phrasing("system_user_name").format(x=maker.rng.choice(maker.names))
+            system = maker.phrasing("system_user_name").format(x=maker.name())
     return Conversation(last.kind.name, system, history, last.turn.question, last.turn.answer)
 
 
@@ -369,7 +396,7 @@ _FACTS = {name: {fact.key: fact for fact in kind.facts} for name, kind in KINDS.
 
 
 def forms(split: Split) -> Iterator[tuple[str, str]]:
-    """Every form with each of its phrasings of a split."""
+    """Every form with each of its phrasings of a split, but the further ones."""
     for form, texts in FORMS.items():
         held_out = _held_out_phrasings(form)
         yield from ((form, text) for text in texts if (text in held_out) == (split == "held_out"))

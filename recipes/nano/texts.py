@@ -132,7 +132,7 @@ class Sizes:
     noises: int = 1200
     """Recordings without a question: see `recipes.nano.noise`."""
     held_out_noises: int = 200
-    written_conversations: int = 40_000
+    written_conversations: int = 120_000
     conversations: int = 5000
     """Their last questions are asked aloud."""
     natural_conversations: int = 600

@@ -9,7 +9,16 @@ from dataclasses import astuple
 
 import pytest
 
-from recipes.nano.conversations import FORMS, HELD_OUT_NAMES, NAMES, Conversation, conversations, forms
+from recipes.nano.conversations import (
+    FORMS,
+    FURTHER_FORMS,
+    FURTHER_NAMES,
+    HELD_OUT_NAMES,
+    NAMES,
+    Conversation,
+    conversations,
+    forms,
+)
 from recipes.nano.questions import all_questions, words
 
 pytestmark = pytest.mark.slow
@@ -38,6 +47,17 @@ def test_number_of_forms():
     assert sum(len(texts) for texts in FORMS.values()) >= 300
     assert {form for form, _ in forms("train")} == {form for form, _ in forms("held_out")} == set(FORMS)
     assert not set(forms("train")) & set(forms("held_out"))
+    assert set(FURTHER_FORMS) == set(FORMS)
+    held_out = {text.lower() for _, text in forms("held_out")}
+    assert not {text.lower() for texts in FURTHER_FORMS.values() for text in texts} & held_out
+    assert not set(FURTHER_NAMES) & set(NAMES)
+
+
+def test_further_phrasings_have_the_fields_of_their_form():
+    for form, texts in FURTHER_FORMS.items():
+        expected = {tuple(sorted(re.findall(r"{(\w+)}", text))) for text in FORMS[form]}
+        for text in texts:
+            assert tuple(sorted(re.findall(r"{(\w+)}", text))) in expected, text
 
 
 def test_calculations_continue_with_the_last_result(train, held_out):
@@ -82,11 +102,13 @@ def test_names_come_from_where_they_were_told(train, held_out):
     for made in train + held_out:
         if made.kind in ("ask_user_name", "system_name"):
             past = " ".join(turn.question for turn in made.history)
-            named = [name for name in NAMES if re.search(rf"\b{name}\b", f"{made.system} {past}")]
-            place = "nowhere" if not named else "system" if named[0] in made.system else "history"
-            assert len(named) <= 1, made
-            expected = f"name is {named[0]}." if named else "I am sorry, I don't know that."
-            assert made.answer.endswith(expected), made
+            if made.answer == "I am sorry, I don't know that.":
+                place = "nowhere"
+                assert not [name for name in NAMES if re.search(rf"\b{name}\b", f"{made.system} {past}")], made
+            else:
+                name = re.fullmatch(r"(?:My|Your) name is (\w+)\.", made.answer)[1]
+                place = "system" if re.search(rf"\b{name}\b", made.system) else "history"
+                assert re.search(rf"\b{name}\b", f"{made.system} {past}"), made
             told[made.kind, place] += 1
     assert min(told[key] for key in (("ask_user_name", "system"), ("ask_user_name", "history"))) > 20
     assert told["system_name", "system"] == sum(count for (kind, _), count in told.items() if kind == "system_name")
@@ -96,7 +118,7 @@ def test_a_name_of_the_system_text_is_not_contradicted(train):
     for made in train:
         assert not any(turn.answer == "My name is Nano." for turn in made.history)
         if made.answer == "My name is Nano.":
-            assert made.system in ("", *FORMS["system_plain"])
+            assert made.system in ("", *FORMS["system_plain"], *FURTHER_FORMS["system_plain"])
 
 
 def test_nothing_held_out_is_trained(train, held_out):
@@ -117,4 +139,4 @@ def test_texts_do_not_change(train, held_out):
     def digest(made: list[Conversation]) -> str:
         return hashlib.sha256(repr([astuple(one) for one in made]).encode()).hexdigest()[:16]
 
-    assert (digest(train), digest(held_out)) == ("573245f5fedcff8a", "5f46a972bae2ae20")
+    assert (digest(train), digest(held_out)) == ("3939df68b529dbaa", "5f46a972bae2ae20")
