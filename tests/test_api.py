@@ -692,7 +692,9 @@ def test_warm_up_compiles_everything_for_streams(
     assert not [r for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
 
 
-def test_short_windows_encode_short_recordings_in_a_part_of_the_window(tiny_release: Path) -> None:
+def test_short_windows_encode_short_recordings_in_a_part_of_the_window(
+    tiny_release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full, short = (Omni.from_pretrained(tiny_release, short_windows=value) for value in (False, True))
     positions = full.config.audio_encoder.max_position
     assert (full.config.audio_encoder.windows, short.config.audio_encoder.windows[::2]) == (
@@ -703,9 +705,10 @@ def test_short_windows_encode_short_recordings_in_a_part_of_the_window(tiny_rele
         assert Omni.untrained("tiny", short_windows=True).config.audio_encoder.short_windows
     seen = []
     for omni in (full, short):
-        encode = omni.runner.encode_audio
-        omni.runner.encode_audio = lambda audio, encode=encode: (seen.append(audio.shape[1]), encode(audio))[1]
-        omni.answer(recording(1)[:400], sample_rate=16000, max_steps=2)
+        with monkeypatch.context() as patch:
+            encode = omni.runner.encode_audio
+            patch.setattr(omni.runner, "encode_audio", lambda audio, f=encode: (seen.append(audio.shape[1]), f(audio))[1])
+            omni.answer(recording(1)[:400], sample_rate=16000, max_steps=2)
     assert seen == [320 * positions, 320 * (positions // 4)]
 
 
