@@ -707,7 +707,8 @@ def test_short_windows_encode_short_recordings_in_a_part_of_the_window(
     for omni in (full, short):
         with monkeypatch.context() as patch:
             encode = omni.runner.encode_audio
-            patch.setattr(omni.runner, "encode_audio", lambda audio, f=encode: (seen.append(audio.shape[1]), f(audio))[1])
+            counted = lambda audio, encode=encode: (seen.append(audio.shape[1]), encode(audio))[1]  # noqa: E731
+            patch.setattr(omni.runner, "encode_audio", counted)
             omni.answer(recording(1)[:400], sample_rate=16000, max_steps=2)
     assert seen == [320 * positions, 320 * (positions // 4)]
 

@@ -20,7 +20,11 @@ def test_release_of_a_run_keeps_the_files_of_its_start(tiny_release: Path, tmp_p
     (folder / "model_config.yaml").write_text("# as it came\n")
     start = open_release(folder)
     graph, state = nnx.split(start.load_model(stacked=False, dtype=jnp.float32))
-    setup: Any = SimpleNamespace(graph=graph, start=SimpleNamespace(release=start, config=start.config))
+    setup: Any = SimpleNamespace(
+        graph=graph,
+        config=SimpleNamespace(frozen_dtype="float32"),
+        start=SimpleNamespace(release=start, config=start.config),
+    )
     for _ in range(2):
         write_release(setup, nnx.to_pure_dict(state), tmp_path / "release")
     for file in folder.iterdir():
