@@ -22,7 +22,7 @@ help:
 	@echo 'make test       the tests, 8 minutes on two cores'
 	@echo 'make test-slow  the long tests: TPU compilations, large files, kill tests, fuzzing, browser'
 	@echo 'make test-nightly  the longest: programs of a pod, a trial of the recipe, the optimized numeric tests'
-	@echo 'make test-clients  the OpenAI services of Pipecat and LiveKit against a server of nano'
+	@echo 'make test-clients  OpenAI, its Agents SDK, Pipecat and LiveKit against a server of nano'
 	@echo 'make coverage   line and branch coverage of make test'
 	@echo 'make lint       ruff, mypy and the import contract'
 	@echo 'make format     format the code with ruff'
@@ -54,9 +54,10 @@ test-nightly: $(VENV)/.dev
 	$(BIN)/python -m pytest -m nightly
 	OMNI_JAX_TEST_OPTIMIZED=1 $(BIN)/python -m pytest -m '$(FAST)' -n $(WORKERS) $(NUMERIC)
 
-# Voice agents of others, with their own packages in an environment of their own.
-test-clients: $(VENV)/.dev $(VENV)-clients/.installed
-	$(BIN)/python -m tests.clients $(VENV)-clients/bin/python
+# Clients of others, unchanged, each with its packages in an environment of its own.
+CLIENTS := openai_client agents_sdk pipecat_service livekit_plugin
+test-clients: $(VENV)/.dev $(CLIENTS:%=$(VENV)-%/.installed)
+	$(BIN)/python -m tests.clients $(foreach name,$(CLIENTS),$(name)=$(VENV)-$(name)/bin/python)
 
 coverage: $(VENV)/.dev
 	rm -f .coverage .coverage.*
@@ -100,9 +101,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -q $(CONSTRAINTS) -e '.[dev]'
 	@touch $(VENV)/.base $@
 
-$(VENV)-clients/.installed:
-	$(PYTHON) -m venv $(VENV)-clients
-	$(VENV)-clients/bin/pip install -q 'pipecat-ai[openai]' livekit-agents livekit-plugins-openai
+# The example says what it needs.
+$(CLIENTS:%=$(VENV)-%/.installed): $(VENV)-%/.installed: examples/realtime/%.py
+	$(PYTHON) -m venv $(VENV)-$*
+	eval "$(VENV)-$*/bin/pip install -q $$(sed -n 's/^ *pip install //p' $<)"
 	@touch $@
 
 $(VENV)/.nano: pyproject.toml constraints.txt | $(BIN)/python

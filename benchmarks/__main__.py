@@ -13,6 +13,7 @@ NAMES = (
     "first_audio",
     "live",
     "realtime",
+    "sessions",
     "serve",
     "start",
     "attacks",

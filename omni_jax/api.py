@@ -103,6 +103,7 @@ class Omni:
         dtype: Any = None,
         codec: CodecName = "jax",
         int8: bool = False,
+        short_windows: bool = False,
         mesh: jax.sharding.Mesh | None = None,
         cache_dir: str | Path | None = None,
     ) -> Omni:
@@ -116,16 +117,24 @@ class Omni:
             dtype: of weights and matrix products; None: float32 on a CPU, bfloat16 elsewhere.
             codec: decode audio by the native codec, or by the torch one in a host callback.
             int8: decode with weights quantized to eight bits; see `omni_jax.inference.runner.ModelRunner`.
+            short_windows: encode short recordings in a quarter or a half of the audio encoder's window, whatever the
+                release says; see `omni_jax.config.model.AudioEncoderConfig`.
             mesh: shard the model over devices; see `omni_jax.sharding.make_mesh`.
             cache_dir: where hub downloads are kept.
 
         Raises:
-            ConfigError, CheckpointError: there is no such model, or a file of it cannot be used; names the file.
+            ConfigError, CheckpointError: there is no such model, a file of it cannot be used, or the mesh does not
+                divide its heads; names the file or field.
         """
         _check_codec(codec)
         release = releases.find_release(name_or_path, revision=revision, cache_dir=cache_dir)
         if release is None:
-            return cls._untrained(str(name_or_path), 0, codec, mesh, int8=int8, dtype=dtype)
+            return cls._untrained(
+                str(name_or_path), 0, codec, mesh, int8=int8, short_windows=short_windows, dtype=dtype
+            )
+        if short_windows:
+            release = replace(release, config=release.config.with_short_windows())
+        _check_heads(release.config, mesh)
         stacked, default = sharding.default_layout()
         dtype = default if dtype is None else dtype
         model = release.load_model(stacked=stacked, dtype=dtype, param_dtype=dtype, mesh=mesh)
@@ -141,24 +150,34 @@ class Omni:
         dtype: Any = None,
         codec: CodecName = "jax",
         int8: bool = False,
+        short_windows: bool = False,
         mesh: jax.sharding.Mesh | None = None,
     ) -> Omni:
         """A model with random weights and one token per byte: runs like a trained one, its answers mean nothing."""
-        return cls._untrained(preset, seed, codec, mesh, int8=int8, dtype=dtype)
+        return cls._untrained(preset, seed, codec, mesh, int8=int8, short_windows=short_windows, dtype=dtype)
 
     @classmethod
     def _untrained(
-        cls, preset: str, seed: int, codec: str, mesh: jax.sharding.Mesh | None, *, int8: bool, dtype: Any
+        cls,
+        preset: str,
+        seed: int,
+        codec: str,
+        mesh: jax.sharding.Mesh | None,
+        *,
+        int8: bool,
+        short_windows: bool,
+        dtype: Any,
     ) -> Omni:
         _check_codec(codec)
         if preset not in PRESETS:
             raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, found {preset!r}")
+        config = PRESETS[preset].with_short_windows() if short_windows else PRESETS[preset]
+        _check_heads(config, mesh)
         warnings.warn(
             f"the model {preset!r} is untrained: its weights are random (seed {seed}), its answers mean nothing",
             UntrainedWarning,
             stacklevel=3,
         )
-        config = PRESETS[preset]
         stacked, default = sharding.default_layout()
         dtype = default if dtype is None else dtype
         model = tensors.init_model(config, stacked=stacked, dtype=dtype, seed=seed, mesh=mesh)
@@ -184,7 +203,7 @@ class Omni:
             self.config,
             tensors.model_tensors(self.model),
             self._release.codec_tensors(),
-            self._release.tokenizer_files(),
+            self._release.files_to_keep(),
             int8=int8,
         )
 
@@ -540,6 +559,16 @@ class Omni:
 def _check_codec(name: str) -> None:
     if name not in ("jax", "torch"):
         raise ConfigError(f"codec: expected jax or torch, found {name!r}", field="codec")
+
+
+def _check_heads(config: ModelConfig, mesh: jax.sharding.Mesh | None) -> None:
+    """Refuse a mesh over whose tensor axis the trunk cannot be split: every device would compute all heads."""
+    if mesh is None:
+        return
+    for field, axis in (("num_heads", "heads"), ("num_kv_heads", "kv_heads")):
+        heads, shards = getattr(config.trunk, field), sharding.num_shards(axis, mesh)
+        if heads % shards:
+            raise ConfigError(f"tensor: expected a divisor of trunk.{field}, {heads}, found {shards}", field="tensor")
 
 
 def _decoder(codec: Snac, name: str) -> DecodeFn:

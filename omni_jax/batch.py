@@ -4,9 +4,11 @@ The source is a file of JSON lines, one row per line:
 
     {"id": "q1", "audio": "q1.wav"}
     {"id": "q2", "text": "What is the capital of France?", "task": "T1T2", "seed": 7}
+    {"id": "q3", "text": "And of Italy?", "history": [{"question": "...", "answer": "..."}], "system": "Be brief."}
 
 `id` and one of `audio` (relative to the manifest) and `text` are required; `task`, `truncate` and the fields of
-`GenerationConfig` are optional and override the job's. Or it is a folder of recordings.
+`GenerationConfig` are optional and override the job's; `system` and `history` are those of `Request`. Or it is a folder
+of recordings.
 
 The output is a folder with `answers.jsonl`, one line per row in the order of the source, and one wav file per spoken
 answer. A line has `id`, `task`, `text`, `audio` (name of the wav file), `seconds`, `finish_reason`,
@@ -37,6 +39,7 @@ from omni_jax.errors import ConfigError, OmniError
 from omni_jax.file_names import safe_file_name
 from omni_jax.folder_lock import FolderLock
 from omni_jax.inference.generation import GenerationConfig
+from omni_jax.inference.messages import to_messages
 from omni_jax.inference.request import Request
 from omni_jax.input_files import parse_json, read_file
 from omni_jax.tasks import Task
@@ -223,7 +226,7 @@ class Row:
             audio = _hash_file(self.audio) if self.audio else None
         except OSError:
             audio = None
-        request = {
+        request: dict[str, Any] = {
             "audio": audio,
             "text": self.request.text,
             "task": str(self.request.resolve_task()),
@@ -231,6 +234,8 @@ class Row:
             "config": dataclasses.asdict(self.request.config),
             "model": model_id,
         }
+        if messages := to_messages(self.request.system or "", self.request.history):
+            request["messages"] = messages
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -253,6 +258,9 @@ class ManifestRow:
     text: StrictStr | None = None
     task: StrictStr | None = None
     truncate: StrictBool | None = None
+    system: StrictStr | None = None
+    history: Any = None
+    """Past turns, as `Request` takes them."""
 
 
 def read_rows(source: Path, out: Path, defaults: Request) -> list[Row]:
@@ -325,7 +333,11 @@ def _read_row(path: Path, number: int, line: bytes, defaults: Request) -> Row:
     if errors:
         return Row(id, place, error="; ".join(errors))
     truncate = defaults.truncate if row.truncate is None else row.truncate
-    given = Request(task=row.task or defaults.task, truncate=truncate, config=config)
+    task, history = row.task or defaults.task, () if row.history is None else row.history
+    try:
+        given = Request(task=task, truncate=truncate, config=config, system=row.system, history=history)
+    except ConfigError as error:
+        return Row(id, place, error=str(error.prefixed(place)))
     audio = None if row.audio is None else path.parent / row.audio
     try:
         if audio is not None:

@@ -27,14 +27,16 @@ class ChipSpec:
     """`jax.Device.device_kind`."""
     chips_per_host: tuple[int, int, int]
     """Chips of a full host along each axis of a slice."""
+    clock: float
+    """Cycles per second of the matrix units: `flops` over twice their multipliers."""
 
 
 CHIPS = {
     # https://cloud.google.com/tpu/docs/v4, .../v5e, .../v5p, .../v6e: peak bfloat16, HBM, ICI in bits per chip.
-    "v4": ChipSpec(275e12, 32 << 30, 1228e9, 2400e9 / 8, "TPU v4", (2, 2, 1)),
-    "v5e": ChipSpec(197e12, 16 << 30, 819e9, 1600e9 / 8, "TPU v5 lite", (2, 2, 1)),
-    "v5p": ChipSpec(459e12, 95 << 30, 2765e9, 4800e9 / 8, "TPU v5", (2, 2, 1)),
-    "v6e": ChipSpec(918e12, 32 << 30, 1640e9, 3584e9 / 8, "TPU v6 lite", (2, 2, 1)),
+    "v4": ChipSpec(275e12, 32 << 30, 1228e9, 2400e9 / 8, "TPU v4", (2, 2, 1), 1.05e9),
+    "v5e": ChipSpec(197e12, 16 << 30, 819e9, 1600e9 / 8, "TPU v5 lite", (2, 2, 1), 1.5e9),
+    "v5p": ChipSpec(459e12, 95 << 30, 2765e9, 4800e9 / 8, "TPU v5", (2, 2, 1), 1.75e9),
+    "v6e": ChipSpec(918e12, 32 << 30, 1640e9, 3584e9 / 8, "TPU v6 lite", (2, 2, 1), 1.75e9),
 }
 """Chips by the name that a topology begins with."""
 
@@ -87,12 +89,17 @@ GPU_FLOPS = {
 """Peak bfloat16 floating-point operations per second of GPUs, by the beginning of `jax.Device.device_kind`."""
 
 
+def tpu_name(device_kind: str) -> str | None:
+    """The name in `CHIPS` of a TPU by its `jax.Device.device_kind`; None if it is none of them."""
+    # A v5p names itself with and without its letter.
+    kinds = {kind: name for name, chip in CHIPS.items() for kind in (chip.device_kind, f"{chip.device_kind}p")}
+    return kinds.get(device_kind)
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Peak bfloat16 floating-point operations per second of a device; None if it is not known."""
-    for chip in CHIPS.values():
-        # A v5p names itself with and without its letter.
-        if device_kind in (chip.device_kind, f"{chip.device_kind}p"):
-            return chip.flops
+    if (name := tpu_name(device_kind)) is not None:
+        return CHIPS[name].flops
     words = device_kind.replace("-", " ").split()
     known = [name for name in GPU_FLOPS if words[: len(name.split())] == name.split()]
     return GPU_FLOPS[max(known, key=len)] if known else None

@@ -46,6 +46,11 @@ def load_tokenizer(file: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def num_rows(tokenizer: tokenizers.Tokenizer) -> int:
+    """Rows that a table needs for all ids of a tokenizer, which may have gaps."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
 def _growth(component: dict[str, Any]) -> float:
     """How many times as long a normalizer or a decoder, as it is in the file, may make a text of one character."""
     growth = 1.0

@@ -115,7 +115,7 @@ def mini_omni_folder(folder: Path, config: ModelConfig, dtype: str = "float32") 
     import torch
 
     from omni_jax.convert.mini_omni import config_to_yaml
-    from tests.reference_mini_omni import MiniOmni
+    from omni_jax.convert.torch_mini_omni import MiniOmni
 
     values = config_to_yaml(config)
     torch.manual_seed(3)

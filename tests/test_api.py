@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -18,6 +19,7 @@ import soundfile
 from flax import nnx
 
 import omni_jax
+from omni_jax import sharding
 from omni_jax.api import Omni, Request
 from omni_jax.checkpoint import tensors
 from omni_jax.checkpoint.release import MODEL, open_release
@@ -613,6 +615,18 @@ def test_from_pretrained_refuses_unknown_names() -> None:
         Omni.from_pretrained("nowhere")
 
 
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [(8, "trunk.num_heads, 4, found 8"), (4, "trunk.num_kv_heads, 2, found 4")],
+)
+def test_heads_that_the_devices_do_not_divide_are_refused(tiny_release: Path, devices: int, message: str) -> None:
+    mesh = sharding.make_mesh(tensor=devices)
+    with pytest.raises(ConfigError, match=f"tensor: expected a divisor of {message}"):
+        Omni.untrained("tiny", mesh=mesh)
+    with pytest.raises(ConfigError, match=f"tensor: expected a divisor of {message}"):
+        Omni.from_pretrained(tiny_release, mesh=mesh)
+
+
 def test_generate_takes_task_config_and_options(omni: Omni) -> None:
     config = GenerationConfig(max_steps=9, temperature=0.9, seed=3)
     expected = omni.answer(text="Why", max_steps=9, temperature=0.9, seed=4)
@@ -678,10 +692,34 @@ def test_warm_up_compiles_everything_for_streams(
     assert not [r for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
 
 
+def test_short_windows_encode_short_recordings_in_a_part_of_the_window(
+    tiny_release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, short = (Omni.from_pretrained(tiny_release, short_windows=value) for value in (False, True))
+    positions = full.config.audio_encoder.max_position
+    assert (full.config.audio_encoder.windows, short.config.audio_encoder.windows[::2]) == (
+        (positions,),
+        (positions // 4, positions),
+    )
+    with pytest.warns(UntrainedWarning):
+        assert Omni.untrained("tiny", short_windows=True).config.audio_encoder.short_windows
+    seen = []
+    for omni in (full, short):
+        with monkeypatch.context() as patch:
+            encode = omni.runner.encode_audio
+            counted = lambda audio, encode=encode: (seen.append(audio.shape[1]), encode(audio))[1]  # noqa: E731
+            patch.setattr(omni.runner, "encode_audio", counted)
+            omni.answer(recording(1)[:400], sample_rate=16000, max_steps=2)
+    assert seen == [320 * positions, 320 * (positions // 4)]
+
+
 def test_save_pretrained_round_trip(tiny_release: Path, tmp_path: Path) -> None:
-    omni = Omni.from_pretrained(tiny_release)
+    folder = shutil.copytree(tiny_release, tmp_path / "imported")
+    (folder / "model_config.yaml").write_text("# as it came\n")
+    omni = Omni.from_pretrained(folder)
     omni.save_pretrained(tmp_path / "saved")
-    before, after = open_release(tiny_release), open_release(tmp_path / "saved")
+    before, after = open_release(folder), open_release(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model_config.yaml").read_text() == "# as it came\n"
     assert before.config == after.config
     assert before.tokenizer().to_str() == after.tokenizer().to_str()
     tensors, saved = before.inspect(), after.inspect()

@@ -15,7 +15,8 @@ from omni_jax.api import Omni
 from omni_jax.batch import BatchSummary, answer_manifest, read_rows
 from omni_jax.errors import ConfigError, FolderInUseError, UntrainedWarning
 from omni_jax.inference.generation import GenerationConfig
-from omni_jax.inference.request import Request
+from omni_jax.inference.request import Request, Turn
+from tests.inference.reference_decoder import small_omni
 
 CONFIG = GenerationConfig(max_steps=3)
 
@@ -168,6 +169,53 @@ def test_row_options_override_the_defaults(tmp_path: Path) -> None:
     assert first == Request(tmp_path / "a.wav", task="A1T2", truncate=True, config=GenerationConfig(seed=3))
     config = GenerationConfig(seed=3, top_k=5, batch_parallel=False)
     assert second == Request(tmp_path / "b.wav", task="A1T1", truncate=False, config=config)
+
+
+def test_rows_with_a_history_are_answered_with_it(tmp_path: Path) -> None:
+    omni = small_omni(text_specials=7, conversation=True, max_position=128)
+    config = GenerationConfig(max_steps=20, temperature=2)
+    turn, question = {"question": "Hi?", "answer": "Yes"}, {"text": "Two?", "task": "T1T2"}
+    rows: list[dict[str, Any]] = [
+        {"id": "first", **question},
+        {"id": "told", **question, "system": "Bob", "history": [turn]},
+        {"id": "empty", **question, "system": None, "history": None},
+    ]
+
+    def job(*rows: dict[str, Any], omni: Omni = omni, model_id: str = "talker") -> BatchSummary:
+        manifest = write_manifest(tmp_path / "m.jsonl", *rows)
+        return answer_manifest(lambda: omni, manifest, tmp_path / "out", model_id=model_id, config=config)
+
+    summary = job(*rows)
+    records = [json.loads(line) for line in summary.path.read_text().splitlines()]
+    told = omni.generate(Request(text="Two?", task="T1T2", system="Bob", history=[Turn("Hi?", "Yes")]), config=config)
+    assert records[1]["text"] == told.text
+    assert records[0]["text"] == records[2]["text"] != told.text
+    assert job(*rows).num_kept == 3
+    rows[1]["history"] = [{**turn, "answer": "No"}]
+    assert job(*rows).num_kept == 2
+
+    assert job(rows[1], omni=small_omni(), model_id="plain").num_failed == 1
+    (record,) = map(json.loads, summary.path.read_text().splitlines())
+    assert record["error"] == (
+        "system: expected none: this model was not trained on conversations (conversation of its config)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"history": 0}, "m.jsonl line 1: history: expected a list of turns, found int"),
+        ({"history": [["Hi?", "Yes"], "x" * 9000]}, "m.jsonl line 1: history[1]: expected a question and an"),
+        ({"history": [{"question": 1}]}, "m.jsonl line 1: history[0]: question: expected a string, found int"),
+        ({"system": 5}, "m.jsonl line 1: system: Input should be a valid string, found 5"),
+        ({"history": [["Hi?", "Yes"]], "task": "T1A1"}, "m.jsonl line 1: history: expected none for task T1A1"),
+    ],
+)  # fmt: skip
+def test_histories_that_are_none_are_errors_of_their_rows(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "m.jsonl", {"id": "a", "text": "x", **fields})
+    (row,) = read_rows(manifest, tmp_path / "out", Request(config=CONFIG))
+    assert row.error.startswith(message)
+    assert len(row.error) < 200
 
 
 def test_rows_whose_ids_differ_in_case_have_different_wav_files(tmp_path: Path) -> None:

@@ -69,6 +69,13 @@ def test_init_then_export(tiny_parts, tmp_path):
     assert json.loads((tmp_path / "trunk" / "config.json").read_text())["model_type"] == "qwen2"
 
 
+def test_dtype_option(tiny_parts, tmp_path):
+    done = run("import", tiny_parts / "mini_omni", tmp_path / "out", "--dtype", "bfloat16", *sources(tiny_parts))
+    assert done.exit_code == 0, done.output
+    assert {tensor.dtype.name for tensor in open_release(tmp_path / "out").model_tensors().values()} == {"bfloat16"}
+    assert run("init", tmp_path / "no", "--lm", tmp_path, "--dtype", "fp8", *sources(tiny_parts)).exit_code == 2
+
+
 def test_export_to_whisper_and_snac_and_import_again(tmp_path):
     nano = open_release("nano")
     for name, to in (("whole", "mini-omni"), ("audio_encoder", "whisper"), ("codec", "snac")):
@@ -143,6 +150,13 @@ def test_inspect(tiny_parts, tiny_release):
     assert theirs.exit_code == 0, theirs.output
     lines = [line.split() for line in theirs.output.splitlines()]
     assert ["transformer.h.*.attn.attn.weight", "2", "x", "128x48", "float32", "12,288"] in lines
+
+
+def test_help_shows_whole_ids_and_extras():
+    """Of a narrow terminal; what is in brackets is no markup."""
+    text = " ".join(run("init", "--help").output.split())
+    for name in ("Qwen/Qwen3-0.6B", "openai/whisper-small", "hubertsiuzdak/snac_24khz", "omni-jax[torch]"):
+        assert name in text
 
 
 # Errors: one message, exit code 2, no traceback, no folder.

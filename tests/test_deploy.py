@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
+import inspect
 import os
 import re
 import shutil
 import subprocess
+import sys
+import types
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,7 @@ import typer
 import yaml
 
 from omni_jax.cli.serve import serve
+from omni_jax.serve import app
 from omni_jax.training.command import EXIT_REFUSED
 
 ROOT = Path(__file__).parents[1]
@@ -55,9 +62,9 @@ def check_deployment(deployment: dict[str, Any]) -> dict[str, Any]:
 
 
 def typer_app() -> typer.Typer:
-    app = typer.Typer()
-    app.command()(serve)
-    return app
+    found = typer.Typer()
+    found.command()(serve)
+    return found
 
 
 def test_kubernetes_manifests():
@@ -118,6 +125,8 @@ def test_jobset():
     [container] = pod["containers"]
     assert container["name"] == rule["onExitCodes"]["containerName"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    folder = {variable["name"]: variable["value"] for variable in container["env"]}["JAX_COMPILATION_CACHE_DIR"]
+    assert any(folder.startswith(f"{mount['mountPath']}/") for mount in container["volumeMounts"])
     config = next(word for word in container["command"] if word.endswith(".yaml"))
     assert (ROOT / config).is_file()
 
@@ -136,6 +145,72 @@ def test_dockerfile_copies_what_is_there():
     extras = set(re.findall(r"'\.\[([\w,]+)\]'", text))
     declared = (ROOT / "pyproject.toml").read_text()
     assert all(re.search(rf"^{extra} = ", declared, re.M) for group in extras for extra in group.split(","))
+
+
+@pytest.fixture
+def ray_serve(monkeypatch):
+    """`deploy/ray_serve.py` over a stub of Ray, which is not among the project's packages."""
+    stub = types.ModuleType("ray")
+    stub.serve = types.SimpleNamespace(
+        deployment=lambda cls: types.SimpleNamespace(cls=cls, options=lambda **options: Deployment(cls, options)),
+        ingress=lambda: lambda cls: cls,
+        Application=object,
+    )
+    monkeypatch.setitem(sys.modules, "ray", stub)
+    monkeypatch.delitem(sys.modules, "deploy.ray_serve", raising=False)
+    module = importlib.import_module("deploy.ray_serve")
+    yield module
+    del sys.modules["deploy.ray_serve"]
+
+
+@dataclass
+class Deployment:
+    """What Ray would make replicas of."""
+
+    cls: type
+    options: dict[str, Any]
+
+    def bind(self, arguments: Any) -> tuple[Deployment, Any]:
+        return self, arguments
+
+
+def test_ray_serve_lets_requests_wait_outside_of_replicas(ray_serve):
+    arguments = ray_serve.Arguments(model="nano", max_batch_size="4", max_replicas="3", num_gpus=1, num_tpus=2)
+    deployment, bound = ray_serve.build(arguments)
+    assert bound is arguments
+    # Ray makes an object of this type of the words on the command line.
+    assert inspect.signature(ray_serve.build).parameters["arguments"].annotation is ray_serve.Arguments
+    options = deployment.options
+    assert options["max_ongoing_requests"] == options["autoscaling_config"]["target_ongoing_requests"] == 4
+    assert options["autoscaling_config"]["max_replicas"] == 3
+    assert options["ray_actor_options"] == {"num_cpus": 1, "num_gpus": 1, "resources": {"TPU": 2}}
+    assert options["graceful_shutdown_timeout_s"] >= arguments.request_timeout
+    with pytest.raises(ValueError, match="Extra inputs"):
+        ray_serve.Arguments(max_replica=3)
+
+
+def test_ray_serve_replica(ray_serve, monkeypatch):
+    """A replica is ready when its model is, serves the application of `omni-jax serve`, and says when it has failed."""
+    service = types.SimpleNamespace(state="warming up")
+
+    async def wait_until_ready() -> None:
+        service.state = "ready"
+
+    service.wait_until_ready = wait_until_ready
+    monkeypatch.setattr(ray_serve, "_make_service", lambda arguments: service)
+    for name in ("limit_heap_growth", "log_to_stderr"):
+        monkeypatch.setattr(ray_serve, name, lambda: None)
+    for name in ("enable_compilation_cache", "silence_libtpu"):
+        monkeypatch.setattr(ray_serve.startup, name, lambda: None)
+    monkeypatch.setattr(app, "make_app", lambda service: ("app of", service))
+    replica = object.__new__(ray_serve.OmniServer.cls)
+    asyncio.run(replica.__init__(ray_serve.Arguments()))
+    assert service.state == "ready"
+    assert replica.__serve_build_asgi_app__() == ("app of", service)
+    replica.check_health()
+    service.state = "broken"
+    with pytest.raises(RuntimeError, match="the model has failed"):
+        replica.check_health()
 
 
 GCLOUD = """#!/usr/bin/env bash

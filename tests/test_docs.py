@@ -34,7 +34,8 @@ NOT_OFFLINE = {
     r"hibari|omni-jax synthesize qa\.jsonl": "needs a speech synthesizer of an extra",
     r"\b[A-Z_]{4,}\b": "has a placeholder",
     r"train.* configs/mini_omni_stage\d\.yaml": "trains the published size, on public corpora",
-    r"recordings/|rehearsal|configs/(finetune|own_stage\d)\.yaml": "tests/test_own_model.py runs it at a small size",
+    r"recordings/|rehearsal|runs/lora": "tests/test_own_model.py runs it at a small size",
+    r"configs/(finetune|lora|own_stage\d)\.yaml": "tests/test_own_model.py runs it at a small size",
     r"compile train": "takes minutes; tests/compile_report compiles train steps",
     r"build/nano": "needs the data sets of the recipe",
 }

@@ -22,7 +22,7 @@ from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile, writ
 from omni_jax.config.load import load_config
 from omni_jax.config.model import ModelConfig
 from omni_jax.config.run import RunConfig
-from omni_jax.convert import families, mini_omni, snac, whisper
+from omni_jax.convert import families, mini_omni, peft, snac, whisper
 from omni_jax.errors import CheckpointError, ConfigError, ConversionError, OmniError
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.request import Request
@@ -140,7 +140,7 @@ def test_fuzz_manifest(tmp_path: Path) -> None:
 STRANGE: list[Any] = [None, True, 0, -1, 10**30, 1e300, 0.5, "", "x", [], [0], [10**9, 10**9], ["x"], {}, {"a": {}}]
 
 
-@pytest.mark.parametrize("kind", ["mini_omni", "snac", "whisper", "qwen2"])
+@pytest.mark.parametrize("kind", ["mini_omni", "snac", "whisper", "qwen2", "peft"])
 def test_fuzz_config_of_other_formats(kind: str) -> None:
     config = ModelConfig()
     read: Callable[[dict[str, Any]], Any]
@@ -156,6 +156,14 @@ def test_fuzz_config_of_other_formats(kind: str) -> None:
         values = {"model_type": "whisper", "d_model": 768, "encoder_layers": 12, "encoder_attention_heads": 12}
         values |= {"encoder_ffn_dim": 3072, "num_mel_bins": 80, "max_source_positions": 1500}
         read = partial(whisper.config_from_json, source="here")
+    elif kind == "peft":
+        values = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "alpha_pattern": {"q_proj": 8}, "use_rslora": False}
+        values |= {"use_dora": False, "bias": "none", "init_lora_weights": True}
+
+        def read(values: dict[str, Any]) -> None:
+            rank, alpha, scale = peft.scales_from_json(values, "here")
+            assert np.isfinite(np.float32(scale("layers.0.q_proj", rank) / (alpha / rank)))
+
     else:
         values = families.config_to_json(config.trunk, 151_936)
         read = partial(families.config_from_json, source="here")

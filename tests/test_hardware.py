@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from omni_jax.hardware import CHIPS, peak_flops
+from omni_jax.hardware import CHIPS, peak_flops, tpu_name
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,8 @@ from omni_jax.hardware import CHIPS, peak_flops
 )
 def test_peak_flops(device_kind: str, flops: float | None) -> None:
     assert peak_flops(device_kind) == flops
+
+
+def test_tpu_name() -> None:
+    kinds = ("TPU v5 lite", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v7", "cpu")
+    assert [tpu_name(kind) for kind in kinds] == ["v5e", "v5p", "v5p", "v6e", None, None]

@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from omni_jax.checkpoint.release import open_release
+from omni_jax.convert.torch_mini_omni import MiniOmni
 from tests import models
-from tests.reference_mini_omni import MiniOmni
 from tests.test_docs import commands
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ TINY = [
     "evaluation.num_samples=0",
 ]  # fmt: skip
 """Overrides of each run."""
-ANSWERS = {"configs/finetune.yaml": 1, "configs/own_stage3.yaml": 1}
+ANSWERS = {"configs/finetune.yaml": 1, "configs/lora.yaml": 1, "configs/own_stage3.yaml": 1}
 """Held-out exchanges of each task that a run answers; of the others, none."""
 
 
@@ -76,7 +76,7 @@ def run_section(title: str, folder: Path, replaced: dict[str, str]) -> dict[str,
 
 def test_page_has_every_command_of_the_test() -> None:
     found = [" ".join(words[:2]) for words in commands(PAGE)]
-    assert found.count("omni-jax train") == 5
+    assert found.count("omni-jax train") == 6
     assert found.count("omni-jax prepare") == 5
     assert {"omni-jax convert", "omni-jax batch", "omni-jax evaluate"} <= set(found)
 
@@ -107,3 +107,5 @@ def test_fine_tuning_nano_with_its_own_answers(folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / "runs/finetuned/metrics.jsonl").read_text().splitlines()]
     (held_out,) = [line for line in lines if "held_out/loss" in line]
     assert {"held_out/answer_accuracy", "held_out/wer"} <= held_out.keys()
+    assert (folder / "runs/lora/release/config.json").is_file()
+    assert (folder / "releases/with_lora/config.json").is_file()

@@ -6,6 +6,7 @@ A release folder holds
     audio_encoder.safetensors   tensors of the audio encoder, named as in the model
     codec.safetensors       the codec, named as `omni_jax.codec.snac.Snac.params` does
     tokenizer.json, tokenizer_config.json
+    model_config.yaml       of the Mini-Omni checkpoint that it was imported from, if any; kept for export
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from omni_jax.input_files import read_file, read_json
 from omni_jax.model.omni import OmniModel
 from omni_jax.model.whisper_encoder import sinusoids
 from omni_jax.shapes import shape_mismatches
-from omni_jax.tokenizer import load_tokenizer
+from omni_jax.tokenizer import load_tokenizer, num_rows
 
 CONFIG = "config.json"
 MODEL_TYPE = "omni_jax"
@@ -63,8 +64,12 @@ MODEL = "model.safetensors"
 AUDIO_ENCODER = "audio_encoder.safetensors"
 CODEC = "codec.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+MINI_OMNI_CONFIG = "model_config.yaml"
 FILES = (CONFIG, MODEL, CODEC, *TOKENIZER_FILES)
 """Without these, a folder is no release."""
+
+Hold = Callable[[ParamPath, Any], Any]
+"""From the path of a parameter, and its array or `jax.ShapeDtypeStruct`, to what a model has in its place."""
 
 AUDIO_ENCODER_PREFIX = "audio_encoder."
 """Of the names of the audio encoder's tensors."""
@@ -146,7 +151,11 @@ def open_release(source: str | Path, *, revision: str | None = None, cache_dir: 
         source = folder / RELEASE
     shipped = ", ".join(SHIPPED_RELEASES)
     folder = fetch(
-        source, (*FILES, AUDIO_ENCODER), f"a release ({shipped} is one)", revision=revision, cache_dir=cache_dir
+        source,
+        (*FILES, AUDIO_ENCODER, MINI_OMNI_CONFIG),
+        f"a release ({shipped} is one)",
+        revision=revision,
+        cache_dir=cache_dir,
     )
     require_files(folder, FILES, "a release")
     return Release(folder, load_model_config(folder / CONFIG))
@@ -167,14 +176,21 @@ class Release:
         """
         file = self.folder / TOKENIZER_FILES[0]
         tokenizer = load_tokenizer(file)
-        if tokenizer.get_vocab_size() > self.config.vocab.text:
+        if (rows := num_rows(tokenizer)) > self.config.vocab.text:
             raise CheckpointError(
-                f"{file}: expected at most {self.config.vocab.text} tokens (vocab.text of {CONFIG}), "
-                f"found {tokenizer.get_vocab_size()}"
+                f"{file}: expected at most {self.config.vocab.text} tokens (vocab.text of {CONFIG}), found {rows}"
             )
         return tokenizer
 
-    def load_model(self, *, stacked: bool, dtype: Any, param_dtype: Any = None, mesh: Mesh | None = None) -> OmniModel:
+    def load_model(
+        self,
+        *,
+        stacked: bool,
+        dtype: Any,
+        param_dtype: Any = None,
+        mesh: Mesh | None = None,
+        hold: Hold | None = None,
+    ) -> OmniModel:
         """Read the weights straight onto their devices.
 
         Each device's shard of each parameter is read on its own, and layers are stacked while reading. No parameter
@@ -185,6 +201,7 @@ class Release:
             dtype: of matrix products.
             param_dtype: of the parameters, whatever type the file has; None is the same as `dtype`.
             mesh: where the parameters are; None is the first device.
+            hold: makes of each parameter on the mesh what the model has of it.
 
         Raises:
             CheckpointError: lists every tensor that is missing, unknown or misshapen; or names one with a value that is
@@ -199,7 +216,16 @@ class Release:
         param_dtype = np.dtype(dtype if param_dtype is None else param_dtype)
         devices = jax.local_devices()[:1] if mesh is None else list(mesh.devices.flat)
         num_params = sum(map(math.prod, shapes.values()))
-        require_memory(num_params * param_dtype.itemsize, f"{self.folder}: {num_params} parameters", devices)
+
+        def held(path: ParamPath, param: Any) -> Any:
+            return param if hold is None else hold(path, param)
+
+        abstract = [
+            held(path, jax.ShapeDtypeStruct(variable.shape, param_dtype, sharding=shardings[path]))
+            for path, variable in nnx.to_flat_state(state)
+        ]
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+        require_memory(size, f"{self.folder}: {num_params} parameters", devices)
 
         def load(path: ParamPath, shape: tuple[int, ...]) -> jax.Array:
             names = tensor_names(path, shape)
@@ -215,7 +241,7 @@ class Release:
 
             return jax.make_array_from_callback(shape, shardings[path], _memoize_shards(read))
 
-        arrays = {path: load(path, variable.shape) for path, variable in nnx.to_flat_state(state)}
+        arrays = {path: held(path, load(path, variable.shape)) for path, variable in nnx.to_flat_state(state)}
         return nnx.merge(graph, traverse_util.unflatten_dict(arrays))
 
     def load_codec(self) -> Snac:
@@ -260,6 +286,16 @@ class Release:
         """The files of the tokenizer."""
         return [self.folder / name for name in TOKENIZER_FILES]
 
+    def mini_omni_config(self) -> Path | None:
+        """`model_config.yaml` of the Mini-Omni checkpoint that it was imported from, if any."""
+        file = self.folder / MINI_OMNI_CONFIG
+        return file if file.is_file() else None
+
+    def files_to_keep(self) -> list[Path]:
+        """The files that a release made of this one has, too, whatever its weights."""
+        config = self.mini_omni_config()
+        return self.tokenizer_files() + ([] if config is None else [config])
+
     def inspect(self) -> dict[str, LazyTensor]:
         """Every tensor of the release, the codec's under `codec.`; only shapes and types are read."""
         codec = {f"codec.{name}": tensor for name, tensor in self.codec_tensors().items()}
@@ -303,7 +339,7 @@ def save_release(
     config: ModelConfig,
     tensors: Tensors,
     codec_tensors: Tensors,
-    tokenizer_files: Sequence[Path],
+    other_files: Sequence[Path],
     *,
     int8: bool = False,
 ) -> None:
@@ -316,7 +352,7 @@ def save_release(
         config: the model's config.
         tensors: the model, as `omni_jax.checkpoint.tensors.model_tensors` gives it; read one after the other.
         codec_tensors: the codec, named as `Snac.params` does.
-        tokenizer_files: copied under their names.
+        other_files: those of the tokenizer, and any others, such as `Release.files_to_keep`; copied under their names.
         int8: store the model's matrices as int8 with scales, a quarter of float32; the codec stays as it is.
 
     Raises:
@@ -324,7 +360,7 @@ def save_release(
     """
     if wrong := shape_mismatches(tensors, parameter_shapes(config)):
         raise CheckpointError(f"{folder}: the tensors do not fit the config:\n" + "\n".join(wrong))
-    if missing := set(TOKENIZER_FILES) - {path.name for path in tokenizer_files if path.is_file()}:
+    if missing := set(TOKENIZER_FILES) - {path.name for path in other_files if path.is_file()}:
         raise CheckpointError(f"{folder}: expected {', '.join(TOKENIZER_FILES)}; got no {', '.join(missing)}")
     encoder = {name: tensor for name, tensor in tensors.items() if name.startswith(AUDIO_ENCODER_PREFIX)}
     rest = {name: tensor for name, tensor in tensors.items() if name not in encoder}
@@ -336,7 +372,7 @@ def save_release(
             for file, part in ((MODEL, rest), (AUDIO_ENCODER, encoder)):
                 write_safetensors(partial / file, quantize_tensors(part) if int8 else part)
             write_safetensors(partial / CODEC, codec_tensors)
-            for path in tokenizer_files:
+            for path in other_files:
                 shutil.copyfile(path, partial / path.name)
             save_model_config(config, partial / CONFIG)
     multihost_utils.sync_global_devices("save_release")

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from omni_jax import sharding
 from omni_jax.checkpoint.safetensors_io import LazyTensor
 from omni_jax.config.model import ModelConfig
+from omni_jax.model.layers import Int8
 from omni_jax.model.omni import OmniModel
 
 ParamPath = tuple[Any, ...]
@@ -78,14 +79,20 @@ class _SameKey:
 
 
 def model_tensors(model: OmniModel) -> dict[str, LazyTensor]:
-    """The tensors of a model, fetched from the devices when read.
+    """The tensors of a model, fetched from the devices when read; weights in eight bits as float32.
 
     With several processes all must read the same tensors in the same order.
     """
 
-    def lazy(array: jax.Array, layer: int | None) -> LazyTensor:
+    def lazy(array: jax.Array | Int8, layer: int | None) -> LazyTensor:
         shape = array.shape if layer is None else array.shape[1:]
+        if isinstance(array, Int8):
+            values, scale = lazy(array.values, layer), lazy(array.scale, layer)
+            return LazyTensor(shape, scale.dtype, lambda: dequantize(values.read(), scale.read()))
         return LazyTensor(shape, np.dtype(array.dtype), lambda: _fetch(array if layer is None else array[layer]))
+
+    def dequantize(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        return values * scale.reshape(scale.shape + (1,) * (values.ndim - scale.ndim))
 
     tensors = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,11 +65,12 @@ def ask(
         request = replace(request, audio=audio, sample_rate=SAMPLE_RATE, name=str(question))
     question_seconds = None if question is None else len(audio) / SAMPLE_RATE
 
-    omni = load_model(model, codec)
-    for chunk in omni.stream_prepared(omni.prepare(request)):
-        if chunk.text and not as_json:
-            typer.echo(printable(chunk.text), nl=False)
-        reply = chunk.reply
+    with garbage_collection_off():
+        omni = load_model(model, codec)
+        for chunk in omni.stream_prepared(omni.prepare(request)):
+            if chunk.text and not as_json:
+                typer.echo(printable(chunk.text), nl=False)
+            reply = chunk.reply
     assert reply is not None, "the last chunk of a stream has the reply"
     if reply.task.outputs_text and not as_json:
         typer.echo()
@@ -77,6 +81,16 @@ def ask(
         typer.echo(json.dumps(values, ensure_ascii=False))
     else:
         echo_err(_summary(reply, question_seconds, out))
+
+
+@contextlib.contextmanager
+def garbage_collection_off() -> Iterator[None]:
+    """For one answer: loading and tracing leave many objects behind but little garbage to find among them."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _read_question(question: Path) -> np.ndarray:

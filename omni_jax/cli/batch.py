@@ -10,7 +10,17 @@ import typer
 from omni_jax.batch import ANSWERS, answer_manifest
 from omni_jax.cli.console import echo_err, progress_bar
 from omni_jax.cli.loading import load_model
-from omni_jax.cli.options import Codec, Int8, MaxBatchSize, Model, TaskName, Truncate, takes_generation_config
+from omni_jax.cli.options import (
+    Codec,
+    Int8,
+    MaxBatchSize,
+    Model,
+    ShortWindows,
+    TaskName,
+    Tensor,
+    Truncate,
+    takes_generation_config,
+)
 from omni_jax.errors import ConfigError
 from omni_jax.inference.generation import GenerationConfig
 
@@ -26,8 +36,8 @@ def batch(
         Path,
         typer.Argument(
             metavar="MANIFEST.jsonl|FOLDER",
-            help="JSON lines with id, audio or text, and optionally task, truncate and options such as max_steps; or a "
-            "folder of recordings.",
+            help="JSON lines with id, audio or text, and optionally task, truncate, system, history and options such "
+            "as max_steps; or a folder of recordings.",
             show_default=False,
         ),
     ],
@@ -36,8 +46,9 @@ def batch(
     model: Model = "nano",
     codec: Codec = "jax",
     int8: Int8 = False,
+    short_windows: ShortWindows = False,
     max_batch_size: MaxBatchSize = 8,
-    tensor: Annotated[int, typer.Option(min=1, help="Devices that share a row (tensor parallelism).")] = 1,
+    tensor: Tensor = 1,
     process: Annotated[
         int | None,
         typer.Option(
@@ -60,14 +71,15 @@ def batch(
     process_index, num_processes = _process_share(process, processes)
 
     def load() -> Omni:
-        return load_model(model, codec, int8=int8, mesh=_local_mesh(tensor, max_batch_size))
+        mesh = _local_mesh(tensor, max_batch_size)
+        return load_model(model, codec, int8=int8, short_windows=short_windows, mesh=mesh)
 
     with progress_bar("row") as progress:
         summary = answer_manifest(
             load,
             source,
             out,
-            model_id=f"{_fingerprint(model)} {codec}{' int8' if int8 else ''}",
+            model_id=f"{_fingerprint(model)} {codec}{' int8' * int8}{' short windows' * short_windows}",
             task=task,
             truncate=truncate,
             config=config,

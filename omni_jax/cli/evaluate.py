@@ -10,7 +10,7 @@ import typer
 
 from omni_jax.cli.console import echo_err, progress_bar
 from omni_jax.cli.loading import load_model
-from omni_jax.cli.options import Codec, Int8, MaxBatchSize, Model, takes_generation_config
+from omni_jax.cli.options import Codec, Int8, MaxBatchSize, Model, ShortWindows, takes_generation_config
 from omni_jax.evaluation import report, run, suites
 from omni_jax.evaluation.asr_judge import parse_judge
 from omni_jax.inference.generation import GenerationConfig
@@ -36,6 +36,7 @@ def evaluate(
     model: Model = "nano",
     codec: Codec = "jax",
     int8: Int8 = False,
+    short_windows: ShortWindows = False,
     asr_judge: Annotated[
         str,
         typer.Option(
@@ -59,13 +60,13 @@ def evaluate(
     cases = suites.read(suite, path)[:limit]
     judge = parse_judge(asr_judge)
     other = None if against is None else run.Evaluation.load(against)
-    omni = load_model(model, codec, int8=int8)
+    omni = load_model(model, codec, int8=int8, short_windows=short_windows)
     with progress_bar("case") as progress:
         evaluation = run.evaluate(
             omni,
             cases,
             out,
-            model=f"{model} int8" if int8 else model,
+            model=f"{model}{' int8' * int8}{' short windows' * short_windows}",
             suite=f"{suite} {path.name}",
             judge=judge,
             config=config,

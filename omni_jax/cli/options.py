@@ -18,6 +18,14 @@ Codec = Annotated[Literal["jax", "torch"], typer.Option(help="Implementation tha
 Int8 = Annotated[
     bool, typer.Option("--int8", help="Decode with 8-bit weights: half the bytes per step; slower on a CPU.")
 ]
+ShortWindows = Annotated[
+    bool,
+    typer.Option(
+        "--short-windows",
+        help="Encode a short recording in a quarter or a half of the audio encoder's window, whatever the release "
+        "says: faster, with other features.",
+    ),
+]
 TaskName = Annotated[
     Task | None,
     typer.Option(
@@ -29,6 +37,7 @@ TaskName = Annotated[
 ]
 Truncate = Annotated[bool, typer.Option("--truncate", help="Use only the beginning of a recording that is too long.")]
 MaxBatchSize = Annotated[int, typer.Option(min=1, max=1024, help="Requests that are decoded together.")]
+Tensor = Annotated[int, typer.Option(min=1, help="Devices that share a row (tensor parallelism).")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 

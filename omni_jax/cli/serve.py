@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 import typer
 
 from omni_jax.cli.console import echo_err
-from omni_jax.cli.loading import load_model
-from omni_jax.cli.options import Codec, Int8, MaxBatchSize, Model
+from omni_jax.cli.loading import load_model, tensor_mesh
+from omni_jax.cli.options import Codec, Int8, MaxBatchSize, Model, ShortWindows, Tensor
 from omni_jax.errors import ConfigError
 from omni_jax.log import log_to_stderr
 from omni_jax.serve.malloc import limit_heap_growth
@@ -23,6 +23,7 @@ def serve(
     model: Model = "nano",
     codec: Codec = "jax",
     int8: Int8 = False,
+    short_windows: ShortWindows = False,
     host: Annotated[
         str,
         typer.Option(
@@ -31,6 +32,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind; 0: any that is free.")] = 8000,
     max_batch_size: MaxBatchSize = 8,
+    tensor: Tensor = 1,
     max_queue_size: Annotated[
         int, typer.Option(min=0, help="Requests that may wait for a batch slot; more get status 429.")
     ] = 64,
@@ -95,7 +97,7 @@ def serve(
     from omni_jax.serve.sessions import Service, Settings
 
     limit_heap_growth()
-    keys = _read_keys(api_key_file) if api_key_file is not None else ()
+    keys = read_keys(api_key_file) if api_key_file is not None else ()
     name = Path(model).name or model
     origins = _origins([*(allow_origin or []), *([public_url] if public_url else [])])
     public_host = [urlsplit(public_url).hostname or ""] if public_url else []
@@ -118,7 +120,7 @@ def serve(
         echo_err(f"note: {host}:{port} accepts requests from the network without a key; see --api-key-file")
     log_to_stderr()
     with bind(host, port) as sockets:
-        omni = load_model(model, codec, int8=int8)
+        omni = load_model(model, codec, int8=int8, short_windows=short_windows, mesh=tensor_mesh(tensor))
         make_server(Service(omni, name, settings)).run([*sockets])
 
 
@@ -166,7 +168,12 @@ def _is_address(value: str) -> bool:
     return True
 
 
-def _read_keys(path: Path) -> tuple[str, ...]:
+def read_keys(path: Path) -> tuple[str, ...]:
+    """The API keys of a file, one per line.
+
+    Raises:
+        ConfigError: it cannot be read, or has none.
+    """
     try:
         keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:

@@ -65,7 +65,7 @@ class Quantized(NamedTuple):
 
 
 class Snac(nnx.Module):
-    """The codec.
+    """The codec. Made without `rngs`, its weights are zeros: for their shapes.
 
     To train it: `z = codec.encoder(audio[..., None])`, `q = codec.quantize(z)`, `codec.decoder(q.latents)`.
 
@@ -78,7 +78,7 @@ class Snac(nnx.Module):
         decoder: latents -> f32 [B, T] audio.
     """
 
-    def __init__(self, config: CodecConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: CodecConfig, *, rngs: nnx.Rngs | None):
         self.config = config
         D = latent_size(config)
         self.encoder = Encoder(config, rngs=rngs)
@@ -92,7 +92,7 @@ class Snac(nnx.Module):
         Raises:
             ValueError: lists every parameter that is missing, unknown or misshapen.
         """
-        graph, state = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))))
+        graph, state = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=None)))
         paths = traverse_util.flatten_dict(nnx.to_pure_dict(state))
         expected = {_dotted(path): value.shape for path, value in paths.items()}
         if wrong := shape_mismatches(params, expected):
@@ -206,7 +206,7 @@ class Snac(nnx.Module):
 class Encoder(nnx.Module):
     """Audio to latents: a block per rate, each with twice the channels of the one before."""
 
-    def __init__(self, config: CodecConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: CodecConfig, *, rngs: nnx.Rngs | None):
         D = config.encoder_dim
         # A depthwise convolution of one channel broadcast to D is the dense convolution from 1 to D channels.
         self.conv_in = Depthwise(D, 1, rngs=rngs)
@@ -238,7 +238,7 @@ class Encoder(nnx.Module):
 class EncoderBlock(nnx.Module):
     """Three residual units, then `rate` positions become one of twice the channels."""
 
-    def __init__(self, inputs: int, outputs: int, rate: int, *, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, rate: int, *, rngs: nnx.Rngs | None):
         self.rate = rate
         self.units = nnx.List([ResidualUnit(inputs, dilation, rngs=rngs) for dilation in DILATIONS])
         self.snake = Snake(inputs)
@@ -254,7 +254,7 @@ class EncoderBlock(nnx.Module):
 class Decoder(nnx.Module):
     """Latents to audio: a block per rate, each with half the channels of the one before."""
 
-    def __init__(self, config: CodecConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: CodecConfig, *, rngs: nnx.Rngs | None):
         D = config.decoder_dim
         latents = latent_size(config)
         self.conv_in = Depthwise(latents, 1, rngs=rngs)
@@ -287,7 +287,7 @@ class Decoder(nnx.Module):
 class DecoderBlock(nnx.Module):
     """One position becomes `rate` of half the channels, then three residual units."""
 
-    def __init__(self, inputs: int, outputs: int, rate: int, noise: bool, *, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, rate: int, noise: bool, *, rngs: nnx.Rngs | None):
         self.rate = rate
         self.snake = Snake(inputs)
         self.up = Upsample(inputs, outputs, rate, rngs=rngs)
@@ -306,7 +306,7 @@ class DecoderBlock(nnx.Module):
 class ResidualUnit(nnx.Module):
     """A dilated depthwise convolution over time and a mix of the channels, around a skip connection."""
 
-    def __init__(self, D: int, dilation: int, *, rngs: nnx.Rngs):
+    def __init__(self, D: int, dilation: int, *, rngs: nnx.Rngs | None):
         self.snake_in = Snake(D)
         self.depthwise = Depthwise(D, dilation, rngs=rngs)
         self.snake_out = Snake(D)
@@ -321,12 +321,12 @@ class ResidualUnit(nnx.Module):
 class Quantizer(nnx.Module):
     """Averages latents over `stride`, projects them to few dimensions and rounds to the codeword nearest by angle."""
 
-    def __init__(self, config: CodecConfig, D: int, stride: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: CodecConfig, D: int, stride: int, *, rngs: nnx.Rngs | None):
         self.stride = stride
         self.project_in = Pointwise(D, config.codebook_dim, rngs=rngs)
-        self.codebook = nnx.Param(
-            jax.random.normal(rngs.params(), (config.codebook_size, config.codebook_dim), jnp.float32)
-        )
+        shape = (config.codebook_size, config.codebook_dim)
+        codewords = jnp.zeros(shape) if rngs is None else jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.codebook = nnx.Param(codewords)
         self.project_out = Pointwise(config.codebook_dim, D, rngs=rngs)
 
     def __call__(self, latents: Array) -> tuple[Array, Array, Array, Array]:
@@ -376,7 +376,7 @@ class Depthwise(nnx.Module):
         bias: f32 [D].
     """
 
-    def __init__(self, D: int, dilation: int, *, rngs: nnx.Rngs):
+    def __init__(self, D: int, dilation: int, *, rngs: nnx.Rngs | None):
         self.dilation = dilation
         self.weight = _uniform(rngs, (KERNEL_SIZE, D), KERNEL_SIZE)
         self.bias = nnx.Param(jnp.zeros((D,), jnp.float32))
@@ -397,7 +397,7 @@ class Mixdown(nnx.Module):
         bias: f32 [1].
     """
 
-    def __init__(self, D: int, *, rngs: nnx.Rngs):
+    def __init__(self, D: int, *, rngs: nnx.Rngs | None):
         self.weight = _uniform(rngs, (D, KERNEL_SIZE), KERNEL_SIZE * D)
         self.bias = nnx.Param(jnp.zeros((1,), jnp.float32))
 
@@ -420,7 +420,7 @@ class Pointwise(nnx.Module):
         bias: f32 [D_out].
     """
 
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs | None):
         self.weight = _uniform(rngs, (inputs, outputs), inputs)
         self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
 
@@ -437,7 +437,7 @@ class Downsample(nnx.Module):
         bias: f32 [D_out].
     """
 
-    def __init__(self, inputs: int, outputs: int, rate: int, *, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, rate: int, *, rngs: nnx.Rngs | None):
         self.rate = rate
         self.weight = _uniform(rngs, (2 * rate, inputs, outputs), 2 * rate * inputs)
         self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
@@ -461,7 +461,7 @@ class Upsample(nnx.Module):
         bias: f32 [D_out].
     """
 
-    def __init__(self, inputs: int, outputs: int, rate: int, *, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, rate: int, *, rngs: nnx.Rngs | None):
         self.rate = rate
         self.weight = _uniform(rngs, (inputs, 2 * rate, outputs), 2 * inputs)
         self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
@@ -486,7 +486,7 @@ class NoiseBlock(nnx.Module):
         weight: f32 [D, D].
     """
 
-    def __init__(self, D: int, *, rngs: nnx.Rngs):
+    def __init__(self, D: int, *, rngs: nnx.Rngs | None):
         self.weight = _uniform(rngs, (D, D), D)
 
 
@@ -569,8 +569,10 @@ def _pure_dict(module: nnx.Module) -> Any:
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
-def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
-    """Uniform in +-1/sqrt(fan_in)."""
+def _uniform(rngs: nnx.Rngs | None, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
+    """Uniform in +-1/sqrt(fan_in); zeros without `rngs`."""
+    if rngs is None:
+        return nnx.Param(jnp.zeros(shape))
     size = math.prod(shape)
     # Each size that is drawn is compiled, which takes most of the time: rounded up, there are few of them.
     drawn = jax.random.uniform(rngs.params(), (1 << (size - 1).bit_length(),), jnp.float32, -1, 1)

@@ -11,6 +11,8 @@ memory. Here:
   sorting. Of several, the caller says which.
 - A collective that overlaps with other work appears in several fusions (start, update, done). It counts once, in the
   first.
+- A collective that a SparseCore runs, as a call with a start and an end, overlaps as far as the work between the two
+  takes by the compiler's estimate, which other such collectives may use up.
 
 Format of the text: https://openxla.org/xla/operation_semantics, layouts: https://openxla.org/xla/tiled_layout.
 """
@@ -43,6 +45,7 @@ _SHAPE = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _TILE = re.compile(r"T\(([\d,]+)\)")
 _MEMORY_SPACE = re.compile(r"S\((\d+)\)")
 _TRIP_COUNT = re.compile(r'"?known_trip_count"?\s*:\s*\{\s*"?n"?\s*:\s*"?(\d+)')
+_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
@@ -110,6 +113,8 @@ class Module:
     """Assumed trip count of loops whose trip count the compiler does not know."""
     branches: Mapping[int, int] = field(default_factory=dict)
     """Of conditionals of so many branches, which counts; of others of more than two the last."""
+    bytes_per_cycle: float = 0.0
+    """What a chip can send while its cores work for a cycle."""
     _costs: dict[str, Cost] = field(default_factory=dict)
 
     @cached_property
@@ -141,10 +146,30 @@ class Module:
     def _cost_of(self, computation: str) -> Cost:
         if computation not in self._costs:
             total = Cost()
+            # Bytes that are still to be sent, of collectives that have started.
+            sending: dict[str, float] = {}
             for line in self.computations[computation]:
-                self._add_instruction(computation, line, total)
+                if line.opcode == "call-start":
+                    call = self._cost_of(line.called("to_apply")[0])
+                    total.add(call)
+                    sending[line.name] = sum(call.collectives.values())
+                    total.overlapped += sending[line.name]
+                elif line.opcode == "call-done":
+                    # What is left has to be waited for.
+                    total.overlapped -= sending.pop(line.operands[0], 0.0)
+                else:
+                    self._add_instruction(computation, line, total)
+                    self._send(line, sending)
             self._costs[computation] = total
         return self._costs[computation]
+
+    def _send(self, line: Instruction, sending: dict[str, float]) -> None:
+        """Reduce what is still to be sent by what is sent during an instruction."""
+        cycles = _CYCLES.search(line.attributes)
+        room = self.bytes_per_cycle * int(cycles[1]) if cycles else 0.0
+        for name, left in sending.items():
+            sending[name] -= min(left, room)
+            room -= min(left, room)
 
     def _add_instruction(self, computation: str, line: Instruction, total: Cost) -> None:
         opcode = line.opcode
@@ -314,13 +339,16 @@ def _slice_bytes(whole: tuple[Shape, ...], part: tuple[Shape, ...]) -> float:
     return float(sum(shape.bytes for shape in part)) if any(shape.hbm for shape in whole) else 0.0
 
 
-def parse(text: str, *, unknown_trips: int = 1, branches: Mapping[int, int] | None = None) -> Module:
+def parse(
+    text: str, *, unknown_trips: int = 1, branches: Mapping[int, int] | None = None, bytes_per_cycle: float = 0.0
+) -> Module:
     """Read the text that `jax.stages.Compiled.as_text()` returns.
 
     Args:
         text: of one module.
         unknown_trips: assumed trip count of loops whose trip count the compiler does not know.
         branches: of conditionals of so many branches, which counts; of others of more than two the last.
+        bytes_per_cycle: what a chip can send while its cores work for a cycle.
 
     Raises:
         ValueError: there is no entry computation.
@@ -341,7 +369,7 @@ def parse(text: str, *, unknown_trips: int = 1, branches: Mapping[int, int] | No
             current.append(_parse_instruction(line.strip()))
     if not entry:
         raise ValueError("expected a compiled module with an entry computation, found none")
-    return Module(computations, entry, unknown_trips, branches or {})
+    return Module(computations, entry, unknown_trips, branches or {}, bytes_per_cycle)
 
 
 def _parse_instruction(line: str) -> Instruction:

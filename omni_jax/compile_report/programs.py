@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from omni_jax import sharding
 from omni_jax.checkpoint.tensors import abstract_model
@@ -210,17 +210,8 @@ def _abstract_runner(config: ModelConfig, mesh: Mesh, *, int8: bool) -> ModelRun
     nnx.update(model := nnx.merge(graph, state), sharding.abstract(shapes, sharding.of_state(state, mesh)))
     runner = ModelRunner(model)
     if int8:
-        runner.weights = quantize_weights(runner.weights, _abstract_int8)
+        runner.weights = quantize_weights(runner.weights, Int8.abstract)
     return runner
-
-
-def _abstract_int8(weight: jax.ShapeDtypeStruct, inputs: int) -> Int8:
-    """Shapes and shardings of a quantized weight, whose last `inputs` axes are contracted."""
-    shape, full = weight.shape[:-inputs], weight.sharding
-    spec = (*full.spec, *[None] * (len(weight.shape) - len(full.spec)))[: len(shape)]
-    values: Any = jax.ShapeDtypeStruct(weight.shape, jnp.int8, sharding=full)
-    scale: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(full.mesh, PartitionSpec(*spec)))
-    return Int8(values, scale)
 
 
 def _bytes(tree: Any) -> float:

@@ -69,6 +69,12 @@ class CompileReport:
     """Bytes of arguments that results overwrite: a donated cache or state."""
     flop_utilization: float
     """Fraction of the peak FLOP/s if the program takes `roofline_seconds`."""
+    exposed_ici_seconds: float
+    """Time of the ICI traffic that does not overlap with other work, at the peak rate."""
+    predicted_utilization: float
+    """Fraction of the peak FLOP/s if work and HBM traffic overlap, and the exposed ICI traffic is added."""
+    predicted_utilization_serial: float
+    """The same if HBM traffic is added as well: as if no product was computed while its factors are read."""
 
     def table(self) -> str:
         """The report as lines of text."""
@@ -92,6 +98,9 @@ class CompileReport:
             f"ICI traffic per chip{per_step}": ici,
             f"least time{per_step}": f"{self.roofline_seconds * 1e3:.3f} ms, bound by {self.bound_by}; "
             f"{self.flop_utilization:.0%} of the peak FLOP/s",
+            "utilization": f"{self.predicted_utilization:.0%} of the peak FLOP/s with the "
+            f"{self.exposed_ici_seconds * 1e3:.3f} ms of ICI traffic that does not overlap; "
+            f"{self.predicted_utilization_serial:.0%} if HBM traffic does not either",
         }
         width = max(map(len, rows))
         return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
@@ -203,8 +212,9 @@ def report_program(
     # The TPU compiler gives both.
     assert memory is not None
     assert text is not None
-    cost = hlo.parse(text, unknown_trips=program.steps, branches=program.branches).cost
     chip = topology.chip
+    bytes_per_cycle = chip.ici_bandwidth / chip.clock
+    cost = hlo.parse(text, unknown_trips=program.steps, branches=program.branches, bytes_per_cycle=bytes_per_cycle).cost
     work = flops.count(traced.jaxpr, program.steps, program.branches) / topology.num_chips / program.steps
     hbm_traffic = cost.hbm / program.steps
     collectives = {kind: amount / program.steps for kind, amount in cost.collectives.items()}
@@ -214,6 +224,7 @@ def report_program(
         "ici": sum(collectives.values()) / chip.ici_bandwidth,
     }
     bound_by = max(times, key=lambda name: times[name])
+    exposed = (sum(collectives.values()) - cost.overlapped / program.steps) / chip.ici_bandwidth
     needed = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -245,4 +256,7 @@ def report_program(
         overlapped_bytes=cost.overlapped / program.steps,
         aliased_bytes=memory.alias_size_in_bytes,
         flop_utilization=times["compute"] / times[bound_by],
+        exposed_ici_seconds=exposed,
+        predicted_utilization=times["compute"] / (max(times["compute"], times["memory"]) + exposed),
+        predicted_utilization_serial=times["compute"] / (times["compute"] + times["memory"] + exposed),
     )

@@ -34,14 +34,16 @@ from omni_jax.config.model import ModelConfig
 from omni_jax.errors import ConfigError
 from omni_jax.inference.engine import MAX_PREFILL_ROWS, PROMPT_BUCKETS
 from omni_jax.model.pages import num_pages
-from omni_jax.vocab import NUM_CODEBOOKS
+from omni_jax.vocab import NUM_CODEBOOKS, Vocab
 
 DELAY_STEPS = NUM_CODEBOOKS + 1
 """Steps of an answer besides one per frame."""
 CODEC_ROWS = 64
 """Rows that the codec decodes together; its time per frame hardly depends on it."""
 FREE_MEMORY = 0.1
-"""Part of a chip's memory that is left to temporary arrays and to the other programs."""
+"""Part of a chip's memory that is left to the other programs."""
+LOGITS_ARRAYS = 8
+"""Temporary arrays of a decode step that are as large as the float32 logits; 256 rows of mini_omni take seven."""
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -67,11 +69,13 @@ class ServingReport:
     rows: int
     """Conversations whose caches each group of `tensor` chips holds, each of half an answer: page by page."""
     reports: dict[str, CompileReport]
-    """By program: `encode`, `prefill`, `decode`, `codec`."""
+    """By program: `encode`, `prefill`, `decode`, `codec`; and `encode_short`, if short windows change it."""
     seconds: dict[str, float]
     """Seconds that each program takes of a group of chips for one question and its answer."""
     speech_per_second: float
     """Seconds of speech per second and chip."""
+    speech_per_second_short: float
+    """The same with short windows of the audio encoder."""
     conversations_by_time: float
     """Real-time conversations per chip for which there is time, if each asks and is answered in turns."""
     conversations_by_memory: float
@@ -105,7 +109,8 @@ class ServingReport:
         for name, seconds in self.seconds.items():
             rows[name] = f"{seconds * 1e3:.3f} ms an answer, {seconds / total:.0%}"
         rows |= {
-            "speech": f"{self.speech_per_second:.0f} s per second and chip",
+            "speech": f"{self.speech_per_second:.0f} s per second and chip; {self.speech_per_second_short:.0f} s with "
+            "--short-windows",
             "real-time conversations": f"{self.conversations:.0f} per chip, limited by {self.limited_by} "
             f"(time {self.conversations_by_time:.0f}, memory {self.conversations_by_memory:.0f})",
             "first sound": f"{self.first_sound_seconds * 1e3:.0f} ms after the question",
@@ -122,7 +127,7 @@ def serving_report(
     tensor: int = 1,
     int8: bool = False,
 ) -> ServingReport:
-    """Compile the four programs and add them up.
+    """Compile the programs and add them up. Prompts are padded as `omni-jax batch` pads them.
 
     Args:
         topology: the slice.
@@ -155,19 +160,23 @@ def serving_report(
 
     length = next(size for size in PROMPT_BUCKETS if size >= profile.history_positions)
     prefilled = MAX_PREFILL_ROWS * groups
-    # The mean over an answer.
+    # Attention reads the pages of each row alone: the mean over an answer counts.
     positions = profile.history_positions + steps // 2
+    short = config.with_short_windows()
     programs = {
         "encode": (encode_program(config, mesh, prefilled, samples=samples, int8=int8), prefilled),
+        "encode_short": (encode_program(short, mesh, prefilled, samples=samples, int8=int8), prefilled),
         "prefill": (prefill_program(config, mesh, prefilled, length=length, int8=int8), prefilled),
         "codec": (codec_program(config, mesh, CODEC_ROWS * groups), CODEC_ROWS * groups),
     }
+    if short.audio_encoder.window(samples) == config.audio_encoder.window(samples):
+        del programs["encode_short"]
     reports = {
         name: report_program(name, model, topology, batch, program, int8=int8 and name != "codec")
         for name, (program, batch) in programs.items()
     }
     one_row = decode_program(config, mesh, groups, int8=int8, positions=positions)
-    rows = _rows(one_row, topology, mean_pages(config, positions) * groups)
+    rows = _rows(config, one_row, topology, tensor, mean_pages(config, positions) * groups)
     while "decode" not in reports:
         decode = decode_program(config, mesh, rows * groups, int8=int8, positions=positions)
         try:
@@ -179,8 +188,9 @@ def serving_report(
             if found.fits or rows == 1:
                 reports["decode"] = found
                 break
-        # What a step needs besides the state is known to the compiler alone; of a small model it is the larger part.
-        rows //= 2
+        # What a step needs besides the state is known to the compiler alone.
+        rows = rows * 3 // 4
+        rows = rows // 8 * 8 or rows
 
     per_answer = {
         "encode": reports["encode"].roofline_seconds / MAX_PREFILL_ROWS,
@@ -188,7 +198,10 @@ def serving_report(
         "decode": reports["decode"].roofline_seconds / rows * steps,
         "codec": reports["codec"].roofline_seconds / (CODEC_ROWS * CODEC_FRAMES) * (steps - DELAY_STEPS),
     }
-    speech = profile.answer_seconds / sum(per_answer.values()) / tensor
+    seconds = sum(per_answer.values())
+    speech = profile.answer_seconds / seconds / tensor
+    if "encode_short" in reports:
+        seconds += reports["encode_short"].roofline_seconds / MAX_PREFILL_ROWS - per_answer["encode"]
     turn = profile.question_seconds + profile.answer_seconds
     # The first audio is final when the frames after it that it depends on are there.
     first_frames = receptive_field(config.codec).right_samples // config.codec.frame_size + 1
@@ -208,6 +221,7 @@ def serving_report(
         reports=reports,
         seconds=per_answer,
         speech_per_second=speech,
+        speech_per_second_short=profile.answer_seconds / seconds / tensor,
         conversations_by_time=speech * turn / profile.answer_seconds,
         conversations_by_memory=rows / tensor,
         first_sound_seconds=first_sound,
@@ -219,12 +233,16 @@ def _steps(config: ModelConfig, profile: ServingProfile) -> int:
     return math.ceil(profile.answer_seconds * config.codec.sample_rate / config.codec.frame_size) + DELAY_STEPS
 
 
-def _rows(one_row: Program, topology: Topology, pages_of_row: float) -> int:
+def _rows(config: ModelConfig, one_row: Program, topology: Topology, tensor: int, pages_of_row: float) -> int:
     """How many rows of a group of chips fit besides the weights; a multiple of 8 where there are so many.
 
+    To compile for more than there is room for takes the compiler several times as long.
+
     Args:
+        config: the model.
         one_row: the program of one row in each group.
         topology: the slice.
+        tensor: chips that share each row.
         pages_of_row: the mean number of pages of a row, times the groups.
 
     Raises:
@@ -232,7 +250,10 @@ def _rows(one_row: Program, topology: Topology, pages_of_row: float) -> int:
     """
     weights, state, *_ = one_row.arguments
     room = topology.chip.hbm_bytes * (1 - FREE_MEMORY) - bytes_per_chip(weights)
-    rows = int(room / (bytes_per_chip(state) / num_pages(state.caches["trunk"]) * pages_of_row))
+    vocab = Vocab(config.vocab)
+    logits = 4 * (vocab.text_rows + NUM_CODEBOOKS * vocab.audio_rows) / tensor
+    cache = bytes_per_chip(state) / num_pages(state.caches["trunk"]) * pages_of_row
+    rows = int(room / (cache + LOGITS_ARRAYS * logits))
     if rows < 1:
         raise ConfigError(
             f"topology {topology.name}: expected room for the weights, {bytes_per_chip(weights) / 2**30:.1f} GiB a "

@@ -45,6 +45,10 @@ class AudioEncoderConfig:
     mask_padding: bool = False
     """Whether only the recording is attended to, not the silence that it is padded with. Its features are then the same
     whatever it is padded to, and a short recording costs less. Whisper was trained without."""
+    short_windows: bool = False
+    """Whether a short recording is padded to a quarter or a half of `max_position` only, and costs less. Its features
+    are then those before a shorter silence. Whisper was trained without, and training here always pads to all of it.
+    With `mask_padding` the shorter windows are always used."""
 
     @model_validator(mode="after")
     def _heads_divide_hidden_size(self) -> AudioEncoderConfig:
@@ -56,8 +60,9 @@ class AudioEncoderConfig:
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Positions that recordings are padded to: with `mask_padding` a quarter, a half or all of them."""
-        shorter = (self.max_position // 4, self.max_position // 2) if self.mask_padding else ()
+        """Positions that recordings are padded to: a quarter, a half or all of them; or always all."""
+        has_shorter = self.mask_padding or self.short_windows
+        shorter = (self.max_position // 4, self.max_position // 2) if has_shorter else ()
         return (*shorter, self.max_position)
 
     def window(self, samples: int) -> int:
@@ -368,6 +373,10 @@ class ModelConfig:
                 f"vocab.audio must equal codec.codebook_size, found {self.vocab.audio} and {self.codec.codebook_size}"
             )
         return self
+
+    def with_short_windows(self) -> ModelConfig:
+        """The same with `audio_encoder.short_windows`."""
+        return replace(self, audio_encoder=replace(self.audio_encoder, short_windows=True))
 
 
 def _of_trunk(trunk: TrunkConfig, text: int = 151936) -> ModelConfig:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from omni_jax.config.model import MAX_MEL_BINS, MAX_POSITION, STRICT
+from omni_jax.config.model import MAX_MEL_BINS, MAX_POSITION, MAX_SIZE, STRICT
 from omni_jax.tasks import Task
 
 MAX_BATCH_SIZE = 1 << 20
@@ -29,6 +29,13 @@ MODULES = (
     "tts_adapter",
 )
 """Names of the modules that a stage can train."""
+
+LORA = "lora"
+"""The module that the parameters of `LoRAConfig` form, which is trained where there is one. A run has it in PEFT's
+format in the folder of this name."""
+
+PROJECTIONS = ("q", "k", "v", "out", "gate", "up", "down")
+"""Linear maps of each layer of the trunk: four of its attention, three of its MLP."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -121,6 +128,39 @@ class DataConfig:
             if not any(task in source.tasks for source in self.sources):
                 raise ValueError(f"tasks: no source serves {task}")
         return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class LoRAConfig:
+    """Low-rank adaptation of the trunk (arXiv 2106.09685).
+
+    Its weights W are frozen, and W + alpha / rank * B A is used in their place, of which A and B are trained.
+    """
+
+    rank: int = Field(default=16, gt=0, le=MAX_SIZE)
+    """Rows of A and columns of B."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale of the change, times the rank."""
+    targets: tuple[str, ...] = PROJECTIONS
+    """Linear maps that are changed, in every layer: some of q, k, v, out, gate, up, down."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that an input of A is replaced by 0, in training."""
+    start: str | None = None
+    """Folder of a LoRA adapter of PEFT to start from, with this rank, alpha and targets; None: B is 0, A random."""
+
+    @model_validator(mode="after")
+    def _known_targets(self) -> LoRAConfig:
+        unknown = set(self.targets) - set(PROJECTIONS)
+        if unknown or not self.targets:
+            raise ValueError(
+                f"targets must be some of {', '.join(PROJECTIONS)}, found {', '.join(sorted(unknown)) or 'none'}"
+            )
+        return self
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied with."""
+        return self.alpha / self.rank
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -227,6 +267,8 @@ class RunConfig:
     """Modules that are trained; the others are frozen: no gradient, no optimizer state, no update."""
     data: DataConfig
     optimizer: OptimizerConfig
+    lora: LoRAConfig | None = None
+    """Train a low-rank change of the trunk; None: the trunk is frozen or trained as a whole."""
     loss: LossConfig = LossConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -234,7 +276,10 @@ class RunConfig:
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; parameters are float32. `auto`: bfloat16, on CPU float32."""
+    """Of matrix products; trained parameters are float32. `auto`: bfloat16, on CPU float32."""
+    frozen_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How frozen parameters are held in memory. int8: linear maps of trunk and TTS adapter in eight bits with a scale
+    for each output, the rest in bfloat16. The release has the frozen parameters of `start` as they were."""
     log_interval_steps: int = Field(default=10, gt=0, le=MAX_STEPS)
     """Steps between log lines. Only at these steps does the host wait for the device."""
     max_skipped_steps: int = Field(default=10, gt=0)
@@ -247,10 +292,12 @@ class RunConfig:
     @model_validator(mode="after")
     def _known_modules(self) -> RunConfig:
         unknown = set(self.trainable) - set(MODULES)
-        if unknown or not self.trainable:
+        if unknown or not self.trained:
             raise ValueError(
                 f"trainable must be some of {', '.join(MODULES)}, found {', '.join(sorted(unknown)) or 'none'}"
             )
+        if self.lora and "trunk" in self.trainable:
+            raise ValueError("trainable: expected no trunk with lora, which adapts a frozen trunk")
         if self.data.cached_features and "audio_encoder" in self.trainable:
             raise ValueError("trainable: data.cached_features needs a frozen audio_encoder")
         best = self.evaluation.keep_best
@@ -269,3 +316,8 @@ class RunConfig:
                 f"found {self.data.batch_size} and {self.optimizer.gradient_accumulation_steps}"
             )
         return self
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The modules that have gradients: those of `trainable`, and `lora` if there is one."""
+        return (*self.trainable, *([LORA] if self.lora else []))

@@ -56,7 +56,7 @@ def read(folder: Path, *, tied: bool | None = None) -> tuple[TrunkConfig, int, d
         CheckpointError: a file is damaged.
     """
     trunk, rows = config_from_json(read_json(folder / CONFIG), str(folder / CONFIG))
-    state = _text_tensors(open_weights(folder))
+    state = text_tensors(open_weights(folder))
     if tied is not None and trunk.tie_word_embeddings and _HEAD in state:
         trunk = replace(trunk, tie_word_embeddings=tied)
         if tied:
@@ -64,8 +64,8 @@ def read(folder: Path, *, tied: bool | None = None) -> tuple[TrunkConfig, int, d
     return trunk, rows, from_state(state, trunk, rows, str(folder))
 
 
-def _text_tensors(state: Tensors) -> dict[str, LazyTensor]:
-    """The language model's tensors by the names that they have in a model of their own."""
+def text_tensors(state: Tensors) -> dict[str, LazyTensor]:
+    """A language model's tensors, or others, by the names that they have in a model of its own."""
     tensors = {}
     for name, tensor in state.items():
         # Old files hold the frequencies of rope, which follow from the config.
@@ -94,7 +94,7 @@ def write(folder: Path, trunk: TrunkConfig, rows: int, tensors: Tensors) -> None
     Raises:
         ConversionError: lists every tensor that is missing, unknown or misshapen.
     """
-    state = to_theirs(_table(trunk, rows), tensors, "trunk")
+    state = to_theirs(trunk_table(trunk, rows), tensors, "trunk")
     values = config_to_json(trunk, rows)
     # transformers 4 reads the second, transformers 5 the first, and takes that of some tensor where there is none.
     values["dtype"] = values["torch_dtype"] = common_dtype(state) or "float32"
@@ -109,7 +109,7 @@ def from_state(state: Tensors, trunk: TrunkConfig, rows: int, source: str) -> di
         ConversionError: lists every tensor that is missing, unknown or misshapen; or a tied head differs from the
             embedding.
     """
-    table = _table(trunk, rows)
+    table = trunk_table(trunk, rows)
     if trunk.tie_word_embeddings and _HEAD in state:
         choose = "; choose one with --tied (the embedding) or --untied (a head of its own)"
         state = without_tied_head(table, state, source, head=_HEAD, embedding=_EMBEDDING, advice=choose)
@@ -159,8 +159,8 @@ def _deviation(table: np.ndarray) -> float:
     return (total / table.size) ** 0.5
 
 
-def _table(trunk: TrunkConfig, rows: int) -> list[Entry]:
-    """Every tensor except a tied head."""
+def trunk_table(trunk: TrunkConfig, rows: int) -> list[Entry]:
+    """An entry for every tensor of a language model except a tied head; `rows` is that of the vocabulary."""
     D, H = trunk.hidden_size, trunk.head_dim
     heads = {"q": trunk.num_heads, "k": trunk.num_kv_heads, "v": trunk.num_kv_heads}
     fused = FAMILIES[family_of(trunk)].fused

@@ -9,6 +9,7 @@ of the text table and of one codebook's, E inputs of the adapter.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from omni_jax.checkpoint.release import MINI_OMNI_CONFIG
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
 from omni_jax.config.load import build_config
 from omni_jax.config.model import AudioEncoderConfig, CodecConfig, ModelConfig, TrunkConfig
@@ -35,7 +37,7 @@ from omni_jax.input_files import read_yaml
 from omni_jax.vocab import NUM_CODEBOOKS, Vocab
 
 WEIGHTS = "lit_model.pth"
-CONFIG = "model_config.yaml"
+CONFIG = MINI_OMNI_CONFIG
 
 TEXT_SPECIALS = 64
 """A constant of the published code, which its config does not hold.
@@ -115,7 +117,7 @@ def config_from_yaml(
         ConversionError: lists every field that is missing, unknown, inconsistent or has a value that our model does
             not support.
     """
-    field = {**_OPTIONAL, **values}
+    field = with_defaults(values)
     hints = field["hf_config"] or {}
     stack = hints.get("adapter_stack", 1)
     # Each check relies on the ones before it.
@@ -151,6 +153,11 @@ def config_from_yaml(
         return build_config(ModelConfig, ours, source)
     except ConfigError as error:
         raise ConversionError(str(error)) from None
+
+
+def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `model_config.yaml` with the published code's defaults for what it leaves out."""
+    return {**_OPTIONAL, **values}
 
 
 def _trunk_values(field: Mapping[str, Any]) -> dict[str, Any]:
@@ -334,16 +341,37 @@ def read_state(folder: Path) -> dict[str, LazyTensor]:
     return open_state_dict(folder / WEIGHTS)
 
 
-def write(folder: Path, config: ModelConfig, state: Tensors) -> None:
+def write(folder: Path, config: ModelConfig, state: Tensors, original: Path | None = None) -> None:
     """Write `lit_model.pth` and `model_config.yaml`; memory holds the whole state once, which torch needs.
 
+    Args:
+        folder: exists.
+        config: the model's config.
+        state: see `to_state`.
+        original: the `model_config.yaml` that the model was imported with, which is written as it is unless the model
+            has become another one.
+
     Raises:
-        ConversionError: the published code has no such model.
+        ConversionError: the published code has no such model, or `original` is damaged.
         MissingExtraError: torch is not installed.
     """
     values = config_to_yaml(config)
+    if original is not None and _describes(original, config):
+        shutil.copyfile(original, folder / CONFIG)
+    else:
+        (folder / CONFIG).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     write_state_dict(folder / WEIGHTS, state)
-    (folder / CONFIG).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def _describes(file: Path, config: ModelConfig) -> bool:
+    """Whether a `model_config.yaml` is one of this model."""
+    encoder, codec, tts_adapter = config.audio_encoder, config.codec, config.tts_adapter_layers > 0
+    values = read_config(file.parent)
+    try:
+        found = config_from_yaml(values, encoder, codec, tts_adapter=tts_adapter, source=str(file))
+    except ConversionError:
+        return False
+    return config_to_yaml(found) == config_to_yaml(config)
 
 
 def _table(config: ModelConfig) -> list[Entry]:

@@ -20,6 +20,7 @@ from flax import nnx
 from omni_jax.checkpoint.folders import new_folder, require_files, require_free
 from omni_jax.checkpoint.hub import fetch
 from omni_jax.checkpoint.release import (
+    AUDIO_ENCODER,
     AUDIO_ENCODER_PREFIX,
     CONFIG,
     TOKENIZER_FILES,
@@ -28,28 +29,34 @@ from omni_jax.checkpoint.release import (
     open_release,
     save_release,
 )
+from omni_jax.checkpoint.release import FILES as RELEASE_FILES
 from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
 from omni_jax.checkpoint.tensors import tensor_name
 from omni_jax.config.model import AdapterConfig, AudioEncoderConfig, CodecConfig, ModelConfig, VocabConfig
-from omni_jax.convert import files, language_model, mini_omni, snac, tokenizer, whisper
-from omni_jax.convert.sources import LANGUAGE_MODEL, MINI_OMNI, SNAC, WHISPER, expect, fetch_model
+from omni_jax.convert import files, language_model, mini_omni, peft, snac, tokenizer, whisper
+from omni_jax.convert.sources import LANGUAGE_MODEL, SNAC, fetch_mini_omni, fetch_model, fetch_whisper
+from omni_jax.convert.table import cast, first_rows
 from omni_jax.errors import ConversionError
 from omni_jax.model.omni import Adapter, TTSAdapter
 from omni_jax.vocab import NUM_CODEBOOKS, Vocab
 
 logger = logging.getLogger(__name__)
 
-_MINI_OMNI_FILES = (mini_omni.WEIGHTS, mini_omni.CONFIG, *TOKENIZER_FILES)
+_KEPT = (*TOKENIZER_FILES, mini_omni.CONFIG)
+"""Files of a Mini-Omni checkpoint that a release has as they are."""
 
 
-def import_mini_omni(source: str, out: str | Path, *, whisper_source: str, snac_source: str) -> None:
-    """Make a release of a Mini-Omni checkpoint, a Whisper and a SNAC, each tensor of its own type.
+def import_mini_omni(
+    source: str, out: str | Path, *, whisper_source: str, snac_source: str, dtype: str | None = None
+) -> None:
+    """Make a release of a Mini-Omni checkpoint, a Whisper and a SNAC.
 
     Args:
         source: a Mini-Omni folder.
         out: new or empty folder.
         whisper_source: a Whisper folder of transformers, a file of OpenAI's, or a release whose audio encoder is taken.
         snac_source: a SNAC folder, or a release whose codec is taken.
+        dtype: of all weights but those of the codec, see `table.cast`; None: as in the files.
 
     Raises:
         ConversionError: a source is not what it should be; lists everything that is wrong with it.
@@ -57,9 +64,7 @@ def import_mini_omni(source: str, out: str | Path, *, whisper_source: str, snac_
         MissingExtraError: torch is not installed.
     """
     require_free(out)
-    folder = fetch(source, _MINI_OMNI_FILES, "a Mini-Omni checkpoint")
-    expect(folder, MINI_OMNI)
-    require_files(folder, _MINI_OMNI_FILES, "a Mini-Omni checkpoint")
+    folder = fetch_mini_omni(source)
     state = mini_omni.read_state(folder)
     encoder_config, encoder = _read_audio_encoder(whisper_source)
     codec_config, codec = _read_codec(snac_source)
@@ -70,8 +75,8 @@ def import_mini_omni(source: str, out: str | Path, *, whisper_source: str, snac_
         tts_adapter=mini_omni.has_tts_adapter(state),
         source=str(folder / mini_omni.CONFIG),
     )
-    tensors = mini_omni.from_state(state, config, str(folder / mini_omni.WEIGHTS))
-    save_release(out, config, {**tensors, **encoder}, codec, _tokenizer_files(folder))
+    tensors = {**mini_omni.from_state(state, config, str(folder / mini_omni.WEIGHTS)), **encoder}
+    save_release(out, config, cast(tensors, dtype, source), codec, [folder / name for name in _KEPT])
 
 
 def export_mini_omni(release: Release, out: str | Path) -> None:
@@ -84,7 +89,7 @@ def export_mini_omni(release: Release, out: str | Path) -> None:
     """
     state = mini_omni.to_state(release.model_tensors(), release.config, str(release.folder))
     with new_folder(out) as partial:
-        mini_omni.write(partial, release.config, state)
+        mini_omni.write(partial, release.config, state, release.mini_omni_config())
         _copy(release.tokenizer_files(), partial)
 
 
@@ -96,19 +101,19 @@ def export_transformers(release: Release, out: str | Path) -> None:
         CheckpointError: the release is damaged, or `out` is in use.
     """
     rows = release.config.vocab.text
+    with new_folder(out) as partial:
+        language_model.write(partial, release.config.trunk, rows, text_tensors(release, rows))
+        _copy(release.tokenizer_files(), partial)
+
+
+def text_tensors(release: Release, rows: int) -> dict[str, LazyTensor]:
+    """The tensors of a release's trunk, with the first `rows` rows of its text tables."""
     tables = ("embed.text", "head.text")
-
-    def first_rows(table: LazyTensor) -> LazyTensor:
-        return LazyTensor((rows, *table.shape[1:]), table.dtype, lambda: table.read()[:rows])
-
-    tensors = {
-        name: first_rows(tensor) if name in tables else tensor
+    return {
+        name: first_rows(tensor, rows) if name in tables else tensor
         for name, tensor in release.model_tensors().items()
         if name.startswith(("trunk.", "norm.")) or name in tables
     }
-    with new_folder(out) as partial:
-        language_model.write(partial, release.config.trunk, rows, tensors)
-        _copy(release.tokenizer_files(), partial)
 
 
 def export_whisper(release: Release, out: str | Path) -> None:
@@ -156,6 +161,7 @@ def init_release(
     tts_adapter_layers: int = 0,
     seed: int = 0,
     tied: bool | None = None,
+    dtype: str | None = None,
 ) -> None:
     """Make a release ready for training of a language model, a Whisper and a SNAC.
 
@@ -170,6 +176,8 @@ def init_release(
         tts_adapter_layers: blocks that serve the audio heads only.
         seed: the same seed gives the same release.
         tied: see `language_model.read`.
+        dtype: of all weights but those of the codec, see `table.cast`; None: as in the files, and float32 for new
+            adapters.
 
     Raises:
         ConversionError: a source is not what it should be; lists everything that is wrong with it.
@@ -182,26 +190,46 @@ def init_release(
     trunk, rows, lm = language_model.read(folder, tied=tied)
     encoder_config, encoder = _read_audio_encoder(whisper_source)
     codec_config, codec = _read_codec(snac_source)
-    config = ModelConfig(
-        audio_encoder=encoder_config,
-        adapter=AdapterConfig(kind=adapter, intermediate_size=trunk.intermediate_size),
-        trunk=trunk,
-        vocab=replace(VocabConfig(), text=rows, audio=codec_config.codebook_size),
-        codec=codec_config,
-        tts_adapter_layers=tts_adapter_layers,
-    )
-    if lines := mini_omni.unsupported(config):
-        logger.warning(
-            "Mini-Omni's published code has no such model; it cannot be exported to it:\n%s", "\n".join(lines)
-        )
-    vocab = Vocab(config.vocab)
-    tables: dict[str, LazyTensor] = {}
-    for name in ("embed",) if trunk.tie_word_embeddings else ("embed", "head"):
-        table = lm.pop(f"{name}.text")
-        tables.update(language_model.extend(table, name, vocab.text_rows, (NUM_CODEBOOKS, vocab.audio_rows), seed))
-    tensors = {**encoder, **_init_adapters(config, seed), **lm, **tables}
     with tempfile.TemporaryDirectory() as made:
-        save_release(out, config, tensors, codec, tokenizer.tokenizer_files(folder, Path(made), rows))
+        tokenizer_files = tokenizer.tokenizer_files(folder, Path(made))
+        text_rows = tokenizer.num_text_rows(tokenizer_files[0], rows)
+        config = ModelConfig(
+            audio_encoder=encoder_config,
+            adapter=AdapterConfig(kind=adapter, intermediate_size=trunk.intermediate_size),
+            trunk=trunk,
+            vocab=replace(VocabConfig(), text=text_rows, audio=codec_config.codebook_size),
+            codec=codec_config,
+            tts_adapter_layers=tts_adapter_layers,
+        )
+        if lines := mini_omni.unsupported(config):
+            logger.warning(
+                "Mini-Omni's published code has no such model; it cannot be exported to it:\n%s", "\n".join(lines)
+            )
+        tensors = {**encoder, **_init_adapters(config, seed), **_with_new_rows(lm, config, seed)}
+        save_release(out, config, cast(tensors, dtype, lm_source), codec, tokenizer_files)
+
+
+def _with_new_rows(lm: Tensors, config: ModelConfig, seed: int) -> dict[str, LazyTensor]:
+    """A language model's tensors, its tables extended."""
+    vocab = Vocab(config.vocab)
+    tensors = dict(lm)
+    for name in ("embed",) if config.trunk.tie_word_embeddings else ("embed", "head"):
+        table = tensors.pop(f"{name}.text")
+        tensors |= language_model.extend(table, name, vocab.text_rows, (NUM_CODEBOOKS, vocab.audio_rows), seed)
+    return tensors
+
+
+def merge_lora(release: Release, lora: Path, out: str | Path) -> None:
+    """Make a release with a LoRA adapter of PEFT in the weights of its trunk; those that it changes are float32.
+
+    Raises:
+        ConversionError: the adapter is not a plain LoRA of this trunk; lists what is wrong.
+        CheckpointError: a file is missing or damaged, or `out` is in use.
+    """
+    require_free(out)
+    adapter = peft.read(lora, release.config.trunk)
+    tensors = peft.merge({**release.model_tensors(), **adapter.tensors}, adapter.alpha / adapter.rank)
+    save_release(out, release.config, tensors, release.codec_tensors(), release.tokenizer_files())
 
 
 @dataclass(frozen=True)
@@ -232,7 +260,7 @@ def inspect(source: str) -> list[TensorGroup]:
         CheckpointError: it is not there, or damaged.
         MissingExtraError: a Mini-Omni checkpoint needs torch, which is not installed.
     """
-    wanted = (CONFIG, *_MINI_OMNI_FILES, "*.safetensors")
+    wanted = (*RELEASE_FILES, AUDIO_ENCODER, mini_omni.WEIGHTS, mini_omni.CONFIG)
     folder = Path(source) if is_release(source) else fetch(source, wanted, "a release or a Mini-Omni checkpoint")
     if is_release(folder):
         tensors = open_release(folder).inspect()
@@ -264,18 +292,9 @@ def _read_audio_encoder(source: str) -> tuple[AudioEncoderConfig, dict[str, Lazy
     if is_release(source):
         release = open_release(source)
         config, tensors = release.config.audio_encoder, release.audio_encoder_tensors()
-    elif (file := _openai_file(Path(source))) is not None:
-        config, tensors = whisper.read_openai(file)
     else:
-        config, tensors = whisper.read(fetch_model(source, WHISPER))
+        config, tensors = whisper.read(fetch_whisper(source))
     return config, {AUDIO_ENCODER_PREFIX + name: tensor for name, tensor in tensors.items()}
-
-
-def _openai_file(path: Path) -> Path | None:
-    """A Whisper file of OpenAI: the path itself, or in a folder such as Mini-Omni's."""
-    if path.suffix == ".pt" and path.is_file():
-        return path
-    return path / whisper.OPENAI_FILE if (path / whisper.OPENAI_FILE).is_file() else None
 
 
 def _read_codec(source: str) -> tuple[CodecConfig, dict[str, LazyTensor]]:
@@ -297,10 +316,6 @@ def _init_adapters(config: ModelConfig, seed: int) -> dict[str, LazyTensor]:
         for name, module in modules.items()
         for path, variable in nnx.to_flat_state(nnx.state(module))
     }
-
-
-def _tokenizer_files(folder: Path) -> list[Path]:
-    return [folder / name for name in TOKENIZER_FILES]
 
 
 def _copy(paths: list[Path], folder: Path) -> None:

@@ -5,13 +5,56 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from omni_jax.checkpoint.folders import require_files
 from omni_jax.checkpoint.hub import fetch
-from omni_jax.checkpoint.release import is_release
-from omni_jax.convert import files, mini_omni
+from omni_jax.checkpoint.release import TOKENIZER_FILES, is_release
+from omni_jax.convert import files, mini_omni, whisper
 from omni_jax.errors import ConversionError
 
 WHISPER, SNAC, MINI_OMNI, RELEASE = "a Whisper", "a SNAC", "a Mini-Omni checkpoint", "a release of omni_jax"
 LANGUAGE_MODEL = "a language model"
+
+MINI_OMNI_FILES = (mini_omni.WEIGHTS, mini_omni.CONFIG, *TOKENIZER_FILES)
+
+
+def fetch_mini_omni(source: str) -> Path:
+    """The folder of a Mini-Omni checkpoint, from a folder or a hub id.
+
+    Raises:
+        ConversionError: the folder is something else.
+        CheckpointError: there is neither such a folder nor such a repository within reach, or a file is missing.
+    """
+    folder = fetch(source, MINI_OMNI_FILES, MINI_OMNI)
+    expect(folder, MINI_OMNI)
+    require_files(folder, MINI_OMNI_FILES, MINI_OMNI)
+    return folder
+
+
+def fetch_whisper(source: str) -> Path:
+    """A Whisper: a folder of transformers, or a file of OpenAI's.
+
+    Args:
+        source: one of these, a folder with OpenAI's `small.pt`, such as Mini-Omni's, or the hub id of such a folder.
+
+    Raises:
+        ConversionError: it is something else.
+        CheckpointError: there is neither such a file or folder nor such a repository within reach.
+    """
+    path = Path(source)
+    if path.suffix == ".pt" and path.is_file():
+        return path
+    if (path / whisper.OPENAI_FILE).is_file() and kind_of(path) != WHISPER:
+        return path / whisper.OPENAI_FILE
+    folder = fetch_model(source, WHISPER)
+    if (folder / files.CONFIG).is_file():
+        return folder
+    file = fetch(source, (whisper.OPENAI_FILE,), WHISPER) / whisper.OPENAI_FILE
+    if not file.is_file():
+        raise ConversionError(
+            f"{source}: expected a Whisper: {files.CONFIG} with weights, or {whisper.OPENAI_FILE}, found neither; "
+            "a file of OpenAI's with another name is passed by its path"
+        )
+    return file
 
 
 def fetch_model(source: str, what: str, others: Sequence[str] = ()) -> Path:

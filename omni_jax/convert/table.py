@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors
+from omni_jax.checkpoint.safetensors_io import LazyTensor, Tensors, all_finite
 from omni_jax.errors import ConversionError
 from omni_jax.shapes import shape_mismatches
 
@@ -170,6 +170,39 @@ def mismatches(found: Tensors, expected: Mapping[str, Shape]) -> list[str]:
         for name, tensor in found.items()
         if name in expected and tensor.dtype not in FLOAT_DTYPES
     ]
+
+
+def cast(tensors: Tensors, dtype: str | None, source: str) -> dict[str, LazyTensor]:
+    """The tensors in another type, each value rounded to the nearest one when it is read.
+
+    Args:
+        tensors: of any of `FLOAT_DTYPES`.
+        dtype: name of one of them; None: each tensor keeps its type.
+        source: where the tensors come from, for errors.
+
+    Raises:
+        ConversionError: when a tensor is read that has larger values than the type holds.
+    """
+    if dtype is None:
+        return dict(tensors)
+    wanted = next(known for known in FLOAT_DTYPES if known.name == dtype)
+
+    def narrow(name: str, tensor: LazyTensor) -> LazyTensor:
+        def read() -> np.ndarray:
+            with np.errstate(over="ignore"):
+                array = tensor.read().astype(wanted, copy=False)
+            if not all_finite(array):
+                raise ConversionError(f"{source}: {name}: expected values that {dtype} holds, found larger ones")
+            return array
+
+        return LazyTensor(tensor.shape, wanted, read)
+
+    return {name: narrow(name, tensor) for name, tensor in tensors.items()}
+
+
+def first_rows(tensor: LazyTensor, rows: int) -> LazyTensor:
+    """The beginning of a tensor along its first axis."""
+    return LazyTensor((rows, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[:rows])
 
 
 def is_identical(one: LazyTensor, other: LazyTensor) -> bool:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omni_jax.checkpoint.release import TOKENIZER_FILES
+from omni_jax.config.model import MAX_SIZE
 from omni_jax.convert.files import CONFIG, read_json
 from omni_jax.errors import ConversionError
+from omni_jax.tokenizer import load_tokenizer, num_rows
+
+logger = logging.getLogger(__name__)
 
 VOCAB, MERGES, ADDED_TOKENS = "vocab.json", "merges.txt", "added_tokens.json"
 OLD_FILES = (VOCAB, MERGES, ADDED_TOKENS)
 """What byte-level BPE tokenizers were saved as before `tokenizer.json`."""
+
+ROWS_MULTIPLE = 64
+"""What a table of text tokens grows to a multiple of, so that it divides over devices."""
 
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -21,19 +30,16 @@ _QWEN2_WORDS = (
 """Words that Qwen2's tokenizer splits a text into; others of this kind split as GPT-2's does."""
 
 
-def tokenizer_files(folder: Path, made: Path, rows: int) -> list[Path]:
+def tokenizer_files(folder: Path, made: Path) -> list[Path]:
     """The two files of a release.
 
     Args:
         folder: of a language model.
         made: an existing folder for what `folder` does not have.
-        rows: of the language model's vocabulary.
 
     Raises:
-        ConversionError: there is no tokenizer that can be read, or it has more tokens than the vocabulary has rows.
+        ConversionError: there is no tokenizer that can be read.
     """
-    import tokenizers
-
     tokenizer_json, settings = (folder / name for name in TOKENIZER_FILES)
     values = read_json(settings) if settings.is_file() else {}
     if not tokenizer_json.is_file():
@@ -44,16 +50,35 @@ def tokenizer_files(folder: Path, made: Path, rows: int) -> list[Path]:
     if not settings.is_file():
         settings = made / settings.name
         settings.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
-    try:
-        size = tokenizers.Tokenizer.from_file(str(tokenizer_json)).get_vocab_size()
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise ConversionError(f"{tokenizer_json}: expected a tokenizer, found {error}") from None
-    if size > rows:
-        raise ConversionError(
-            f"{tokenizer_json}: expected at most {rows} tokens, as many as the embedding has rows, found {size}; "
-            "resize the model's embedding first (resize_token_embeddings in transformers)"
-        )
     return [tokenizer_json, settings]
+
+
+def num_text_rows(file: Path, rows: int) -> int:
+    """Rows of the text tables, without specials, that a speech model needs.
+
+    Args:
+        file: `tokenizer.json`.
+        rows: that the language model's embedding has.
+
+    Returns:
+        `rows` if each id of the tokenizer has a row, else the next multiple of 64 that is enough.
+
+    Raises:
+        CheckpointError: the file is not a tokenizer.
+        ConversionError: it needs more than twice the rows.
+    """
+    needed = num_rows(load_tokenizer(file))
+    if needed <= rows:
+        return rows
+    grown = math.ceil(needed / ROWS_MULTIPLE) * ROWS_MULTIPLE
+    if grown > min(2 * rows, MAX_SIZE):
+        raise ConversionError(
+            f"{file}: expected a tokenizer of the language model, whose embedding has {rows} rows, found one of "
+            f"{needed} tokens; an embedding grows to twice its rows, and to {MAX_SIZE}, at most"
+        )
+    message = "%s has ids up to %d, and the embedding %d rows: it grows to %d; the new rows are untrained"
+    logger.warning(message, file, needed - 1, rows, grown)
+    return grown
 
 
 def _from_bpe(folder: Path, settings: Mapping[str, Any]) -> Any:

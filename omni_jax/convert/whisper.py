@@ -136,19 +136,46 @@ def config_from_json(values: Mapping[str, Any], source: str = "config.json") -> 
     raise ConversionError(f"{source}, expected to be a Whisper's:\n" + "\n".join(wrong))
 
 
-def read(folder: str | Path) -> tuple[AudioEncoderConfig, dict[str, LazyTensor]]:
-    """Read the encoder from a folder as `save_pretrained` writes it.
+def config_to_json(config: AudioEncoderConfig) -> dict[str, Any]:
+    """The content of transformers' `config.json` for a Whisper with this encoder and a decoder without layers."""
+    return {
+        "architectures": ["WhisperModel"],
+        "model_type": "whisper",
+        **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
+        "decoder_layers": 0,
+        "decoder_attention_heads": config.num_heads,
+        "decoder_ffn_dim": config.intermediate_size,
+    }
+
+
+def open_encoder(path: Path) -> tuple[AudioEncoderConfig, dict[str, LazyTensor]]:
+    """The encoder of a folder as `save_pretrained` writes it, or of a file of OpenAI's `whisper`, such as `small.pt`.
+
+    Returns:
+        The encoder's config, and its tensors by transformers' names without a prefix; none is read yet.
+
+    Raises:
+        ConversionError: a file is missing, or its content is not a Whisper.
+        CheckpointError: a file of weights is damaged.
+        MissingExtraError: a file needs torch, which is not installed.
+    """
+    if path.is_file():
+        return _open_openai(path)
+    config = config_from_json(read_json(path / CONFIG), str(path / CONFIG))
+    return config, _encoder(open_weights(path))
+
+
+def read(path: str | Path) -> tuple[AudioEncoderConfig, dict[str, LazyTensor]]:
+    """Read the encoder of a folder or a file; see `open_encoder`.
 
     Returns:
         The encoder's config and the tensors by our names; none is read yet.
 
     Raises:
-        ConversionError: a file is missing, or its content is not a Whisper.
-        CheckpointError: a file of weights is damaged.
+        ConversionError: also lists every tensor that is missing, unknown, misshapen or of another type.
     """
-    folder = Path(folder)
-    config = config_from_json(read_json(folder / CONFIG), str(folder / CONFIG))
-    return config, from_transformers(open_weights(folder), config, str(folder))
+    config, state = open_encoder(Path(path))
+    return config, to_ours(_table(config), state, str(path))
 
 
 def write(folder: Path, config: AudioEncoderConfig, tensors: Tensors) -> None:
@@ -164,43 +191,11 @@ def write(folder: Path, config: AudioEncoderConfig, tensors: Tensors) -> None:
     Raises:
         ConversionError: lists every tensor that is missing, unknown, misshapen or of another type.
     """
-    values = {
-        "architectures": ["WhisperModel"],
-        "model_type": "whisper",
-        **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
-        "decoder_layers": 0,
-        "decoder_attention_heads": config.num_heads,
-        "decoder_ffn_dim": config.intermediate_size,
-    }
+    values = config_to_json(config)
     # Where it is not stated, transformers takes that of the first tensor, which may be the smallest.
     values["dtype"] = values["torch_dtype"] = common_dtype(tensors) or "float32"
     write_safetensors(folder / WEIGHTS, to_transformers(tensors, config))
     write_json(folder / CONFIG, values)
-
-
-def read_openai(file: Path) -> tuple[AudioEncoderConfig, dict[str, LazyTensor]]:
-    """Read the encoder from a file of OpenAI's `whisper`, such as `small.pt`; see `read`.
-
-    Raises:
-        ConversionError: the file is not one of OpenAI's.
-        MissingExtraError: torch is not installed.
-    """
-    content = load_torch(file)
-    dims, state = content.get("dims"), content.get("model_state_dict")
-    if not isinstance(dims, Mapping) or not isinstance(state, Mapping) or set(_DIMS.values()) - set(dims):
-        raise ConversionError(f"{file}: expected a Whisper of OpenAI with dims and model_state_dict, found none")
-    sizes = {ours: dims[theirs] for ours, theirs in _DIMS.items()}
-    try:
-        values = {**sizes, "intermediate_size": 4 * sizes["hidden_size"]}
-        config = build_config(AudioEncoderConfig, values, f"{file}: dims")
-    except ConfigError as error:
-        raise ConversionError(str(error)) from None
-    encoder = {
-        _rename(name.removeprefix(_OPENAI_PREFIX), _OPENAI_NAMES): tensor
-        for name, tensor in lazy_state(state, file).items()
-        if name.startswith(_OPENAI_PREFIX)
-    }
-    return config, to_ours(_table(config), encoder, str(file))
 
 
 def write_openai(file: Path, config: AudioEncoderConfig, tensors: Tensors) -> None:
@@ -233,6 +228,24 @@ def write_openai(file: Path, config: AudioEncoderConfig, tensors: Tensors) -> No
     dims = {theirs: getattr(config, ours) for ours, theirs in _DIMS.items()}
     text = {"n_vocab": 1, "n_text_ctx": 1, "n_text_state": D, "n_text_head": config.num_heads, "n_text_layer": 0}
     torch.save({"dims": {**dims, **text}, "model_state_dict": state}, file)
+
+
+def _open_openai(file: Path) -> tuple[AudioEncoderConfig, dict[str, LazyTensor]]:
+    content = load_torch(file)
+    dims, state = content.get("dims"), content.get("model_state_dict")
+    if not isinstance(dims, Mapping) or not isinstance(state, Mapping) or set(_DIMS.values()) - set(dims):
+        raise ConversionError(f"{file}: expected a Whisper of OpenAI with dims and model_state_dict, found none")
+    sizes = {ours: dims[theirs] for ours, theirs in _DIMS.items()}
+    try:
+        values = {**sizes, "intermediate_size": 4 * sizes["hidden_size"]}
+        config = build_config(AudioEncoderConfig, values, f"{file}: dims")
+    except ConfigError as error:
+        raise ConversionError(str(error)) from None
+    return config, {
+        _rename(name.removeprefix(_OPENAI_PREFIX), _OPENAI_NAMES): tensor
+        for name, tensor in lazy_state(state, file).items()
+        if name.startswith(_OPENAI_PREFIX)
+    }
 
 
 def _rename(name: str, names: Mapping[str, str]) -> str:

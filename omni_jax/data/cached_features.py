@@ -9,6 +9,7 @@ of records are.
 from __future__ import annotations
 
 import itertools
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,8 @@ def write_features(
     for shard in shards:
         path = folder / f"{shard:05d}{RECORD_SUFFIX}"
         if not path.exists():
-            partial = folder / f".{path.name}.part"
+            # Another run that shares the features may write the same shard.
+            partial = folder / f".{path.name}.{uuid.uuid4().hex}.part"
             writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
             first = shard * SHARD_RECORDS
             numbers = range(first, min(first + SHARD_RECORDS, len(records)))
@@ -163,7 +165,12 @@ def write_features(
             for entry in entries:
                 writer.write(entry)
             writer.close()
-            partial.replace(path)
+            try:
+                partial.replace(path)
+            except FileNotFoundError:
+                # The other run has finished the folder, and removed what was not.
+                if not path.exists():
+                    raise
         progress()
 
 
@@ -174,6 +181,8 @@ def finish_features(records: Records, folder: Path, versions: int) -> None:
         {"file": f"{shard:05d}{RECORD_SUFFIX}", "entries": count * versions} for shard, count in enumerate(counts)
     ]
     write_json(folder / INDEX, {"versions": versions, "shards": shards})
+    for partial in folder.glob(f".*{RECORD_SUFFIX}.*.part"):
+        partial.unlink(missing_ok=True)
 
 
 def recordings(records: Records, number: int, versions: int, *, max_seconds: float) -> list[np.ndarray | None]:

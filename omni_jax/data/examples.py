@@ -27,7 +27,7 @@ from omni_jax.prompts import (
     text_prompt,
 )
 from omni_jax.tasks import Task
-from omni_jax.tokenizer import encode_text
+from omni_jax.tokenizer import encode_text, num_rows
 from omni_jax.vocab import NUM_STREAMS, Vocab
 
 TASKS = tuple(Task)
@@ -110,7 +110,7 @@ class ExampleBuilder:
     tokenizer: Tokenizer
 
     def __post_init__(self) -> None:
-        size, limit = self.tokenizer.get_vocab_size(), self.model.vocab.text
+        size, limit = num_rows(self.tokenizer), self.model.vocab.text
         if size > limit:
             raise PipelineError(f"tokenizer: expected at most the model's {limit} tokens, found {size}")
 

@@ -335,6 +335,8 @@ class TextQA:
     every_turn: bool = False
     """Whether every answer of a conversation becomes a record, as those that will be spoken must. Otherwise a
     conversation is one record, in which all its answers are trained."""
+    range_bytes: int | None = None
+    """Bytes of a file of JSON lines per shard; None: the default. See `Manifest.range_bytes`."""
 
     def shards(self) -> list[SourceShard]:
         """One shard per row group, per arrow file, or per byte range of a file of JSON lines."""
@@ -347,7 +349,7 @@ class TextQA:
             elif path.suffix == ".arrow":
                 shards.append(SourceShard(path.name, (path,)))
             else:
-                shards += line_shards(path)
+                shards += line_shards(path, self.range_bytes)
         return shards
 
     def rows(self, shard: SourceShard) -> Iterator[Row]:

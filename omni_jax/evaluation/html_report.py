@@ -75,7 +75,9 @@ def _choose_cases(results: Sequence[Result]) -> list[Result]:
 
 
 def _case(result: Result, folder: Path, question: Path | bytes | None) -> str:
+    before = (html.escape(f"{message['role']}: {message['content']}") for message in result.messages)
     rows = {
+        "before": "<br>".join(before),
         "question": html.escape(result.question or NO_TRANSCRIPT) + _question_player(question),
         "expected": html.escape(" / ".join(result.expected)),
         "answer": html.escape(result.text),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,11 @@ from omni_jax.errors import AudioError, ConfigError
 from omni_jax.evaluation import metrics
 from omni_jax.evaluation.asr_judge import AsrJudge
 from omni_jax.evaluation.metrics import Estimate
-from omni_jax.evaluation.suites import Case
+from omni_jax.evaluation.suites import Case, RecordedTurn
 from omni_jax.file_names import safe_file_name
 from omni_jax.inference.generation import GenerationConfig
-from omni_jax.inference.request import Request
+from omni_jax.inference.messages import to_messages
+from omni_jax.inference.request import Request, Turn
 from omni_jax.input_files import read_json
 from omni_jax.tasks import Task
 
@@ -52,6 +53,8 @@ class Result:
     """The ASR judge's transcript of the spoken answer."""
     error: str = ""
     """Why there is no answer."""
+    messages: list[dict[str, str]] = field(default_factory=list)
+    """System text and turns before the question, as the model got them, in the form of chat completions."""
     scores: dict[str, float] = field(default_factory=dict)
 
     def errors(self, name: str) -> metrics.ErrorCount | None:
@@ -174,13 +177,17 @@ def evaluate(
     config = config or GenerationConfig()
     out.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
+    requests: list[Request] = []
     for start in range(0, len(cases), WINDOW):
-        results += _answer(omni, cases[start : start + WINDOW], out, config, max_batch_size)
+        window = cases[start : start + WINDOW]
+        asked = _transcribe_past(omni, window, max_batch_size)
+        results += _answer(omni, window, asked, out, config, max_batch_size)
+        requests += [request for request in asked if isinstance(request, Request)]
         if progress is not None:
             progress(len(results), len(cases))
     for result, case in zip(results, cases, strict=True):
         result.scores = score(result, case)
-    speed = measure_speed(omni, [case.request() for case in cases], config)
+    speed = measure_speed(omni, requests, config)
     evaluation = Evaluation(model, suite, None if judge is None else judge.name, omni.trained, results, speed)
     evaluation.save(out)
     if judge is not None:
@@ -192,16 +199,49 @@ def evaluate(
     return evaluation
 
 
+def _transcribe_past(omni: Omni, cases: Sequence[Case], max_batch_size: int) -> list[Request | str]:
+    """The request of each case, with the model's transcripts of past questions that are recordings; or an error."""
+    prepared, errors, found = {}, {}, {}
+    for audio in {turn.audio: None for case in cases for turn in case.history if isinstance(turn, RecordedTurn)}:
+        try:
+            # As `Conversation` does it: with the default options.
+            prepared[audio] = omni.prepare(Request(audio, task=Task.A1T1))
+        except (AudioError, ConfigError) as error:
+            errors[audio] = str(error)
+    for audio, reply in zip(prepared, omni.run(list(prepared.values()), max_batch_size), strict=True):
+        found[audio] = reply.text.strip()
+    requests: list[Request | str] = []
+    for case in cases:
+        failed = [turn.audio for turn in case.history if isinstance(turn, RecordedTurn) and turn.audio in errors]
+        if failed:
+            requests.append(errors[failed[0]])
+            continue
+        turns = [
+            Turn(found[turn.audio], turn.answer) if isinstance(turn, RecordedTurn) else turn for turn in case.history
+        ]
+        requests.append(replace(case.request(), history=turns))
+    return requests
+
+
 def _answer(
-    omni: Omni, cases: Sequence[Case], out: Path, config: GenerationConfig, max_batch_size: int
+    omni: Omni,
+    cases: Sequence[Case],
+    asked: Sequence[Request | str],
+    out: Path,
+    config: GenerationConfig,
+    max_batch_size: int,
 ) -> list[Result]:
     results = [
         Result(case.id, case.task, case.group, case.question or case.text, list(case.expected)) for case in cases
     ]
     requests = []
-    for case, result in zip(cases, results, strict=True):
+    for request, result in zip(asked, results, strict=True):
+        if isinstance(request, str):
+            result.error = request
+            continue
+        result.messages = to_messages(request.system or "", request.history)
         try:
-            requests.append((result, omni.prepare(case.request(), config=config)))
+            requests.append((result, omni.prepare(request, config=config)))
         except (AudioError, ConfigError) as error:
             result.error = str(error)
     replies = omni.run([request for _, request in requests], max_batch_size)

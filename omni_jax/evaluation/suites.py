@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pydantic
@@ -17,9 +17,16 @@ from omni_jax.config.load import build_config
 from omni_jax.data.readers import corpus_files, open_parquet, read_parquet
 from omni_jax.data.sources import librispeech
 from omni_jax.errors import ConfigError, OmniError
-from omni_jax.inference.request import Request
+from omni_jax.inference.request import Request, Turn
 from omni_jax.input_files import parse_json
 from omni_jax.tasks import Task
+
+
+@dataclass(frozen=True)
+class RecordedTurn(Turn):
+    """A past turn whose question was spoken: what the model gets is its own transcript of the recording."""
+
+    audio: Path = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -39,11 +46,29 @@ class Case:
     """Transcript of the recording, for the report."""
     group: str = ""
     """Metrics are also given for each group."""
+    system: str = ""
+    """Text that the conversation begins with."""
+    history: tuple[Turn, ...] = ()
+    """The turns before the question, the oldest first; of a `RecordedTurn`, the question is for the report."""
 
     def request(self) -> Request:
         """As a request."""
         audio = io.BytesIO(self.audio) if isinstance(self.audio, bytes) else self.audio
-        return Request(audio, self.text or None, self.task)
+        return Request(audio, self.text or None, self.task, system=self.system, history=self.history)
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class _PastTurn:
+    """A turn in the history of a manifest's line."""
+
+    question: str = ""
+    answer: str = ""
+    audio: str = ""
+
+    def to_turn(self, folder: Path) -> Turn:
+        if self.audio:
+            return RecordedTurn(self.question, self.answer, audio=folder / self.audio)
+        return Turn(self.question, self.answer)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
@@ -57,10 +82,15 @@ class _Row:
     expected: str | list[str] = ""
     question: str = ""
     group: str = ""
+    system: str = ""
+    history: list[_PastTurn] = pydantic.Field(default_factory=list)
 
 
 def manifest(path: Path) -> Iterator[Case]:
-    """JSON lines: `id`, `audio` (relative to the manifest) or `text`, `task`, `expected` (one or several), `group`."""
+    """JSON lines: `id`, `audio` (relative to the manifest) or `text`, `task`, `expected` (one or several), `group`.
+
+    And `system` and `history`, whose turns have `question`, `answer` and `audio`.
+    """
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -72,12 +102,16 @@ def manifest(path: Path) -> Iterator[Case]:
                 raise ConfigError(f"{place}: expected a JSON object, found {error}") from None
             row = build_config(_Row, values, place)
             audio = path.parent / row.audio if row.audio else None
+            turns = tuple(turn.to_turn(path.parent) for turn in row.history)
+            request = Request(audio, row.text or None, row.task or None, system=row.system, history=turns)
             try:
-                task = Request(audio, row.text or None, row.task or None).resolve_task()
+                task = request.resolve_task()
             except ConfigError as error:
                 raise error.prefixed(place) from None
             expected = (row.expected,) if isinstance(row.expected, str) else tuple(row.expected)
-            yield Case(row.id, task, audio, row.text, tuple(filter(None, expected)), row.question, row.group)
+            yield Case(
+                row.id, task, audio, row.text, tuple(filter(None, expected)), row.question, row.group, row.system, turns
+            )
 
 
 def libri(path: Path) -> Iterator[Case]:

@@ -74,6 +74,8 @@ class Reply:
     """A1T1: the transcript in pieces, each of which the model has taken at once."""
     question: str | None = None
     """What was asked, as the model transcribes it; None unless `Request.transcribe_question` asks for it."""
+    cached_positions: int = 0
+    """Of the prompt, those whose keys and values were kept from an earlier turn."""
 
     @property
     def seconds(self) -> float:
@@ -194,7 +196,7 @@ class AnswerBuilder:
         self._audio: list[np.ndarray] = []
         self._ended: list[np.ndarray] = []
         self._ended_texts: list[str] = []
-        self._num_invalid_codes = 0
+        self._num_invalid_codes = self._cached = 0
         self._finish: FinishReason | None = None
         self._part_ended = False
         self._question_tokens = np.zeros(0, np.int32)
@@ -222,6 +224,7 @@ class AnswerBuilder:
         self.part_tokens = np.concatenate([self.part_tokens, progress.tokens], axis=1)
         end = progress.finish or progress.part_finish
         self._part_ended = end is not None
+        self._cached = progress.cached
         # Of several parts, one that did not end by itself is what the caller should know of.
         self._finish = end if self._finish in (None, "stop") else self._finish
         if not self._streaming:
@@ -305,6 +308,7 @@ class AnswerBuilder:
             timing=self._clock.timing(tokens.shape[1], audio, self._outputs.sample_rate),
             segments=self._segments(),
             question=None if self._request.transcription is None else self._question,
+            cached_positions=self._cached,
         )
 
 

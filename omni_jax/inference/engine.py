@@ -156,6 +156,8 @@ class Progress:
     """Whether the tokens are those of the question's transcription; `finish` is the transcription's then."""
     pending: bool = False
     """Whether the other one of the answer and the transcription goes on when this one has ended."""
+    cached: int = 0
+    """Positions of the prompt that the prefix cache had; known when `finish` is."""
 
     @property
     def done(self) -> bool:
@@ -597,7 +599,8 @@ class Engine:
             if unfinished:
                 self._unfinished[active.key] = unfinished
             question = active.request.of_question
-            return Progress(active.key, new, finish, of_question=question, pending=unfinished > 0)
+            cached = 0 if active.prefix is None else active.prefix.length
+            return Progress(active.key, new, finish, of_question=question, pending=unfinished > 0, cached=cached)
         if active.step == active.request.config.max_steps:
             return Progress(active.key, new, "length")
         rest = (active.key, active.request.after_first(active.step))
@@ -716,7 +719,7 @@ class Engine:
             self._take_row_pages(slot, active)
         if not arrivals:
             return
-        groups: dict[tuple[int, bool, bool], list[tuple[int, ActiveRequest]]] = {}
+        groups: dict[tuple[int, int, bool], list[tuple[int, ActiveRequest]]] = {}
         for slot, active in arrivals:
             groups.setdefault(self._prefill_shape(active.request, active.prefix), []).append((slot, active))
         for (length, _, _), group in groups.items():
@@ -749,7 +752,7 @@ class Engine:
         slots, room = self._room(steps)
         alone = not any(self.active)
         most = self.max_batch_size if alone else MAX_PREFILL_ROWS
-        first_shape: tuple[int, bool, bool] | None = None
+        first_shape: tuple[int, int, bool] | None = None
         chosen: list[tuple[int, ActiveRequest]] = []
         left: list[tuple[int, PreparedRequest]] = []
         while self.queue and len(chosen) < most:
@@ -789,10 +792,16 @@ class Engine:
         reported = self._reported.get((key, request.of_question), 0)
         return ActiveRequest(key, request, reported, text_pending=request.task.outputs_text)
 
-    def _prefill_shape(self, request: PreparedRequest, prefix: Prefix | None) -> tuple[int, bool, bool]:
-        """Padded length, and whether there are speech and a prefix: prompts alike in this are prefilled together."""
+    def _prefill_shape(self, request: PreparedRequest, prefix: Prefix | None) -> tuple[int, int, bool]:
+        """Padded length, the audio encoder's window, 0 without speech, and if there is a prefix.
+
+        Prompts alike in this are prefilled together. Without `mask_padding` the features depend on the window, which
+        must not depend on the other requests.
+        """
         known = 0 if prefix is None else prefix.length
-        return self._padded(len(request.prompt) - 1 - known), request.task.takes_audio, prefix is not None
+        speech = request.parts[0].speech
+        window = 0 if speech is None else self.runner.config.audio_encoder.window(len(speech))
+        return self._padded(len(request.prompt) - 1 - known), window, prefix is not None
 
     def _padded(self, length: int) -> int:
         return min(next(size for size in self.buckets if size >= length), self.max_len)

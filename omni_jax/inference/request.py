@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -50,7 +51,7 @@ class Turn:
             return cls(**source)
         if isinstance(source, (tuple, list)) and len(source) == 2:
             return cls(*source)
-        raise ConfigError(f"expected a question and an answer, found {source!r}")
+        raise ConfigError(f"expected a question and an answer, found {reprlib.repr(source)}")
 
 
 @dataclass(frozen=True)

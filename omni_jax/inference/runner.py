@@ -173,6 +173,10 @@ def quantize_weights(weights: Any, quantize: Callable[[Any, int], Int8] = Int8.o
     flat = traverse_util.flatten_dict(weights)
     for path, weight in flat.items():
         if path[0] in DECODE_MODULES and path[-1] in ("weight", "text", "audio", "head"):
-            # The output projection of attention contracts heads and head dim.
-            flat[path] = quantize(weight, 2 if path[-2:] == ("out", "weight") else 1)
+            flat[path] = quantize(weight, input_axes(path))
     return traverse_util.unflatten_dict(flat)
+
+
+def input_axes(path: tuple[Any, ...]) -> int:
+    """How many axes of a weight are those of its input: heads and head dim in the output projection of attention."""
+    return 2 if path[-2:] == ("out", "weight") else 1

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from omni_jax import sharding
@@ -84,6 +85,20 @@ class Int8:
         largest = jnp.abs(weight).max(axis=inputs, keepdims=True)
         scale = jnp.where(largest > 0, largest / 127, 1.0)
         return cls(jnp.round(weight / scale).astype(jnp.int8), scale.squeeze(inputs))
+
+    @classmethod
+    def abstract(cls, weight: Any, contract: int = 1) -> Int8:
+        """Shapes and shardings of `of`, from the `jax.ShapeDtypeStruct` of a weight with a sharding over a mesh."""
+        shape, spec = weight.shape[:-contract], weight.sharding.spec
+        outputs = NamedSharding(weight.sharding.mesh, PartitionSpec(*spec[: len(shape)]))
+        values: Any = jax.ShapeDtypeStruct(weight.shape, jnp.int8, sharding=weight.sharding)
+        scale: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=outputs)
+        return cls(values, scale)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.values.shape
 
     def __getitem__(self, index: Any) -> Any:
         """All of it for `...`, as of an array; of a table [rows, D], the rows of an index as f32 [..., D]."""
@@ -154,9 +169,12 @@ def _bfloat16_gradients(x: Array, weight: Array, error: Array) -> tuple[Array, A
     return _bfloat16_dot(error, weight, 0), jax.lax.optimization_barrier(_bfloat16_dot(turned, x, 0))
 
 
-def _backward(kept: tuple[Array, Array], error: Array) -> tuple[Array, Array]:
-    of_x, of_weight = _bfloat16_gradients(*kept, error)
-    return of_x.astype(kept[0].dtype), of_weight.astype(kept[1].dtype)
+def _backward(kept: tuple[Array, Array], error: Array) -> tuple[Array, Array | None]:
+    x, weight = kept
+    of_x, of_weight = _bfloat16_gradients(x, weight, error)
+    # Whole numbers have no gradient.
+    is_float = jnp.issubdtype(weight.dtype, jnp.floating)
+    return of_x.astype(x.dtype), of_weight.astype(weight.dtype) if is_float else None
 
 
 _bfloat16_product.defvjp(lambda x, weight: (_bfloat16_product(x, weight), (x, weight)), _backward)
@@ -281,7 +299,10 @@ class Linear(nnx.Module):
     Attributes:
         weight: f32 [*outputs, *inputs].
         bias: f32 [*outputs], or None.
+        lora: a trained change of the map, see `omni_jax.model.lora`; or None.
     """
+
+    lora: Callable[[Array], Array] | None = None
 
     def __init__(
         self,
@@ -310,6 +331,8 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """[..., *inputs] -> [..., *outputs], in x's dtype."""
         y = linear(x, self.weight[...], self.contract)
+        if self.lora is not None:
+            y = y + self.lora(x)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 

@@ -54,9 +54,9 @@ class WhisperEncoder(nnx.Module):
         """Encode log-mel frames.
 
         Args:
-            mel: f32 [B, M, 2 * T], from `audio.features.log_mel`. Without `config.mask_padding`, padded to the full
-                length, T = max_position: padding is silence to Whisper. With it, T is any window that
-                `config.window` allows.
+            mel: f32 [B, M, 2 * T], from `audio.features.log_mel`. Padded to the full length, T = max_position:
+                padding is silence to Whisper. With `config.mask_padding` or `config.short_windows`, T is any window
+                that `config.window` allows.
             frames: int32 [B], positions of each recording, the first of T; needed with `config.mask_padding` only.
 
         Returns:
@@ -66,7 +66,7 @@ class WhisperEncoder(nnx.Module):
             ValueError: the shape is another.
         """
         config, T = self.config, mel.shape[2] // 2
-        least = 1 if config.mask_padding else config.max_position
+        least = 1 if config.mask_padding or config.short_windows else config.max_position
         if mel.shape[1:] != (config.num_mel_bins, 2 * T) or not least <= T <= config.max_position:
             raise ValueError(
                 f"expected mel as [B, {config.num_mel_bins}, {2 * config.max_position}], found {mel.shape}"

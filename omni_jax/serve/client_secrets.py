@@ -21,7 +21,7 @@ class ClientSecrets:
     """The client secrets that were given out, each with the session that it begins."""
 
     def __init__(self) -> None:
-        self._sessions: dict[str, tuple[float, Session, Share]] = {}
+        self._sessions: dict[str, tuple[float, Session, str | None, Share]] = {}
         self._budget = Budget(MAX_BYTES, MAX_BYTES // 4)
 
     def create(self, client: str | None, session: Session, seconds: int) -> tuple[str, int]:
@@ -36,17 +36,20 @@ class ClientSecrets:
             BusyError: too many are valid.
         """
         now = time.time()
-        for secret in [secret for secret, (expires, _, _) in self._sessions.items() if expires <= now]:
-            self._sessions.pop(secret)[2].give_back()
+        for secret in [secret for secret, (expires, *_) in self._sessions.items() if expires <= now]:
+            self._sessions.pop(secret)[-1].give_back()
         share = Share(self._budget, client)
         if not share.take(SECRET_BYTES + len(session.model_dump_json())):
             raise BusyError("as many client secrets are valid as are allowed; try again later")
         secret = PREFIX + secrets.token_urlsafe(32)
-        self._sessions[secret] = (now + seconds, session, share)
+        self._sessions[secret] = (now + seconds, session, client, share)
         return secret, int(now + seconds)
 
-    def find(self, secret: str) -> Session | None:
-        """The settings of the session that a client secret begins; None if it is unknown or has expired."""
+    def find(self, secret: str) -> tuple[Session, str | None] | None:
+        """The settings of the session that a client secret begins, and who has asked for it.
+
+        None if it is unknown or has expired.
+        """
         # A table of random keys, whose timing tells nothing about a key.
-        expires, session, _ = self._sessions.get(secret, (0.0, None, None))
-        return session if expires > time.time() else None
+        found = self._sessions.get(secret)
+        return None if found is None or found[0] <= time.time() else found[1:3]

@@ -13,7 +13,9 @@ from typing import Any, cast
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.exceptions import InvalidState
 
 from omni_jax.serve.budget import Budget, Share
 from omni_jax.serve.sessions import Service
@@ -26,6 +28,8 @@ START_BYTES = 1 << 16
 """Largest message of a WebSocket before its client has shown a key."""
 MAX_FRAGMENTS = 4096
 """Frames that a message of a WebSocket may come in."""
+FRAME_CHARACTERS = 1 << 16
+"""Characters of a message of a WebSocket that are sent at once."""
 MAX_UNREAD_BYTES = 1 << 18
 """Answers to pings that a client may leave unread."""
 TRY_AGAIN_LATER = 1013
@@ -147,13 +151,15 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def connection_made(self, transport: Any) -> None:
         """Take over the connection."""
         super().connection_made(transport)
+        self._client = self.config.service.client_of(self.client)
         self._unread = self._new_share()
+        self._sending = asyncio.Lock()
         # Messages that the application has not taken, and the one that it has not done with.
         self._queued: deque[Share] = deque()
         self._in_work: Share | None = None
 
     def _new_share(self) -> Share:
-        return Share(self.config.service.bodies, self.config.service.client_of(self.client))
+        return Share(self.config.service.bodies, self._client)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Count no longer."""
@@ -170,8 +176,17 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if self.response.status_code == 101:
             self.scope["state"] |= {"trust": self._trust, "keep": self._keep}
 
-    def _trust(self) -> None:
+    def _trust(self, client: str | None) -> None:
+        """Take large messages of a client whose key was valid, and count what it has for that client."""
         self.conn.max_message_size = self.config.ws_max_size
+        if client == self._client:
+            return
+        self._client = client
+        if self.counted is not None:
+            self.counted.give_back()
+            self.counted = Share(self.config.open_connections, client)
+            if not self.counted.take(1):
+                self._end(TRY_AGAIN_LATER, "too many connections at once; try again later")
 
     def _keep(self) -> Share:
         """The share of the message that was received last, for an application that is not done with it soon."""
@@ -208,6 +223,44 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if event["type"] == "websocket.receive" and self._queued:
             self._in_work = self._queued.popleft()
         return event
+
+    async def send(self, message: Any) -> None:
+        """Send an event; a long text in frames, between which others have their turn.
+
+        Raises:
+            ClientDisconnected: the client is gone, or is disconnected as it read nothing for `Settings.idle_timeout`.
+        """
+        text = message.get("text") if message["type"] == "websocket.send" else None
+        # Other messages wait until all frames of one are sent.
+        async with self._sending:
+            await self._until_writable()
+            if text is None or len(text) <= FRAME_CHARACTERS:
+                await super().send(message)
+                return
+            try:
+                await self._send_frames(text)
+            except BaseException:
+                # A message that has begun cannot be taken back.
+                self.transport.abort()
+                raise
+
+    async def _send_frames(self, text: str) -> None:
+        for start in range(0, len(text), FRAME_CHARACTERS):
+            await self._until_writable()
+            send = self.conn.send_continuation if start else self.conn.send_text
+            try:
+                send(text[start : start + FRAME_CHARACTERS].encode(), fin=start + FRAME_CHARACTERS >= len(text))
+            except InvalidState:
+                raise ClientDisconnected from None
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            await asyncio.sleep(0)
+
+    async def _until_writable(self) -> None:
+        try:
+            await asyncio.wait_for(self.writable.wait(), self.config.service.settings.idle_timeout)
+        except TimeoutError:
+            self.transport.abort()
+            raise ClientDisconnected from None
 
     def handle_cont(self, event: Any) -> None:
         """Count the fragments of a message, which may be empty."""

@@ -46,6 +46,12 @@ def is_known_key(key: str, keys: Sequence[str]) -> bool:
     return sum(hmac.compare_digest(given, digest(known)) for known in keys) > 0
 
 
+def bearer_key(headers: Headers) -> str:
+    """The key in a request's Authorization header; empty if it has none."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
+
+
 def is_known_host(host: str, settings: Settings) -> bool:
     """Whether a request's Host header names this server.
 
@@ -119,7 +125,10 @@ class LimitsMiddleware:
             self.count(scope["path"], "refused")
             await refusal(scope, receive, send)
             return
-        with Share(self.service.bodies, self.service.client_of(scope.get("client"))) as share:
+        key = "" if self._is_public(scope["path"]) else bearer_key(headers)
+        client = self.service.client_of(scope.get("client"), key)
+        scope.setdefault("state", {})["client"] = client
+        with Share(self.service.bodies, client) as share:
             try:
                 bounded = self._bounded_receive(receive, share)
                 await self.app(scope, bounded, self._bounded_send(scope["path"], send))
@@ -147,17 +156,19 @@ class LimitsMiddleware:
             # A proxy may have understood it differently (RFC 9112, section 6.1).
             message = "expected Content-Length or Transfer-Encoding, found both"
             return JSONResponse(error_body(message, status=400), 400, headers=CLOSE_CONNECTION)
-        if settings.api_keys and path not in PUBLIC_PATHS and not path.startswith("/page/"):
-            scheme, _, key = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not is_known_key(key.strip(), settings.api_keys):
-                message = "expected the header 'Authorization: Bearer KEY' with a valid key"
-                body = error_body(message, status=401, code="invalid_api_key")
-                return JSONResponse(body, 401, headers={"www-authenticate": "Bearer"})
+        keys = () if self._is_public(path) else settings.api_keys
+        if keys and not is_known_key(bearer_key(headers), keys):
+            message = "expected the header 'Authorization: Bearer KEY' with a valid key"
+            body = error_body(message, status=401, code="invalid_api_key")
+            return JSONResponse(body, 401, headers={"www-authenticate": "Bearer"})
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > settings.max_body_bytes:
             body = error_body(self._too_large(length), status=413, code="too_large")
             return JSONResponse(body, 413, headers=CLOSE_CONNECTION)
         return None
+
+    def _is_public(self, path: str) -> bool:
+        return path in PUBLIC_PATHS or path.startswith("/page/")
 
     def _bounded_receive(self, receive: Receive, share: Share) -> Receive:
         """Limit the size of the body, the time between its pieces, and the time that all of it takes."""

@@ -172,7 +172,7 @@ class _Writer:
             "output": [self._message("completed" if complete else "incomplete", content)],
             "usage": {
                 **input_output_usage(self._prompt_length, reply),
-                "input_tokens_details": {"cached_tokens": 0},
+                "input_tokens_details": {"cached_tokens": reply.cached_positions},
                 "output_tokens_details": {"reasoning_tokens": 0},
             },
         }

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, cast
 
+import pydantic_core
 from fastapi import APIRouter, Request, WebSocket, WebSocketDisconnect
 from pydantic import Field
 from starlette.responses import JSONResponse
@@ -93,19 +94,22 @@ async def realtime(socket: WebSocket) -> None:
     protocols = [name.strip() for name in socket.headers.get("sec-websocket-protocol", "").split(",")]
     key = socket.headers.get("authorization", "").partition(" ")[2].strip()
     key = key or next((name.removeprefix(KEY_PROTOCOL) for name in protocols if name.startswith(KEY_PROTOCOL)), "")
-    session = _secrets(socket).find(key)
-    if session is None and service.settings.api_keys and not is_known_key(key, service.settings.api_keys):
+    secret = _secrets(socket).find(key)
+    keys = service.settings.api_keys
+    if secret is None and keys and not is_known_key(key, keys):
         service.metrics.count(ENDPOINT, "refused")
         body = error_body("expected a valid API key or client secret", status=401, code="invalid_api_key")
         await socket.send_denial_response(JSONResponse(body, 401, headers={"www-authenticate": "Bearer"}))
         return
     await socket.accept("realtime" if "realtime" in protocols else None)
+    # A client secret stands for the key of who has asked for it.
+    client = service.client_of(socket.client, key if keys else "") if secret is None or not keys else secret[1]
     # From now on messages may be large.
     if trust := socket.scope.get("state", {}).get("trust"):
-        trust()
+        trust(client)
     beta = socket.headers.get("openai-beta") == "realtime=v1" or BETA_PROTOCOL in protocols
     with service.metrics.realtime_sessions.track_inprogress():
-        await Connection(socket, service, beta=beta).run(session)
+        await Connection(socket, service, client, beta=beta).run(secret[0] if secret else None)
 
 
 class Connection:
@@ -115,10 +119,9 @@ class Connection:
         beta: whether the client sends and reads the shapes of the beta.
     """
 
-    def __init__(self, socket: WebSocket, service: Service, *, beta: bool):
+    def __init__(self, socket: WebSocket, service: Service, client: str | None, *, beta: bool):
         self.beta = beta
-        self._socket, self._service = socket, service
-        self._client = service.client_of(socket.client)
+        self._socket, self._service, self._client = socket, service, client
         self._gone = False
 
     async def run(self, settings: Session | None) -> None:
@@ -175,15 +178,24 @@ class Connection:
             self.beta = True
         await session.handle(event)
 
-    async def send(self, type: str, **fields: Any) -> None:
-        """Send an event. A client that reads nothing is disconnected, which ends `run`."""
-        found = {"type": type, "event_id": new_id("event"), **fields}
-        event = to_beta(found) if self.beta else found
-        if event is None or self._gone:
+    async def send(self, type: str, *, large: Callable[[], dict[str, Any]] | None = None, **fields: Any) -> None:
+        """Send an event. A client that reads nothing is disconnected, which ends `run`.
+
+        Args:
+            type: of the event.
+            large: makes further fields of which there may be much: in a thread, as the JSON is made then.
+            **fields: of the event.
+        """
+
+        def render() -> str | None:
+            found = {"type": type, "event_id": new_id("event"), **fields, **(large() if large else {})}
+            event = to_beta(found) if self.beta else found
+            return None if event is None else pydantic_core.to_json(event).decode()
+
+        text = render() if large is None else await self._service.run_large(render)
+        if text is None or self._gone:
             return
         try:
-            await asyncio.wait_for(self._socket.send_text(json.dumps(event)), self._service.settings.idle_timeout)
+            await self._socket.send_text(text)
         except DISCONNECTED:
             self._gone = True
-            with contextlib.suppress(*DISCONNECTED):
-                await asyncio.wait_for(self._socket.close(), 1)

@@ -273,7 +273,8 @@ class Conversation:
         """
         ids = [other.id for other in self._items]
         if item.id in ids:
-            raise invalid(f"item.id: expected a new id, found {item.id!r}, which exists", "item.id")
+            message = f"item.id: expected a new id, found {item.id!r}, which exists"
+            raise invalid(message, "item.id", "item_create_duplicate_item_id")
         index = len(ids)
         if after == "root":
             index = 0

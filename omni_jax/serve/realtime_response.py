@@ -10,7 +10,7 @@ from typing import Any
 
 from omni_jax.audio.raw import RawEncoder
 from omni_jax.audio.tempo import TempoStream
-from omni_jax.errors import ConfigError, OmniError
+from omni_jax.errors import ConfigError, NoSpeechError, OmniError
 from omni_jax.inference.answer import Chunk, Reply
 from omni_jax.inference.engine import PreparedRequest
 from omni_jax.inference.generation import GenerationConfig
@@ -49,6 +49,8 @@ class Response:
         context: Context,
         conversation: Conversation | None,
         transcribe: Callable[[Item, PreparedRequest | None], Awaitable[None]],
+        *,
+        asked_for: bool,
     ):
         """Prepare.
 
@@ -61,6 +63,8 @@ class Response:
             conversation: that the answer is added to; None: to none.
             transcribe: called when the question may be transcribed: its item, and the prepared request if it could be
                 prepared. Not before the first audio was sent, which should come soon.
+            asked_for: whether the client has asked for it. Else a turn or a time-out has, which may be no speech to the
+                model: the answer is nothing then, and no failure.
         """
         self.id = new_id("resp")
         self.item: Item | None = None
@@ -68,7 +72,7 @@ class Response:
         self._done: Callable[[Response], object]
         self.conversation = conversation
         self._service, self._client, self._send_event, self._params = service, client, send, params
-        self._context, self._transcribe = context, transcribe
+        self._context, self._transcribe, self._asked_for = context, transcribe, asked_for
         self._prepared: PreparedRequest | None = None
         self._status = "in_progress"
         self._details: dict[str, Any] | None = None
@@ -112,7 +116,11 @@ class Response:
             reply = await self._answer()
         except OmniError as error:
             self._service.metrics.count_error(ENDPOINT, error)
-            await self._fail(error)
+            if isinstance(error, NoSpeechError) and not self._asked_for:
+                await self._transcribe_question()
+                await self._end("completed", None)
+            else:
+                await self._fail(error)
             return
         except Exception:
             log.exception("a response has failed; the session goes on")
@@ -349,7 +357,7 @@ def _usage(prepared: PreparedRequest, reply: Reply, *, spoken: bool) -> dict[str
         "input_token_details": {
             "text_tokens": counts["input_tokens"] - audio,
             "audio_tokens": audio,
-            "cached_tokens": 0,
+            "cached_tokens": reply.cached_positions,
         },
         "output_token_details": {"text_tokens": 0 if spoken else steps, "audio_tokens": steps if spoken else 0},
     }

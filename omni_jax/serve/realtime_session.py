@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import numpy as np
+
 from omni_jax.audio.io import SAMPLE_RATE
 from omni_jax.errors import ConfigError, OmniError
 from omni_jax.inference.engine import PreparedRequest
@@ -92,6 +94,7 @@ class RealtimeSession:
         """The last response of the conversation, whose audio may still be played."""
         self._transcribing: set[asyncio.Task[None]] = set()
         self._idle: asyncio.Task[None] | None = None
+        self._remembering: asyncio.Task[None] | None = None
         # A client's event and an idle time-out are not handled at once.
         self._lock = asyncio.Lock()
 
@@ -139,6 +142,7 @@ class RealtimeSession:
         self._held.give_back()
         for response in self._responses.values():
             response.abandon()
+        self._stop_remembering()
         for task in (self._idle, *self._transcribing):
             if task is not None:
                 task.cancel()
@@ -218,7 +222,7 @@ class RealtimeSession:
         detection = self.settings.audio.input.turn_detection
         if detection is not None and detection.create_response and self.settings.type == "realtime":
             try:
-                await self._respond(self._params({}), list(self.conversation))
+                await self._respond(self._params({}), list(self.conversation), asked_for=False)
             except OmniError as error:
                 # The samples that follow are taken all the same.
                 await self.send_error(error)
@@ -303,7 +307,13 @@ class RealtimeSession:
 
     async def _retrieve_item(self, event: ItemEvent) -> None:
         item = self.conversation.find(event.item_id, "retrieve")
-        await self._send("conversation.item.retrieved", item=item.render(with_audio=True))
+
+        def render() -> dict[str, Any]:
+            return {"item": item.render(with_audio=True)}
+
+        # Of a few bytes it is soon done.
+        large = render if item.num_bytes > SMALL_MESSAGE else None
+        await self._send("conversation.item.retrieved", large=large, **({} if large else render()))
 
     async def _truncate_item(self, event: ItemTruncate) -> None:
         await self._truncate(event.item_id, event.content_index, event.audio_end_ms)
@@ -312,6 +322,22 @@ class RealtimeSession:
         self.conversation.truncate(item_id, content_index, audio_end_ms)
         fields = {"item_id": item_id, "content_index": content_index, "audio_end_ms": audio_end_ms}
         await self._send("conversation.item.truncated", **fields)
+        self._remember()
+
+    def _remember(self) -> None:
+        """Have the keys and values of the conversation computed, so that the next turn prefills only what is new."""
+        if self._service.remembers:
+            self._stop_remembering()
+            self._remembering = asyncio.create_task(self._remember_items(list(self.conversation)))
+
+    async def _remember_items(self, items: list[Item]) -> None:
+        system, turns = await Context(None, items).history(self.settings.instructions)
+        await self._service.remember(system, turns)
+
+    def _stop_remembering(self) -> None:
+        remembering, self._remembering = self._remembering, None
+        if remembering is not None:
+            remembering.cancel()
 
     # Responses
 
@@ -322,7 +348,7 @@ class RealtimeSession:
         if self.settings.type == "transcription":
             raise invalid("response.create: a transcription session has no responses")
         params = self._params(event.response)
-        await self._respond(params, await self._context(params))
+        await self._respond(params, await self._context(params), asked_for=True)
 
     async def _context(self, params: ResponseParams) -> list[Item]:
         """The items before an answer: those that a response brings, or those of the conversation."""
@@ -337,8 +363,8 @@ class RealtimeSession:
                 items.append(await self._make_item(validate(ItemParam, value, where), where.rstrip(".")))
         return items
 
-    async def _respond(self, params: ResponseParams, context: list[Item]) -> None:
-        """Begin a response.
+    async def _respond(self, params: ResponseParams, context: list[Item], *, asked_for: bool) -> None:
+        """Begin a response; for `asked_for` see `Response`.
 
         Raises:
             RequestRefusedError: another one of the conversation goes on, or too many go on.
@@ -355,7 +381,14 @@ class RealtimeSession:
         self._stop_idle()
         conversation = self.conversation if in_conversation else None
         response = Response(
-            self._service, self._client, self._send, params, Context.of(context), conversation, self._transcribe
+            self._service,
+            self._client,
+            self._send,
+            params,
+            Context.of(context),
+            conversation,
+            self._transcribe,
+            asked_for=asked_for,
         )
         self._responses[response.id] = response
         if in_conversation:
@@ -364,7 +397,10 @@ class RealtimeSession:
 
     def _response_done(self, response: Response) -> None:
         self._responses.pop(response.id, None)
-        if response is self._spoken:
+        if response.conversation is not None:
+            self._remember()
+        if response is self._spoken and response.item is not None:
+            # After an answer of nothing the user is waited for without end.
             self._watch_idle()
 
     async def _cancel_response(self, event: ResponseCancel) -> None:
@@ -375,7 +411,8 @@ class RealtimeSession:
             if (response.id == response_id if response_id else response.conversation is not None)
         ]
         if not chosen:
-            raise invalid("expected a response in progress to cancel, found none", code="response_cancel_not_active")
+            # LiveKit's client knows this error by how its message begins.
+            raise invalid("Cancellation failed: no active response found", code="response_cancel_not_active")
         for response in chosen:
             await response.cancel("client_cancelled")
 
@@ -408,9 +445,13 @@ class RealtimeSession:
             item_id = new_id("item")
             times = {"audio_start_ms": round(start * 1000), "audio_end_ms": round(self._input.end * 1000)}
             await self._send("input_audio_buffer.timeout_triggered", item_id=item_id, **times)
-            await self._commit(self._input.take(start, self._input.end), item_id)
+            # Of a client that sends nothing while it is silent there are too few samples for a recording.
+            format = self._input.format
+            silence = format.encode(np.zeros(format.rate * MIN_COMMIT_MS // 1000, np.int16))
+            data = self._input.take(start, self._input.end)
+            await self._commit(data + silence[len(data) :], item_id)
             with contextlib.suppress(RequestRefusedError):
-                await self._respond(self._params({}), list(self.conversation))
+                await self._respond(self._params({}), list(self.conversation), asked_for=False)
 
 
 HANDLERS: dict[str, Callable[[RealtimeSession, Any], Awaitable[None]]] = {

@@ -6,11 +6,12 @@ import asyncio
 import base64
 import binascii
 import contextlib
+import hashlib
 import queue
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -48,6 +49,8 @@ SECONDS_PER_CLIENT = 600
 """Of recordings that a client may have in progress, or else one of the greatest length, if that is longer."""
 READY_INTERVAL = 0.2
 """Seconds between two looks whether the model is ready."""
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -164,11 +167,20 @@ class Service:
         self.recordings = Budget(RECORDINGS * most, most)
         # Decoding a file takes a core for a moment; more at once would only take it from the model.
         self._decoding = asyncio.Semaphore(2)
+        # So does making megabytes of JSON.
+        self._large = asyncio.Semaphore(1)
         # The recording of each client that is decoded; others of the same client wait for it.
         self._decoding_of: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    def client_of(self, address: Sequence[Any] | None) -> str | None:
-        """Whom a connection or request is counted for, by its address and port; None for a proxy."""
+    def client_of(self, address: Sequence[Any] | None, key: str = "") -> str | None:
+        """Whom a connection or request is counted for; None for a proxy.
+
+        Args:
+            address: its address and port.
+            key: its API key, if it has a valid one. Where there are several, a client is a key, not an address.
+        """
+        if key and len(self.settings.api_keys) > 1:
+            return f"key {hashlib.sha256(key.encode()).hexdigest()}"
         host = str(address[0]) if address else ""
         return None if host in self.settings.trusted_proxies else client_name(host)
 
@@ -203,6 +215,11 @@ class Service:
         """Wait until requests are answered, or that has failed."""
         while self.state == "warming up":
             await asyncio.sleep(READY_INTERVAL)
+
+    async def run_large(self, work: Callable[[], Result]) -> Result:
+        """The result of work on much data, in a thread: one at a time, so that the model and the others go on."""
+        async with self._large:
+            return await asyncio.to_thread(work)
 
     async def prepare(
         self,
@@ -286,6 +303,13 @@ class Service:
         # The recording is in memory as long as the request is.
         weakref.finalize(prepared, kept.give_back)
         return prepared
+
+    async def remember(self, system: str, turns: Sequence[Turn]) -> None:
+        """Have the keys and values of a conversation computed before its next turn comes."""
+        # Before, it could wait for a compiler, and requests with it. One that does not fit is answered all the same.
+        if self.engine.warmed_up.is_set():
+            with contextlib.suppress(OmniError):
+                self.engine.remember(await asyncio.to_thread(self.omni.prepare_history, system, turns))
 
     def submit(self, request: PreparedRequest, endpoint: str) -> AnswerStream:
         """Queue a prepared request; the returned stream must be closed.

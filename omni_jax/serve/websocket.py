@@ -173,10 +173,12 @@ class LiveSession:
             await self.socket.close(POLICY_VIOLATION, f"expected {expected}")
             return False
         self.settings = message
+        service = self.service
+        self.client = service.client_of(self.socket.client, message.api_key if keys else "")
+        self._recorded = Share(service.bodies, self.client)
         # From now on messages may be large.
         if trust := self.socket.scope.get("state", {}).get("trust"):
-            trust()
-        service = self.service
+            trust(self.client)
         await self._send(
             type="ready",
             model=service.name,
@@ -312,9 +314,8 @@ class LiveSession:
                 await self._send_error(str(error), turn, kind_of(error).code)
             await self._send(type="end", turn=turn, outcome=outcome, finish_reason=finish_reason)
         except DISCONNECTED:
-            # The client reads nothing; closing the connection ends `run`.
-            with contextlib.suppress(*DISCONNECTED):
-                await asyncio.wait_for(self.socket.close(), 1)
+            # Which ends `run`, too.
+            pass
 
     async def _answer(self, turn: int, inputs: dict[str, Any]) -> str:
         """Send an answer; its finish reason."""
@@ -373,4 +374,4 @@ class LiveSession:
         await self._send(type="error", turn=turn, message=message[:MAX_MESSAGE], code=code)
 
     async def _send(self, **message: Any) -> None:
-        await asyncio.wait_for(self.socket.send_text(json.dumps(message)), self.service.settings.idle_timeout)
+        await self.socket.send_text(json.dumps(message))

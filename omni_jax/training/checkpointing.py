@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,9 +29,10 @@ from omni_jax.data import pipeline
 from omni_jax.errors import CheckpointError, PeerLostError, TrainingError
 from omni_jax.training.checksums import SUMS, find_damage, hash_items, write_checksums
 from omni_jax.training.feature_cache import open_caches
+from omni_jax.training.lora import init_lora
 from omni_jax.training.optimizer import adamw
-from omni_jax.training.setup import TrainingSetup, row_share
-from omni_jax.training.stages import Params
+from omni_jax.training.setup import TrainingSetup, hold, row_share
+from omni_jax.training.stages import Params, combine
 from omni_jax.training.step import TrainState
 
 logger = logging.getLogger(__name__)
@@ -269,8 +271,11 @@ def _move_aside(path: Path) -> tuple[str, str | None]:
 
 def _init(setup: TrainingSetup) -> tuple[TrainState, Params, None]:
     _, shardings = setup.state_shapes()
-    model = setup.start.model(stacked=setup.stacked, dtype=setup.dtype, mesh=setup.mesh)
-    trainable, frozen = setup.split(nnx.to_pure_dict(nnx.state(model)))
+    model = setup.start.model(
+        stacked=setup.stacked, dtype=setup.dtype, mesh=setup.mesh, hold=partial(hold, config=setup.config)
+    )
+    params = combine(nnx.to_pure_dict(nnx.state(model)), init_lora(setup))
+    trainable, frozen = setup.split(params)
     tx = adamw(setup.config.optimizer)
     opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(trainable)
 

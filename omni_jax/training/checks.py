@@ -11,15 +11,17 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from flax import traverse_util
 
 from omni_jax.checkpoint.release import RELEASE, RUN
 from omni_jax.data.pipeline import data_layout, layout_difference, open_sources, serves_none
 from omni_jax.data.records import Records
 from omni_jax.errors import ConfigError, MissingExtraError, OmniError
+from omni_jax.model.layers import Int8
 from omni_jax.tasks import Task
 from omni_jax.training.checksums import SUMS
+from omni_jax.training.describe import count_parameters
 from omni_jax.training.feature_cache import require_release
+from omni_jax.training.lora import read_start
 from omni_jax.training.setup import TrainingSetup, row_share
 from omni_jax.training.stages import module_of
 
@@ -82,6 +84,7 @@ def problems(setup: TrainingSetup, out: Path, *, reshuffle: bool = False) -> lis
     found += [*_held_out(setup), *_packages(setup)]
     saved = read_saved_run(out)
     if saved is None:
+        found += _lora_start(setup)
         found += _disk(setup, out, num_there=0)
     else:
         found += _disk(setup, out, num_there=sum(path.name.isdigit() for path in (out / RUN).iterdir()))
@@ -126,8 +129,9 @@ def _read_saved_run(out: Path, step: int) -> SavedRun:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    flat = traverse_util.flatten_dict(tree)
-    return {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in flat.items()}
+    # A weight in eight bits has two arrays, which a checkpoint has by the names of the fields.
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: not isinstance(x, dict | list | Int8))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _unserved(setup: TrainingSetup, sources: list[Records]) -> Iterator[str]:
@@ -171,11 +175,21 @@ def _packages(setup: TrainingSetup) -> Iterator[str]:
         )
 
 
+def _lora_start(setup: TrainingSetup) -> Iterator[str]:
+    lora = setup.config.lora
+    if lora is not None and lora.start is not None:
+        try:
+            read_start(setup)
+        except OmniError as error:
+            yield str(error)
+
+
 def _disk(setup: TrainingSetup, out: Path, *, num_there: int) -> Iterator[str]:
     """Whether the checkpoints of the run, and its release, fit on the disk."""
     config = setup.config
     state, _ = setup.state_shapes()
-    parameters = _bytes(setup.shapes)
+    # In a release they are float32.
+    parameters = 4 * sum(count_parameters(setup).values())
     checkpoint = _bytes(state) + _bytes(setup.split(setup.shapes)[1])
     num_saved = -(-config.optimizer.steps // config.checkpoint.save_interval_steps)
     if config.checkpoint.keep_period is None:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, NoReturn
 
 import typer
@@ -129,13 +128,13 @@ def _describe(run: RunConfig, *, reshuffle: bool) -> bool:
     return True
 
 
-def _show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Show an exception that no caller catches, but not those of a save that has failed.
+def _show_unraisable(found: sys.UnraisableHookArgs) -> None:
+    """Show an exception that cannot be raised, but not those of a save that has failed.
 
     TensorStore reports the failure of each array to an event loop that Orbax has closed by then.
     """
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+    if not (found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(found)
 
 
 def _train(run: RunConfig, profile: str | None, *, reshuffle: bool) -> bool:
@@ -146,7 +145,7 @@ def _train(run: RunConfig, profile: str | None, *, reshuffle: bool) -> bool:
     # Orbax logs the stack of an error several times before it raises it.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.excepthook = _show_exception
+    sys.unraisablehook = _show_unraisable
 
     with _requires_extra():
         from omni_jax.training.loop import train

@@ -31,15 +31,21 @@ def describe(setup: TrainingSetup) -> str:
 
 def _module_table(setup: TrainingSetup) -> list[str]:
     """Parameters of each module, and their totals."""
+    counts = count_parameters(setup)
+    lines = [f"{'module':<16} {'parameters':>12}"]
+    for module, count in counts.items():
+        kind = "trainable" if module in setup.config.trained else "frozen"
+        lines.append(f"{module:<16} {count:>12,}  {kind}")
+    trainable = sum(count for module, count in counts.items() if module in setup.config.trained)
+    return [*lines, f"{'total':<16} {sum(counts.values()):>12,}  {trainable:,} trainable"]
+
+
+def count_parameters(setup: TrainingSetup) -> dict[str, int]:
+    """The number of parameters of each module."""
     counts: dict[str, int] = {}
     for path, shape in traverse_util.flatten_dict(setup.shapes).items():
         counts[module_of(path)] = counts.get(module_of(path), 0) + int(np.prod(shape.shape))
-    lines = [f"{'module':<16} {'parameters':>12}"]
-    for module, count in counts.items():
-        kind = "trainable" if module in setup.config.trainable else "frozen"
-        lines.append(f"{module:<16} {count:>12,}  {kind}")
-    trainable = sum(count for module, count in counts.items() if module in setup.config.trainable)
-    return [*lines, f"{'total':<16} {sum(counts.values()):>12,}  {trainable:,} trainable"]
+    return counts
 
 
 def compile_abstract_step(setup: TrainingSetup) -> jax.stages.Compiled:

@@ -17,7 +17,7 @@ import jax
 
 from omni_jax.checkpoint.release import RELEASE
 from omni_jax.config.load import save_config
-from omni_jax.config.run import RunConfig
+from omni_jax.config.run import LORA, RunConfig
 from omni_jax.errors import FolderInUseError, OmniError, PeerLostError, TrainingError
 from omni_jax.folder_lock import SILENCE_SECONDS, FolderLock
 from omni_jax.training.batches import shard_batch
@@ -28,7 +28,7 @@ from omni_jax.training.evaluation import HeldOutEvaluation
 from omni_jax.training.goodput import WAITING, Goodput, log_once
 from omni_jax.training.metrics import MetricsWriter, Tally, log_step
 from omni_jax.training.profiler import ProfilerTrace
-from omni_jax.training.release import write_release
+from omni_jax.training.release import write_lora, write_release
 from omni_jax.training.setup import TrainingSetup, compile_step
 from omni_jax.training.stages import combine
 from omni_jax.training.stop_signal import StopSignal
@@ -206,7 +206,11 @@ def _train(
             logger.warning("stopped: saved a checkpoint at step %d; the same command continues from there", step)
         return None
     with goodput.phase("release", "writing the release"):
-        write_release(setup, combine(state.trainable, frozen), out / RELEASE)
+        params = combine(state.trainable, frozen)
+        # The run has finished once it has its release.
+        if config.lora is not None:
+            write_lora(setup, params, out / LORA)
+        write_release(setup, params, out / RELEASE)
     log_once(goodput.summary())
     return out / RELEASE
 

@@ -230,7 +230,7 @@ def model_flops(setup: TrainingSetup, positions_per_second: float) -> float:
     The usual count (arXiv 2204.02311, appendix B) without attention and recomputation. The audio encoder, which runs
     on recordings and not on positions, is left out.
     """
-    trainable = set(setup.config.trainable)
+    trainable = set(setup.config.trained)
     total = 0.0
     for path, shape in traverse_util.flatten_dict(setup.shapes).items():
         module = module_of(path)

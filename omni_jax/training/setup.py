@@ -11,39 +11,49 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from omni_jax import sharding
 from omni_jax.checkpoint import release as releases
-from omni_jax.checkpoint.tensors import init_model
+from omni_jax.checkpoint.release import Hold
+from omni_jax.checkpoint.tensors import ParamPath, init_model
 from omni_jax.codec.snac import Snac
 from omni_jax.config.model import PRESETS, ModelConfig
 from omni_jax.config.run import RunConfig
 from omni_jax.data.records import has_conversations
 from omni_jax.errors import CheckpointError, ConfigError
-from omni_jax.hardware import CHIPS
+from omni_jax.hardware import tpu_name
+from omni_jax.inference.runner import input_axes
+from omni_jax.model.layers import Int8
+from omni_jax.model.lora import add_lora
 from omni_jax.model.omni import OmniModel
 from omni_jax.sharding import default_layout
 from omni_jax.tokenizer import byte_tokenizer
 from omni_jax.training.optimizer import adamw
-from omni_jax.training.stages import Params, partition
+from omni_jax.training.stages import Params, is_trained, partition
 from omni_jax.training.step import TrainState, train_step
 
 PRESET = "preset:"
 
 COMPILER_OPTIONS = {
-    # By default the compiler overlaps the gathering of weights with compute, but not the reduction of gradients. It
-    # accepts these options for this kind only.
-    CHIPS["v5e"].device_kind: {
+    # Products and collectives in one program of the cores. By default the compiler does so with the gathering of
+    # weights, but not with the reduction of gradients. It accepts these options for this kind only.
+    "v5e": {
         "xla_enable_async_reduce_scatter_fusion": "true",
         "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
         # The reductions need a little more than the 16 MiB of on-chip memory that a fusion may use by default.
         "xla_tpu_scoped_vmem_limit_kib": "20480",
     },
+    # SparseCores run the collectives while the other cores compute. By default nothing overlaps on this kind.
+    "v5p": {
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
+    },
 }
-"""Compiler options of the step, by kind of device."""
+"""Compiler options of the step, by TPU."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +103,16 @@ class InitialModel:
             raise ConfigError(f"start: {error}", field="start") from None
         return replace(self, config=config, release=self.release and replace(self.release, config=config))
 
-    def model(self, *, stacked: bool, dtype: Any, mesh: Mesh) -> OmniModel:
-        """The model with float32 weights on the mesh."""
-        if self.release is None:
-            return init_model(self.config, stacked=stacked, dtype=dtype, seed=self.seed, mesh=mesh)
-        return self.release.load_model(stacked=stacked, dtype=dtype, param_dtype=jnp.float32, mesh=mesh)
+    def model(self, *, stacked: bool, dtype: Any, mesh: Mesh, hold: Hold | None = None) -> OmniModel:
+        """The model on the mesh, with float32 weights, or what `hold` makes of them."""
+        if self.release is not None:
+            return self.release.load_model(stacked=stacked, dtype=dtype, param_dtype=jnp.float32, mesh=mesh, hold=hold)
+        model = init_model(self.config, stacked=stacked, dtype=dtype, seed=self.seed, mesh=mesh)
+        if hold is None:
+            return model
+        graph, state = nnx.split(model)
+        flat = traverse_util.flatten_dict(nnx.to_pure_dict(state))
+        return nnx.merge(graph, traverse_util.unflatten_dict({path: hold(path, x) for path, x in flat.items()}))
 
     def codec(self) -> Snac:
         """The codec; untrained for a preset."""
@@ -114,7 +129,7 @@ class TrainingSetup:
     graph: nnx.GraphDef
     """Of the model; `nnx.merge(graph, params)` is the model."""
     shapes: Any
-    """Abstract parameters, nested dict."""
+    """Abstract parameters as the run holds them, nested dict."""
     shardings: Any
     """Of the parameters, nested dict."""
     stacked: bool
@@ -141,13 +156,18 @@ class TrainingSetup:
         stacked, dtype = default_layout(mesh.devices.flat[0].platform)
         if config.dtype != "auto":
             dtype = jnp.dtype(config.dtype)
-        graph, state = nnx.split(releases.abstract_model(start.config, stacked=stacked, dtype=dtype))
-        partition(nnx.to_pure_dict(state), config.trainable)
-        return cls(config, start, mesh, graph, nnx.to_pure_dict(state), sharding.of_state(state, mesh), stacked, dtype)
+        model = releases.abstract_model(start.config, stacked=stacked, dtype=dtype)
+        if config.lora is not None:
+            add_lora(model, config.lora)
+        graph, state = nnx.split(model)
+        shapes = sharding.abstract(nnx.to_pure_dict(state), sharding.of_state(state, mesh))
+        partition(shapes, config.trained)
+        shapes = hold_all(shapes, config)
+        return cls(config, start, mesh, graph, shapes, jax.tree.map(lambda x: x.sharding, shapes), stacked, dtype)
 
     def split(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
         """Split parameters, shapes or shardings into those that are trained and those that are frozen."""
-        return partition(params, self.config.trainable)
+        return partition(params, self.config.trained)
 
     def state_shapes(self) -> tuple[TrainState, TrainState]:
         """The abstract train state and its shardings."""
@@ -169,6 +189,37 @@ class TrainingSetup:
         """The train state and the frozen parameters, as `jax.ShapeDtypeStruct` with shardings."""
         frozen, frozen_shardings = (self.split(params)[1] for params in (self.shapes, self.shardings))
         return sharding.abstract(*self.state_shapes()), sharding.abstract(frozen, frozen_shardings)
+
+
+def hold(path: ParamPath, param: Any, config: RunConfig) -> Any:
+    """A parameter as a run holds it: one that is frozen in `config.frozen_dtype`.
+
+    Args:
+        path: of the parameter.
+        param: float32, on the mesh; or its `jax.ShapeDtypeStruct`, with a sharding over it.
+        config: of the run.
+
+    Returns:
+        An array or `Int8`, of arrays or `jax.ShapeDtypeStruct` with shardings.
+    """
+    if config.frozen_dtype == "float32" or is_trained(path, config.trained):
+        return param
+    shape: Any = jax.ShapeDtypeStruct(param.shape, jnp.bfloat16, sharding=param.sharding)
+    if config.frozen_dtype == "int8" and path[0] in ("trunk", "tts_adapter") and path[-1] == "weight":
+        shape = Int8.abstract(shape, input_axes(path))
+    if isinstance(param, jax.ShapeDtypeStruct):
+        return shape
+    held = _quantize(param, input_axes(path)) if isinstance(shape, Int8) else param.astype(shape.dtype)
+    return jax.device_put(held, jax.tree.map(lambda x: x.sharding, shape))
+
+
+_quantize = jax.jit(Int8.of, static_argnums=1)
+
+
+def hold_all(params: Params, config: RunConfig) -> dict[str, Any]:
+    """`hold` for nested parameters."""
+    flat = traverse_util.flatten_dict(dict(params))
+    return traverse_util.unflatten_dict({path: hold(path, param, config) for path, param in flat.items()})
 
 
 def make_run_mesh(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -228,5 +279,5 @@ def compile_step(setup: TrainingSetup) -> Any:
         partial(train_step, setup.graph, setup.config),
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(setup.mesh)),
-        compiler_options=COMPILER_OPTIONS.get(setup.mesh.devices.flat[0].device_kind),
+        compiler_options=COMPILER_OPTIONS.get(tpu_name(setup.mesh.devices.flat[0].device_kind) or ""),
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import traverse_util
 
-from omni_jax.config.run import MODULES
+from omni_jax.config.run import LORA, MODULES
 from omni_jax.errors import ConfigError
 
 Params = Mapping[str, Any]
@@ -33,11 +33,18 @@ _TIED = {"text_head": "text_embedding", "audio_head": "audio_embedding"}
 
 
 def module_of(path: tuple[Any, ...]) -> str:
-    """The module that a parameter belongs to, one of `omni_jax.config.run.MODULES`."""
+    """The module that a parameter belongs to: `lora`, or one of `omni_jax.config.run.MODULES`."""
+    if LORA in path:
+        return LORA
     for prefix, module in _PREFIXES:
         if path[: len(prefix)] == prefix:
             return module
     raise ValueError(f"parameter {'.'.join(map(str, path))} belongs to no module; expected one of {', '.join(MODULES)}")
+
+
+def is_trained(path: tuple[Any, ...], modules: Collection[str]) -> bool:
+    """Whether a parameter is trained where these modules are."""
+    return module_of(path) in modules and path != _NEVER_TRAINED
 
 
 def partition(params: Params, modules: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -58,7 +65,7 @@ def partition(params: Params, modules: Collection[str]) -> tuple[dict[str, Any],
         raise ConfigError(
             f"trainable: the model has no module of its own for {', '.join(sorted(missing))}", field="trainable"
         )
-    trainable = {path: x for path, x in flat.items() if module_of(path) in modules and path != _NEVER_TRAINED}
+    trainable = {path: x for path, x in flat.items() if is_trained(path, modules)}
     frozen = {path: x for path, x in flat.items() if path not in trainable}
     return traverse_util.unflatten_dict(trainable), traverse_util.unflatten_dict(frozen)
 

@@ -17,6 +17,7 @@ from flax import nnx
 from omni_jax import sharding
 from omni_jax.audio.features import spec_augment
 from omni_jax.config.run import RunConfig, SpecAugmentConfig
+from omni_jax.model.lora import use_dropout
 from omni_jax.model.omni import OmniModel
 from omni_jax.tasks import Task
 from omni_jax.training.loss import Sums, batch_loss
@@ -103,12 +104,12 @@ def loss_and_gradient(
 ) -> tuple[tuple[Array, Sums], Params]:
     """Loss and sums of `omni_jax.training.loss.batch_loss`, and the gradient in the trainable parameters.
 
-    The batch is computed in `gradient_accumulation_steps` micro-batches, one after the other. Augmentation draws
-    from the seed of the run and the step.
+    The batch is computed in `gradient_accumulation_steps` micro-batches, one after the other. Augmentation and dropout
+    draw from the seed of the run and the step.
     """
     micro_batches = config.optimizer.gradient_accumulation_steps
     keys = None
-    if config.data.spec_augment is not None or config.data.audio_token_noise:
+    if config.data.spec_augment is not None or config.data.audio_token_noise or _dropout(config):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step), micro_batches)
 
     def micro_batch_loss(trainable: Params, batch: Batch, key: Array | None) -> tuple[Array, Sums]:
@@ -171,9 +172,11 @@ def forward(
         batch: or a micro-batch.
         counts: float32 [8], targets per head in the whole batch.
         config: of the run.
-        key: of the augmentation that `config.data` describes; None: no augmentation.
+        key: of dropout and of the augmentation that `config.data` describes; None: neither.
     """
     data, tokens = config.data, batch["tokens"]
+    if key is not None and _dropout(config):
+        use_dropout(model, jax.random.fold_in(key, 2))
     if key is not None and data.audio_token_noise:
         tokens = corrupt_codes(tokens, data.audio_token_noise, model.config.vocab.audio, jax.random.fold_in(key, 1))
     speech = None
@@ -186,6 +189,10 @@ def forward(
         tokens, batch["positions"], speech, batch["speech_index"], batch["segments"], remat=config.remat
     )
     return batch_loss(model, text_hidden, audio_hidden, batch["targets"], batch["mask"], counts, config.loss)
+
+
+def _dropout(config: RunConfig) -> float:
+    return 0.0 if config.lora is None else config.lora.dropout
 
 
 def corrupt_codes(tokens: Array, probability: float, num_codes: int, key: Array) -> Array:

@@ -37,6 +37,7 @@ WRITTEN = (
     "held_out", "typos_held_out",
 )  # fmt: skip
 """Sets of texts that are not synthesized; see texts.py."""
+WRITTEN_CONVERSATIONS = ("conversation_text", "conversation_text_held_out")
 TRANSCRIBED = ("natural", "read")
 """Suites whose spoken answers are transcribed, which takes a second each; those of the others are alike."""
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -106,6 +107,7 @@ def data_steps(*, from_scratch: bool, trial: bool) -> list[Step]:
         *(making if from_scratch else ()),
         Step("untrained", script("assemble", "untrained", untrained, *modules), untrained),
         *(prepare_step(name) for name in WRITTEN),
+        *(prepare_conversations_step(name) for name in WRITTEN_CONVERSATIONS),
         *((training_step("text", "text_run", trial=trial),) if from_scratch else ()),
         Step("speech", synthesize, folder=records),
     ]
@@ -118,8 +120,15 @@ def prepare_step(name: str) -> Step:
     return Step(f"prepare_{name}", command, out / "index.json")
 
 
+def prepare_conversations_step(name: str) -> Step:
+    """Written conversations as records."""
+    file, out = BUILD / "texts" / "conversations" / f"{name}.jsonl", BUILD / "text" / name
+    command = (OMNI_JAX, "prepare", "text", str(file), "--license", "Apache-2.0", "--out", str(out))
+    return Step(f"prepare_{name}", command, out / "index.json")
+
+
 def stage_steps(*, from_scratch: bool, trial: bool) -> list[Step]:
-    """The audio encoder and the three stages."""
+    """The audio encoder, the three stages, and fine-tuning on conversations."""
     start = BUILD / "start"
     trunk = ("--trunk", BUILD / "text_run") if from_scratch else ()
     return [
@@ -129,15 +138,15 @@ def stage_steps(*, from_scratch: bool, trial: bool) -> list[Step]:
             script("assemble", "start", start, "--audio-encoder", WHISPER_BASE / AUDIO_ENCODER, *trunk),
             start,
         ),
-        *(training_step(name, name, trial=trial) for name in ("stage1", "stage2", "stage3")),
+        *(training_step(name, name, trial=trial) for name in ("stage1", "stage2", "stage3", "conversation")),
     ]
 
 
 def release_steps(*, trial: bool) -> list[Step]:
-    """The last stage's model in eight bits, evaluated and put into the package."""
+    """The last run's model in eight bits, evaluated and put into the package."""
     packaged, suites = BUILD / "packaged", BUILD / "suites"
     encoder = WHISPER_BASE / AUDIO_ENCODER
-    package = script("assemble", "package", BUILD / "stage3", packaged, "--audio-encoder", encoder)
+    package = script("assemble", "package", BUILD / "conversation", packaged, "--audio-encoder", encoder)
     return [
         Step("package", package, packaged),
         Step("suites", script("suites", "--out", suites), suites),

@@ -2,7 +2,7 @@
 
 python -m recipes.nano.assemble untrained build/nano/untrained      random weights, a codec and a tokenizer
 python -m recipes.nano.assemble start build/nano/start --audio-encoder FILE     trained trunk, random adapter
-python -m recipes.nano.assemble package build/nano/stage3 build/nano/packaged --audio-encoder FILE      in eight bits
+python -m recipes.nano.assemble package build/nano/conversation build/nano/packaged --audio-encoder FILE  in eight bits
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_jax.evaluation.metrics import Estimate
-from omni_jax.evaluation.run import NUM_TIMED, Evaluation
+from omni_jax.evaluation.run import NUM_TIMED, RESULTS, Evaluation
 
 ROOT = Path(__file__).parents[2]
 FIGURES = "docs/nano/figures.json"
@@ -43,8 +43,15 @@ ROWS: Mapping[str, tuple[str, str]] = {
     "T1T2 questions": ("text", "T1T2"),
     "T1T2 questions with a wrong letter": ("typos", "T1T2"),
     "T1A1 sentences": ("read", "T1A1"),
+    "A1A2 follow-ups, history from text": ("conversation", "A1A2 follow_up"),
+    "A1A2 follow-ups, history from speech": ("conversation_speech", "A1A2 follow_up"),
+    "A1A2 new questions, history from speech": ("conversation_speech", "A1A2 new_question"),
+    "A1T2 follow-ups, history from text": ("conversation", "A1T2 follow_up"),
+    "A1T2 follow-ups, history from speech": ("conversation_speech", "A1T2 follow_up"),
+    "T1T2 follow-ups": ("conversation_text", "T1T2 follow_up"),
+    "T1T2 new questions after others": ("conversation_text", "T1T2 new_question"),
 }
-"""Evaluation, and section of its summary, by name of the row."""
+"""Evaluation, and section of its summary, by name of the row. One that does not exist has no row."""
 SHORT = (
     "A1A2 questions, seen voices", "A1A2 questions, unseen voices", "A1A2 questions, natural voices",
     "the same with noise at 10 dB", "the same by telephone", "the same after 2 s of silence",
@@ -57,11 +64,15 @@ def collect(evaluated: Path) -> dict[str, Any]:
     """The figures of all evaluations in a folder.
 
     Raises:
-        ConfigError: one is missing.
+        ConfigError: one of those that the other figures and the short table are of is missing.
     """
-    found = {name: Evaluation.load(evaluated / name) for name in {suite for suite, _ in ROWS.values()} | {"noise"}}
+    needed = {"noise", *(ROWS[name][0] for name in SHORT)}
+    others = {suite for suite, _ in ROWS.values() if (evaluated / suite / RESULTS).exists()}
+    found = {name: Evaluation.load(evaluated / name) for name in needed | others}
     rows = {}
     for name, (suite, section) in ROWS.items():
+        if suite not in found:
+            continue
         estimates = found[suite].summary()[section]
         rows[name] = {"cases": estimates["failed"].count} | {
             metric: number(estimates[metric]) for metric in METRICS if metric in estimates
@@ -89,7 +100,7 @@ def number(estimate: Estimate) -> list[float]:
 def rows_table(figures: Mapping[str, Any], names: Sequence[str] = tuple(ROWS)) -> str:
     """Rows of figures, with their intervals."""
     lines = ["| | cases | exact | WER | ASR-WER |", "|---|---|---|---|---|"]
-    for name in names:
+    for name in (name for name in names if name in figures["rows"]):
         row = figures["rows"][name]
         lines.append(f"| {name} | {row['cases']} | {' | '.join(percent(row.get(metric)) for metric in METRICS)} |")
     return "\n".join(lines) + "\n"

@@ -29,7 +29,7 @@ from omni_jax.audio import io as audio_io
 from omni_jax.config.model import PRESETS
 from omni_jax.data.prepare import prepare
 from omni_jax.data.shards import CodecSpec
-from omni_jax.data.sources import Manifest
+from omni_jax.data.sources import Manifest, Source, TextQA
 from omni_jax.data.spoken_corpus import ANSWER_LEVEL_DB, ANSWER_SILENCE, SpokenCorpus, open_synthesizer
 from omni_jax.data.synthesizers import VoiceSpec
 from recipes.nano.noise import NoiseCorpus
@@ -38,6 +38,8 @@ CONFIG = PRESETS["nano"]
 SPEED = (0.85, 1.2)
 SHARD_BYTES = 64_000
 """Of a manifest, about 500 rows."""
+CONVERSATION_SHARD_BYTES = 250_000
+"""The same for conversations."""
 
 ACCENTS = ("en-us", "en-gb", "en-gb-x-rp", "en-us-nyc", "en-gb-x-gbclan")
 UNSEEN_ACCENT = "en-gb-scotland"
@@ -108,6 +110,10 @@ QUESTION_VOICES: dict[str, tuple[VoiceSpec, ...]] = {
     "held_out_unseen": unseen(),
     "dictation_unseen": unseen(),
     "held_out_natural": (UNSEEN_NATURAL,),
+    "conversation_train": many(),
+    "conversation_natural": (natural(),),
+    "conversation_held_out": (UNSEEN_NATURAL,),
+    "history_held_out": (UNSEEN_NATURAL,),
 }
 """By set; a set that is not here has no spoken questions."""
 
@@ -122,8 +128,15 @@ def corpus(texts: Path, name: str, *, trial: bool = False) -> SpokenCorpus:
     """
     voices = QUESTION_VOICES.get(name, ())
     kind = NoiseCorpus if name.startswith("noise") else SpokenCorpus
+    source: Source
+    if name.startswith("conversation"):
+        file = texts / "conversations" / f"{name}.jsonl"
+        source = TextQA(file, "nano conversation", "Apache-2.0", every_turn=True, range_bytes=CONVERSATION_SHARD_BYTES)
+    else:
+        file = texts / "spoken" / f"{name}.jsonl"
+        source = Manifest(file, name="nano", license="Apache-2.0", range_bytes=SHARD_BYTES)
     return kind(
-        Manifest(texts / "spoken" / f"{name}.jsonl", name="nano", license="Apache-2.0", range_bytes=SHARD_BYTES),
+        source,
         (espeak(2.0),) if trial and voices else voices,
         TRIAL_VOICE if trial else ANSWER_VOICE,
         CONFIG.codec.sample_rate,
@@ -170,7 +183,8 @@ def main(
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
 ) -> None:
     """Synthesize the spoken sets."""
-    names = sorted(path.stem for path in (texts / "spoken").glob("*.jsonl"))
+    found = {path.stem for group in ("spoken", "conversations") for path in (texts / group).glob("*.jsonl")}
+    names = sorted(name for name in found if not name.startswith("conversation_text"))
     for name in only or names:
         with tqdm(desc=name, unit="shard") as bar:
 

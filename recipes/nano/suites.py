@@ -8,12 +8,17 @@ people: answered (A1A2, A1T2) and written down (A1T1). `natural_noise`, `natural
 the latter made harder. `noise` has recordings without a question. `dictation` has sentences to write down, `text` and
 `typos` questions in writing (T1A2, T1T2), `read` sentences to read aloud (T1A1). Cases are grouped by kind of question,
 sentences by voices.
+
+`conversation` and `conversation_text` have last turns of conversations, spoken and in writing, with histories from
+text; `conversation_speech` has those of `conversation` with histories from speech: recordings of the past questions.
+They are grouped into follow-ups, and new questions, whose answers are the same without what precedes them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,9 +32,11 @@ from omni_jax.audio.io import SAMPLE_RATE
 from omni_jax.checkpoint.folders import new_folder
 from omni_jax.data.records import Exchange, Records, from_bytes
 from omni_jax.tasks import Task
+from recipes.nano.questions import Split, all_questions
 from recipes.nano.texts import NOT_UNDERSTOOD, UNKNOWN
 
 ANSWERED = (Task.A1A2, Task.A1T2, Task.A1T1)
+FOLLOWED = (Task.A1A2, Task.A1T2)
 SUITES: dict[str, tuple[tuple[str, tuple[Task, ...]], ...]] = {
     "seen": (("held_out_seen", ANSWERED),),
     "unseen": (("held_out_unseen", ANSWERED),),
@@ -41,12 +48,15 @@ SUITES: dict[str, tuple[tuple[str, tuple[Task, ...]], ...]] = {
     "dictation": (("dictation_seen", (Task.A1T1,)), ("dictation_unseen", (Task.A1T1,))),
     "text": (("held_out_seen", (Task.T1A2,)), ("held_out", (Task.T1T2,))),
     "typos": (("typos_held_out", (Task.T1T2,)),),
+    "conversation": (("conversation_held_out", FOLLOWED),),
+    "conversation_speech": (("conversation_held_out", FOLLOWED),),
+    "conversation_text": (("conversation_text_held_out", (Task.T1T2,)),),
     "read": (("read_held_out", (Task.T1A1,)),),
 }
 """Folders of records and the tasks that they are for, by suite."""
-
-
-WRITTEN = ("held_out", "typos_held_out")
+HISTORY = {"conversation_speech": "history_held_out"}
+"""Folder of the recordings of past questions, by suite; in others they are text."""
+WRITTEN = ("held_out", "typos_held_out", "conversation_text_held_out")
 """Folders of records that are in writing."""
 NOISE_DB = 10.0
 SILENCE_SECONDS = 2.0
@@ -77,23 +87,56 @@ CHANGES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 """What is done to the recordings of a suite: a function of audio f32 [samples] at 16 kHz and a seed."""
 
 
-def exchanges(folder: Path, limit: int) -> Iterator[Exchange]:
+def exchanges(folder: Path, limit: int | None = None) -> Iterator[Exchange]:
     """The first exchanges of a folder of records, at most `limit`."""
     records = Records(folder)
-    for index in range(min(len(records), limit)):
+    for index in range(len(records))[:limit]:
         yield from_bytes(records[index])
 
 
-def case(exchange: Exchange, task: Task, number: int, name: str, audio: str) -> dict[str, Any]:
-    """A line of a suite: see `omni_jax.evaluation.suites.manifest`."""
+@cache
+def answered_alone() -> frozenset[tuple[str, str]]:
+    """All questions of nano with their answers, held out or not."""
+    splits: tuple[Split, ...] = ("train", "held_out")
+    return frozenset((item.question, item.answer) for split in splits for item in all_questions(split, further=True))
+
+
+def group(exchange: Exchange, name: str) -> str:
+    """What the metrics of a case are given for: kind of question, voices of a sentence, or place in a conversation."""
+    if name.startswith("conversation"):
+        alone = (exchange.question_text, exchange.answer_text) in answered_alone()
+        return "new_question" if alone else "follow_up"
     kind = exchange.source.split()[1]
+    return name if kind == "sentence" else kind
+
+
+def case(
+    exchange: Exchange, task: Task, number: int, name: str, audio: str, past: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """A line of a suite: see `omni_jax.evaluation.suites.manifest`.
+
+    Args:
+        exchange: a held-out one.
+        task: to be done with it.
+        number: in its folder of records.
+        name: of this folder.
+        audio: file of its question, relative to the suite.
+        past: files of past questions; None: these are text.
+    """
     values: dict[str, Any] = {
         "id": f"{task}-{name}-{number:04d}",
         "task": task.value,
-        "group": name if kind == "sentence" else kind,
+        "group": group(exchange, name),
         "expected": exchange.question_text if task is Task.A1T1 else exchange.answer_text,
     }
-    if kind == "noise":
+    if exchange.in_conversation:
+        values["system"] = exchange.system
+        values["history"] = [
+            {"question": turn.question, "answer": turn.answer}
+            | ({} if past is None else {"audio": past[turn.question]})
+            for turn in exchange.history
+        ]
+    if values["group"] == "noise":
         # Either will do.
         values["expected"] = [UNKNOWN, NOT_UNDERSTOOD]
     if task.takes_audio:
@@ -101,18 +144,30 @@ def case(exchange: Exchange, task: Task, number: int, name: str, audio: str) -> 
     return values | {"text": exchange.answer_text if task is Task.T1A1 else exchange.question_text}
 
 
+def write_past_questions(records: Path, folder: Path) -> dict[str, str]:
+    """Write recordings of past questions; the names of their files, relative to the folder, by text."""
+    names = {}
+    for number, exchange in enumerate(exchanges(records)):
+        assert exchange.question_audio is not None
+        names[exchange.question_text] = name = f"audio/{records.name}-{number:04d}.wav"
+        write_audio(folder / name, audio_io.from_pcm16(exchange.question_audio), SAMPLE_RATE)
+    return names
+
+
 def main(
     records: Annotated[Path, typer.Option(help="What recipes.nano.speech wrote.")] = Path("build/nano/records"),
     texts: Annotated[Path, typer.Option(help="Folder of the records of written texts.")] = Path("build/nano/text"),
     out: Annotated[Path, typer.Option(help="New folder.")] = Path("build/nano/suites"),
     limit: Annotated[int, typer.Option(min=1, help="At most so many exchanges of a folder.")] = 200,
+    only: Annotated[list[str] | None, typer.Option(help="A suite, e.g. seen; may be repeated.")] = None,
 ) -> None:
     """Write the held-out records as suites for `omni-jax evaluate`."""
     with new_folder(out) as folder:
         (folder / "audio").mkdir()
-        for suite, sources in SUITES.items():
+        for suite in only or SUITES:
             cases = []
-            for name, tasks in sources:
+            past = write_past_questions(records / HISTORY[suite], folder) if suite in HISTORY else None
+            for name, tasks in SUITES[suite]:
                 source = texts / name if name in WRITTEN else records / name
                 change = CHANGES.get(suite, lambda audio, seed: audio)
                 for number, exchange in enumerate(exchanges(source, limit)):
@@ -120,7 +175,7 @@ def main(
                     if exchange.question_audio is not None:
                         recording = change(audio_io.from_pcm16(exchange.question_audio), number)
                         write_audio(folder / audio, recording, SAMPLE_RATE)
-                    cases += [case(exchange, task, number, name, audio) for task in tasks]
+                    cases += [case(exchange, task, number, name, audio, past) for task in tasks]
             lines = [
                 json.dumps(values, ensure_ascii=False) for values in sorted(cases, key=lambda values: values["id"])
             ]

@@ -26,6 +26,12 @@ Spoken sets, to be synthesized; rows without an answer are dictations, rows with
     read_train, read_free, read_answer_like, read_held_out      sentences to read aloud
     dictation_train, dictation_seen, dictation_unseen       sentences to write down
     held_out_seen, held_out_unseen, held_out_natural    held-out questions, for voices that training has and for others
+    history_held_out    the past questions of conversation_held_out
+
+Conversations, as `messages` of which the last answer is trained; see `conversations.py`:
+
+    conversation_text, conversation_text_held_out       for the task T1T2
+    conversation_train, conversation_natural, conversation_typed, conversation_held_out     to be synthesized
 """
 
 from __future__ import annotations
@@ -44,6 +50,7 @@ from typing import Annotated
 import typer
 
 from omni_jax.checkpoint.folders import new_folder
+from recipes.nano.conversations import Conversation, conversations
 from recipes.nano.questions import (
     KINDS,
     Item,
@@ -68,6 +75,7 @@ SMALLTALK = tuple(kind.name for kind in KINDS.values() if len(kind.facts) <= 10)
 """Kinds with so few facts that they would be rare among the others."""
 NAME = "name"
 """The kind of questions for its name."""
+WRONG_TRANSCRIPTS = 0.2
 REPEAT = ("say: {}", "repeat: {}", "say again: {}", "repeat after me: {}", "please say: {}", "please repeat: {}")
 
 
@@ -91,7 +99,7 @@ class Sizes:
 
     questions: int = 12_000
     """Asked aloud, half of them in the further phrasings."""
-    natural_questions: int = 600
+    natural_questions: int = 1200
     """Asked aloud by natural voices, half of them in the further phrasings."""
     smalltalk_questions: int = 1000
     """Of kinds that are rare among the others, half of them in the further phrasings; without its name."""
@@ -116,7 +124,7 @@ class Sizes:
     named_sentences: int = 600
     held_out_sentences: int = 300
     dictations: int = 2000
-    free_dictations: int = 4000
+    free_dictations: int = 8000
     held_out_dictations: int = 200
     """In voices that training has; half as many in others."""
     repeated: int = 20_000
@@ -124,6 +132,13 @@ class Sizes:
     noises: int = 1200
     """Recordings without a question: see `recipes.nano.noise`."""
     held_out_noises: int = 200
+    written_conversations: int = 120_000
+    conversations: int = 5000
+    """Their last questions are asked aloud."""
+    natural_conversations: int = 600
+    typed_conversations: int = 3000
+    """Asked in writing, answered aloud."""
+    held_out_conversations: int = 200
     written: int | None = None
     """Most rows of each written set; None: all there are."""
 
@@ -197,7 +212,57 @@ def spoken_sets(sizes: Sizes) -> dict[str, list[Row]]:
         "dictation_unseen": write_down(dictated[:unseen]),
         "noise_train": noises(sizes.noises, 0),
         "noise_held_out": noises(sizes.held_out_noises, 1),
+        "history_held_out": write_down(past_questions(held_out_conversations(sizes))),
     }
+
+
+def conversation_sets(sizes: Sizes) -> dict[str, list[Conversation]]:
+    """Conversations, by set."""
+    spoken = ("conversation_train", sizes.conversations), ("conversation_typed", sizes.typed_conversations)
+    return {
+        "conversation_text": transcribed(conversations("train", sizes.written_conversations, 0)),
+        "conversation_text_held_out": conversations("held_out", sizes.held_out_conversations, 0),
+        # Of the same answer are neighbors: it is synthesized once.
+        **{
+            name: sorted(transcribed(conversations("train", count, seed)), key=lambda made: made.answer)
+            for seed, (name, count) in enumerate(spoken, 1)
+        },
+        "conversation_natural": transcribed(conversations("train", sizes.natural_conversations, 3)),
+        "conversation_held_out": held_out_conversations(sizes),
+    }
+
+
+def held_out_conversations(sizes: Sizes) -> list[Conversation]:
+    """Those whose last questions are asked aloud."""
+    return conversations("held_out", sizes.held_out_conversations, 4)
+
+
+def past_questions(made: Iterable[Conversation]) -> list[str]:
+    """The distinct questions before the last ones."""
+    return list(dict.fromkeys(turn.question for one in made for turn in one.history))
+
+
+def transcribed(made: list[Conversation]) -> list[Conversation]:
+    """Conversations in which one past question in five has a wrong letter: the model's transcripts have errors."""
+    rng = random.Random("transcribed")
+
+    def changed(text: str) -> str:
+        return misspell(text, rng) if rng.random() < WRONG_TRANSCRIPTS else text
+
+    return [
+        replace(one, history=tuple(replace(turn, question=changed(turn.question)) for turn in one.history))
+        for one in made
+    ]
+
+
+def messages(made: Conversation) -> dict[str, object]:
+    """A conversation as chat completions have it; only its last answer is trained."""
+    found: list[dict[str, object]] = [{"role": "system", "content": made.system}] if made.system else []
+    for turn in made.history:
+        found.append({"role": "user", "content": turn.question})
+        found.append({"role": "assistant", "content": turn.answer, "weight": 0})
+    found += [{"role": "user", "content": made.question}, {"role": "assistant", "content": made.answer}]
+    return {"messages": found}
 
 
 def asked_questions(count: int, seed: int, shares: Mapping[str, float] | None = None) -> list[Item]:
@@ -300,8 +365,17 @@ def main(
             (folder / group).mkdir()
             for name, rows in make(sizes).items():
                 lines = [json.dumps(asdict(row), ensure_ascii=False) for row in rows]
-                (folder / group / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-                typer.echo(f"{group}/{name}: {len(lines)} rows")
+                write_lines(folder / group / f"{name}.jsonl", lines)
+        (folder / "conversations").mkdir()
+        for name, made in conversation_sets(sizes).items():
+            lines = [json.dumps(messages(one), ensure_ascii=False) for one in made]
+            write_lines(folder / "conversations" / f"{name}.jsonl", lines)
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    """Write a manifest."""
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    typer.echo(f"{path.parent.name}/{path.stem}: {len(lines)} rows")
 
 
 if __name__ == "__main__":

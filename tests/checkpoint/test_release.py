@@ -296,7 +296,7 @@ def test_open_release_downloads_from_the_hub(tiny_release, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert open_release("owner/name").folder == tiny_release
-    files = [*checkpoint.FILES, checkpoint.AUDIO_ENCODER]
+    files = [*checkpoint.FILES, checkpoint.AUDIO_ENCODER, checkpoint.MINI_OMNI_CONFIG]
     assert asked == {"name": "owner/name", "files": files, "revision": None, "cache_dir": None}
     assert open_release("owner/name", revision="v2", cache_dir="cache").folder == tiny_release
     assert asked == {"name": "owner/name", "files": files, "revision": "v2", "cache_dir": "cache"}

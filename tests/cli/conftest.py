@@ -22,10 +22,10 @@ def loads(tiny: Omni, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """`from_pretrained("tiny")` gives the fixture, which has its programs compiled; the names that were loaded."""
     real, names = Omni.from_pretrained, []
 
-    def load(name: str, *, codec: Any = "jax", int8: bool = False, mesh: Any = None) -> Omni:
+    def load(name: str, *, codec: Any = "jax", mesh: Any = None, **options: Any) -> Omni:
         names.append(name)
-        if name != "tiny" or codec != "jax" or int8 or mesh:
-            return real(name, codec=codec, int8=int8, mesh=mesh)
+        if name != "tiny" or codec != "jax" or mesh or any(options.values()):
+            return real(name, codec=codec, mesh=mesh, **options)
         warnings.warn("the model 'tiny' is untrained", UntrainedWarning, stacklevel=2)
         return tiny
 

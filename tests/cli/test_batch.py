@@ -144,20 +144,22 @@ def test_batch_answers_again_if_the_recording_or_the_release_changed(
     assert "2 answered, 0 from an earlier run" in run(*args).stderr
 
 
-def test_batch_answers_again_with_int8(tiny: Omni, loads: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["int8", "short_windows"])
+def test_batch_answers_again_with_another_option(tiny: Omni, loads: list[str], option: str, tmp_path: Path) -> None:
     manifest = tmp_path / "m.jsonl"
     manifest.write_text('{"id": "a", "text": "hello", "task": "T1T2"}\n')
     args = ("batch", manifest, "--out", tmp_path / "out", "--model", "tiny", "--max-steps", STEPS)
-    for more in ((), ("--int8",), ("--int8",)):
+    flag = f"--{option.replace('_', '-')}"
+    for more in ((), (flag,), (flag,)):
         result = run(*args, *more)
         assert result.exit_code == 0, result.output
-    # The second run in eight bits has nothing to do.
+    # The second run with the option has nothing to do.
     assert loads == ["tiny", "tiny"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedWarning)
-        rounded = Omni.untrained("tiny", int8=True)
+        other = Omni.untrained("tiny", int8=option == "int8", short_windows=option == "short_windows")
     answer = json.loads((tmp_path / "out" / "answers.jsonl").read_text())
-    assert answer["text"] == rounded.answer(text="hello", max_steps=STEPS).text
+    assert answer["text"] == other.answer(text="hello", max_steps=STEPS).text
 
 
 def test_batch_of_a_folder(loads: list[str], tmp_path: Path) -> None:

@@ -1,15 +1,23 @@
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import socket
+import subprocess
+import urllib.request
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
+from omni_jax.api import Omni
+from omni_jax.audio.io import to_pcm16
 from omni_jax.cli import serve
 from omni_jax.serve import app, binding, sessions
-from tests.cli.shell import run
+from tests.cli.shell import ROOT, command, run
 
 
 @pytest.fixture
@@ -78,6 +86,53 @@ def test_serve_passes_every_option(served: list[Any], tmp_path: Path) -> None:
     )
     assert served == [("tiny", settings, "0.0.0.0", 0)]
     assert "without a key" not in result.stderr
+
+
+def test_serve_shards_the_model(served: list[Any], loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    meshes = []
+    monkeypatch.setattr(serve, "load_model", lambda *_, mesh, **options: meshes.append(mesh))
+    monkeypatch.setattr(jax, "local_devices", jax.devices)
+    for tensor in (1, 2, 8):
+        assert run("serve", "--model", "tiny", "--tensor", tensor).exit_code == 0
+    alone, *sharded = meshes
+    assert alone is None
+    assert [mesh.shape["tensor"] for mesh in sharded] == [mesh.size for mesh in sharded] == [2, 8]
+
+
+def test_serve_refuses_more_devices_than_there_are(served: list[Any], loads: list[str]) -> None:
+    result = run("serve", "--model", "tiny", "--tensor", 2)
+    assert result.exit_code == 2
+    assert "--tensor: expected at most the 1 local devices, found 2" in result.stderr
+    assert not loads
+
+
+@pytest.mark.slow
+def test_a_sharded_server_gives_the_same_answers(tiny: Omni) -> None:
+    """On 8 virtual devices, of which two share every row."""
+    words = {"model": "tiny", "max_completion_tokens": 20, "modalities": ["text", "audio"]}
+    body = words | {
+        "audio": {"voice": "tiny", "format": "pcm16"},
+        "messages": [{"role": "user", "content": "What is your name?"}],
+    }
+    arguments = command("serve", "--model", "tiny", "--tensor", 2, "--port", 0)
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            assert process.stderr is not None
+            lines = iter(process.stderr.readline, "")
+            address = next(line for line in lines if "listening at" in line).split()[-1]
+            assert any("ready after" in line for line in lines)
+            request = urllib.request.Request(
+                f"{address}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+            )
+            with urllib.request.urlopen(request, timeout=60) as response:
+                message = json.load(response)["choices"][0]["message"]
+        finally:
+            process.kill()
+    expected = tiny.reply(text="What is your name?", max_steps=20)
+    assert expected.audio is not None
+    assert message["audio"]["transcript"] == expected.text
+    samples = np.frombuffer(base64.b64decode(message["audio"]["data"]), "<i2")
+    np.testing.assert_allclose(samples, to_pcm16(expected.audio), atol=1)
 
 
 def test_serve_defaults(served: list[Any]) -> None:

@@ -262,6 +262,38 @@ ENTRY %main (p: f32[10], x: f32[6]) -> f32[80] {
     assert found.hbm == 40 + 320 + 24 + 24
 
 
+def test_collective_of_a_sparse_core_overlaps_as_far_as_there_is_work() -> None:
+    text = """
+%called.1 (p: f32[10], t: token[]) -> f32[80] {
+  %t = token[] parameter(1)
+  %p = f32[10]{0} parameter(0)
+  ROOT %gather = f32[80]{0} all-gather(%p), channel_id=3, dimensions={0}
+}, execution_thread="sparsecore"
+
+%product (p: f32[6]) -> f32[6] {
+  %p = f32[6]{0} parameter(0)
+  ROOT %n = f32[6]{0} negate(%p)
+}
+
+ENTRY %main (a: f32[10], b: f32[10], x: f32[6]) -> f32[80] {
+  %a = f32[10]{0} parameter(0)
+  %b = f32[10]{0} parameter(1)
+  %x = f32[6]{0} parameter(2)
+  %t = token[] custom-call(), custom_call_target="PrepareAsyncCallDone"
+  %s1 = ((f32[10]{0}, token[]), f32[80]{0}) call-start(%a, %t), async_execution_thread="sparsecore", to_apply=%called.1
+  %s2 = ((f32[10]{0}, token[]), f32[80]{0}) call-start(%b, %t), async_execution_thread="sparsecore", to_apply=%called.1
+  %y = f32[6]{0} fusion(%x), kind=kOutput, calls=%product, backend_config={"window_config":{"estimated_cycles":"100"}}
+  %d1 = f32[80]{0} call-done(%s1)
+  ROOT %d2 = f32[80]{0} call-done(%s2)
+}
+"""
+    # In 100 cycles 400 bytes: the first gather's 320 and 80 of the second's.
+    found = cost(text, bytes_per_cycle=4)
+    assert found.collectives == {"all-gather": 640}
+    assert found.overlapped == 400
+    assert found.hbm == 2 * (40 + 320) + 24 + 24
+
+
 def test_sliced_all_reduce_counts_as_reduce_scatter() -> None:
     text = """
 %all-reduce-scatter.2 (p: f32[80]) -> f32[10] {

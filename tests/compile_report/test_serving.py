@@ -19,6 +19,7 @@ from omni_jax.compile_report.topology import Topology
 from omni_jax.config.model import PRESETS
 from omni_jax.errors import ConfigError
 from omni_jax.model.pages import PAGE_LEN, num_pages
+from tests.compile_report.serving_table import CASES, MARK, PAGE, Case, figures, line, stated, table
 
 ONE = Topology.parse("v5e:1x1")
 SHORT = ServingProfile(question_seconds=0.5, answer_seconds=2.048, history_positions=100)
@@ -28,7 +29,7 @@ SHORT = ServingProfile(question_seconds=0.5, answer_seconds=2.048, history_posit
 def batches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """The batch size of each program; none is compiled, all have a time for the whole batch."""
     found: dict[str, int] = {}
-    seconds = {"encode": 0.008, "prefill": 0.016, "decode": 0.004, "codec": 0.01024}
+    seconds = {"encode": 0.008, "encode_short": 0.004, "prefill": 0.016, "decode": 0.004, "codec": 0.01024}
 
     def report(name: str, model: str, topology: Topology, batch: int, *args: Any, **options: Any) -> Any:
         found[name] = batch
@@ -42,11 +43,12 @@ def test_serving_report_adds_up(batches: dict[str, int]) -> None:
     assert PRESETS["tiny"].codec.frame_size == 2048
     report = serving_report(ONE, model="tiny", profile=SHORT)
     rows = report.rows
-    assert batches == {"encode": 8, "prefill": 8, "codec": 64, "decode": rows}
+    assert batches == {"encode": 8, "encode_short": 8, "prefill": 8, "codec": 64, "decode": rows}
     # 24 frames take 32 steps.
     expected = {"encode": 0.001, "prefill": 0.002, "decode": 0.004 / rows * 32, "codec": 24 * 1e-5}
     assert report.seconds == pytest.approx(expected)
     assert report.speech_per_second == pytest.approx(2.048 / sum(expected.values()))
+    assert report.speech_per_second_short == pytest.approx(2.048 / (sum(expected.values()) - 0.0005))
     assert report.conversations_by_time == pytest.approx(report.speech_per_second * 2.548 / 2.048)
     assert report.conversations_by_memory == rows
     assert report.conversations == min(report.conversations_by_time, rows)
@@ -114,3 +116,19 @@ def test_serving_report_of_compiled_programs() -> None:
     assert all(seconds > 0 for seconds in report.seconds.values())
     assert all(compiled.fits for compiled in report.reports.values())
     assert json.loads(json.dumps(report.to_json()))["limited_by"] in ("time", "memory")
+
+
+def test_page_has_rows_of_the_serving_table(batches: dict[str, int]) -> None:
+    """In the order of the cases, as the command writes them."""
+    assert MARK + table(stated()) in PAGE.read_text(encoding="utf-8")
+    case = CASES[0]
+    report = serving_report(ONE, model="tiny", profile=SHORT)
+    found = figures(line(case, report))
+    assert found["speech"] == round(report.speech_per_second)
+    assert found["first sound"] == round(report.first_sound_seconds * 1e3)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in stated()], ids=lambda case: case.name)
+def test_serving_figures_of_the_page(case: Case) -> None:
+    assert figures(line(case, case.measure())) == pytest.approx(figures(stated()[case.name]), rel=0.05)

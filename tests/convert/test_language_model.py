@@ -8,12 +8,15 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from omni_jax.checkpoint.release import open_release
 from omni_jax.convert import language_model
 from omni_jax.convert.release import export_transformers, init_release
 from omni_jax.errors import ConversionError
+from omni_jax.tokenizer import num_rows
+from omni_jax.vocab import Vocab
 from tests import models
 
 
@@ -60,6 +63,36 @@ def test_extend_draws_new_rows_like_the_old(tiny_parts, tmp_path):
             np.testing.assert_allclose(drawn.mean(), 0, atol=0.01)
     assert not np.array_equal(new["embed.audio"], new["head.audio"])
     assert np.unique(new["embed.audio"][:, :, 0]).size == 7 * 128
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokenizer_larger_than_the_embedding_grows_it(tied, tiny_parts, tmp_path):
+    """As that of Gemma 3, which has one token more than the text model has rows; the old rows stay as they are."""
+    models.language_model_folder(tmp_path / "lm", "llama", tied=tied)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "lm" / "tokenizer.json"))
+    tokenizer.add_special_tokens([f"<extra {number}>" for number in range(25)])
+    tokenizer.save(str(tmp_path / "lm" / "tokenizer.json"))
+    release = make(tmp_path / "lm", tiny_parts)
+    assert (release.config.vocab.text, Vocab(release.config.vocab).text_rows) == (320, 384)
+    assert num_rows(release.tokenizer()) == 305
+    old = safetensors.numpy.load_file(tmp_path / "lm" / "model.safetensors")
+    new = {name: tensor.read() for name, tensor in release.model_tensors().items()}
+    tables = {"embed.text": "model.embed_tokens.weight"} | ({} if tied else {"head.text": "lm_head.weight"})
+    assert {name for name in new if name.endswith(".text")} == set(tables)
+    for name, source in tables.items():
+        np.testing.assert_array_equal(new[name][:300], old[source])
+        np.testing.assert_allclose(new[name][300:].std(), np.sqrt(np.mean(old[source] ** 2)), rtol=0.05)
+    export_transformers(release, tmp_path / "back")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert back.get_input_embeddings().weight.shape == (320, 48)
+    np.testing.assert_array_equal(back.get_output_embeddings().weight.detach(), new[list(tables)[-1]][:320])
+
+
+def test_init_refuses_the_tokenizer_of_another_model(tiny_parts, tmp_path):
+    models.language_model_folder(tmp_path / "lm", "llama", tied=True, vocab_size=130)
+    with pytest.raises(ConversionError, match=r"expected a tokenizer of the language.*130 rows, found one of 280"):
+        make(tmp_path / "lm", tiny_parts)
+    assert not (tmp_path / "release").exists()
 
 
 def test_init_release_depends_on_the_seed(tiny_parts, tmp_path):

@@ -19,10 +19,10 @@ from omni_jax.checkpoint.safetensors_io import LazyTensor
 from omni_jax.config.model import AdapterConfig, RopeScaling, VocabConfig
 from omni_jax.convert import mini_omni
 from omni_jax.convert.release import export_mini_omni, import_mini_omni
+from omni_jax.convert.torch_mini_omni import MiniOmni
 from omni_jax.errors import ConversionError
 from omni_jax.vocab import Vocab
 from tests import models
-from tests.reference_mini_omni import MiniOmni
 
 # Tied or not, which adapter, blocks of the TTS adapter.
 KINDS = [(True, "llamamlp", 0), (False, "mlp", 2), (True, "mlp", 1), (False, "llamamlp", 0)]
@@ -99,8 +99,8 @@ def test_import_then_export_is_bit_exact(kind, dtype, tiny_parts, tmp_path):
         assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8)), name
     for name in checkpoint.TOKENIZER_FILES:
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
-    values = yaml.safe_load((tmp_path / "back" / "model_config.yaml").read_text())
-    assert values == yaml.safe_load((tmp_path / "theirs" / "model_config.yaml").read_text())
+    name = "model_config.yaml"
+    assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
     tied = after["lm_head.weight"].data_ptr() == after["transformer.wte.weight"].data_ptr()
     assert tied == config.trunk.tie_word_embeddings
 
@@ -298,6 +298,26 @@ def test_published_number_of_specials_needs_no_hint():
     values = mini_omni.config_to_yaml(config)
     assert values["hf_config"] == {}
     assert read_values(values, config) == config
+
+
+def test_model_config_of_an_import_is_exported_as_it_came(tiny_parts, tmp_path):
+    """Also one with fields that mean nothing to us, or that announces a TTS adapter without having its weights."""
+    shutil.copytree(tiny_parts / "mini_omni", tmp_path / "theirs")
+    file = tmp_path / "theirs" / "model_config.yaml"
+    values = yaml.safe_load(file.read_text())
+    values |= {"post_adapter": True, "force_align": False, "hf_config": {"name": "Qwen2-0.5B", **values["hf_config"]}}
+    file.write_text("# Mini-Omni\n" + yaml.safe_dump(values, default_flow_style=True))
+    release = import_(tmp_path / "theirs", tiny_parts, tmp_path / "release")
+    export_mini_omni(release, tmp_path / "back")
+    assert (tmp_path / "back" / "model_config.yaml").read_bytes() == file.read_bytes()
+
+    # A model that has become another one has a config of its own.
+    trunk = replace(release.config.trunk, norm_eps=1e-5)
+    other = replace(release, config=replace(release.config, trunk=trunk))
+    export_mini_omni(other, tmp_path / "other")
+    values = yaml.safe_load((tmp_path / "other" / "model_config.yaml").read_text())
+    assert values == mini_omni.config_to_yaml(other.config)
+    assert values["norm_eps"] == 1e-5
 
 
 # Wrong files.

@@ -125,3 +125,20 @@ def test_release_as_a_source_of_encoder_and_codec(tiny_release, tmp_path):
             assert model[name].read().tobytes() == tensor.read().tobytes(), name
     for name, tensor in old.codec_tensors().items():
         assert codec[name].read().tobytes() == tensor.read().tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_of_an_import(dtype, half_parts, tmp_path):
+    """Of all tensors but those of the codec."""
+    sources = {"whisper_source": str(half_parts / "whisper"), "snac_source": str(half_parts / "snac")}
+    models.language_model_folder(tmp_path / "lm", "qwen2", tied=True)
+    import_mini_omni(str(half_parts / "mini_omni"), tmp_path / "kept", **sources)
+    import_mini_omni(str(half_parts / "mini_omni"), tmp_path / "imported", dtype=dtype, **sources)
+    init_release(tmp_path / "new", lm_source=str(tmp_path / "lm"), dtype=dtype, **sources)
+    for name in ("imported", "new"):
+        release = open_release(tmp_path / name)
+        assert {tensor.dtype.name for tensor in release.model_tensors().values()} == {dtype}
+        assert {tensor.dtype.name for tensor in release.codec_tensors().values()} == {"float16"}
+    before, after = (open_release(tmp_path / name).model_tensors() for name in ("kept", "imported"))
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(after[name].read(), tensor.read().astype(after[name].dtype), name)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from omni_jax.checkpoint.safetensors_io import LazyTensor
-from omni_jax.convert.table import Entry, is_identical, pad, rename, reshape, to_ours, to_theirs, transpose
+from omni_jax.convert.table import Entry, cast, is_identical, pad, rename, reshape, to_ours, to_theirs, transpose
 from omni_jax.errors import ConversionError
 from tests.lazy import read_all, recorded, to_lazy
 
@@ -134,3 +134,14 @@ def test_is_identical_compares_bytes():
     assert not is_identical(LazyTensor.of(table), LazyTensor.of(table.astype(np.float16)))
     other[-1, -1] += 1
     assert not is_identical(LazyTensor.of(table), LazyTensor.of(other))
+
+
+def test_cast_rounds_to_the_nearest_and_refuses_what_does_not_fit():
+    values = np.array([1 + 2**-9, 1 + 3 * 2**-9, 70000.0], np.float32)
+    reads: list[str] = []
+    found = cast(recorded(to_lazy({"a": values}), reads), "bfloat16", "source")["a"]
+    assert (found.dtype, found.shape, reads) == (np.dtype(ml_dtypes.bfloat16), (3,), [])
+    np.testing.assert_array_equal(found.read().astype(np.float32), [1.0, 1.0078125, 70144.0])
+    with pytest.raises(ConversionError, match=r"source: a: expected values that float16 holds, found larger ones"):
+        cast(to_lazy({"a": values}), "float16", "source")["a"].read()
+    assert cast(to_lazy({"a": values}), None, "source")["a"].dtype == np.float32

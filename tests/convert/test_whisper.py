@@ -275,7 +275,7 @@ def test_openai_file_in_and_out(tmp_path):
     theirs = Whisper(dims).eval()
     perturb(theirs, 0.2)
     torch.save({"dims": dims, "model_state_dict": theirs.state_dict()}, tmp_path / "small.pt")
-    config, tensors = whisper.read_openai(tmp_path / "small.pt")
+    config, tensors = whisper.read(tmp_path / "small.pt")
     assert config == replace(CONFIG, intermediate_size=192)
     whisper.write_openai(tmp_path / "back.pt", config, tensors)
     back = load_model(tmp_path / "back.pt")
@@ -294,7 +294,7 @@ def test_openai_file_in_and_out(tmp_path):
         whisper.write_openai(tmp_path / "narrow.pt", CONFIG, tensors)
     torch.save(theirs.state_dict(), tmp_path / "bare.pt")
     with pytest.raises(ConversionError, match=r"bare\.pt: expected a Whisper of OpenAI with dims"):
-        whisper.read_openai(tmp_path / "bare.pt")
+        whisper.read(tmp_path / "bare.pt")
 
 
 def test_read_an_encoder_that_was_saved_alone(model, tmp_path):

@@ -17,7 +17,7 @@ from omni_jax.data.cached_features import (
     unpack_features,
     write_features,
 )
-from omni_jax.data.records import Exchange, Records, RecordWriter
+from omni_jax.data.records import INDEX, Exchange, Records, RecordWriter
 from omni_jax.errors import PipelineError, RecordError
 
 MAX_SAMPLES = 3200
@@ -158,8 +158,25 @@ def test_write_features_continues_after_an_interruption(
     monkeypatch.setattr(cached_features, "SHARD_RECORDS", 10)
     write(records, tmp_path / "features", range(3))
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "features").iterdir()}
-    (tmp_path / "features" / ".00003.array_record.part").write_bytes(b"cut")
+    (tmp_path / "features" / ".00003.array_record.0.part").write_bytes(b"cut")
     write(records, tmp_path / "features", range(num_shards(records)))
+    finish_features(records, tmp_path / "features", 1)
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "features").iterdir()}
-    assert len(after) == num_shards(records) == 5
+    assert len(after) == num_shards(records) + 1 == 6
     assert {name: after[name] for name in before} == before
+
+
+def test_write_features_next_to_another_run(records: Records, tmp_path: Path) -> None:
+    """Runs that share the features and start at the same time both get them."""
+    folder, limits = tmp_path / "features", {"max_samples": MAX_SAMPLES, "window": window, "num_frames": num_frames}
+
+    def slow(audio: np.ndarray) -> np.ndarray:
+        if not (folder / INDEX).exists():
+            write(records, folder, range(1))
+            finish_features(records, folder, 1)
+        return encode(audio)
+
+    write_features(records, folder, range(1), slow, versions=1, dtype="float32", **limits)
+    finish_features(records, folder, 1)
+    assert sorted(path.name for path in folder.iterdir()) == ["00000.array_record", INDEX]
+    assert CachedFeatures(folder).read(0, 0) is not None

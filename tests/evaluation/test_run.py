@@ -21,8 +21,9 @@ from omni_jax.errors import ConfigError
 from omni_jax.evaluation import asr_judge, report
 from omni_jax.evaluation.comparison import compare
 from omni_jax.evaluation.run import Evaluation, Result, evaluate, measure_speed
-from omni_jax.evaluation.suites import Case
-from omni_jax.inference.request import Request
+from omni_jax.evaluation.suites import Case, RecordedTurn
+from omni_jax.inference.messages import to_messages
+from omni_jax.inference.request import Request, Turn
 from omni_jax.tasks import Task
 from tests.inference.reference_decoder import small_omni
 
@@ -110,6 +111,39 @@ def test_evaluate_saves_answers_if_the_judge_fails(omni: Omni, cases: list[Case]
     (result,) = Evaluation.load(tmp_path).results
     assert result.scores["exact"] == 1
     assert result.asr_text is None
+
+
+def test_evaluate_with_a_history_from_text_and_from_speech(tmp_path: Path) -> None:
+    omni = small_omni(text_specials=7, conversation=True, max_position=128)
+    sound = np.random.default_rng(0).normal(size=3000).astype(np.float32) / 10
+    write_audio(tmp_path / "q.wav", sound, 16_000)
+    transcript = omni.transcribe(tmp_path / "q.wav").text.strip()
+    spoken = RecordedTurn("Is it?", "Yes", audio=tmp_path / "q.wav")
+    lost = RecordedTurn("Is it?", "Yes", audio=tmp_path / "none.wav")
+    histories = {"text": (Turn("Is it?", "Yes"),), "speech": (spoken, Turn("Hi?", "No"), spoken), "lost": (lost,)}
+    cases = [
+        Case(id, Task.A1T2, tmp_path / "q.wav", expected=("x",), system="Bob", history=history)
+        for id, history in histories.items()
+    ]
+    evaluation = evaluate(omni, cases, tmp_path / "out", model="small", suite="made")
+    by_text, by_speech, failed = evaluation.results
+    system = {"role": "system", "content": "Bob"}
+    assert transcript
+    assert transcript != "Is it?"
+    assert by_text.messages == [system, *to_messages("", [Turn("Is it?", "Yes")])]
+    turns = [Turn(transcript, "Yes"), Turn("Hi?", "No"), Turn(transcript, "Yes")]
+    assert by_speech.messages == [system, *to_messages("", turns)]
+    for result, history in ((by_text, [Turn("Is it?", "Yes")]), (by_speech, turns)):
+        request = Request(tmp_path / "q.wav", task="A1T2", system="Bob", history=history)
+        assert result.text == omni.generate(request).text
+    assert "none.wav: expected a recording" in failed.error
+    assert failed.scores["exact"] == 0.0
+    report.write(evaluation, tmp_path / "out", cases=cases)
+    assert "<dd>system: Bob<br>user: Is it?<br>assistant: Yes</dd>" in (tmp_path / "out" / "report.html").read_text()
+    assert Evaluation.load(tmp_path / "out").results == evaluation.results
+
+    (refused,) = evaluate(small_omni(), cases[1:2], tmp_path / "plain", model="small", suite="made").results
+    assert refused.error.startswith("system: expected none: this model was not trained on conversations")
 
 
 def test_measure_speed_times_recordings_in_memory(omni: Omni, cases: list[Case]) -> None:

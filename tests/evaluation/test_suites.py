@@ -11,7 +11,8 @@ import pytest
 
 from omni_jax.errors import ConfigError
 from omni_jax.evaluation import suites
-from omni_jax.evaluation.suites import Case
+from omni_jax.evaluation.suites import Case, RecordedTurn
+from omni_jax.inference.request import Turn
 from omni_jax.tasks import Task
 from tests.data.test_sources import librispeech, put, tone
 
@@ -30,6 +31,18 @@ def test_manifest(tmp_path: Path) -> None:
     ]
 
 
+def test_manifest_with_a_history(tmp_path: Path) -> None:
+    turns = [{"question": "Hi?", "answer": "Yes."}, {"audio": "a/b.wav", "question": "What is it?", "answer": "Seven."}]
+    row = {"id": "a", "text": "And now?", "task": "T1T2", "system": "Your name is Bob.", "history": turns}
+    put(tmp_path / "m.jsonl", json.dumps(row))
+    (case,) = suites.read("manifest", tmp_path / "m.jsonl")
+    first, second = case.history
+    assert (case.system, first) == ("Your name is Bob.", Turn("Hi?", "Yes."))
+    assert second == RecordedTurn("What is it?", "Seven.", audio=tmp_path / "a" / "b.wav")
+    request = case.request()
+    assert (request.system, request.history) == ("Your name is Bob.", case.history)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -42,6 +55,9 @@ def test_manifest(tmp_path: Path) -> None:
         ('{"id": "a", "audio": "a", "text": "b"}', "found both"),
         ('{"id": "a", "text": "b", "task": "sing"}', "task: expected one of"),
         ('{"id": "a", "text": "b", "task": "A1T1"}', "task A1T1: expected audio"),
+        ('{"id": "a", "text": "b", "history": [{"reply": "c"}]}', r"line 1: history\.0\.reply: Unexpected"),
+        ('{"id": "a", "text": "b", "history": "c"}', "line 1: history: Input should be a valid list"),
+        ('{"id": "a", "text": "b", "task": "T1A1", "system": "c"}', "line 1: system: expected none for task T1A1"),
         ('{"id": "a", "text": "b"}\n{"id": "a", "text": "c"}', "found 'a' twice"),
         ("", "found no case"),
     ],

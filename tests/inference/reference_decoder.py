@@ -191,8 +191,10 @@ class ReferenceDecoder:
             return jnp.zeros(
                 (2, -(-config.audio_encoder.max_position // config.adapter.stack), config.trunk.hidden_size)
             ), index
-        sound = np.zeros((1, config.audio_encoder.max_samples), np.float32)
-        sound[0, : len(request.parts[0].speech)] = request.parts[0].speech
+        encoder, speech = config.audio_encoder, request.parts[0].speech
+        window = encoder.window(len(speech)) if encoder.short_windows else encoder.max_position
+        sound = np.zeros((1, 320 * window), np.float32)
+        sound[0, : len(speech)] = speech
         positions = request.prompt.speech_positions
         start = request.prompt.speech_start
         index[:, start : start + positions] = np.arange(positions)

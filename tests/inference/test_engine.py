@@ -23,7 +23,7 @@ from omni_jax.inference.decode import Routing
 from omni_jax.inference.engine import Engine, PreparedRequest, Progress
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.runner import ModelRunner, jitted_functions
-from omni_jax.prompts import Prompt, text_prompt
+from omni_jax.prompts import Prompt, speech_prompt, text_prompt
 from omni_jax.tasks import Task
 from omni_jax.vocab import TEXT_STREAM, Vocab
 from tests.inference.reference_decoder import CONTEXT, ReferenceDecoder, random_model, random_request, small_config
@@ -71,15 +71,13 @@ class Family:
 
 
 def family(
-    slots: int, *, stacked: bool, seed: int, eot: float = 1.5, mask_padding: bool = False, **config: Any
+    slots: int, *, stacked: bool, seed: int, eot: float = 1.5, encoder: dict[str, bool] | None = None, **config: Any
 ) -> Family:
     """The seeds are chosen so that what `test_the_interesting_events_occur` lists does occur."""
     # The number of compilations is counted.
     jitted_functions.cache_clear()
     shape = small_config(**config)
-    shape = dataclasses.replace(
-        shape, audio_encoder=dataclasses.replace(shape.audio_encoder, mask_padding=mask_padding)
-    )
+    shape = dataclasses.replace(shape, audio_encoder=dataclasses.replace(shape.audio_encoder, **(encoder or {})))
     model = random_model(shape, stacked=stacked, seed=seed, eot=eot, eoa=1.5)
     runner = ModelRunner(model)
     requests, slow = mixed_requests(model.config), ReferenceDecoder(model, runner.encode_audio)
@@ -107,7 +105,14 @@ def stacked_with_tts_adapter() -> Family:
 def masked() -> Family:
     """Recordings are encoded in windows of 5, 10 or 20 positions, by the reference always in 20."""
     with quick_compile():
-        return family(3, stacked=False, seed=1, mask_padding=True)
+        return family(3, stacked=False, seed=1, encoder={"mask_padding": True})
+
+
+@pytest.fixture(scope="module")
+def short_windows() -> Family:
+    """The same windows without a mask: each recording has its own, whatever is encoded with it."""
+    with quick_compile():
+        return family(3, stacked=False, seed=1, encoder={"short_windows": True})
 
 
 class Recorder(ModelRunner):
@@ -178,6 +183,7 @@ def test_engine_tokens_of_a_mixed_batch_equal_the_reference(tied: Family, steps:
     "name",
     [
         pytest.param("masked", marks=pytest.mark.slow),
+        pytest.param("short_windows", marks=pytest.mark.slow),
         pytest.param("stacked_with_tts_adapter", marks=pytest.mark.slow),
         pytest.param("untied_with_tts_adapter", marks=pytest.mark.nightly),
     ],
@@ -324,6 +330,37 @@ def test_active_requests_wait_for_at_most_one_prefill(tied: Family, monkeypatch:
         collected.add(engine.advance(1))
         assert len(prefills) <= 1 or not others
     assert_same(collected.answers(range(8)), tied.expected[:8])
+
+
+def test_waiting_questions_are_encoded_together_between_two_chunks(tied: Family) -> None:
+    """Questions of one window in one call; others wait for a chunk of those that are being answered."""
+    encoder = dataclasses.replace(tied.runner.config.audio_encoder, short_windows=True)
+    events: list[Any] = []
+
+    class Encoder(Recorder):
+        def encode_audio(self, audio: Any) -> Any:
+            events.append((audio.shape[0], audio.shape[1] // 320))
+            return super().encode_audio(jnp.pad(audio, ((0, 0), (0, encoder.max_samples - audio.shape[1]))))
+
+        def decode_chunk(self, *args: Any) -> Any:
+            events.append("chunk")
+            return super().decode_chunk(*args)
+
+    runner = Encoder(tied.runner)
+    runner.config = dataclasses.replace(tied.runner.config, audio_encoder=encoder)
+    runner.engine = engine = Engine(runner, tied.slots, CONTEXT)
+    engine.submit(0, next(request for request in tied.requests if not request.task.takes_audio))
+    engine.advance(1)
+    random = np.random.default_rng(0)
+    for key, positions in enumerate((3, 12, 3), 1):
+        sound = random.normal(size=320 * positions - 1).astype(np.float32)
+        config = GenerationConfig(max_steps=2)
+        engine.submit(key, PreparedRequest.of(speech_prompt(Task.A1A2, positions, engine.vocab), sound, config))
+    for _ in range(8):
+        engine.advance(1)
+    chunks = [index for index, event in enumerate(events) if event == "chunk"]
+    assert [event for event in events if event != "chunk"] == [(2, encoder.windows[0]), (1, encoder.windows[2])]
+    assert max(after - before for before, after in pairwise(chunks)) == 2
 
 
 def test_advance_of_an_idle_engine_returns_nothing(tied: Family) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -121,13 +122,15 @@ def our_encoder(config: AudioEncoderConfig, tensors: dict[str, LazyTensor]) -> W
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(read, nnx.to_pure_dict(state)))
 
 
+COMPLETE = AudioEncoderConfig(
+    hidden_size=512, num_layers=6, num_heads=8, intermediate_size=2048, max_position=encoders.POSITIONS
+)
+
+
 def test_real_features_equal_transformers(whisper_base: bytes, tmp_path: Path) -> None:
     """Three recordings, padded to 30 s as Whisper pads them; and what int8 changes."""
-    complete = AudioEncoderConfig(
-        hidden_size=512, num_layers=6, num_heads=8, intermediate_size=2048, max_position=encoders.POSITIONS
-    )
-    tensors = dict(encoders.whisper_encoder(whisper_base, complete))
-    theirs = encoders.to_transformers(encoders.read_ctranslate2(whisper_base), complete.num_layers)
+    tensors = dict(encoders.whisper_encoder(whisper_base, COMPLETE))
+    theirs = encoders.to_transformers(encoders.read_ctranslate2(whisper_base), COMPLETE.num_layers)
     reference = TransformersEncoder(
         WhisperConfig(d_model=512, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048, num_mel_bins=80)
     ).eval()
@@ -136,15 +139,15 @@ def test_real_features_equal_transformers(whisper_base: bytes, tmp_path: Path) -
     }
     reference.load_state_dict(state)
     write_safetensors(tmp_path / "int8.safetensors", quantize_tensors(tensors))
-    exact = our_encoder(complete, tensors)
-    rounded = our_encoder(complete, SafetensorsFile(tmp_path / "int8.safetensors").tensors)
+    exact = our_encoder(COMPLETE, tensors)
+    rounded = our_encoder(COMPLETE, SafetensorsFile(tmp_path / "int8.safetensors").tensors)
     encode = nnx.jit(lambda encoder, audio: encoder(log_mel(audio)))
     for name in ("day", "name", "sum"):
         audio = read_audio(QUESTIONS / f"{name}.wav")
         mel = WhisperFeatureExtractor(feature_size=80)(audio, sampling_rate=16_000, return_tensors="pt").input_features
         with torch.no_grad():
             expected = reference(mel).last_hidden_state[0].numpy()
-        padded = np.zeros((1, complete.max_samples), np.float32)
+        padded = np.zeros((1, COMPLETE.max_samples), np.float32)
         padded[0, : len(audio)] = audio
         found = np.asarray(encode(exact, padded))[0]
         relative = np.linalg.norm(found - expected) / np.linalg.norm(expected)
@@ -165,3 +168,22 @@ def test_real_features_do_not_depend_on_the_window(whisper_base: bytes) -> None:
         features.append(np.asarray(encode(encoder, padded))[0, :shortest])
     for other in features[1:]:
         assert np.linalg.norm(other - features[0]) < 1e-4 * np.linalg.norm(features[0])
+
+
+def test_real_features_in_short_windows(whisper_base: bytes) -> None:
+    """How far those of three questions are from the features in 30 s; docs/architecture.md states it."""
+    tensors = dict(encoders.whisper_encoder(whisper_base, COMPLETE))
+    encode = nnx.jit(lambda encoder, audio: encoder(log_mel(audio), recording_frames(audio)))
+    options = [{}, {"short_windows": True}, {"mask_padding": True}]
+    full, short, masked = (our_encoder(replace(COMPLETE, **option), tensors) for option in options)
+    for name, expected in (("day", (0.26, 0.17, 0.50)), ("name", (0.18, 0.11, 0.44)), ("sum", (0.32, 0.22, 0.46))):
+        audio = read_audio(QUESTIONS / f"{name}.wav")
+        features = []
+        for encoder, seconds in ((full, 30), (short, 7.5), (short, 15), (masked, 7.5)):
+            padded = np.zeros((1, round(seconds * 16_000)), np.float32)
+            padded[0, : len(audio)] = audio
+            features.append(np.asarray(encode(encoder, padded))[0, : -(-len(audio) // 320)])
+        right, *others = features
+        found = [np.linalg.norm(other - right) / np.linalg.norm(right) for other in others]
+        print(f"{name}: relative difference in 7.5 s {found[0]:.2f}, in 15 s {found[1]:.2f}, masked {found[2]:.2f}")
+        np.testing.assert_allclose(found, expected, atol=0.01)

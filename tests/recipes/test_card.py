@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from omni_jax.errors import ConfigError
 from omni_jax.evaluation.run import Evaluation, Result
 from recipes.nano import card
 
@@ -34,8 +36,8 @@ def evaluated(tmp_path: Path) -> Path:
                 result(len(results) + number, task, group or kind, exact=exact)
                 for number, (kind, exact) in enumerate([("sum", 0.0), ("sum", 1.0), ("product", 1.0), ("product", 1.0)])
             ]
-        if suite == "dictation":
-            results.append(result(99, "A1T1", "other"))
+        # A suite of one group has no sections for it.
+        results += [result(99, section.split()[0], "other") for section in names if " " in section][:1]
         folder = tmp_path / "evaluated" / suite
         folder.mkdir(parents=True)
         evaluation(*results).save(folder)
@@ -55,6 +57,22 @@ def test_collect_counts_answers(evaluated: Path) -> None:
     assert figures["noise"] == {"cases": 3, "refused": 1, "taken for a question": 1}
     assert figures["kinds"] == {"product": {"asked": 2, "wrong": 0}, "sum": {"asked": 2, "wrong": 1}}
     assert figures["speed"]["first_audio"] == 0.123
+
+
+def test_collect_leaves_out_rows_of_evaluations_that_are_missing(evaluated: Path) -> None:
+    every = card.collect(evaluated)
+    for suite in ("conversation_speech", "typos"):
+        shutil.rmtree(evaluated / suite)
+    figures = card.collect(evaluated)
+    left_out = {name for name, (suite, _) in card.ROWS.items() if suite in ("conversation_speech", "typos")}
+    assert len(left_out) == 4
+    assert figures["rows"] == {name: row for name, row in every["rows"].items() if name not in left_out}
+    table = card.rows_table(figures)
+    assert "| A1A2 follow-ups, history from text | 4 | 75.0 %" in table
+    assert not [name for name in left_out if name in table]
+    shutil.rmtree(evaluated / "natural")
+    with pytest.raises(ConfigError, match="natural"):
+        card.collect(evaluated)
 
 
 def test_write_puts_figures_into_texts(evaluated: Path, tmp_path: Path) -> None:

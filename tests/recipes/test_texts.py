@@ -31,7 +31,7 @@ FINGERPRINTS = {
     "written/typos": "4e998327551c5763",
     "written/typos_held_out": "04cbf1b3435032d7",
     "spoken/train": "c8b29946c9b0e51b",
-    "spoken/natural_train": "88cc77259eea7801",
+    "spoken/natural_train": "52e93c4644cfe24b",
     "spoken/smalltalk_train": "c66a919924f6422d",
     "spoken/name_train": "369f89594bf1b195",
     "spoken/typed_train": "312ef03d04519cdf",
@@ -42,11 +42,12 @@ FINGERPRINTS = {
     "spoken/read_free": "3a940c52f1bf66b7",
     "spoken/read_answer_like": "b83bc75776590daa",
     "spoken/read_held_out": "67f93771a0e641ea",
-    "spoken/dictation_train": "43e64957364f320c",
+    "spoken/dictation_train": "172af578d66dd0e8",
     "spoken/dictation_seen": "1249c2d2600e3988",
     "spoken/dictation_unseen": "9bd43a760f0ea769",
     "spoken/noise_train": "0363e88730df5f72",
     "spoken/noise_held_out": "36034321ba7e48d5",
+    "spoken/history_held_out": "dc6ddf5ade32626d",
 }
 """Of the sorted rows of each set."""
 
@@ -64,7 +65,7 @@ def written() -> dict[str, list[Row]]:
 
 
 def test_texts_do_not_change() -> None:
-    """The shipped model was trained on these."""
+    """A model that is said to be of this recipe was trained on these, or on a part of them."""
     sizes = Sizes()
     found = {f"written/{name}": fingerprint(list(rows)) for name, rows in texts.written_sets(sizes).items()}
     found |= {f"spoken/{name}": fingerprint(rows) for name, rows in texts.spoken_sets(sizes).items()}
@@ -159,14 +160,22 @@ def test_repeat_has_nothing_held_out(written: dict[str, list[Row]]) -> None:
 
 def test_main_writes_limited_manifests(tmp_path: Path) -> None:
     texts.main(tmp_path / "texts", limit=8)
-    files = sorted((tmp_path / "texts").rglob("*.jsonl"))
+    files = sorted(file for group in ("spoken", "written") for file in (tmp_path / "texts" / group).iterdir())
     assert [str(file.relative_to(tmp_path / "texts").with_suffix("")) for file in files] == sorted(FINGERPRINTS)
     for file in files:
         rows = [Row(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
         assert 4 <= len(rows) <= 60
         asked, answered = ({bool(getattr(row, name)) for row in rows} for name in ("question_text", "answer_text"))
         assert asked == {not file.stem.startswith("read_")}
-        assert answered == {not file.stem.startswith("dictation_")}, file
+        assert answered == {not file.stem.startswith(("dictation_", "history_"))}, file
+
+
+def test_past_questions_are_those_of_the_spoken_conversations() -> None:
+    sizes = Sizes.limited(8)
+    questions = [row.question_text for row in texts.spoken_sets(sizes)["history_held_out"]]
+    past = [turn.question for made in texts.conversation_sets(sizes)["conversation_held_out"] for turn in made.history]
+    assert set(questions) == set(past)
+    assert len(questions) == len(set(questions))
 
 
 def test_by_answer_groups_rows() -> None:

@@ -18,7 +18,7 @@ def test_one_client_leaves_secrets_for_the_others(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(BusyError, match="try again later"):
         secrets.create("a", large, 10)
     value, expires = secrets.create("b", large, 10)
-    assert secrets.find(value) == large
+    assert secrets.find(value) == (large, "b")
     monkeypatch.setattr(client_secrets.time, "time", lambda: expires + 1.0)
     assert secrets.find(value) is None
     secrets.create("a", large, 10)

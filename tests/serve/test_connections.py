@@ -127,7 +127,12 @@ def test_proxy_headers_count_from_trusted_proxies_only(
     with run_server(omni, trusted_proxies=trusted) as server:
         found: list[Any] = []
         client_of = server.service.client_of
-        monkeypatch.setattr(server.service, "client_of", lambda address: found.append(address[0]) or client_of(address))
+
+        def note_address(address: Any, key: str = "") -> str | None:
+            found.append(address[0])
+            return client_of(address, key)
+
+        monkeypatch.setattr(server.service, "client_of", note_address)
         assert server.call("/v1/models", **{"X-Forwarded-For": "203.0.113.7"})[0] == 200
         assert found[-1] == ("203.0.113.7" if trusted else "127.0.0.1")
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
+import json
 import re
 import socket as sockets
+import threading
 import time
 import wave
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from omni_jax.api import Omni
 from omni_jax.audio.raw import RawFormat
+from omni_jax.config.model import AudioConfig
+from omni_jax.errors import NoSpeechError
 from omni_jax.inference.request import Request, Turn
 from omni_jax.serve.sessions import Service
 from tests.serve.conftest import HeldBatch, RunningServer, assert_same_audio, eventually, run_server
@@ -275,6 +282,34 @@ def test_realtime_remembers(client: Client, server: RunningServer) -> None:
     assert found == omni.generate(request, max_steps=10).text
 
 
+def test_realtime_prefills_only_what_is_new(client: Client, server: RunningServer) -> None:
+    """The conversation is prefilled when an answer has ended, so that a turn prefills its question alone."""
+    system, samples, omni = "Prefill what is new.", question("name"), server.omni
+    client.update(instructions=system, audio={"input": {"turn_detection": None}}, max_output_tokens=6)
+    answer = joined(push_to_talk(client, samples), "response.output_audio_transcript")
+    turns = [Turn(omni.transcribe(samples, sample_rate=RATE, truncate=True).text, answer)]
+    prefixes, history = server.service.engine._engine.prefixes, omni.prepare_history(system, turns)
+
+    def known() -> int:
+        found = prefixes.find(history)
+        return 0 if found is None else found.length
+
+    eventually(lambda: known() == len(history))
+    events = ask_text(client, "hello")
+    usage, found = events[-1]["response"]["usage"], joined(events, "response.output_audio_transcript")
+    request = omni.prepare(Request(text="hello", system=system, history=turns))
+    assert usage["input_tokens"] == len(request.prompt)
+    assert usage["input_token_details"]["cached_tokens"] == len(history)
+    expected = omni.generate(Request(text="hello", system=system, history=turns), max_steps=6)
+    assert found == expected.text
+    # So it does after a cut, by which the history has changed.
+    item_id = push_to_talk(client, samples)[-1]["response"]["output"][0]["id"]
+    client.send("conversation.item.truncate", item_id=item_id, content_index=0, audio_end_ms=0)
+    client.last("conversation.item.truncated")
+    history = omni.prepare_history(system, [*turns, Turn("hello", found), Turn(turns[0].question)])
+    eventually(lambda: known() == len(history))
+
+
 def test_realtime_remembers_what_was_played(client: Client, server: RunningServer) -> None:
     """An answer that the client cut is in the history up to the cut."""
     client.update(output_modalities=["audio"], max_output_tokens=40)
@@ -366,6 +401,42 @@ def test_realtime_idle_timeout(client: Client) -> None:
     assert triggered["item_id"] == committed["item_id"]
     assert committed["previous_item_id"] == first["response"]["output"][0]["id"]
     assert triggered["audio_end_ms"] >= triggered["audio_start_ms"]
+
+
+def test_realtime_silence_is_answered_with_nothing(
+    client: Client, server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a model that looks for speech. The client, which sends nothing while it is silent, gets no error."""
+    monkeypatch.setattr(server.omni, "config", replace(server.omni.config, audio=AudioConfig(find_speech=True)))
+    detection = {"type": "server_vad", "idle_timeout_ms": 200}
+    audio = {"input": {"turn_detection": detection, "transcription": {"model": "small"}}}
+    client.update(audio=audio, max_output_tokens=4)
+    assert ask_text(client, "hello")[-1]["response"]["output"]
+    events = client.until("response.done")
+    assert types_of(events)[:2] == ["input_audio_buffer.timeout_triggered", "input_audio_buffer.committed"]
+    response = events[-1]["response"]
+    assert (response["status"], response["status_details"], response["output"]) == ("completed", None, [])
+    transcript = next((event for event in events if event["type"] == f"{TRANSCRIPTION}.completed"), None)
+    assert (transcript or client.last(f"{TRANSCRIPTION}.completed"))["transcript"] == ""
+    # The user is not asked again and again, and an answer that is asked for says why there is none.
+    time.sleep(0.5)
+    client.send("response.create")
+    events = client.until("response.done")
+    assert types_of(events) == ["response.created", "response.done"]
+    assert events[-1]["response"]["status_details"]["error"]["code"] == "no_speech"
+
+
+def test_realtime_noise_is_answered_with_nothing(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn in which the model finds no speech."""
+
+    def find_none(*_: object) -> Any:
+        raise NoSpeechError("recording: expected speech, found none", seconds=1.0)
+
+    monkeypatch.setattr(Omni, "_spans_to_hear", find_none)
+    client.append(np.concatenate([question("name"), silence(1)]).tobytes())
+    events = client.until("response.done")
+    assert events[-1]["response"]["status"] == "completed"
+    assert not [event for event in events if event["type"] in ("error", "response.output_item.added")]
 
 
 def test_realtime_refuses_recordings_that_are_too_long(client: Client, server: RunningServer) -> None:
@@ -484,6 +555,39 @@ def test_realtime_items(client: Client) -> None:
     client.send("conversation.item.retrieve", item_id=spoken["id"])
     found = client.last("conversation.item.retrieved")["item"]["content"][0]["audio"]
     assert base64.b64decode(found) == samples.tobytes()
+
+
+def test_realtime_large_items_do_not_hold_the_others(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An item of megabytes is rendered in a thread, and sent in pieces."""
+    data, run_large = np.random.default_rng(0).bytes(7 << 20), Service.run_large
+    longest, done, beating = [0.0], threading.Event(), set()
+
+    async def beat() -> None:
+        # What the thread of the loop does between two turns of this task.
+        before = time.thread_time()
+        while not done.is_set():
+            await asyncio.sleep(0)
+            now = time.thread_time()
+            longest[0], before = max(longest[0], now - before), now
+
+    async def run(self: Service, work: Callable[[], Any]) -> Any:
+        beating.add(asyncio.create_task(beat()))
+        return await run_large(self, work)
+
+    monkeypatch.setattr(Service, "run_large", run)
+    with Client(server.url, max_size=None) as client:
+        client.last("conversation.created")
+        part = {"type": "input_audio", "audio": base64.b64encode(data).decode()}
+        client.send("conversation.item.create", **message("user", part))
+        item_id = client.last("conversation.item.done")["item"]["id"]
+        client.send("conversation.item.retrieve", item_id=item_id)
+        found = client.last("conversation.item.retrieved")["item"]["content"][0]["audio"]
+        # Nothing else comes between the frames.
+        client.send("conversation.item.retrieve", item_id=item_id)
+        client.add_text("hello")
+    done.set()
+    assert base64.b64decode(found) == data
+    assert 0 < longest[0] < 0.05
 
 
 def message(role: str, *content: Any) -> dict[str, Any]:
@@ -678,6 +782,47 @@ def test_realtime_keys_and_client_secrets(omni: Omni) -> None:
             openai.OpenAI(base_url=f"{server.url}/v1", api_key=secret.value, max_retries=0) as openai_client,
         ):
             openai_client.models.list()
+
+
+def test_clients_are_counted_by_key(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are several keys: requests, sessions, what they hold and how many there are."""
+    prepared_for, prepare = [], Service.prepare
+
+    async def note_client(self: Service, *, client: str | None, **options: Any) -> Any:
+        prepared_for.append(client)
+        return await prepare(self, client=client, **options)
+
+    monkeypatch.setattr(Service, "prepare", note_client)
+    with run_server(omni, ready=False, api_keys=("one", "two"), max_batch_size=1, max_connections=8) as server:
+        eventually(lambda: server.service.ready, 120)
+        one, two = (server.service.client_of(("127.0.0.1", 1), key) for key in ("one", "two"))
+        assert len({one, two, server.service.client_of(("127.0.0.1", 1))}) == 3
+        bearer = {"Authorization": "Bearer one"}
+        body = {"model": "small", "messages": [{"role": "user", "content": "hello"}], "max_completion_tokens": 2}
+        assert server.call("/v1/chat/completions", body, **bearer)[0] == 200
+        status, secret, _ = server.call(CLIENT_SECRETS, {}, **bearer)
+        assert (status, prepared_for) == (200, [one])
+        connections = server.server.config.open_connections  # type: ignore[attr-defined]
+        sessions = [json.loads(secret)["value"], "one", "two"]
+        with contextlib.ExitStack() as closing:
+            first, second, third = (
+                closing.enter_context(Client(server.url, additional_headers={"Authorization": f"Bearer {key}"}))
+                for key in sessions
+            )
+            for client in (first, second, third):
+                client.last("conversation.created")
+            assert (connections.left(one), connections.left(two)) == (0, 1)
+            first.add_text("hello")
+            assert server.service.bodies.left(one) < server.service.bodies.left(two)
+            # A quarter of all connections are those of one key, wherever they come from.
+            with (
+                pytest.raises(ConnectionClosed, match="too many connections"),
+                Client(server.url, additional_headers=bearer) as fourth,
+            ):
+                fourth.receive()
+            third.add_text("hello")
+        eventually(lambda: server.service.bodies.left(one) == server.service.bodies.left(two))
+        eventually(lambda: connections.left(one) == connections.left(two) == 2)
 
 
 # Clients that vanish

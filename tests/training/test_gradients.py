@@ -60,9 +60,13 @@ def our_gradient(config: ModelConfig, arrays: dict) -> tuple[float, list[dict[st
         {name: tensor.read() for name, tensor in model_tensors(nnx.merge(graph, tree)).items()}
         for tree in (params, combine(gradient, jax.tree.map(jnp.zeros_like, frozen)))
     ]
+    return float(value), named, features_of(nnx.merge(graph, params), arrays)
+
+
+def features_of(model: OmniModel, arrays: dict) -> np.ndarray:
+    """Of the audio encoder."""
     sound = arrays["sound"].reshape(ROWS * CLIPS, -1).astype(np.float32) / 32768
-    features = nnx.merge(graph, params).audio_encoder(log_mel(jnp.asarray(sound), config.audio_encoder.num_mel_bins))
-    return float(value), named, np.asarray(features)
+    return np.asarray(model.audio_encoder(log_mel(jnp.asarray(sound), model.config.audio_encoder.num_mel_bins)))
 
 
 def qwen(folder: Path, trunk, rows: int, tensors: dict[str, np.ndarray]) -> transformers.Qwen2ForCausalLM:
@@ -81,8 +85,14 @@ def named_gradients(model: transformers.Qwen2ForCausalLM, trunk, rows: int) -> d
 
 
 def their_gradient(
-    config: ModelConfig, arrays: dict, weights: dict[str, np.ndarray], features: np.ndarray, folder: Path
+    config: ModelConfig,
+    arrays: dict,
+    weights: dict[str, np.ndarray],
+    features: np.ndarray,
+    folder: Path,
+    lora: Path | None = None,
 ) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss, and gradients by our names; of the trunk with a LoRA only those of it, by PEFT's names."""
     trunk, vocab = config.trunk, Vocab(config.vocab)
     of_trunk = {name: x for name, x in weights.items() if name.startswith(("trunk.", "norm.")) or name == "embed.text"}
     if not trunk.tie_word_embeddings:
@@ -105,6 +115,13 @@ def their_gradient(
         tts = qwen(folder / "tts", blocks, 1, tensors)
     before_norm: list[torch.Tensor] = []
     model.model.norm.register_forward_pre_hook(lambda _, inputs: before_norm.append(inputs[0]))
+
+    adapted = None
+    if lora is not None:
+        from peft import PeftModel, get_peft_model_state_dict
+
+        # It changes the modules of the model.
+        adapted = PeftModel.from_pretrained(model, lora, is_trainable=True)
 
     speech = torch.tensor(features)
     gate, up, down = (free[f"adapter.map.{name}.weight"] for name in ("gate", "up", "down"))
@@ -135,7 +152,11 @@ def their_gradient(
                 each = functional.cross_entropy(scores, target[k], reduction="none")
                 total = total + scale[k] * each[mask[k]].sum()
     total.backward()
-    found = named_gradients(model, trunk, vocab.text_rows)
+    if adapted is None:
+        found = named_gradients(model, trunk, vocab.text_rows)
+    else:
+        gradients = {name: p.grad for name, p in adapted.named_parameters() if p.grad is not None}
+        found = {name: x.numpy() for name, x in get_peft_model_state_dict(adapted, gradients).items()}
     found |= {name: tensor.grad.numpy() for name, tensor in free.items() if tensor.grad is not None}
     if tts:
         of_tts = named_gradients(tts, replace(trunk, num_layers=config.tts_adapter_layers, tie_word_embeddings=True), 1)

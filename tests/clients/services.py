@@ -1,8 +1,8 @@
-"""The OpenAI services of Pipecat and LiveKit Agents, unchanged, against a server of nano.
+"""The OpenAI services for transcription and speech of Pipecat or LiveKit Agents, unchanged, against a server of nano.
 
 `make test-clients` runs this in an environment that has their packages and not omni_jax.
 
-    python tests/clients/agents.py http://127.0.0.1:8000 question.wav
+    python tests/clients/services.py pipecat http://127.0.0.1:8000 question.wav
 """
 
 from __future__ import annotations
@@ -68,11 +68,6 @@ async def livekit(url: str, recording: Path) -> None:
         await tts.aclose()
 
 
-async def main(url: str, recording: Path) -> None:
-    # In one event loop, in which the clients' connections end.
-    await pipecat(url, recording)
-    await livekit(url, recording)
-
-
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], Path(sys.argv[2])))
+    services = {"pipecat": pipecat, "livekit": livekit}
+    asyncio.run(services[sys.argv[1]](sys.argv[2], Path(sys.argv[3])))
