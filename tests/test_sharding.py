@@ -293,6 +293,7 @@ def test_engine_on_mesh_gives_the_same_tokens(sizes: tuple[int, int, int], stack
         requests, expected = requests[:3], expected[:3]
     with quick_compile():
         engine = Engine(runner, 8 if sizes[0] == 8 else 4, CONTEXT)
+        engine.warm_up()
         answers = run(engine, requests, 5)
     for (tokens, finish), (expected_tokens, expected_finish) in zip(answers, expected, strict=True):
         assert tokens.dtype == np.int32

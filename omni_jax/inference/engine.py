@@ -488,7 +488,7 @@ class Engine:
         length = self._padded(len(speech_prompt(Task.A1A2, positions, self.vocab)) - 1)
         return [
             (self._compile_prefill, (Task.A1A2, length, encoder.window(samples), False, 1)),
-            (self._compile_decode, (few, few, few)),
+            (self._compile_decode, (self._bucket_companions(1), few, few)),
             (self._compile_decode, (0, 0, few)),
             (self._compile_stop, ()),
         ]
@@ -521,10 +521,11 @@ class Engine:
 
     def _num_requests(self, compile_program: Callable[..., None], sizes: tuple[Any, ...]) -> int:
         """How many requests there must be at once for a program to be needed."""
-        few = self._bucket_rows(1)
         if compile_program == self._compile_prefill:
             return int(sizes[-1]) // 2 + 1
-        return max(1 if size <= few else few + 1 for size in sizes)
+        few = self._bucket_rows(1)
+        of_one = (self._bucket_companions(1), few, few)
+        return max(1 if size <= one else few + 1 for size, one in zip(sizes, of_one, strict=True))
 
     def _compile_decode(self, companions: int, texts: int, audios: int) -> None:
         # From the host, as `_route` sends them: that is compiled, too.
