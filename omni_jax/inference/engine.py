@@ -423,8 +423,8 @@ class Engine:
     def reset(self) -> list[int]:
         """Start over after a fault of the whole batch, when a program may have consumed the state.
 
-        Active requests are answered again, once: their tokens are the same, and those that were reported are not
-        reported again. Queued requests stay queued.
+        Active requests are answered again, once: their tokens are the same up to rounding, and those that were reported
+        are not reported again. Queued requests stay queued.
 
         Returns:
             Keys of requests that are dropped: this was their second fault. If none was active, it is the first in the
@@ -566,7 +566,8 @@ class Engine:
         for slot, active in enumerate(slots):
             if active is None or not active.running:
                 continue
-            new = chunk[: steps[slot] - active.step, slot].T[:, max(0, active.reported - active.step) :]
+            tokens_of_slot = chunk[: steps[slot] - active.step, slot].T
+            new = tokens_of_slot[:, max(0, active.reported - active.step) :]
             active.started += int(steps[slot]) - active.step - most_steps
             active.step, active.running = int(steps[slot]), bool(running[slot])
             active.text_pending = bool(text_pending[slot])
@@ -578,7 +579,7 @@ class Engine:
                 continue
             self._free(slot, active)
             try:
-                progress.append(self._end_part(active, new))
+                progress.append(self._end_part(active, new, tokens_of_slot[:, -1]))
             except Exception as error:
                 self._fail(slot, active, error)
         return progress
@@ -590,9 +591,13 @@ class Engine:
         self.cancel(active.key)
         self._failures.append(Progress(active.key, _no_tokens(), None, error=error))
 
-    def _end_part(self, active: ActiveRequest, new: np.ndarray) -> Progress:
-        """The last tokens of a part; the next one, if any, is queued."""
-        finish = self._finish_reason(active, new)
+    def _end_part(self, active: ActiveRequest, new: np.ndarray, last: np.ndarray) -> Progress:
+        """The last tokens of a part that have not been reported, and its last step's; the next part is queued, if any.
+
+        A part that is answered again may end where it did not end before: what its programs compute depends on the
+        other requests, up to rounding. Then all of it has been reported.
+        """
+        finish = self._finish_reason(active, last)
         self._reported.pop(active.identity, None)
         self._faulted.discard(active.identity)
         if len(active.request.parts) == 1:
@@ -613,12 +618,9 @@ class Engine:
             self.queue.appendleft(rest)
         return Progress(active.key, new, None, finish)
 
-    def _finish_reason(self, active: ActiveRequest, new: np.ndarray) -> FinishReason:
-        if active.request.task.outputs_audio:
-            last, end = new[TEXT_STREAM - 1, -1], self.vocab.eoa
-        else:
-            last, end = new[TEXT_STREAM, -1], self.vocab.eot
-        if last == end:
+    def _finish_reason(self, active: ActiveRequest, last: np.ndarray) -> FinishReason:
+        audio, text = last[TEXT_STREAM - 1], last[TEXT_STREAM]
+        if audio == self.vocab.eoa if active.request.task.outputs_audio else text == self.vocab.eot:
             return "stop"
         return "length" if active.step == active.request.config.max_steps else "context"
 

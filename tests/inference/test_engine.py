@@ -696,6 +696,17 @@ def test_reset_answers_again_without_reporting_twice(tied: Family) -> None:
     ]
 
 
+def test_request_that_ends_sooner_when_it_is_answered_again(tied: Family) -> None:
+    """As rounding may have it: it ends as its last tokens say, which are not reported."""
+    engine = Engine(tied.runner, tied.slots, CONTEXT)
+    engine.submit(0, tied.requests[0])
+    tokens, finish = tied.expected[0]
+    engine._reported[0, False] = tokens.shape[1] + 1
+    progress = list(engine.run(64))
+    assert [(each.tokens.shape[1], each.finish) for each in progress] == [(0, finish)]
+    assert not engine._reported
+
+
 def test_reset_drops_a_queued_request_that_causes_faults(tied: Family) -> None:
     engine = Engine(tied.runner, tied.slots, CONTEXT)
     engine.submit(7, tied.requests[0])
