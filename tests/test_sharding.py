@@ -311,6 +311,17 @@ def test_engine_on_mesh_gives_the_same_tokens(sizes: tuple[int, int, int], stack
     assert num_distinct_shards(state.tokens) == num_distinct_shards(state.positions) == rows
 
 
+def test_pages_are_divided_over_devices_as_the_batch_slots_are() -> None:
+    """Eight pages divide by four; three batch slots do not."""
+    model, *_ = case(stacked=True)
+    runner = ModelRunner(shard_model(model, sharding.make_mesh(1, 4, 2)))
+    for slots, groups in ((4, 4), (3, 1)):
+        assert runner.row_groups(slots) == groups
+        state = runner.init_state(slots, 8, CONTEXT)
+        assert {num_distinct_shards(leaf) for leaf in jax.tree.leaves(state.caches)} == {groups * 2}
+        assert num_distinct_shards(state.positions) == groups
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stacked", [False, True])
 def test_histories_are_reused_on_a_mesh(stacked: bool) -> None:

@@ -20,7 +20,7 @@ from omni_jax.codec.snac import Snac
 from omni_jax.config.model import ModelConfig
 from omni_jax.config.run import RunConfig
 from omni_jax.inference.decode import MAX_CHUNK_STEPS, Routing
-from omni_jax.inference.runner import CACHE_AXES, ModelRunner, quantize_weights
+from omni_jax.inference.runner import ModelRunner, cache_axes, quantize_weights
 from omni_jax.model.layers import Int8
 from omni_jax.model.pages import PAGE_LEN, PageTable, column_sizes, pages_for
 from omni_jax.prompts import max_speech_positions
@@ -101,9 +101,11 @@ def decode_program(
         num_pages = -(-num_pages // groups) * groups
         state = jax.eval_shape(lambda weights: programs.init_state(weights, batch, num_pages, PAGE_LEN), runner.weights)
 
+    of_cache = cache_axes(state, mesh)
+
     def shard(x: Any) -> jax.ShapeDtypeStruct:
         # The caches are stacked: their first axis is the layers.
-        axes = ("layers", *CACHE_AXES) if x.ndim == 5 else ("batch", *[None] * (x.ndim - 1))
+        axes = ("layers", *of_cache) if x.ndim == 5 else ("batch", *[None] * (x.ndim - 1))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, sharding.spec(x.shape, axes, mesh)))
 
     state = jax.tree.map(shard, state)

@@ -21,7 +21,9 @@ from omni_jax.model.pages import Cache, row_groups
 Array = jax.Array
 
 CACHE_AXES = ("batch", "kv_heads", None, None)
-"""Logical axes of a layer's keys or values [R, K / P, S, P * H], of rows or of pages."""
+"""Logical axes of a layer's keys or values [R, K / P, S, P * H], of rows or of pages in groups."""
+POOL_AXES = (None, *CACHE_AXES[1:])
+"""Those of pages that are in one group: every device has all pages, as it has all rows."""
 
 DECODE_MODULES = ("trunk", "tts_adapter", "embed", "head")
 """Modules that a decode step reads."""
@@ -152,13 +154,22 @@ class ModelRunner:
             return self.jitted.stop(state, batch_slot)
 
 
+def cache_axes(tree: Any, mesh: Any) -> tuple[str | None, ...]:
+    """Logical axes of the caches of a running batch or, without one, of rows.
+
+    Pages are divided over the devices only if the batch slots are, however many pages there are.
+    """
+    return POOL_AXES if isinstance(tree, DecodeState) and row_groups(len(tree.positions), mesh) == 1 else CACHE_AXES
+
+
 def constrain_state(tree: Any) -> Any:
     """Fix the sharding of caches and everything else that has a row per request: each row on its own devices."""
+    axes = cache_axes(tree, jax.sharding.get_abstract_mesh())
 
     def constrain(x: Array) -> Array:
         # A stacked cache has its layers in front.
         layers = ("layers",) * (x.ndim - 4)
-        return sharding.constrain(x, (*layers, *CACHE_AXES)) if x.ndim >= 4 else sharding.constrain_rows(x)
+        return sharding.constrain(x, (*layers, *axes)) if x.ndim >= 4 else sharding.constrain_rows(x)
 
     return jax.tree.map(constrain, tree)
 
