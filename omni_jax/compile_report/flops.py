@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ PASSES = {jax.lax.Precision.HIGH: 3, jax.lax.Precision.HIGHEST: 6}
 """Products of bfloat16 parts that make one of float32 factors, by precision."""
 
 
-def count(traced: core.ClosedJaxpr, loop_trips: int = 1, branches: Mapping[int, int] | None = None) -> float:
+def count(traced: core.ClosedJaxpr, loop_trips: int = 1, branch: int = -1) -> float:
     """Floating-point operations of a call over all devices together; a multiplication and its addition are two.
 
     A loop of known length counts as often as it runs. Recomputation in a backward pass counts. A product of float32
@@ -24,17 +23,16 @@ def count(traced: core.ClosedJaxpr, loop_trips: int = 1, branches: Mapping[int, 
     Args:
         traced: the program: `jax.make_jaxpr(function)(*arguments)`, or the `jaxpr` of a jitted function's trace.
         loop_trips: assumed trip count of loops of unknown length.
-        branches: of conditionals of so many branches, which counts; of others of more than two the last, of two the
-            more expensive.
+        branch: which branch counts of conditionals that have more than two; of two, the more expensive counts.
     """
-    return _count(traced.jaxpr, loop_trips, branches or {})
+    return _count(traced.jaxpr, loop_trips, branch)
 
 
-def _count(jaxpr: core.Jaxpr, loop_trips: int, branches: Mapping[int, int]) -> float:
-    return sum(_count_equation(equation, loop_trips, branches) for equation in jaxpr.eqns)
+def _count(jaxpr: core.Jaxpr, loop_trips: int, branch: int) -> float:
+    return sum(_count_equation(equation, loop_trips, branch) for equation in jaxpr.eqns)
 
 
-def _count_equation(equation: Any, loop_trips: int, branches: Mapping[int, int]) -> float:
+def _count_equation(equation: Any, loop_trips: int, branch: int) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -46,13 +44,13 @@ def _count_equation(equation: Any, loop_trips: int, branches: Mapping[int, int])
         kernel = equation.invars[1].aval.shape
         outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / outputs
-    inner = [_count(jaxpr, loop_trips, branches) for value in params.values() for jaxpr in _jaxprs(value)]
+    inner = [_count(jaxpr, loop_trips, branch) for value in params.values() for jaxpr in _jaxprs(value)]
     if name == "scan":
         return sum(inner) * params["length"]
     if name == "while":
         return sum(inner) * loop_trips
     if name == "cond":
-        return inner[branches.get(len(inner), -1)] if len(inner) > 2 else max(inner, default=0.0)
+        return inner[branch] if len(inner) > 2 else max(inner, default=0.0)
     if name == "shard_map":
         return sum(inner) * params["mesh"].size
     if name == "pallas_call":

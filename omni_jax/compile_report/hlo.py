@@ -111,8 +111,8 @@ class Module:
     """Name of the computation that the program runs."""
     unknown_trips: int = 1
     """Assumed trip count of loops whose trip count the compiler does not know."""
-    branches: Mapping[int, int] = field(default_factory=dict)
-    """Of conditionals of so many branches, which counts; of others of more than two the last."""
+    branch: int = -1
+    """Which branch counts of conditionals that have more than two."""
     bytes_per_cycle: float = 0.0
     """What a chip can send while its cores work for a cycle."""
     _costs: dict[str, Cost] = field(default_factory=dict)
@@ -184,8 +184,7 @@ class Module:
         if opcode == "conditional":
             branches = [self._cost_of(name) for name in line.called("branch_computations")]
             branches += [self._cost_of(name) for key in ("true", "false") for name in line.called(f"{key}_computation")]
-            which = self.branches.get(len(branches), -1)
-            total.add(branches[which] if len(branches) > 2 else min(branches, key=lambda cost: cost.hbm))
+            total.add(branches[self.branch] if len(branches) > 2 else min(branches, key=lambda cost: cost.hbm))
             return
         if opcode in ("call", "async-start"):
             for name in (*line.called("to_apply"), *line.called("calls")):
@@ -339,15 +338,13 @@ def _slice_bytes(whole: tuple[Shape, ...], part: tuple[Shape, ...]) -> float:
     return float(sum(shape.bytes for shape in part)) if any(shape.hbm for shape in whole) else 0.0
 
 
-def parse(
-    text: str, *, unknown_trips: int = 1, branches: Mapping[int, int] | None = None, bytes_per_cycle: float = 0.0
-) -> Module:
+def parse(text: str, *, unknown_trips: int = 1, branch: int = -1, bytes_per_cycle: float = 0.0) -> Module:
     """Read the text that `jax.stages.Compiled.as_text()` returns.
 
     Args:
         text: of one module.
         unknown_trips: assumed trip count of loops whose trip count the compiler does not know.
-        branches: of conditionals of so many branches, which counts; of others of more than two the last.
+        branch: which branch counts of conditionals that have more than two.
         bytes_per_cycle: what a chip can send while its cores work for a cycle.
 
     Raises:
@@ -369,7 +366,7 @@ def parse(
             current.append(_parse_instruction(line.strip()))
     if not entry:
         raise ValueError("expected a compiled module with an entry computation, found none")
-    return Module(computations, entry, unknown_trips, branches or {}, bytes_per_cycle)
+    return Module(computations, entry, unknown_trips, branch, bytes_per_cycle)
 
 
 def _parse_instruction(line: str) -> Instruction:

@@ -22,7 +22,7 @@ from omni_jax.config.run import RunConfig
 from omni_jax.inference.decode import MAX_CHUNK_STEPS, Routing
 from omni_jax.inference.runner import ModelRunner, cache_axes, quantize_weights
 from omni_jax.model.layers import Int8
-from omni_jax.model.pages import PAGE_LEN, PageTable, column_sizes, pages_for
+from omni_jax.model.pages import PAGE_LEN, PageTable, pages_for, read_sizes
 from omni_jax.prompts import max_speech_positions
 from omni_jax.training.batches import abstract_batch
 from omni_jax.training.setup import TrainingSetup, compile_step
@@ -47,8 +47,8 @@ class Program:
     keywords: dict[str, Any] = dataclasses.field(default_factory=dict)
     steps: int = 1
     """Trip count of a loop of unknown length; results are reported per step."""
-    branches: dict[int, int] = dataclasses.field(default_factory=dict)
-    """Of conditionals of so many branches, which counts; of others of more than two the last."""
+    branch: int = -1
+    """Which of `read_sizes` attention reads."""
 
     def compile(self) -> tuple[jax.stages.Traced, jax.stages.Compiled]:
         """Trace and compile it for its mesh."""
@@ -128,11 +128,11 @@ def decode_program(
     read = {name: value for name, value in runner.weights.items() if name not in skipped}
     ideal = bytes_per_chip(read) + bytes_per_chip(state.caches)
     # All pages are in use.
-    sizes = column_sizes(columns, stacked=True)
-    longest = columns if positions is None else pages_for(positions)
-    branches = {len(sizes): sum(longest > size for size in sizes[:-1])}
+    in_use, longest = num_pages // groups, columns if positions is None else pages_for(positions)
+    sizes = read_sizes(in_use, columns, stacked=True)
+    branch = next(index for index, (count, of_row) in enumerate(sizes) if count >= in_use and of_row >= longest)
     arguments = (runner.weights, state, routing, ints())
-    return Program(programs.decode_chunk, mesh, arguments, ideal, steps=MAX_CHUNK_STEPS, branches=branches)
+    return Program(programs.decode_chunk, mesh, arguments, ideal, steps=MAX_CHUNK_STEPS, branch=branch)
 
 
 def mean_pages(config: ModelConfig, positions: float) -> float:

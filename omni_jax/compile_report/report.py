@@ -214,8 +214,8 @@ def report_program(
     assert text is not None
     chip = topology.chip
     bytes_per_cycle = chip.ici_bandwidth / chip.clock
-    cost = hlo.parse(text, unknown_trips=program.steps, branches=program.branches, bytes_per_cycle=bytes_per_cycle).cost
-    work = flops.count(traced.jaxpr, program.steps, program.branches) / topology.num_chips / program.steps
+    cost = hlo.parse(text, unknown_trips=program.steps, branch=program.branch, bytes_per_cycle=bytes_per_cycle).cost
+    work = flops.count(traced.jaxpr, program.steps, program.branch) / topology.num_chips / program.steps
     hbm_traffic = cost.hbm / program.steps
     collectives = {kind: amount / program.steps for kind, amount in cost.collectives.items()}
     times: dict[Bound, float] = {

@@ -29,6 +29,10 @@ of R pages of S positions, P heads side by side."""
 
 PAGE_LEN = 128
 """Positions of a page: what a TPU's matrix unit takes at once. A row wastes half a page in the mean."""
+FEWEST_PAGES = 256
+"""Of a stacked pool, of which attention reads the part that is in use: 16 rows of 2048 positions."""
+ROW_PAGES = 16
+"""Results of so many pages of each row are cheaper to put together than to choose fewer."""
 UNUSED = 1 << 20
 """For a page that no row has: behind all positions."""
 LOWEST = np.finfo(np.float32).min
@@ -100,18 +104,30 @@ def num_pages(cache: Cache) -> int:
     return jax.tree.leaves(cache)[0].shape[-4]
 
 
-def read_sizes(num_pages: int, *, stacked: bool) -> tuple[int, ...]:
-    """The numbers of pages, from the first on, that attention can read, the last of them all.
+def read_sizes(num_pages: int, columns: int, *, stacked: bool) -> tuple[tuple[int, int], ...]:
+    """What attention can read: (pages from the first on, pages of a row that are among them); at last, all.
 
-    Layers that are not stacked are compiled one by one, each for all sizes: there are three of them.
+    Each is compiled, six at most, and only three where layers are compiled one by one, as they are not stacked. A
+    stacked pool of few pages is read whole: it is small next to the weights, and the TPU compiler reads these more than
+    once where it has to choose.
+
+    Args:
+        num_pages: of the pool, in one group.
+        columns: pages that a row may have.
+        stacked: whether layers are stacked.
     """
-    parts = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32) if stacked else (2, 8, 32)
-    return tuple(sorted({math.ceil(num_pages * part / 32) for part in parts}))
-
-
-def column_sizes(columns: int, *, stacked: bool) -> tuple[int, ...]:
-    """The numbers of pages of a row that results can be put together from, the last of them all."""
-    return tuple(sorted({math.ceil(columns * part / 4) for part in ((1, 2, 4) if stacked else (1, 4))}))
+    of_row: tuple[int, ...] = (columns,)
+    if not stacked:
+        parts: tuple[int, ...] = (4, 12, 32)
+    elif num_pages < FEWEST_PAGES:
+        parts = (32,)
+    elif columns <= ROW_PAGES:
+        parts = (1, 3, 7, 13, 21, 32)
+    else:
+        parts, of_row = (8, 16, 32), (ROW_PAGES, columns)
+    counts = {math.ceil(num_pages * part / 32) for part in parts}
+    # No row has more pages than are read.
+    return tuple(sorted({(count, min(most, count)) for count in counts for most in of_row}))
 
 
 def attend_pages(
@@ -153,7 +169,7 @@ def attend_pages(
     query = (query * own if P > 1 else query).reshape(R, groups, -1, W)
     table = jnp.concatenate(pages.rows)
 
-    def read(count: int) -> Callable[[], Array]:
+    def read(count: int, columns: int) -> Callable[[], Array]:
         def attend() -> Array:
             if stacked:
                 start, shape = (layer, 0, 0, 0, 0), (1, count, groups, S, W)
@@ -175,33 +191,24 @@ def attend_pages(
                 mixed = (mixed * own.astype(mixed.dtype)).sum(axis=4)
             # The weight of a page among all of its row.
             of_page = (best + jnp.log(total)).reshape(count, N)
-            return together(of_page, mixed.reshape(count, N, H))
+            return together(of_page, mixed.reshape(count, N, H), table[:, :columns])
 
         return attend
 
-    def together(of_page: Array, mixed: Array) -> Array:
-        def columns(count: int) -> Callable[[], Array]:
-            def combine() -> Array:
-                chosen = table[:, :count]
-                logits = of_page.at[chosen].get(mode="fill", fill_value=-jnp.inf)
-                parts = mixed.at[chosen].get(mode="fill", fill_value=0)
-                best = jnp.maximum(logits.max(axis=1, keepdims=True), LOWEST)
-                weights = jnp.exp(logits - best)
-                weights = weights / jnp.maximum(weights.sum(axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-                return jnp.einsum("rmn,rmnh->rnh", weights, parts.astype(jnp.float32)).astype(parts.dtype)
+    def together(of_page: Array, mixed: Array, table: Array) -> Array:
+        logits = of_page.at[table].get(mode="fill", fill_value=-jnp.inf)
+        parts = mixed.at[table].get(mode="fill", fill_value=0)
+        best = jnp.maximum(logits.max(axis=1, keepdims=True), LOWEST)
+        weights = jnp.exp(logits - best)
+        weights = weights / jnp.maximum(weights.sum(axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+        return jnp.einsum("rmn,rmnh->rnh", weights, parts.astype(jnp.float32)).astype(parts.dtype)
 
-            return combine
-
-        return choose(pages.longest, column_sizes(table.shape[1], stacked=stacked), columns)
-
-    return choose(pages.read, read_sizes(size, stacked=stacked), read)
-
-
-def choose(needed: Array, sizes: tuple[int, ...], of_size: Callable[[int], Callable[[], Array]]) -> Array:
-    """What the function of the smallest of some sizes that is enough returns."""
+    sizes = read_sizes(size, table.shape[1], stacked=stacked)
     if len(sizes) == 1:
-        return of_size(sizes[0])()
-    return jax.lax.switch((needed > jnp.array(sizes[:-1])).sum(), [of_size(size) for size in sizes])
+        return read(*sizes[0])()
+    # The first that is enough.
+    enough = (jnp.stack([pages.read, pages.longest]) <= jnp.array(sizes)).all(axis=1)
+    return jax.lax.switch(jnp.argmax(enough), [read(*each) for each in sizes])
 
 
 def write_pages(cache: Cache, layer: Any, positions: Array, pages: PageTable, key: Array, value: Array) -> Cache:

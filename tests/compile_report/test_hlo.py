@@ -195,8 +195,7 @@ ENTRY %main (i: s32[], a: f32[1]) -> f32[1] {
 """
     assert cost(text).hbm == 8
     several = text.replace("{%small, %large}", "{%small, %large, %small}")
-    assert [hlo.parse(several, branches={3: which, 2: 0}).cost.hbm for which in (0, 1, 2)] == [8, 16, 8]
-    assert hlo.parse(several).cost.hbm == 8
+    assert [hlo.parse(several, branch=branch).cost.hbm for branch in (0, 1, -1)] == [8, 16, 8]
 
 
 def test_kernel_attributes_of_several_lines() -> None:

@@ -11,11 +11,11 @@ import pytest
 
 from omni_jax.model.attention import attend
 from omni_jax.model.pages import (
+    FEWEST_PAGES,
     UNUSED,
     Cache,
     PageTable,
     attend_pages,
-    column_sizes,
     pages_for,
     read_sizes,
     write_pages,
@@ -70,9 +70,9 @@ def close(found: jax.Array, expected: jax.Array) -> None:
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_attend_pages_equals_attention_to_whole_rows(stacked: bool) -> None:
-    case = Case(stacked=stacked)
+@pytest.mark.parametrize(("stacked", "num_pages"), [(False, 40), (False, 64), (True, 40), (True, FEWEST_PAGES)])
+def test_attend_pages_equals_attention_to_whole_rows(stacked: bool, num_pages: int) -> None:
+    case = Case(stacked=stacked, num_pages=num_pages)
     found = jax.jit(lambda query, cache, pages: attend_pages(query, cache, case.layer, case.positions, pages))(
         case.query, case.cache, case.pages
     )
@@ -147,12 +147,9 @@ def test_page_table_of_two_groups() -> None:
 
 
 def test_sizes_that_attention_chooses_from() -> None:
-    assert read_sizes(4096, stacked=True)[0] == 128
-    assert read_sizes(16, stacked=False) == (1, 4, 16)
-    assert read_sizes(1, stacked=True) == (1,)
-    assert column_sizes(16, stacked=True) == (4, 8, 16)
-    # The report of a compiled program tells the two apart by their number.
-    for columns in (1, 2, 8, 16, 32):
-        for count in (32, 4096):
-            assert len(column_sizes(columns, stacked=True)) != len(read_sizes(count, stacked=True))
+    assert read_sizes(16, 8, stacked=False) == ((2, 2), (6, 6), (16, 8))
+    assert read_sizes(4096, 16, stacked=True) == tuple((part * 128, 16) for part in (1, 3, 7, 13, 21, 32))
+    assert read_sizes(256, 256, stacked=True) == ((64, 16), (64, 64), (128, 16), (128, 128), (256, 16), (256, 256))
+    for count in (1, FEWEST_PAGES - 1):
+        assert read_sizes(count, 4, stacked=True) == ((count, min(4, count)),)
     assert [pages_for(count) for count in (1, 128, 129, 300)] == [1, 1, 2, 3]
