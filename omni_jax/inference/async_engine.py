@@ -136,8 +136,8 @@ class AsyncEngine:
             warm_up: compile what the first request needs before `ready` is set, and the rest whenever there is no
                 request. A request that needs a program which is not compiled yet waits for it.
             prefix_cache_bytes: memory for the keys and values of conversations that wait for their next turn.
-            cache_bytes: memory for the keys and values of the running batch, which requests take page by page; None:
-                what all batch slots and companion rows at full length take.
+            cache_bytes: memory for the keys and values of the running batch, which requests take page by page; None, or
+                more than that: what all batch slots and companion rows at full length take.
 
         Raises:
             ConfigError: `cache_bytes` is not enough for one request, or more than the devices have.

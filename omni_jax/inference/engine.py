@@ -239,8 +239,8 @@ class Engine:
             max_len: positions of each slot's cache at most.
             buckets: lengths that prompts are padded to.
             prefixes: histories whose keys and values are known; None: a new one.
-            num_pages: of the cache, at least those of one request with its companion row; None: those of all batch
-                slots and companion rows at full length, which are never short of pages.
+            num_pages: of the cache, at least those of one request with its companion row; None, or more than that:
+                those of all batch slots and companion rows at full length, which are never short of pages.
             page_len: positions of a page.
 
         Raises:
@@ -250,7 +250,8 @@ class Engine:
         self.runner, self.max_batch_size, self.max_len, self.buckets = runner, max_batch_size, max_len, buckets
         self.page_len = page_len = min(page_len, max_len)
         self.groups, columns = runner.row_groups(max_batch_size), pages_for(max_len, page_len)
-        per_group = (2 * max_batch_size * columns if num_pages is None else num_pages) // self.groups
+        most = 2 * max_batch_size * columns
+        per_group = (most if num_pages is None else min(num_pages, most)) // self.groups
         if per_group < 2 * columns:
             raise ConfigError(
                 f"the cache has {per_group} pages of {page_len} positions for each of {self.groups} groups of rows; "

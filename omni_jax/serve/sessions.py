@@ -62,7 +62,8 @@ class Settings:
     max_queue_size: int = 64
     """Requests that may be queued; further ones get status 429."""
     cache_bytes: int | None = None
-    """Memory for the keys and values of the running batch; None: what all requests at full length take."""
+    """Memory for the keys and values of the running batch; None, or more than that: what all requests at full length
+    take."""
     max_audio_seconds: float = 3600.0
     """Longest recording, where the model takes so much; see `Omni.max_samples`."""
     max_body_bytes: int = 32 << 20

@@ -604,6 +604,12 @@ def test_memory_follows_what_is_used(tied: Family) -> None:
     assert {True, False} <= set(seen)
 
 
+def test_no_more_pages_are_allocated_than_all_rows_can_take(tied: Family) -> None:
+    most = tied.slots * FEWEST_PAGES
+    assert FewPages(tied, most - 1).pages.total == most - 1
+    assert FewPages(tied, 10 * most).pages.total == most
+
+
 def test_too_few_pages_for_one_request_are_refused(tied: Family) -> None:
     with pytest.raises(ConfigError, match=f"has {FEWEST_PAGES - 1} pages.*at least {FEWEST_PAGES}"):
         FewPages(tied, FEWEST_PAGES - 1)
