@@ -782,14 +782,19 @@ class Engine:
         return chosen
 
     def _room(self, steps: int) -> tuple[list[list[int]], list[int]]:
-        """Free slots of each group, and its free pages without those that so many steps of its requests need."""
+        """Free slots of each group, and its free pages without those that so many steps of its requests need.
+
+        A request that is answered again keeps those of the steps before, and each row may need one page more: or a
+        newcomer would soon take the place of those that run, or give its own up.
+        """
         slots: list[list[int]] = [[] for _ in range(self.groups)]
         room = [self.pages.free(group) for group in range(self.groups)]
         for slot, active in enumerate(self.active):
             if active is None:
                 slots[self._group_of(slot)].append(slot)
             else:
-                room[self._group_of(slot)] -= max(0, self._needed(active, steps))
+                ahead = max(steps, active.reported + steps - active.started)
+                room[self._group_of(slot)] -= max(0, self._needed(active, ahead + self.page_len))
         return slots, room
 
     def _to_admit(self, key: int, request: PreparedRequest) -> ActiveRequest:

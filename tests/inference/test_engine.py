@@ -604,6 +604,21 @@ def test_memory_follows_what_is_used(tied: Family) -> None:
     assert {True, False} <= set(seen)
 
 
+def test_pages_are_kept_for_steps_that_are_repeated(tied: Family) -> None:
+    """No newcomer gets what a request that is answered again had, nor the next page of a row."""
+    with quick_compile():
+        engine = FewPages(tied, 2 * FEWEST_PAGES)
+        request = next(r for r in tied.requests if r.has_companion and r.config.max_steps is None)
+        engine._reported[0, False] = 24
+        engine.submit(0, request)
+        engine.advance(2)
+        active = engine.active[0]
+        assert active is not None
+        kept = 2 * active.pages_needed(24 + 16 + PAGE, PAGE, CONTEXT)
+        assert len(active.pages) + len(active.companion_pages) < kept
+        assert engine._room(16)[1] == [2 * FEWEST_PAGES - kept]
+
+
 def test_no_more_pages_are_allocated_than_all_rows_can_take(tied: Family) -> None:
     most = tied.slots * FEWEST_PAGES
     assert FewPages(tied, most - 1).pages.total == most - 1
