@@ -55,7 +55,7 @@ class Ours:
         self.decode = make_decoder(self.codec)
         StreamDecoder(self.decode, config.codec).warm_up()
         columns = pages_for(MAX_LEN)
-        # The pages of the batch slot and of its companion row.
+        # The pages of the batch slot and of its companion row; all are in use, as the prompt is longer than a page.
         self.tables = np.arange(2 * columns).reshape(2, 1, columns)
         self.prompt = speech_prompt(Task.A1A2, PROMPT - 3, self.vocab)
         self.speech = jnp.asarray(
