@@ -196,6 +196,16 @@ class AsyncEngine:
         """Batch slots in use."""
         return sum(active is not None for active in self._engine.active)
 
+    @property
+    def num_pages(self) -> int:
+        """Pages of the cache."""
+        return self._engine.pages.total
+
+    @property
+    def num_used_pages(self) -> int:
+        """Pages of the cache that requests have."""
+        return self._engine.pages.used
+
     def submit(
         self, request: PreparedRequest, *, timeout: float | None = None, notify: Callable[[], object] | None = None
     ) -> RequestHandle:

@@ -115,6 +115,8 @@ class Metrics:
         gauges = {
             "omni_batch_slots": ("Requests that can be decoded at once.", lambda: engine.max_batch_size),
             "omni_batch_slots_in_use": ("Requests being decoded.", lambda: engine.num_active),
+            "omni_cache_pages": ("Pages of the cache of keys and values.", lambda: engine.num_pages),
+            "omni_cache_pages_in_use": ("Pages that requests have.", lambda: engine.num_used_pages),
             "omni_queue_length": ("Requests queued.", lambda: max(0, engine.num_requests - engine.num_active)),
             "omni_ready": ("1 once requests are answered.", lambda: service.ready),
         }

@@ -337,9 +337,11 @@ def test_cache_bytes_bound_the_memory_of_all_requests(
     page = omni.runner.page_bytes(CONTEXT)
     with AsyncEngine(omni, max_batch_size=6, cache_bytes=2 * page + 1) as engine:
         assert sum(x.nbytes for x in jax.tree.leaves(engine._engine.state.caches)) == 2 * page
+        assert engine.num_pages == 2
         handles = [engine.submit(request) for request in requests]
         for handle, reply in zip(handles, replies, strict=True):
             assert_same_answer(list(handle), reply)
+        assert engine.num_used_pages == 0
     with pytest.raises(ConfigError, match="cache has 1 pages"):
         AsyncEngine(omni, max_batch_size=6, cache_bytes=2 * page - 1)
 

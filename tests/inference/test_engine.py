@@ -461,7 +461,7 @@ def test_running_batch_is_donated(tied: Family) -> None:
     assert all(leaf.is_deleted() for leaf in second)
 
 
-def test_companion_rows_grow_shrink_and_move(tied: Family) -> None:
+def test_number_of_companion_rows_follows_the_requests(tied: Family) -> None:
     """Four slots have no, one or four companion rows."""
     config = tied.runner.config
     # Two whose text lasts to their end, so that the number of companion rows follows the requests in the batch.

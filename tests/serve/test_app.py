@@ -85,6 +85,8 @@ def test_healthz_readyz_and_metrics(server: RunningServer) -> None:
     lines = content.decode().splitlines()
     for line in ("omni_batch_slots 2.0", "omni_batch_slots_in_use 0.0", "omni_queue_length 0.0", "omni_ready 1.0"):
         assert line in lines
+    # Those of two requests and their companion rows.
+    assert {"omni_cache_pages 4.0", "omni_cache_pages_in_use 0.0"} <= set(lines)
 
 
 def test_warm_up_compiles_everything(
