@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -24,7 +25,7 @@ from omni_jax.inference.answer import AnswerBuilder, Chunk, OutputDecoder
 from omni_jax.inference.engine import COARSE_PROMPT_BUCKETS, MAX_TO_REMEMBER, Engine, PreparedRequest
 from omni_jax.inference.prefix_cache import DEFAULT_MAX_BYTES, PrefixCache
 from omni_jax.inference.runner import ModelRunner
-from omni_jax.model.pages import PAGE_LEN
+from omni_jax.model.pages import PAGE_LEN, pages_for
 from omni_jax.prompts import History
 
 Outcome = Literal["done", "cancelled", "expired", "failed"]
@@ -124,7 +125,7 @@ class AsyncEngine:
         max_len: int | None = None,
         warm_up: bool = False,
         prefix_cache_bytes: int = DEFAULT_MAX_BYTES,
-        cache_bytes: int | None = None,
+        cache_bytes: float | None = None,
     ):
         """Start.
 
@@ -140,7 +141,7 @@ class AsyncEngine:
                 more than that: what all batch slots and companion rows at full length take.
 
         Raises:
-            ConfigError: `cache_bytes` is not enough for one request, or more than the devices have.
+            ConfigError: `cache_bytes` is no number, not enough for one request, or more than the devices have.
         """
         if max_batch_size < 1 or max_queue_size < 0:
             raise ValueError(
@@ -161,7 +162,18 @@ class AsyncEngine:
         max_len = max_len or self._outputs.config.trunk.max_position
         prefixes = PrefixCache(prefix_cache_bytes)
         page_len = min(PAGE_LEN, max_len)
-        num_pages = None if cache_bytes is None else cache_bytes // model.runner.page_bytes(page_len)
+        num_pages = None
+        if cache_bytes is not None:
+            page_bytes, groups = model.runner.page_bytes(page_len), model.runner.row_groups(max_batch_size)
+            least = groups * 2 * pages_for(max_len, page_len) * page_bytes
+            if not least <= cache_bytes < math.inf:
+                raise ConfigError(
+                    f"cache_bytes: expected a finite number, at least {math.ceil(least / 1e6) / 1e3:g} GB: keys and "
+                    f"values of one request and its companion row, in each of {groups} groups of rows; found "
+                    f"{cache_bytes / 1e9:g} GB",
+                    field="cache_bytes",
+                )
+            num_pages = int(cache_bytes // page_bytes)
         self._engine = Engine(
             model.runner,
             max_batch_size,

@@ -61,7 +61,7 @@ class Settings:
     """Requests decoded at once."""
     max_queue_size: int = 64
     """Requests that may be queued; further ones get status 429."""
-    cache_bytes: int | None = None
+    cache_bytes: float | None = None
     """Memory for the keys and values of the running batch; None, or more than that: what all requests at full length
     take."""
     max_audio_seconds: float = 3600.0

@@ -16,6 +16,7 @@ import pytest
 from omni_jax.api import Omni
 from omni_jax.audio.io import to_pcm16
 from omni_jax.cli import serve
+from omni_jax.errors import ConfigError
 from omni_jax.serve import app, binding, sessions
 from tests.cli.shell import ROOT, command, run
 
@@ -86,6 +87,17 @@ def test_serve_passes_every_option(served: list[Any], tmp_path: Path) -> None:
     )
     assert served == [("tiny", settings, "0.0.0.0", 0)]
     assert "without a key" not in result.stderr
+
+
+def test_serve_names_the_option_of_too_little_memory(served: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(omni: Omni, name: str, settings: sessions.Settings) -> None:
+        raise ConfigError(f"cache_bytes: expected more, found {settings.cache_bytes}", field="cache_bytes")
+
+    monkeypatch.setattr(sessions, "Service", refuse)
+    for value in ("0.001", "nan", "inf"):
+        result = run("serve", "--model", "tiny", "--cache-memory", value)
+        assert result.exit_code == 2
+        assert "--cache-memory: cache_bytes: expected more" in result.stderr
 
 
 def test_serve_shards_the_model(served: list[Any], loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

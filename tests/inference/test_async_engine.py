@@ -342,8 +342,13 @@ def test_cache_bytes_bound_the_memory_of_all_requests(
         for handle, reply in zip(handles, replies, strict=True):
             assert_same_answer(list(handle), reply)
         assert engine.num_used_pages == 0
-    with pytest.raises(ConfigError, match="cache has 1 pages"):
-        AsyncEngine(omni, max_batch_size=6, cache_bytes=2 * page - 1)
+
+
+@pytest.mark.parametrize("value", [0, -1e9, 1000, float("nan"), float("inf")])
+def test_cache_bytes_are_enough_for_a_request(omni: Omni, value: float) -> None:
+    with pytest.raises(ConfigError, match=r"cache_bytes: expected .* at least 0\.\d+ GB.*found .* GB") as caught:
+        AsyncEngine(omni, max_batch_size=6, cache_bytes=value)
+    assert caught.value.field == "cache_bytes"
 
 
 def test_submit_refuses_request_longer_than_cache(omni: Omni, engine: AsyncEngine) -> None:
