@@ -100,14 +100,14 @@ def test_compile_serve_command(batches: dict[str, int], tmp_path: Path, monkeypa
 
 
 def test_rows_that_16_gb_hold() -> None:
-    """Of 300 positions in the mean, from the arrays of the running batch; at full length it would be 550."""
+    """Of 300 positions in the mean three times as many as at full length, with what a step needs besides."""
     config, mesh = PRESETS["mini_omni"], sharding.make_mesh(devices=ONE.devices())
-    program = decode_program(config, mesh, 2500, positions=300)
+    program = decode_program(config, mesh, 1300, positions=300)
     weights, state, *_ = program.arguments
-    assert num_pages(state.caches["trunk"]) * PAGE_LEN == pytest.approx(2500 * (300 + PAGE_LEN / 2), rel=1e-3)
-    assert bytes_per_chip(weights) + bytes_per_chip(state) < 0.9 * ONE.chip.hbm_bytes
-    assert _rows(decode_program(config, mesh, 1, positions=300), ONE, mean_pages(config, 300)) >= 2500
-    assert _rows(decode_program(config, mesh, 1), ONE, 16) < 600
+    assert num_pages(state.caches["trunk"]) * PAGE_LEN == pytest.approx(1300 * (300 + PAGE_LEN / 2), rel=1e-3)
+    assert bytes_per_chip(weights) + bytes_per_chip(state) < 0.5 * ONE.chip.hbm_bytes
+    assert 1300 < _rows(config, decode_program(config, mesh, 1, positions=300), ONE, 1, mean_pages(config, 300)) < 1500
+    assert 440 < _rows(config, decode_program(config, mesh, 1), ONE, 1, 16) < 480
 
 
 @pytest.mark.slow
