@@ -94,7 +94,7 @@ class Ours:
         start, first = time.perf_counter(), None
         state = self.prefill()
         slot, none = jnp.zeros(1, jnp.int32), jnp.zeros(0, jnp.int32)
-        pages = PageTable.of(self.tables, self.tables.size)
+        pages = PageTable.of(list(self.tables), self.tables.size)
         routing = Routing(slot, text_slot=slot, text_row=jnp.ones(1, jnp.int32), audio_slot=slot, pages=pages)
         stream = StreamDecoder(self.decode, self.config.codec)
         tokens, frames, done = np.zeros((NUM_STREAMS, 0), np.int32), 0, 0
@@ -102,7 +102,7 @@ class Ours:
             text_pending = done <= TEXT_TOKENS
             if not text_pending:
                 # The text has ended: no text head, no companion row.
-                pages = PageTable.of(self.tables[:1], self.tables.size)
+                pages = PageTable.of([self.tables[0]], self.tables.size)
                 routing = Routing(none, none, none, audio_slot=slot, pages=pages)
             # Arrays of their own: the state is donated.
             state = dataclasses.replace(state, running=jnp.ones(1, bool), text_pending=jnp.full(1, text_pending))

@@ -529,11 +529,12 @@ class Engine:
         return max(1 if size <= one else few + 1 for size, one in zip(sizes, of_one, strict=True))
 
     def _compile_decode(self, companions: int, texts: int, audios: int) -> None:
-        # From the host, as `_route` sends them: that is compiled, too.
-        unused = [
-            jnp.asarray(np.full(size, self.max_batch_size, np.int32)) for size in (companions, texts, texts, audios)
-        ]
-        routing = Routing(*unused, self._page_table({}, companions))
+        def unused(size: int) -> jax.Array:
+            # From the host, as `_route` sends them: that is compiled, too.
+            return jnp.asarray(np.full(size, self.max_batch_size, np.int32))
+
+        pages = self._page_table({}, companions)
+        routing = Routing(unused(companions), unused(texts), unused(texts), unused(audios), pages)
         self.state, *_ = self.runner.decode_chunk(self.state, routing, jnp.int32(1))
 
     def _compile_prefill(self, task: Task, length: int, window: int, after_prefix: bool, rows: int) -> None:

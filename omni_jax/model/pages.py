@@ -309,12 +309,9 @@ def attend_and_write(
     specs = [None if x is None else PartitionSpec() for x in traced]
 
     def on_shard(*args: Any) -> tuple[tuple[Array, ...], Cache]:
-        *others, traced_layer, traced_window = args
-        return local(
-            *others,
-            layer if traced_layer is None else traced_layer,
-            window if traced_window is None else traced_window,
-        )
+        *others, of_layer, of_window = args
+        last = [layer if of_layer is None else of_layer, window if of_window is None else of_window]
+        return local(*[*others, *last])
 
     heads, cache = jax.shard_map(
         on_shard,
