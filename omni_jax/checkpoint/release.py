@@ -68,7 +68,7 @@ MINI_OMNI_CONFIG = "model_config.yaml"
 FILES = (CONFIG, MODEL, CODEC, *TOKENIZER_FILES)
 """Without these, a folder is no release."""
 
-Hold = Callable[[ParamPath, Any], Any]
+Convert = Callable[[ParamPath, Any], Any]
 """From the path of a parameter, and its array or `jax.ShapeDtypeStruct`, to what a model has in its place."""
 
 AUDIO_ENCODER_PREFIX = "audio_encoder."
@@ -189,7 +189,7 @@ class Release:
         dtype: Any,
         param_dtype: Any = None,
         mesh: Mesh | None = None,
-        hold: Hold | None = None,
+        convert: Convert | None = None,
     ) -> OmniModel:
         """Read the weights straight onto their devices.
 
@@ -201,7 +201,7 @@ class Release:
             dtype: of matrix products.
             param_dtype: of the parameters, whatever type the file has; None is the same as `dtype`.
             mesh: where the parameters are; None is the first device.
-            hold: makes of each parameter on the mesh what the model has of it.
+            convert: makes of each parameter on the mesh what the model has of it.
 
         Raises:
             CheckpointError: lists every tensor that is missing, unknown or misshapen; or names one with a value that is
@@ -218,7 +218,7 @@ class Release:
         num_params = sum(map(math.prod, shapes.values()))
 
         def held(path: ParamPath, param: Any) -> Any:
-            return param if hold is None else hold(path, param)
+            return param if convert is None else convert(path, param)
 
         abstract = [
             held(path, jax.ShapeDtypeStruct(variable.shape, param_dtype, sharding=shardings[path]))

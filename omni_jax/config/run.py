@@ -139,7 +139,7 @@ class LoRAConfig:
 
     rank: int = Field(default=16, gt=0, le=MAX_SIZE)
     """Rows of A and columns of B."""
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: float = Field(default=32.0, ge=1e-6, le=1e6)
     """Scale of the change, times the rank."""
     targets: tuple[str, ...] = PROJECTIONS
     """Linear maps that are changed, in every layer: some of q, k, v, out, gate, up, down."""

@@ -229,7 +229,7 @@ def merge_lora(release: Release, lora: Path, out: str | Path) -> None:
     require_free(out)
     adapter = peft.read(lora, release.config.trunk)
     tensors = peft.merge({**release.model_tensors(), **adapter.tensors}, adapter.alpha / adapter.rank)
-    save_release(out, release.config, tensors, release.codec_tensors(), release.tokenizer_files())
+    save_release(out, release.config, tensors, release.codec_tensors(), release.files_to_keep())
 
 
 @dataclass(frozen=True)

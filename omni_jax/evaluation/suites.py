@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pydantic
 
@@ -82,8 +83,20 @@ class _Row:
     expected: str | list[str] = ""
     question: str = ""
     group: str = ""
-    system: str = ""
-    history: list[_PastTurn] = pydantic.Field(default_factory=list)
+    system: str | None = None
+    history: list[_PastTurn] | None = None
+
+    @pydantic.field_validator("history", mode="before")
+    @classmethod
+    def _take_pairs(cls, turns: Any) -> Any:
+        """A question and an answer are a turn, too, as in `Request`."""
+        if not isinstance(turns, list):
+            return turns
+        pairs = [isinstance(turn, list) and len(turn) == 2 for turn in turns]
+        return [
+            dict(zip(("question", "answer"), turn, strict=True)) if pair else turn
+            for turn, pair in zip(turns, pairs, strict=True)
+        ]
 
 
 def manifest(path: Path) -> Iterator[Case]:
@@ -102,16 +115,16 @@ def manifest(path: Path) -> Iterator[Case]:
                 raise ConfigError(f"{place}: expected a JSON object, found {error}") from None
             row = build_config(_Row, values, place)
             audio = path.parent / row.audio if row.audio else None
-            turns = tuple(turn.to_turn(path.parent) for turn in row.history)
+            turns = tuple(turn.to_turn(path.parent) for turn in row.history or ())
             request = Request(audio, row.text or None, row.task or None, system=row.system, history=turns)
             try:
                 task = request.resolve_task()
             except ConfigError as error:
                 raise error.prefixed(place) from None
             expected = (row.expected,) if isinstance(row.expected, str) else tuple(row.expected)
-            yield Case(
-                row.id, task, audio, row.text, tuple(filter(None, expected)), row.question, row.group, row.system, turns
-            )
+            answers = tuple(filter(None, expected))
+            system = row.system or ""
+            yield Case(row.id, task, audio, row.text, answers, row.question, row.group, system, turns)
 
 
 def libri(path: Path) -> Iterator[Case]:

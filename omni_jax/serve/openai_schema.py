@@ -231,10 +231,15 @@ def finish_reason(reply: Reply) -> str:
     return "stop" if reply.finish_reason == "stop" else "length"
 
 
-def usage(prompt_length: int, reply: Reply) -> dict[str, int]:
+def usage(prompt_length: int, reply: Reply) -> dict[str, Any]:
     """Positions of the trunk; one decode step is one position, with up to eight tokens."""
     steps = reply.tokens.shape[1]
-    return {"prompt_tokens": prompt_length, "completion_tokens": steps, "total_tokens": prompt_length + steps}
+    return {
+        "prompt_tokens": prompt_length,
+        "completion_tokens": steps,
+        "total_tokens": prompt_length + steps,
+        "prompt_tokens_details": {"cached_tokens": reply.cached_positions},
+    }
 
 
 def input_output_usage(prompt_length: int, reply: Reply) -> dict[str, int]:

@@ -102,8 +102,8 @@ async def realtime(socket: WebSocket) -> None:
         await socket.send_denial_response(JSONResponse(body, 401, headers={"www-authenticate": "Bearer"}))
         return
     await socket.accept("realtime" if "realtime" in protocols else None)
-    # A client secret stands for the key of who has asked for it.
-    client = service.client_of(socket.client, key if keys else "") if secret is None or not keys else secret[1]
+    # Where a client is a key, a secret stands for the key that asked for it.
+    client = secret[1] if secret and len(keys) > 1 else service.client_of(socket.client, key if keys else "")
     # From now on messages may be large.
     if trust := socket.scope.get("state", {}).get("trust"):
         trust(client)

@@ -95,6 +95,7 @@ class RealtimeSession:
         self._transcribing: set[asyncio.Task[None]] = set()
         self._idle: asyncio.Task[None] | None = None
         self._remembering: asyncio.Task[None] | None = None
+        self._closed = False
         # A client's event and an idle time-out are not handled at once.
         self._lock = asyncio.Lock()
 
@@ -139,6 +140,7 @@ class RealtimeSession:
 
     def close(self) -> None:
         """Free all that the session holds; the client is gone."""
+        self._closed = True
         self._held.give_back()
         for response in self._responses.values():
             response.abandon()
@@ -326,7 +328,7 @@ class RealtimeSession:
 
     def _remember(self) -> None:
         """Have the keys and values of the conversation computed, so that the next turn prefills only what is new."""
-        if self._service.remembers:
+        if self._service.remembers and not self._closed:
             self._stop_remembering()
             self._remembering = asyncio.create_task(self._remember_items(list(self.conversation)))
 

@@ -31,7 +31,7 @@ from omni_jax.training.checksums import SUMS, find_damage, hash_items, write_che
 from omni_jax.training.feature_cache import open_caches
 from omni_jax.training.lora import init_lora
 from omni_jax.training.optimizer import adamw
-from omni_jax.training.setup import TrainingSetup, hold, row_share
+from omni_jax.training.setup import TrainingSetup, row_share, to_frozen_dtype
 from omni_jax.training.stages import Params, combine
 from omni_jax.training.step import TrainState
 
@@ -272,7 +272,7 @@ def _move_aside(path: Path) -> tuple[str, str | None]:
 def _init(setup: TrainingSetup) -> tuple[TrainState, Params, None]:
     _, shardings = setup.state_shapes()
     model = setup.start.model(
-        stacked=setup.stacked, dtype=setup.dtype, mesh=setup.mesh, hold=partial(hold, config=setup.config)
+        stacked=setup.stacked, dtype=setup.dtype, mesh=setup.mesh, convert=partial(to_frozen_dtype, config=setup.config)
     )
     params = combine(nnx.to_pure_dict(nnx.state(model)), init_lora(setup))
     trainable, frozen = setup.split(params)

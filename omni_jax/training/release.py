@@ -59,9 +59,9 @@ def _replace(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def _tensors(setup: TrainingSetup, params: Params) -> dict[str, LazyTensor]:
-    """All tensors of a run: those that it holds rounded as they are in the release that it started from."""
+    """All tensors of a run: frozen ones as they are in the release that it started from, to the bit."""
     tensors = model_tensors(nnx.merge(setup.graph, params))
-    if setup.start.release is not None and setup.config.frozen_dtype != "float32":
+    if setup.start.release is not None:
         original = setup.start.release.model_tensors()
         frozen = traverse_util.flatten_dict(setup.split(setup.shapes)[1])
         names = [name for path, shape in frozen.items() for name in tensor_names(path, shape.shape)]

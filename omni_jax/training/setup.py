@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from omni_jax import sharding
 from omni_jax.checkpoint import release as releases
-from omni_jax.checkpoint.release import Hold
+from omni_jax.checkpoint.release import Convert
 from omni_jax.checkpoint.tensors import ParamPath, init_model
 from omni_jax.codec.snac import Snac
 from omni_jax.config.model import PRESETS, ModelConfig
@@ -103,16 +103,18 @@ class InitialModel:
             raise ConfigError(f"start: {error}", field="start") from None
         return replace(self, config=config, release=self.release and replace(self.release, config=config))
 
-    def model(self, *, stacked: bool, dtype: Any, mesh: Mesh, hold: Hold | None = None) -> OmniModel:
-        """The model on the mesh, with float32 weights, or what `hold` makes of them."""
+    def model(self, *, stacked: bool, dtype: Any, mesh: Mesh, convert: Convert | None = None) -> OmniModel:
+        """The model on the mesh, with float32 weights, or what `convert` makes of them."""
         if self.release is not None:
-            return self.release.load_model(stacked=stacked, dtype=dtype, param_dtype=jnp.float32, mesh=mesh, hold=hold)
+            return self.release.load_model(
+                stacked=stacked, dtype=dtype, param_dtype=jnp.float32, mesh=mesh, convert=convert
+            )
         model = init_model(self.config, stacked=stacked, dtype=dtype, seed=self.seed, mesh=mesh)
-        if hold is None:
+        if convert is None:
             return model
         graph, state = nnx.split(model)
         flat = traverse_util.flatten_dict(nnx.to_pure_dict(state))
-        return nnx.merge(graph, traverse_util.unflatten_dict({path: hold(path, x) for path, x in flat.items()}))
+        return nnx.merge(graph, traverse_util.unflatten_dict({path: convert(path, x) for path, x in flat.items()}))
 
     def codec(self) -> Snac:
         """The codec; untrained for a preset."""
@@ -162,7 +164,7 @@ class TrainingSetup:
         graph, state = nnx.split(model)
         shapes = sharding.abstract(nnx.to_pure_dict(state), sharding.of_state(state, mesh))
         partition(shapes, config.trained)
-        shapes = hold_all(shapes, config)
+        shapes = all_to_frozen_dtype(shapes, config)
         return cls(config, start, mesh, graph, shapes, jax.tree.map(lambda x: x.sharding, shapes), stacked, dtype)
 
     def split(self, params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -191,8 +193,8 @@ class TrainingSetup:
         return sharding.abstract(*self.state_shapes()), sharding.abstract(frozen, frozen_shardings)
 
 
-def hold(path: ParamPath, param: Any, config: RunConfig) -> Any:
-    """A parameter as a run holds it: one that is frozen in `config.frozen_dtype`.
+def to_frozen_dtype(path: ParamPath, param: Any, config: RunConfig) -> Any:
+    """A parameter as a run keeps it in memory: one that is frozen in `config.frozen_dtype`.
 
     Args:
         path: of the parameter.
@@ -209,17 +211,17 @@ def hold(path: ParamPath, param: Any, config: RunConfig) -> Any:
         shape = Int8.abstract(shape, input_axes(path))
     if isinstance(param, jax.ShapeDtypeStruct):
         return shape
-    held = _quantize(param, input_axes(path)) if isinstance(shape, Int8) else param.astype(shape.dtype)
-    return jax.device_put(held, jax.tree.map(lambda x: x.sharding, shape))
+    converted = _quantize(param, input_axes(path)) if isinstance(shape, Int8) else param.astype(shape.dtype)
+    return jax.device_put(converted, jax.tree.map(lambda x: x.sharding, shape))
 
 
 _quantize = jax.jit(Int8.of, static_argnums=1)
 
 
-def hold_all(params: Params, config: RunConfig) -> dict[str, Any]:
-    """`hold` for nested parameters."""
+def all_to_frozen_dtype(params: Params, config: RunConfig) -> dict[str, Any]:
+    """`to_frozen_dtype` for nested parameters."""
     flat = traverse_util.flatten_dict(dict(params))
-    return traverse_util.unflatten_dict({path: hold(path, param, config) for path, param in flat.items()})
+    return traverse_util.unflatten_dict({path: to_frozen_dtype(path, param, config) for path, param in flat.items()})
 
 
 def make_run_mesh(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

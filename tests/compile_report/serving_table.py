@@ -15,7 +15,7 @@ from omni_jax.compile_report.serving import ServingReport, serving_report
 from omni_jax.compile_report.topology import Topology
 
 PAGE = Path(__file__).parents[2] / "docs" / "tpu.md"
-MARK = "writes the table of the default mix:\n\n"
+MARK = "writes it here:\n\n"
 """What the table follows."""
 HEADER = (
     "| model, chip | chips a row | encoder, prefill, decoding, codec | speech per second and chip | with "

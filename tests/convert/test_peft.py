@@ -1,6 +1,7 @@
 """LoRA adapters of every family of language models: PEFT's in, ours out, against what PEFT computes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -210,10 +211,13 @@ def test_read_refuses_another_trunk_and_no_adapter(tmp_path: Path):
 
 
 def test_convert_merge_makes_a_release(tiny_release: Path, tmp_path: Path):
+    imported = shutil.copytree(tiny_release, tmp_path / "imported")
+    (imported / "model_config.yaml").write_text("# as it came\n")
     done = CliRunner().invoke(
-        app, ["merge", str(tiny_release), str(folder_with(tmp_path)), str(tmp_path / "merged")], catch_exceptions=False
+        app, ["merge", str(imported), str(folder_with(tmp_path)), str(tmp_path / "merged")], catch_exceptions=False
     )
     assert done.exit_code == 0
+    assert (tmp_path / "merged" / "model_config.yaml").read_text() == "# as it came\n"
     before, after = (
         {name: tensor.read() for name, tensor in open_release(folder).model_tensors().items()}
         for folder in (tiny_release, tmp_path / "merged")

@@ -34,8 +34,11 @@ def test_manifest(tmp_path: Path) -> None:
 def test_manifest_with_a_history(tmp_path: Path) -> None:
     turns = [{"question": "Hi?", "answer": "Yes."}, {"audio": "a/b.wav", "question": "What is it?", "answer": "Seven."}]
     row = {"id": "a", "text": "And now?", "task": "T1T2", "system": "Your name is Bob.", "history": turns}
-    put(tmp_path / "m.jsonl", json.dumps(row))
-    (case,) = suites.read("manifest", tmp_path / "m.jsonl")
+    pairs = {"id": "b", "text": "And?", "task": "T1T2", "system": None, "history": [["Hi?", "Yes."]]}
+    none = {"id": "c", "text": "d", "history": None}
+    put(tmp_path / "m.jsonl", "\n".join(map(json.dumps, (row, pairs, none))))
+    case, in_pairs, without = suites.read("manifest", tmp_path / "m.jsonl")
+    assert (in_pairs.history, without.history) == ((Turn("Hi?", "Yes."),), ())
     first, second = case.history
     assert (case.system, first) == ("Your name is Bob.", Turn("Hi?", "Yes."))
     assert second == RecordedTurn("What is it?", "Seven.", audio=tmp_path / "a" / "b.wav")

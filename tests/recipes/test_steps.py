@@ -117,7 +117,10 @@ def folders() -> set[str]:
     written = texts.written_sets(sizes)
     assert set(recipe.WRITTEN) == set(written)
     spoken = {f"build/nano/records/{name}" for name in texts.spoken_sets(sizes)}
-    return spoken | {f"build/nano/text/{name}" for name in written}
+    conversations = set(texts.conversation_sets(sizes))
+    assert set(recipe.WRITTEN_CONVERSATIONS) <= conversations
+    spoken |= {f"build/nano/records/{name}" for name in conversations - set(recipe.WRITTEN_CONVERSATIONS)}
+    return spoken | {f"build/nano/text/{name}" for name in (*written, *recipe.WRITTEN_CONVERSATIONS)}
 
 
 @pytest.mark.parametrize(("from_scratch", "trial"), list(itertools.product([False, True], repeat=2)))

@@ -27,6 +27,7 @@ from omni_jax.audio.raw import RawFormat
 from omni_jax.config.model import AudioConfig
 from omni_jax.errors import NoSpeechError
 from omni_jax.inference.request import Request, Turn
+from omni_jax.serve.client_secrets import ClientSecrets
 from omni_jax.serve.sessions import Service
 from tests.serve.conftest import HeldBatch, RunningServer, assert_same_audio, eventually, run_server
 from tests.serve.realtime_client import RATE, Client, Event, audio_bytes, joined, pcm, question
@@ -782,6 +783,22 @@ def test_realtime_keys_and_client_secrets(omni: Omni) -> None:
             openai.OpenAI(base_url=f"{server.url}/v1", api_key=secret.value, max_retries=0) as openai_client,
         ):
             openai_client.models.list()
+
+
+def test_clients_are_counted_by_address_where_there_is_one_key(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those with a client secret that another one asked for."""
+    create = ClientSecrets.create
+    # As if a backend elsewhere asked for them.
+    monkeypatch.setattr(ClientSecrets, "create", lambda self, client, *rest: create(self, "elsewhere", *rest))
+    with run_server(omni, ready=False, api_keys=("one",), max_batch_size=1) as server:
+        status, secret, _ = server.call(CLIENT_SECRETS, {}, Authorization="Bearer one")
+        assert status == 200
+        connections = server.server.config.open_connections  # type: ignore[attr-defined]
+        before = connections.left("elsewhere")
+        bearer = {"Authorization": f"Bearer {json.loads(secret)['value']}"}
+        with Client(server.url, additional_headers=bearer) as client:
+            client.last("conversation.created")
+            assert connections.left("elsewhere") == before
 
 
 def test_clients_are_counted_by_key(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
