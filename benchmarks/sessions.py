@@ -147,7 +147,8 @@ class Load:
         await send(socket, "response.create")
         items, text, audio = [], "", b""
         while True:
-            event = json.loads(await asyncio.wait_for(socket.recv(), 120))
+            async with asyncio.timeout(120):
+                event = json.loads(await socket.recv())
             match event["type"]:
                 case "conversation.item.added":
                     items.append(event["item"]["id"])
