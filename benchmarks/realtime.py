@@ -13,10 +13,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,7 +23,7 @@ import numpy as np
 import soxr
 from websockets.asyncio.client import connect
 
-from benchmarks.serve import free_port, metrics_or_none
+from benchmarks.serve import serving
 from omni_jax.audio.io import SAMPLE_RATE, read_audio, to_pcm16
 from omni_jax.audio.vad import SpeechDetector
 
@@ -160,22 +158,6 @@ async def measure_sessions(port: int, sessions: int) -> None:
 
 def main() -> None:
     measure_marks()
-    port = free_port()
-    command: list[str | Path] = [
-        Path(sys.executable).with_name("omni-jax"),
-        "serve",
-        "--port",
-        str(port),
-        "--max-batch-size",
-        "16",
-    ]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    try:
-        while metrics_or_none(port).get("omni_ready") != 1:
-            assert server.poll() is None, "the server has exited"
-            time.sleep(0.5)
+    with serving("--max-batch-size", "16") as (port, _):
         for sessions in SESSIONS:
             asyncio.run(measure_sessions(port, sessions))
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(60)

@@ -10,6 +10,7 @@ requests, and the server's memory over time.
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -22,6 +23,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +46,7 @@ class Question:
 
     def is_correct(self, text: str | None, audio: bytes) -> bool:
         """Whether an answer is the expected one: the same text, the same audio up to rounding to 16 bits."""
-        expected = np.zeros(0, int) if self.audio is None else audio_io.to_pcm16(self.audio).astype(int)
-        found = np.frombuffer(audio, "<i2")
-        return text == self.text and found.shape == expected.shape and np.abs(found - expected).max(initial=0) <= 4
+        return text == self.text and is_same_audio(audio, self.audio)
 
 
 def questions(omni: Omni) -> list[Question]:
@@ -147,22 +147,45 @@ def metrics(port: int) -> dict[str, float]:
     return {line[0]: float(line[1]) for line in lines if len(line) == 2}
 
 
+def is_same_audio(found: bytes, expected: np.ndarray | None) -> bool:
+    """Whether 16-bit samples are those of float audio, or none, up to rounding."""
+    samples = np.frombuffer(found, "<i2").astype(int)
+    wanted = np.zeros(0, int) if expected is None else audio_io.to_pcm16(expected).astype(int)
+    return samples.shape == wanted.shape and bool(np.abs(samples - wanted).max(initial=0) <= 4)
+
+
+@contextlib.contextmanager
+def serving(*options: str) -> Iterator[tuple[int, int]]:
+    """Port and process id of an `omni-jax serve` with these options, once it is ready."""
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("omni-jax")), "serve", "--port", str(port), *options]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        while _metrics_or_none(port).get("omni_ready") != 1:
+            assert server.poll() is None, "the server has exited"
+            time.sleep(0.5)
+        yield port, server.pid
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(60)
+
+
+def _metrics_or_none(port: int) -> dict[str, float]:
+    """The metrics; empty while the server does not listen yet."""
+    try:
+        return metrics(port)
+    except OSError:
+        return {}
+
+
 def main() -> None:
     minutes = float(os.environ.get("MINUTES", "1"))
     asked = questions(Omni.from_pretrained("nano"))
-    port = free_port()
-    sizes = ["--max-batch-size", str(MAX_BATCH_SIZE), "--max-queue-size", str(MAX_QUEUE_SIZE)]
-    command = ["serve", "--port", str(port), *sizes]
     start = time.monotonic()
-    server = subprocess.Popen(
-        [Path(sys.executable).with_name("omni-jax"), *command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    try:
-        while metrics_or_none(port).get("omni_ready") != 1:
-            assert server.poll() is None, "the server has exited"
-            time.sleep(0.5)
+    sizes = ["--max-batch-size", str(MAX_BATCH_SIZE), "--max-queue-size", str(MAX_QUEUE_SIZE)]
+    with serving(*sizes) as (port, pid):
         print(f"ready after {time.monotonic() - start:.0f} s", flush=True)
-        process, seconds = psutil.Process(server.pid), 60 * minutes
+        process, seconds = psutil.Process(pid), 60 * minutes
         started = time.monotonic()
         load = Load(port, asked, started + seconds)
         threads = [threading.Thread(target=load.client, args=(number,)) for number in range(CLIENTS)]
@@ -185,14 +208,3 @@ def main() -> None:
         print(f"memory after each tenth: {tenths} MiB")
         in_use, queued = found["omni_batch_slots_in_use"], found["omni_queue_length"]
         print(f"afterwards {in_use:.0f} batch slots in use, {queued:.0f} requests queued")
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(60)
-
-
-def metrics_or_none(port: int) -> dict[str, float]:
-    """The metrics; empty while the server does not listen yet."""
-    try:
-        return metrics(port)
-    except OSError:
-        return {}

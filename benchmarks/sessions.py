@@ -14,10 +14,7 @@ import base64
 import json
 import os
 import random
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -31,7 +28,7 @@ import soxr
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from benchmarks.serve import free_port, metrics, metrics_or_none
+from benchmarks.serve import is_same_audio, metrics, serving
 from omni_jax import Omni, Request, Turn
 from omni_jax.audio.io import SAMPLE_RATE, read_audio, to_pcm16
 
@@ -80,9 +77,7 @@ def conversation(omni: Omni, asked: Sequence[np.ndarray | str]) -> list[Question
         remembered: Any = {"system": SYSTEM, "history": turns} if omni.config.conversation else {}
         reply = omni.generate(Request(**source, **remembered), max_steps=STEPS)
         assert reply.audio is not None
-        found.append(
-            Question(question if isinstance(question, str) else question.tobytes(), reply.text, to_pcm16(reply.audio))
-        )
+        found.append(Question(question if isinstance(question, str) else question.tobytes(), reply.text, reply.audio))
         if isinstance(question, str):
             turns.append(Turn(question, reply.text))
         else:
@@ -152,7 +147,8 @@ class Load:
         await send(socket, "response.create")
         items, text, audio = [], "", b""
         while True:
-            event = json.loads(await asyncio.wait_for(socket.recv(), 120))
+            async with asyncio.timeout(120):
+                event = json.loads(await socket.recv())
             match event["type"]:
                 case "conversation.item.added":
                     items.append(event["item"]["id"])
@@ -172,10 +168,8 @@ class Load:
     def _outcome(self, question: Question, response: dict[str, Any], text: str, audio: bytes) -> str:
         if response["status"] not in ("completed", "incomplete"):
             return f"{response['status']}: {response['status_details']}"
-        found = np.frombuffer(audio, "<i2").astype(int)
-        expected = question.audio.astype(int)
-        same = found.shape == expected.shape and np.abs(found - expected).max(initial=0) <= 4
-        return "correct" if same and text == question.text else "WRONG"
+        same = text == question.text and is_same_audio(audio, question.audio)
+        return "correct" if same else "WRONG"
 
 
 async def send(socket: ClientConnection, type: str, **fields: Any) -> None:
@@ -221,19 +215,9 @@ def main() -> None:
         ["What is your name?", spoken[1], spoken[2]],
     ]
     conversations = [conversation(omni, asked) for asked in scripts]
-    port, seconds = free_port(), 60 * float(os.environ.get("MINUTES", "1"))
-    command = ["serve", "--port", str(port), "--max-batch-size", str(MAX_BATCH_SIZE)]
-    server = subprocess.Popen(
-        [Path(sys.executable).with_name("omni-jax"), *command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    try:
-        while metrics_or_none(port).get("omni_ready") != 1:
-            assert server.poll() is None, "the server has exited"
-            time.sleep(0.5)
-        result = asyncio.run(hold(port, server.pid, conversations, seconds))
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(60)
+    seconds = 60 * float(os.environ.get("MINUTES", "1"))
+    with serving("--max-batch-size", str(MAX_BATCH_SIZE)) as (port, pid):
+        result = asyncio.run(hold(port, pid, conversations, seconds))
     print(
         f"{SESSIONS} sessions for {seconds:.0f} s: " + ", ".join(f"{n} {o}" for o, n in result.outcomes.most_common())
     )

@@ -34,6 +34,9 @@ LORA = "lora"
 """The module that the parameters of `LoRAConfig` form, which is trained where there is one. A run has it in PEFT's
 format in the folder of this name."""
 
+MIN_ALPHA, MAX_ALPHA = 1e-6, 1e6
+"""Of LoRA: far from any that is used; the scales that follow from them are numbers of float32."""
+
 PROJECTIONS = ("q", "k", "v", "out", "gate", "up", "down")
 """Linear maps of each layer of the trunk: four of its attention, three of its MLP."""
 
@@ -139,7 +142,7 @@ class LoRAConfig:
 
     rank: int = Field(default=16, gt=0, le=MAX_SIZE)
     """Rows of A and columns of B."""
-    alpha: float = Field(default=32.0, ge=1e-6, le=1e6)
+    alpha: float = Field(default=32.0, ge=MIN_ALPHA, le=MAX_ALPHA)
     """Scale of the change, times the rank."""
     targets: tuple[str, ...] = PROJECTIONS
     """Linear maps that are changed, in every layer: some of q, k, v, out, gate, up, down."""

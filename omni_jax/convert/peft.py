@@ -20,7 +20,7 @@ import numpy as np
 from omni_jax.checkpoint.folders import new_folder
 from omni_jax.checkpoint.safetensors_io import LazyTensor, SafetensorsFile, Tensors, write_safetensors
 from omni_jax.config.model import MAX_SIZE, TrunkConfig
-from omni_jax.config.run import LoRAConfig
+from omni_jax.config.run import MAX_ALPHA, MIN_ALPHA, LoRAConfig
 from omni_jax.convert.files import read_json, refuse_wrong_types, write_json
 from omni_jax.convert.language_model import text_tensors, trunk_table
 from omni_jax.errors import ConversionError
@@ -30,9 +30,6 @@ PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 OUR_A, OUR_B = ".lora.a", ".lora.b"
 """What follows the name of a linear map in the names of our tensors."""
-
-MIN_ALPHA, MAX_ALPHA = 1e-6, 1e6
-"""Far from any that is used; the scales that follow from them are numbers of float32."""
 
 _FIXED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),

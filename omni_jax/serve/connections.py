@@ -7,6 +7,7 @@ lets a client of tiny frames keep all others waiting.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from typing import Any, cast
 
@@ -237,11 +238,13 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             if text is None or len(text) <= FRAME_CHARACTERS:
                 await super().send(message)
                 return
+            frames = asyncio.create_task(self._send_frames(text))
             try:
-                await self._send_frames(text)
-            except BaseException:
-                # A message that has begun cannot be taken back.
-                self.transport.abort()
+                await asyncio.shield(frames)
+            except asyncio.CancelledError:
+                # A message that has begun cannot be taken back: what was cancelled ends after it.
+                with contextlib.suppress(ClientDisconnected):
+                    await frames
                 raise
 
     async def _send_frames(self, text: str) -> None:
@@ -257,7 +260,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     async def _until_writable(self) -> None:
         try:
-            await asyncio.wait_for(self.writable.wait(), self.config.service.settings.idle_timeout)
+            async with asyncio.timeout(self.config.service.settings.idle_timeout):
+                await self.writable.wait()
         except TimeoutError:
             self.transport.abort()
             raise ClientDisconnected from None

@@ -180,9 +180,8 @@ class LimitsMiddleware:
             if complete:
                 return await receive()
             try:
-                message = await asyncio.wait_for(
-                    receive(), max(0, min(self.settings.idle_timeout, until - time.monotonic()))
-                )
+                async with asyncio.timeout(max(0, min(self.settings.idle_timeout, until - time.monotonic()))):
+                    message = await receive()
             except TimeoutError:
                 raise HTTPException(408, "the body did not arrive in time", CLOSE_CONNECTION) from None
             size = len(message.get("body", b""))
@@ -202,7 +201,8 @@ class LimitsMiddleware:
 
         async def bounded(message: Message) -> None:
             try:
-                await asyncio.wait_for(send(message), self.settings.idle_timeout)
+                async with asyncio.timeout(self.settings.idle_timeout):
+                    await send(message)
             except TimeoutError:
                 raise SlowClientError(f"{path}: the client read nothing for {self.settings.idle_timeout:g} s") from None
 

@@ -164,7 +164,8 @@ class LiveSession:
 
     async def _handshake(self) -> bool:
         """Wait for the first message, which has the key if one is needed; False if the connection was closed."""
-        received = await asyncio.wait_for(self.socket.receive(), self.service.settings.idle_timeout)
+        async with asyncio.timeout(self.service.settings.idle_timeout):
+            received = await self.socket.receive()
         message = await self._parse(received)
         keys = self.service.settings.api_keys
         if not isinstance(message, StartMessage) or (keys and not is_known_key(message.api_key, keys)):

@@ -7,20 +7,21 @@ names, and what `questions` holds out about numbers.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from omni_jax.inference.request import Turn
 from recipes.nano.questions import (
     HELD_OUT_PHRASINGS,
     KINDS,
+    SPLITS,
     TABLES,
     Fact,
     Kind,
     Split,
     capitalize,
-    hash_fraction,
+    held_out_phrasings,
     lowest_hashes,
     read_facts,
     words,
@@ -42,6 +43,12 @@ SYLLABLES = tuple(
 )
 UNKNOWN = KINDS["unknown"].facts[0].answer
 HELD_OUT_NAMES = lowest_hashes(NAMES[1:], HELD_OUT_PHRASINGS, "name")
+PHRASINGS = {
+    (split, form): [text for text in texts if (text in held_out_phrasings(form, texts)) == (split == "held_out")]
+    for split in SPLITS
+    for form, texts in FORMS.items()
+}
+"""Of each split and form, but the further ones."""
 NEIGHBORS = {"after": KINDS["after"], "before": KINDS["before"]}
 OF = ("capital", "color", "sound", "opposite")
 """Kinds whose question may say "of" before its subject."""
@@ -57,14 +64,6 @@ FAVORITES = {
     "season": ["spring", "summer", "fall", "winter"],
 }
 """What a user may like best."""
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A question and its answer."""
-
-    question: str
-    answer: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +105,9 @@ class _Maker:
 
     def phrasing(self, form: str) -> str:
         """Of a form; half of those in training are further ones."""
-        held_out = _held_out_phrasings(form)
-        if self.split == "held_out":
-            return self.rng.choice([text for text in FORMS[form] if text in held_out])
-        if self.rng.random() < 0.5:
+        if self.split == "train" and self.rng.random() < 0.5:
             return self.rng.choice(FURTHER_FORMS[form])
-        return self.rng.choice([text for text in FORMS[form] if text not in held_out])
+        return self.rng.choice(PHRASINGS[self.split, form])
 
     def asked(self, *kinds: str) -> Asked:
         """A training question of one of the kinds.
@@ -164,13 +160,6 @@ def conversations(split: Split, count: int, seed: int) -> list[Conversation]:
         if made is not None:
             found.setdefault(made)
     return list(found)
-
-
-def _held_out_phrasings(form: str) -> frozenset[str]:
-    """As of `Kind.held_out_phrasings`."""
-    texts = FORMS[form]
-    ordered = sorted(texts[1:], key=lambda text: hash_fraction("phrasing", form, text))
-    return frozenset(ordered[: math.ceil(len(texts) * HELD_OUT_PHRASINGS)])
 
 
 def _value(asked: Asked) -> str | None:
@@ -397,6 +386,4 @@ _FACTS = {name: {fact.key: fact for fact in kind.facts} for name, kind in KINDS.
 
 def forms(split: Split) -> Iterator[tuple[str, str]]:
     """Every form with each of its phrasings of a split, but the further ones."""
-    for form, texts in FORMS.items():
-        held_out = _held_out_phrasings(form)
-        yield from ((form, text) for text in texts if (text in held_out) == (split == "held_out"))
+    yield from ((form, text) for form in FORMS for text in PHRASINGS[split, form])

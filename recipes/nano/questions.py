@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 Split = Literal["train", "held_out"]
+SPLITS: tuple[Split, ...] = ("train", "held_out")
 T = TypeVar("T")
 
 FACTS = Path(__file__).parent / "facts"
@@ -135,6 +136,13 @@ def lowest_hashes(values: Iterable[T], share: float, *names: object) -> frozense
     """At least `share` of the distinct values: those of the lowest hash."""
     ordered = sorted(set(values), key=lambda value: hash_fraction(*names, value))
     return frozenset(ordered[: math.ceil(len(ordered) * share)])
+
+
+def held_out_phrasings(name: str, phrasings: Sequence[str]) -> frozenset[str]:
+    """A fifth of the phrasings of a kind or form, never the first."""
+    count = math.ceil(len(phrasings) * HELD_OUT_PHRASINGS)
+    ordered = sorted(phrasings[1:], key=lambda phrasing: hash_fraction("phrasing", name, phrasing))
+    return frozenset(ordered[:count])
 
 
 def all_questions(split: Split, kinds: Iterable[str] | None = None, *, further: bool = False) -> list[Item]:
@@ -325,12 +333,11 @@ def _computed_facts(kind: str) -> Iterable[Fact]:
 def _kind(name: str, spec: Mapping[str, Any]) -> Kind:
     phrasings = tuple(spec["phrasings"].splitlines())
     facts = tuple(_table_facts(name, spec) if "answer" in spec else _computed_facts(name))
-    count = math.ceil(len(phrasings) * HELD_OUT_PHRASINGS)
-    held_out = sorted(phrasings[1:], key=lambda phrasing: hash_fraction("phrasing", name, phrasing))[:count]
     pairs = (fact.pair for fact in facts if fact.pair)
     held_out_pairs = lowest_hashes(pairs, float(spec.get("held_out_pairs", HELD_OUT_PAIRS)), "pair", name)
     further = tuple(spec["further"].splitlines())
-    return Kind(name, float(spec["share"]), phrasings, further, facts, frozenset(held_out), held_out_pairs)
+    held_out = held_out_phrasings(name, phrasings)
+    return Kind(name, float(spec["share"]), phrasings, further, facts, held_out, held_out_pairs)
 
 
 KINDS: dict[str, Kind] = {name: _kind(name, spec) for name, spec in read_facts("kinds.yaml").items()}

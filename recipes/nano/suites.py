@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,8 +31,7 @@ from omni_jax.audio.io import SAMPLE_RATE
 from omni_jax.checkpoint.folders import new_folder
 from omni_jax.data.records import Exchange, Records, from_bytes
 from omni_jax.tasks import Task
-from recipes.nano.questions import Split, all_questions
-from recipes.nano.texts import NOT_UNDERSTOOD, UNKNOWN
+from recipes.nano.texts import NOT_UNDERSTOOD, UNKNOWN, known_answers
 
 ANSWERED = (Task.A1A2, Task.A1T2, Task.A1T1)
 FOLLOWED = (Task.A1A2, Task.A1T2)
@@ -94,17 +92,10 @@ def exchanges(folder: Path, limit: int | None = None) -> Iterator[Exchange]:
         yield from_bytes(records[index])
 
 
-@cache
-def answered_alone() -> frozenset[tuple[str, str]]:
-    """All questions of nano with their answers, held out or not."""
-    splits: tuple[Split, ...] = ("train", "held_out")
-    return frozenset((item.question, item.answer) for split in splits for item in all_questions(split, further=True))
-
-
 def group(exchange: Exchange, name: str) -> str:
     """What the metrics of a case are given for: kind of question, voices of a sentence, or place in a conversation."""
     if name.startswith("conversation"):
-        alone = (exchange.question_text, exchange.answer_text) in answered_alone()
+        alone = (exchange.question_text, exchange.answer_text) in known_answers()
         return "new_question" if alone else "follow_up"
     kind = exchange.source.split()[1]
     return name if kind == "sentence" else kind

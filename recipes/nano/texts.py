@@ -50,9 +50,12 @@ from typing import Annotated
 import typer
 
 from omni_jax.checkpoint.folders import new_folder
+from omni_jax.inference.messages import to_messages
+from omni_jax.inference.request import Turn
 from recipes.nano.conversations import Conversation, conversations
 from recipes.nano.questions import (
     KINDS,
+    SPLITS,
     Item,
     Split,
     all_questions,
@@ -257,12 +260,10 @@ def transcribed(made: list[Conversation]) -> list[Conversation]:
 
 def messages(made: Conversation) -> dict[str, object]:
     """A conversation as chat completions have it; only its last answer is trained."""
-    found: list[dict[str, object]] = [{"role": "system", "content": made.system}] if made.system else []
-    for turn in made.history:
-        found.append({"role": "user", "content": turn.question})
-        found.append({"role": "assistant", "content": turn.answer, "weight": 0})
-    found += [{"role": "user", "content": made.question}, {"role": "assistant", "content": made.answer}]
-    return {"messages": found}
+    past = to_messages(made.system, made.history)
+    last = to_messages("", [Turn(made.question, made.answer)])
+    untrained = [message | ({"weight": 0} if message["role"] == "assistant" else {}) for message in past]
+    return {"messages": [*untrained, *last]}
 
 
 def asked_questions(count: int, seed: int, shares: Mapping[str, float] | None = None) -> list[Item]:
@@ -313,10 +314,15 @@ def misspell(text: str, rng: random.Random) -> str:
 
 
 @cache
+def known_answers() -> frozenset[tuple[str, str]]:
+    """All that nano can be asked, held out or not, with the answers."""
+    return frozenset((item.question, item.answer) for split in SPLITS for item in all_questions(split, further=True))
+
+
+@cache
 def known_questions() -> frozenset[str]:
-    """All that nano can be asked, held out or not."""
-    splits: tuple[Split, ...] = ("train", "held_out")
-    return frozenset(item.question for split in splits for item in all_questions(split, further=True))
+    """The questions of `known_answers`."""
+    return frozenset(question for question, _ in known_answers())
 
 
 def misspelled(split: Split, count: int, seed: int) -> list[Row]:

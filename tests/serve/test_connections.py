@@ -11,13 +11,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from websockets.client import ClientProtocol
+from websockets.frames import Frame
+from websockets.protocol import State
+from websockets.server import ServerProtocol
+from websockets.uri import parse_uri
 
 from benchmarks.attacks import frame
 from omni_jax.api import Omni
-from omni_jax.serve.connections import MAX_CHUNK_OVERHEAD, MAX_FRAGMENTS, START_BYTES
+from omni_jax.serve.connections import (
+    FRAME_CHARACTERS,
+    MAX_CHUNK_OVERHEAD,
+    MAX_FRAGMENTS,
+    START_BYTES,
+    WebSocketProtocol,
+)
 from tests.serve.conftest import RunningServer, eventually, run_server
 from tests.serve.test_app import connect, post, still_answers
 
@@ -292,3 +305,66 @@ def test_live_requests_in_progress_are_counted(omni: Omni, monkeypatch: pytest.M
         for client in held:
             client.close()
         eventually(lambda: server.service.bodies.left("127.0.0.1") == 200_000)
+
+
+class Sender:
+    """What `WebSocketProtocol.send` needs of itself."""
+
+    send = WebSocketProtocol.send
+    _send_frames = WebSocketProtocol._send_frames
+    _until_writable = WebSocketProtocol._until_writable
+
+    def __init__(self) -> None:
+        self.config = SimpleNamespace(service=SimpleNamespace(settings=SimpleNamespace(idle_timeout=30)))
+        self.conn, self.transport = ServerProtocol(state=State.OPEN), Mock()
+        self.writable, self._sending = asyncio.Event(), asyncio.Lock()
+        self.writable.set()
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_cancellation_while_sending_is_not_lost(turns: int) -> None:
+    """Whatever the connection is doing when an answer is cancelled; it was lost in Python 3.11."""
+
+    async def answer(sender: Sender) -> None:
+        for _ in range(100):
+            await sender._until_writable()
+            await asyncio.sleep(0)
+
+    async def cancel() -> bool:
+        task = asyncio.create_task(answer(Sender()))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        return task.cancelled()
+
+    assert asyncio.run(cancel())
+
+
+def test_message_that_has_begun_is_sent_whole_if_cancelled() -> None:
+    """The client read slowly, and the connection goes on."""
+    text = "a" * (2 * FRAME_CHARACTERS + 1)
+
+    async def send() -> Sender:
+        sender = Sender()
+        task = asyncio.create_task(sender.send({"type": "websocket.send", "text": text}))
+        await eventually_written(sender)
+        sender.writable.clear()
+        task.cancel()
+        await asyncio.wait([task], timeout=0.1)
+        sender.writable.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return sender
+
+    async def eventually_written(sender: Sender) -> None:
+        while not sender.transport.write.called:
+            await asyncio.sleep(0)
+
+    sender = asyncio.run(send())
+    client = ClientProtocol(parse_uri("ws://localhost"), state=State.OPEN)
+    client.receive_data(b"".join(call.args[0] for call in sender.transport.write.call_args_list))
+    frames = [event for event in client.events_received() if isinstance(event, Frame)]
+    assert b"".join(frame.data for frame in frames).decode() == text
+    assert [frame.fin for frame in frames] == [False, False, True]
+    assert not sender.transport.abort.called

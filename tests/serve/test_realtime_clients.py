@@ -140,6 +140,6 @@ def test_realtime_errors_that_clients_know(conversation_server: RunningServer) -
         assert client.error("conversation.item.create", **item)["code"] == "item_create_duplicate_item_id"
         with HeldBatch(conversation_server):
             client.send("response.create")
-            client.last("response.created")
-            found = client.error("response.create")
-        assert found["code"] == "conversation_already_has_active_response"
+            client.send("response.create", event_id="mine")
+            found = client.last("error")["error"]
+        assert (found["event_id"], found["code"]) == ("mine", "conversation_already_has_active_response")

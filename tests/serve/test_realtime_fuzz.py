@@ -141,7 +141,8 @@ async def run_stream(url: str, seed: int) -> Counter[str]:
         started, ended = set(), set()
 
         async def receive() -> Event:
-            event: Event = json.loads(await asyncio.wait_for(socket.recv(), 60))
+            async with asyncio.timeout(60):
+                event: Event = json.loads(await socket.recv())
             check_event(event, beta=fuzzer.beta)
             found[event["type"]] += 1
             if event["type"] == "response.created":

@@ -43,10 +43,5 @@ def test_release_of_a_run_keeps_what_is_not_trained(tiny_release: Path, tmp_path
     before, after = start.model_tensors(), open_release(tmp_path / "release").model_tensors()
     for name, tensor in before.items():
         found = after[name].read()
-        if name.startswith("adapter."):
-            assert found.dtype == np.float32, name
-            tensor = tensor.read().astype(np.float32)
-        else:
-            tensor = tensor.read()
-            assert found.dtype == tensor.dtype, name
-        np.testing.assert_array_equal(found, tensor, err_msg=name)
+        assert found.dtype == (np.float32 if name.startswith("adapter.") else tensor.dtype), name
+        np.testing.assert_array_equal(found, tensor.read().astype(found.dtype), err_msg=name)
