@@ -134,8 +134,8 @@ class AsyncEngine:
             max_batch_size: requests decoded at once.
             max_queue_size: how many more may be queued; further ones are refused.
             max_len: positions of each slot's cache; None: the trunk's context.
-            warm_up: compile what the first request needs before `ready` is set, and the rest whenever there is no
-                request. A request that needs a program which is not compiled yet waits for it.
+            warm_up: compile what the first request needs before `ready` is set, and the rest beside the answers.
+                Only a request for which nothing is compiled waits for the compiler.
             prefix_cache_bytes: memory for the keys and values of conversations that wait for their next turn.
             cache_bytes: memory for the keys and values of the running batch, which requests take page by page; None, or
                 more than that: what all batch slots and companion rows at full length take.
@@ -184,7 +184,7 @@ class AsyncEngine:
             page_len=page_len,
         )
         self.ready, self.warmed_up = threading.Event(), threading.Event()
-        self._rest: Iterator[None] = iter(())
+        self._compiling = threading.Thread(target=self._compile_rest, name="omni_jax compiler", daemon=True)
         self.broken = False
         self._thread = threading.Thread(target=self._run, args=(warm_up,), name="omni_jax engine", daemon=True)
         self._thread.start()
@@ -283,6 +283,9 @@ class AsyncEngine:
                 self._lock.notify()
             # A compilation cannot be interrupted; the thread ends after it, or with the process.
             self._thread.join(None if self.ready.is_set() else 0)
+        if self._compiling.is_alive():
+            # As above.
+            self._compiling.join(WARM_UP_JOIN_SECONDS)
         return in_time
 
     def _request_cancel(self, handle: RequestHandle) -> None:
@@ -318,18 +321,15 @@ class AsyncEngine:
                 codec.result()
             if self._closing != "cancel":
                 seconds = time.monotonic() - start
-                log.info("ready after %.1f s of compiling; the rest is compiled between requests", seconds)
-            self._rest = self._engine.warm_up_rest()
+                log.info("ready after %.1f s of compiling; the rest is compiled beside the answers", seconds)
+                self._compiling.start()
         else:
             self.warmed_up.set()
         if self._closing != "cancel":
             self.ready.set()
         while self._process_orders():
             try:
-                if self._engine.busy or self.warmed_up.is_set():
-                    self._advance()
-                else:
-                    self._compile_next()
+                self._advance()
             except Exception:
                 # A fault must not end the service: requests that it hits for the first time are answered again.
                 log.exception("the running batch failed and is reset")
@@ -339,9 +339,7 @@ class AsyncEngine:
     def _process_orders(self) -> bool:
         """Wait for something to do; submit, cancel and expire requests. False when all is done."""
         with self._lock:
-            while self.warmed_up.is_set() and not (
-                self._new or self._cancelled or self._answers or self._histories or self._closing
-            ):
+            while not (self._new or self._cancelled or self._answers or self._histories or self._closing):
                 self._lock.wait()
             # One at a time: a request that arrives meanwhile comes first.
             history = self._histories.popleft() if self._histories else None
@@ -392,13 +390,17 @@ class AsyncEngine:
             if progress.done:
                 self._end(progress.key, "done")
 
-    def _compile_next(self) -> None:
-        """Compile one more of the programs that requests can need."""
+    def _compile_rest(self) -> None:
+        """Compile the other programs, until the engine is closed."""
         try:
-            next(self._rest)
-        except StopIteration:
+            for _ in self._engine.warm_up_rest():
+                if self._closing is not None:
+                    return
+        except Exception:
+            log.exception("compiling beforehand has failed: requests wait for what they need")
+        else:
             log.info("every program is compiled")
-            self.warmed_up.set()
+        self.warmed_up.set()
 
     def _end(self, key: int, outcome: Outcome) -> None:
         self._engine.cancel(key)

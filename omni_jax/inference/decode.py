@@ -188,7 +188,8 @@ def decode_chunk(
         more = (done < steps) & jnp.any(state.running)
         if texts:
             pending = (state.running & state.text_pending).at[routing.text_slot].get(mode="fill", fill_value=False)
-            more = more & jnp.any(pending)
+            # Where no text is expected, there is none to wait for the end of.
+            more = more & (jnp.any(pending) | (routing.text_slot >= B).all())
         return more
 
     def body(carry: tuple[Array, DecodeState, Array]) -> tuple[Array, DecodeState, Array]:

@@ -203,8 +203,11 @@ class ActiveRequest:
         return pages_for(len(self.request.prompt) - 1 + steps, page_len)
 
 
-_Program = tuple[Callable[..., None], tuple[Any, ...]]
-"""A method of `Engine` that compiles programs, and its arguments."""
+_Program = tuple[str, tuple[Any, ...]]
+"""What `Engine` compiles in one of its methods, and the method's arguments."""
+_Shape = tuple[Task, int, int, bool]
+"""Requests alike in this are prefilled together: see `Engine._prefilled_as`; padded length, the audio encoder's window
+(0 without speech), whether after a prefix."""
 
 
 class Engine:
@@ -269,6 +272,8 @@ class Engine:
         self._faulted: set[tuple[int, bool]] = set()
         self._admitted = 0
         self._to_remember: deque[History] = deque(maxlen=MAX_TO_REMEMBER)
+        # Empty unless `warm_up_rest` is used, maybe by another thread: any program is compiled when it is needed.
+        self._compiled: set[_Program] = set()
         # Of requests with a transcription, how many of the two have not ended.
         self._unfinished: dict[int, int] = {}
         self._init_batch()
@@ -458,29 +463,40 @@ class Engine:
         Raises:
             RuntimeError: something is queued or active.
         """
-        for compile_program, sizes in self._first_programs():
+        if self.busy:
+            raise RuntimeError("a busy engine cannot be warmed up")
+        for program in self._first_programs():
             if stop():
                 return
-            self._compile(compile_program, sizes)
+            self._compile(program)
 
     def warm_up_rest(self) -> Iterator[None]:
         """Compile every other program that any request can need here, one for each item.
 
-        The likeliest come first: those of one request alone. Between two items, requests may be answered.
-
-        Raises:
-            RuntimeError: something is queued or active.
+        Nothing is run, so that another thread can do it while this engine answers requests. From the first item on, a
+        request gets a larger program that is compiled rather than a smaller one that is not. Those that fit many
+        requests come first, then the likeliest: those of one request alone.
         """
-        first = self._first_programs()
-        for program in sorted(dict.fromkeys(self._other_programs()), key=lambda program: self._num_requests(*program)):
-            if program not in first:
-                self._compile(*program)
+        compiler = Engine(
+            self.runner.compiler(),
+            self.max_batch_size,
+            self.max_len,
+            self.buckets,
+            num_pages=self.pages.total,
+            page_len=self.page_len,
+        )
+        self._compiled.update(self._first_programs())
+        others = sorted(dict.fromkeys(self._other_programs()), key=self._num_requests)
+        for program in dict.fromkeys([*self._general_programs(), *others]):
+            if program not in self._compiled:
+                compiler._compile(program)
+                self._compiled.add(program)
                 yield
 
-    def _compile(self, compile_program: Callable[..., None], sizes: tuple[Any, ...]) -> None:
-        if self.busy:
-            raise RuntimeError("a busy engine cannot be warmed up")
-        compile_program(*sizes)
+    def _compile(self, program: _Program) -> None:
+        kind, sizes = program
+        compile_programs: Callable[..., None] = getattr(self, f"_compile_{kind}")
+        compile_programs(*sizes)
 
     def _first_programs(self) -> list[_Program]:
         encoder, few = self.runner.config.audio_encoder, self._bucket_rows(1)
@@ -488,45 +504,84 @@ class Engine:
         positions = speech_positions(samples, encoder.max_position, self.runner.config.adapter.stack)
         length = self._padded(len(speech_prompt(Task.A1A2, positions, self.vocab)) - 1)
         return [
-            (self._compile_prefill, (Task.A1A2, length, encoder.window(samples), False, 1)),
-            (self._compile_decode, (self._bucket_companions(1), few, few)),
-            (self._compile_decode, (0, 0, few)),
-            (self._compile_stop, ()),
+            ("encode", (encoder.window(samples), 1)),
+            ("prefill", (Task.A1A2, length, False, 1)),
+            ("decode", (self._bucket_companions(1), few, few)),
+            ("decode", (0, 0, few)),
+            ("stop", ()),
         ]
 
+    def _general_programs(self) -> Iterator[_Program]:
+        """Those that fit any number of requests, one after another: without them many would wait for a compiler."""
+        per_group = self.max_batch_size // self.groups
+        yield "decode", (self._bucket_companions(per_group), self.max_batch_size, self.max_batch_size)
+        yield "encode", (self.runner.config.audio_encoder.max_position, 1)
+        for task, after_prefix in itertools.product(self._prefilled_tasks, self._with_prefix):
+            yield "prefill", (task, self._lengths(task)[-1], after_prefix, 1)
+
     def _other_programs(self) -> Iterator[_Program]:
-        config = self.runner.config
         sizes = sorted({self._bucket_rows(count) for count in range(self.max_batch_size + 1)})
         of_companions = sorted({self._bucket_companions(n) for n in range(self.max_batch_size // self.groups + 1)})
         for companions, texts, audios in itertools.product(of_companions, sizes, sizes):
             # A request with a companion row outputs text and audio.
             if (min(texts, audios) >= companions or self.groups > 1) and texts + audios:
-                yield self._compile_decode, (companions, texts, audios)
+                yield "decode", (companions, texts, audios)
         max_rows = min(self.max_batch_size, MAX_PREFILL_ROWS)
         rows = sorted({next_power_of_2(count) for count in range(1, max_rows + 1)})
-        after = (False, True) if config.conversation else (False,)
-        # Without a TTS adapter prefill does not depend on what is output.
-        tasks = (Task.A1A2, Task.T1A1, Task.A1T1, Task.T1T2) if config.tts_adapter_layers else (Task.A1A2, Task.T1A1)
-        for task in tasks:
-            # Any prompt may follow a history.
-            speech_only = task.takes_audio and not config.conversation
-            max_prompt = min(max_speech_positions(config) + 2, self.max_len) if speech_only else self.max_len
-            lengths = sorted({self._padded(length) for length in range(1, max_prompt + 1)})
-            windows = config.audio_encoder.windows if task.takes_audio else (0,)
-            for count in rows:
-                for length, after_prefix in itertools.product(lengths, after):
-                    yield self._compile_prefill, (task, length, windows[0], after_prefix, count)
-                # The longer windows of the audio encoder, whatever the prompt is padded to.
-                for window in windows[1:]:
-                    yield self._compile_prefill, (task, lengths[0], window, False, count)
+        for window, count in itertools.product(self.runner.config.audio_encoder.windows, rows):
+            yield "encode", (window, count)
+        for task, after_prefix, count in itertools.product(self._prefilled_tasks, self._with_prefix, rows):
+            for length in self._lengths(task):
+                yield "prefill", (task, length, after_prefix, count)
 
-    def _num_requests(self, compile_program: Callable[..., None], sizes: tuple[Any, ...]) -> int:
+    @property
+    def _with_prefix(self) -> tuple[bool, ...]:
+        return (False, True) if self.runner.config.conversation else (False,)
+
+    @property
+    def _prefilled_tasks(self) -> tuple[Task, ...]:
+        return tuple(dict.fromkeys(self._prefilled_as(task, task.outputs_audio) for task in Task))
+
+    def _prefilled_as(self, task: Task, outputs_audio: bool) -> Task:
+        """The task that stands for all whose prompts the same programs prefill.
+
+        Only the TTS adapter's cache depends on what is output; without one there is one program less per shape.
+        """
+        if outputs_audio or not self.runner.config.tts_adapter_layers:
+            return Task.A1A2 if task.takes_audio else Task.T1A2
+        return Task.A1T2 if task.takes_audio else Task.T1T2
+
+    def _lengths(self, task: Task) -> list[int]:
+        """What prompts of a task are padded to."""
+        config = self.runner.config
+        # Any prompt may follow a history.
+        speech_only = task.takes_audio and not config.conversation
+        most = min(max_speech_positions(config) + 2, self.max_len) if speech_only else self.max_len
+        return sorted({self._padded(length) for length in range(1, most + 1)})
+
+    def _num_requests(self, program: _Program) -> int:
         """How many requests there must be at once for a program to be needed."""
-        if compile_program == self._compile_prefill:
+        kind, sizes = program
+        if kind != "decode":
             return int(sizes[-1]) // 2 + 1
         few = self._bucket_rows(1)
         of_one = (self._bucket_companions(1), few, few)
         return max(1 if size <= one else few + 1 for size, one in zip(sizes, of_one, strict=True))
+
+    def _compile_encode(self, window: int, rows: int) -> None:
+        self.runner.encode_audio(jnp.asarray(np.zeros((rows, 320 * window), np.float32)))
+
+    def _compile_prefill(self, task: Task, length: int, after_prefix: bool, rows: int) -> None:
+        window = 0
+        if task.takes_audio:
+            window = self.runner.config.audio_encoder.windows[0]
+            prompt, speech = speech_prompt(task, 1, self.vocab), np.zeros(320 * (window - 2), np.float32)
+            request = PreparedRequest.of(prompt, speech)
+        else:
+            request = PreparedRequest.of(text_prompt(task, [0], self.vocab))
+        prefix = self._empty_prefix() if after_prefix else None
+        group = [(self.max_batch_size, ActiveRequest(-1, request, prefix=prefix))]
+        self._prefill((task, length, window, after_prefix), rows, group)
 
     def _compile_decode(self, companions: int, texts: int, audios: int) -> None:
         def unused(size: int) -> jax.Array:
@@ -537,14 +592,8 @@ class Engine:
         routing = Routing(unused(companions), unused(texts), unused(texts), unused(audios), pages)
         self.state, *_ = self.runner.decode_chunk(self.state, routing, jnp.int32(1))
 
-    def _compile_prefill(self, task: Task, length: int, window: int, after_prefix: bool, rows: int) -> None:
-        if task.takes_audio:
-            prompt, speech = speech_prompt(task, 1, self.vocab), np.zeros(320 * (window - 2), np.float32)
-            request = PreparedRequest.of(prompt, speech)
-        else:
-            request = PreparedRequest.of(text_prompt(task, [0], self.vocab))
-        prefix = self._empty_prefix() if after_prefix else None
-        self._prefill(length, [(self.max_batch_size, ActiveRequest(-1, request, prefix=prefix))] * rows)
+    def _compile_stop(self) -> None:
+        self.state = self.runner.stop(self.state, jnp.int32(0))
 
     def _empty_prefix(self) -> Prefix:
         """A prefix of no positions."""
@@ -552,8 +601,37 @@ class Engine:
             0, jax.tree.map(lambda x: np.zeros((*x.shape[:-4], 1, x.shape[-3], 0, x.shape[-1])), self.state.caches)
         )
 
-    def _compile_stop(self) -> None:
-        self.state = self.runner.stop(self.state, jnp.int32(0))
+    def _decode_sizes(self, *needed: int) -> tuple[int, ...]:
+        """Companion, text and audio rows of the smallest compiled program that has so many; without one, these."""
+        fitting = [
+            sizes
+            for kind, sizes in tuple(self._compiled)
+            if kind == "decode" and all(size >= least for size, least in zip(sizes, needed, strict=True))
+        ]
+        return min(fitting, key=sum, default=needed)
+
+    def _prefill_sizes(self, shape: _Shape, count: int) -> tuple[_Shape, int]:
+        """Shape and rows of the programs that prefill so many requests of a shape, in turns if they are more.
+
+        Of those that are compiled the cheapest; without any, those that fit best.
+        """
+        task, length, window, after_prefix = shape
+        compiled = set(tuple(self._compiled))
+        fitting = [
+            (sizes[1], sizes[-1])
+            for kind, sizes in compiled
+            if kind == "prefill"
+            and (sizes[0], sizes[2]) == (task, after_prefix)
+            and sizes[1] >= length
+            and (not window or ("encode", (window, sizes[-1])) in compiled)
+        ]
+
+        def cost(fit: tuple[int, int]) -> int:
+            columns, rows = fit
+            return columns * rows * -(-count // rows)
+
+        length, rows = min(fitting, key=cost, default=(length, next_power_of_2(count)))
+        return (task, length, window, after_prefix), rows
 
     def run(self, steps: int = MAX_CHUNK_STEPS) -> Iterator[Progress]:
         """Advance until nothing is left."""
@@ -646,13 +724,14 @@ class Engine:
         for slot, active in text:
             if active.has_companion_row:
                 paired[self._group_of(slot)].append(slot)
-        companions = self._bucket_companions(max(map(len, paired)))
+        companions, texts, audios = self._decode_sizes(
+            self._bucket_companions(max(map(len, paired))), self._bucket_rows(len(text)), self._bucket_rows(len(audio))
+        )
         companion_of = {
             slot: group * companions // self.groups + index
             for group, slots in enumerate(paired)
             for index, slot in enumerate(slots)
         }
-        texts, audios = self._bucket_rows(len(text)), self._bucket_rows(len(audio))
         companion_slot = np.full(companions, self.max_batch_size, np.int32)
         for slot, companion in companion_of.items():
             companion_slot[companion] = slot
@@ -724,20 +803,22 @@ class Engine:
             self._take_row_pages(slot, active)
         if not arrivals:
             return
-        groups: dict[tuple[int, int, bool], list[tuple[int, ActiveRequest]]] = {}
+        groups: dict[_Shape, list[tuple[int, ActiveRequest]]] = {}
         for slot, active in arrivals:
             groups.setdefault(self._prefill_shape(active.request, active.prefix), []).append((slot, active))
-        for (length, _, _), group in groups.items():
-            for start in range(0, len(group), MAX_PREFILL_ROWS):
-                self._try_prefill(length, group[start : start + MAX_PREFILL_ROWS])
+        for shape, group in groups.items():
+            while group:
+                _, rows = self._prefill_sizes(shape, min(len(group), MAX_PREFILL_ROWS))
+                self._try_prefill(shape, group[:rows])
+                group = group[rows:]
 
-    def _try_prefill(self, length: int, group: list[tuple[int, ActiveRequest]]) -> None:
+    def _try_prefill(self, shape: _Shape, group: list[tuple[int, ActiveRequest]]) -> None:
         """Prefill requests; where that fails, each by itself, so that only one that cannot be prefilled fails."""
         group = [(slot, active) for slot, active in group if active.running]
         if not group:
             return
         try:
-            self._prefill(length, group)
+            self._prefill(*self._prefill_sizes(shape, len(group)), group)
         except Exception as error:
             if any(array.is_deleted() for array in jax.tree.leaves(self.state)):
                 # The running batch went into the program that failed.
@@ -746,7 +827,7 @@ class Engine:
                 self._fail(*group[0], error)
                 return
             for entry in group:
-                self._try_prefill(length, [entry])
+                self._try_prefill(shape, [entry])
 
     def _take_from_queue(self, steps: int) -> list[tuple[int, ActiveRequest]]:
         """Take from the queue the requests that are admitted now, with a free slot for each.
@@ -757,7 +838,7 @@ class Engine:
         slots, room = self._room(steps)
         alone = not any(self.active)
         most = self.max_batch_size if alone else MAX_PREFILL_ROWS
-        first_shape: tuple[int, int, bool] | None = None
+        first_shape: _Shape | None = None
         chosen: list[tuple[int, ActiveRequest]] = []
         left: list[tuple[int, PreparedRequest]] = []
         while self.queue and len(chosen) < most:
@@ -802,24 +883,24 @@ class Engine:
         reported = self._reported.get((key, request.of_question), 0)
         return ActiveRequest(key, request, reported, text_pending=request.task.outputs_text)
 
-    def _prefill_shape(self, request: PreparedRequest, prefix: Prefix | None) -> tuple[int, int, bool]:
-        """Padded length, the audio encoder's window, 0 without speech, and if there is a prefix.
+    def _prefill_shape(self, request: PreparedRequest, prefix: Prefix | None) -> _Shape:
+        """How a request is prefilled.
 
-        Prompts alike in this are prefilled together. Without `mask_padding` the features depend on the window, which
-        must not depend on the other requests.
+        Without `mask_padding` the features depend on the window, which must not depend on the other requests.
         """
         known = 0 if prefix is None else prefix.length
         speech = request.parts[0].speech
         window = 0 if speech is None else self.runner.config.audio_encoder.window(len(speech))
-        return self._padded(len(request.prompt) - 1 - known), window, prefix is not None
+        # The cache of a history is made for any turn, whatever this one outputs.
+        task = self._prefilled_as(request.task, request.task.outputs_audio or len(request.prompt.history) > 0)
+        return task, self._padded(len(request.prompt) - 1 - known), window, prefix is not None
 
     def _padded(self, length: int) -> int:
         return min(next(size for size in self.buckets if size >= length), self.max_len)
 
-    def _prefill(self, length: int, group: list[tuple[int, ActiveRequest]]) -> None:
-        """Prefill requests of one shape and insert them into their slots."""
-        count = len(group)
-        rows = next_power_of_2(count)
+    def _prefill(self, shape: _Shape, rows: int, group: list[tuple[int, ActiveRequest]]) -> None:
+        """Prefill requests of one shape, at most `rows`, and insert them into their slots."""
+        task, length, _, after_prefix = shape
         requests = [active.request for _, active in group]
         known = [0 if active.prefix is None else active.prefix.length for _, active in group]
         tokens = np.tile(self.vocab.padding[:, None], (rows, 1, length))
@@ -827,17 +908,14 @@ class Engine:
             prompt = request.prompt.tokens[:, begin:-1]
             tokens[row, :, : prompt.shape[1]] = prompt
         speech = positions = starts = prefix = lengths = None
-        if requests[0].task.takes_audio:
+        if task.takes_audio:
             speech = self._encode(requests, rows)
             positions = _column([request.prompt.speech_positions for request in requests], rows, np.int32)
             starts = _column([request.prompt.speech_start for request in requests], rows, np.int32)
-        if group[0][1].prefix is not None:
+        if after_prefix:
             prefix = self._load_prefixes([a.prefix for _, a in group if a.prefix is not None], rows)
             lengths = _column(known, rows, np.int32)
-        # Only a TTS adapter's cache depends on what is output: without one there is one program less per shape. That of
-        # a history has both, whatever this turn outputs.
         histories = [(row, r.prompt.history) for row, r in enumerate(requests) if len(r.prompt.history) > known[row]]
-        outputs_audio = any(request.task.outputs_audio for request in requests) or prefix is not None or histories
         caches = self.runner.prefill(
             jnp.asarray(tokens),
             speech,
@@ -845,7 +923,7 @@ class Engine:
             starts,
             prefix,
             lengths,
-            audio=self.runner.config.tts_adapter_layers > 0 and bool(outputs_audio),
+            audio=self.runner.config.tts_adapter_layers > 0 and task.outputs_audio,
         )
         if histories:
             self._to_keep.append((caches, histories))
@@ -875,7 +953,8 @@ class Engine:
             # Of a prompt, all but the last column is prefilled.
             tokens = np.concatenate([history.tokens, self.vocab.padding[:, None]], axis=1)
             request = PreparedRequest.of(Prompt(Task.T1T2, tokens, 0, history))
-            self._prefill(self._padded(new), [(self.max_batch_size, ActiveRequest(-1, request, prefix=prefix))])
+            entry = (self.max_batch_size, ActiveRequest(-1, request, prefix=prefix))
+            self._prefill(*self._prefill_sizes(self._prefill_shape(request, prefix), 1), [entry])
 
     def _encode(self, requests: Sequence[PreparedRequest], rows: int) -> jax.Array:
         """The speech embeddings [rows, A, D] of the requests; a question and its transcription are encoded once."""

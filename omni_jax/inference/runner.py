@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -95,10 +96,22 @@ class ModelRunner:
         self.weights: Any = nnx.to_pure_dict(state)
         # Before they are quantized: a scale has fewer axes.
         self._mesh = mesh = sharding.mesh_of(jax.tree.leaves(self.weights)[0])
+        if mesh.size == 1 and isinstance(jax.tree.leaves(self.weights)[0], jax.Array):
+            # On the mesh as what the programs return is: else each is compiled for both.
+            self.weights = jax.device_put(self.weights, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
         if int8:
             self.weights = quantize_weights(self.weights)
 
         self.jitted = jitted_functions(graph, mesh)
+
+    def compiler(self) -> ModelRunner:
+        """One whose methods compile the programs that they would run, and return the shapes of the results.
+
+        The programs are this one's: it runs them without compiling them again. Shapes may be given for arrays.
+        """
+        runner = copy.copy(self)
+        runner.jitted = JittedFunctions(*(partial(_compile, function) for function in self.jitted))
+        return runner
 
     def module(self) -> OmniModel:
         """The model as a module, over the same arrays."""
@@ -152,6 +165,16 @@ class ModelRunner:
         """See `omni_jax.inference.decode.stop`; `state` is donated."""
         with jax.set_mesh(self._mesh):
             return self.jitted.stop(state, batch_slot)
+
+
+def _compile(function: Any, *args: Any, **options: Any) -> Any:
+    """The shapes and shardings of the results of a jitted function, which is compiled but not run."""
+    compiled = function.lower(*args, **options).compile()
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        compiled.out_info,
+        compiled.output_shardings,
+    )
 
 
 def cache_axes(tree: Any, mesh: Any) -> tuple[str | None, ...]:

@@ -317,7 +317,7 @@ def test_active_requests_wait_for_at_most_one_prefill(tied: Family, monkeypatch:
     engine = Engine(tied.runner, tied.slots, CONTEXT)
     prefills: list[int] = []
     prefill = engine._prefill
-    monkeypatch.setattr(engine, "_prefill", lambda *args: (prefills.append(len(args[1])), prefill(*args)))
+    monkeypatch.setattr(engine, "_prefill", lambda *args: (prefills.append(len(args[-1])), prefill(*args)))
     engine.submit(0, tied.requests[0])
     engine.advance(1)
     assert prefills == [1]
