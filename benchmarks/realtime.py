@@ -4,8 +4,9 @@
 
 Sessions talk at the pace of a microphone, in packets of 20 ms, with turns found by the server after 300 ms of silence.
 Measured is the time from the last sample of speech, as it is sent, to the first sound of the answer, for one session
-and for sixteen at once, with every program compiled. For the marks, clean recordings are placed between silence; speech is taken to be where one is
-louder than 30 dB below its loud parts. espeak-ng and flite speak most of them (`make synthesizers`).
+and for sixteen at once, with every program compiled. For the marks, clean recordings are placed between silence; speech
+is taken to be where one is louder than 30 dB below its loud parts. espeak-ng and flite speak most of them (`make
+synthesizers`).
 """
 
 from __future__ import annotations

@@ -605,7 +605,7 @@ class Engine:
         """Companion, text and audio rows of the smallest compiled program that has so many; without one, these."""
         fitting = [
             sizes
-            for kind, sizes in tuple(self._compiled)
+            for kind, sizes in self._compiled.copy()
             if kind == "decode" and all(size >= least for size, least in zip(sizes, needed, strict=True))
         ]
         return min(fitting, key=sum, default=needed)
@@ -616,7 +616,7 @@ class Engine:
         Of those that are compiled the cheapest; without any, those that fit best.
         """
         task, length, window, after_prefix = shape
-        compiled = set(tuple(self._compiled))
+        compiled = self._compiled.copy()
         fitting = [
             (sizes[1], sizes[-1])
             for kind, sizes in compiled
