@@ -310,9 +310,9 @@ def test_live_requests_in_progress_are_counted(omni: Omni, monkeypatch: pytest.M
 class Sender:
     """What `WebSocketProtocol.send` needs of itself."""
 
-    send = WebSocketProtocol.send
-    _send_frames = WebSocketProtocol._send_frames
-    _until_writable = WebSocketProtocol._until_writable
+    send: Any = WebSocketProtocol.send
+    _send_frames: Any = WebSocketProtocol._send_frames
+    _until_writable: Any = WebSocketProtocol._until_writable
 
     def __init__(self) -> None:
         self.config = SimpleNamespace(service=SimpleNamespace(settings=SimpleNamespace(idle_timeout=30)))
