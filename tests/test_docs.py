@@ -104,8 +104,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     nano, questions = ROOT / "omni_jax" / "assets" / "nano", ROOT / "omni_jax" / "assets" / "questions"
     for release in ("my_release", "mini_omni", "releases/mini_omni", "releases/mini_omni_init"):
         shutil.copytree(nano, folder / release)
-    shutil.copytree(nano, folder / "runs/mini_omni/stage3/release")
-    (folder / "runs/mini_omni/stage3/checkpoints").mkdir()
+    for run_folder in ("runs/mini_omni/stage3", "runs/own/stage3"):
+        shutil.copytree(nano, folder / run_folder / "release")
+        (folder / run_folder / "checkpoints").mkdir()
     shutil.copy(questions / "sum.wav", folder / "question.wav")
     # Whatever its name says, a recording is recognized by its content.
     shutil.copy(questions / "sum.wav", folder / "voice_message.m4a")
