@@ -206,8 +206,8 @@ class ActiveRequest:
 _Program = tuple[str, tuple[Any, ...]]
 """What `Engine` compiles in one of its methods, and the method's arguments."""
 _Shape = tuple[Task, int, int, bool]
-"""Requests alike in this are prefilled together: see `Engine._prefilled_as`; padded length, the audio encoder's window
-(0 without speech), whether after a prefix."""
+"""How requests are prefilled: see `Engine._prefilled_as`; padded length, the audio encoder's window (0 without speech),
+whether after a prefix. Those that differ at most in the first are prefilled together."""
 
 
 class Engine:
@@ -803,22 +803,22 @@ class Engine:
             self._take_row_pages(slot, active)
         if not arrivals:
             return
-        groups: dict[_Shape, list[tuple[int, ActiveRequest]]] = {}
+        groups: dict[tuple[int, int, bool], list[tuple[int, ActiveRequest]]] = {}
         for slot, active in arrivals:
-            groups.setdefault(self._prefill_shape(active.request, active.prefix), []).append((slot, active))
-        for shape, group in groups.items():
+            groups.setdefault(self._prefill_shape(active.request, active.prefix)[1:], []).append((slot, active))
+        for group in groups.values():
             while group:
-                _, rows = self._prefill_sizes(shape, min(len(group), MAX_PREFILL_ROWS))
-                self._try_prefill(shape, group[:rows])
+                _, rows = self._prefill_sizes(self._shape_of(group), min(len(group), MAX_PREFILL_ROWS))
+                self._try_prefill(group[:rows])
                 group = group[rows:]
 
-    def _try_prefill(self, shape: _Shape, group: list[tuple[int, ActiveRequest]]) -> None:
+    def _try_prefill(self, group: list[tuple[int, ActiveRequest]]) -> None:
         """Prefill requests; where that fails, each by itself, so that only one that cannot be prefilled fails."""
         group = [(slot, active) for slot, active in group if active.running]
         if not group:
             return
         try:
-            self._prefill(*self._prefill_sizes(shape, len(group)), group)
+            self._prefill(*self._prefill_sizes(self._shape_of(group), len(group)), group)
         except Exception as error:
             if any(array.is_deleted() for array in jax.tree.leaves(self.state)):
                 # The running batch went into the program that failed.
@@ -827,7 +827,7 @@ class Engine:
                 self._fail(*group[0], error)
                 return
             for entry in group:
-                self._try_prefill(shape, [entry])
+                self._try_prefill([entry])
 
     def _take_from_queue(self, steps: int) -> list[tuple[int, ActiveRequest]]:
         """Take from the queue the requests that are admitted now, with a free slot for each.
@@ -850,7 +850,7 @@ class Engine:
             active.prefix = self.prefixes.find(request.prompt.history)
             shape = self._prefill_shape(request, active.prefix)
             first_shape = first_shape or shape
-            if not alone and shape != first_shape:
+            if not alone and shape[1:] != first_shape[1:]:
                 left.append(self.queue.popleft())
                 continue
             needed = self._needed(active, active.reported + steps)
@@ -894,6 +894,11 @@ class Engine:
         # The cache of a history is made for any turn, whatever this one outputs.
         task = self._prefilled_as(request.task, request.task.outputs_audio or len(request.prompt.history) > 0)
         return task, self._padded(len(request.prompt) - 1 - known), window, prefix is not None
+
+    def _shape_of(self, group: Sequence[tuple[int, ActiveRequest]]) -> _Shape:
+        """How requests are prefilled together: with the TTS adapter's cache if any needs it."""
+        shapes = [self._prefill_shape(active.request, active.prefix) for _, active in group]
+        return max(shapes, key=lambda shape: shape[0].outputs_audio)
 
     def _padded(self, length: int) -> int:
         return min(next(size for size in self.buckets if size >= length), self.max_len)
@@ -954,7 +959,7 @@ class Engine:
             tokens = np.concatenate([history.tokens, self.vocab.padding[:, None]], axis=1)
             request = PreparedRequest.of(Prompt(Task.T1T2, tokens, 0, history))
             entry = (self.max_batch_size, ActiveRequest(-1, request, prefix=prefix))
-            self._prefill(*self._prefill_sizes(self._prefill_shape(request, prefix), 1), [entry])
+            self._prefill(*self._prefill_sizes(self._shape_of([entry]), 1), [entry])
 
     def _encode(self, requests: Sequence[PreparedRequest], rows: int) -> jax.Array:
         """The speech embeddings [rows, A, D] of the requests; a question and its transcription are encoded once."""
@@ -962,7 +967,8 @@ class Engine:
         assert len(recordings) == len(requests)
         if self._encoded is not None:
             known, speech = self._encoded
-            if len(known) == len(recordings) and all(a is b for a, b in zip(known, recordings, strict=True)):
+            same = len(known) == len(recordings) and all(a is b for a, b in zip(known, recordings, strict=True))
+            if same and speech.shape[0] == rows:
                 return speech
         encoder = self.runner.config.audio_encoder
         samples = 320 * max(encoder.window(len(recording)) for recording in recordings)
