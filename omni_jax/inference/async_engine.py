@@ -134,7 +134,7 @@ class AsyncEngine:
             max_batch_size: requests decoded at once.
             max_queue_size: how many more may be queued; further ones are refused.
             max_len: positions of each slot's cache; None: the trunk's context.
-            warm_up: compile what the first request needs before `ready` is set, and the rest beside the answers.
+            warm_up: compile what the first request needs before `ready` is set, and the rest in the background.
                 Only a request for which nothing is compiled waits for the compiler.
             prefix_cache_bytes: memory for the keys and values of conversations that wait for their next turn.
             cache_bytes: memory for the keys and values of the running batch, which requests take page by page; None, or
@@ -321,7 +321,7 @@ class AsyncEngine:
                 codec.result()
             if self._closing != "cancel":
                 seconds = time.monotonic() - start
-                log.info("ready after %.1f s of compiling; the rest is compiled beside the answers", seconds)
+                log.info("ready after %.1f s of compiling; the rest is compiled in the background", seconds)
                 self._compiling.start()
         else:
             self.warmed_up.set()

@@ -406,7 +406,7 @@ def test_log_says_when_the_server_is_ready(omni: Omni, caplog: pytest.LogCapture
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("omni_jax")]
     assert messages[0].startswith("compiling what the first request needs")
     assert re.fullmatch(r"listening at http://127\.0\.0\.1:\d+", messages[1])
-    assert re.fullmatch(r"ready after \d+\.\d s of compiling; the rest is compiled beside the answers", messages[2])
+    assert re.fullmatch(r"ready after \d+\.\d s of compiling; the rest is compiled in the background", messages[2])
     assert messages[3] == "every program is compiled"
 
 
