@@ -31,6 +31,7 @@ from omni_jax.inference.decode import DecodeState, Routing
 from omni_jax.inference.engine import PROMPT_BUCKETS
 from omni_jax.inference.runner import ModelRunner
 from omni_jax.model.omni import OmniModel
+from omni_jax.model.pages import PAGE_LEN, PageTable, pages_for
 from omni_jax.prompts import speech_prompt
 from omni_jax.tasks import Task
 from omni_jax.vocab import NUM_CODEBOOKS, NUM_STREAMS, Vocab
@@ -53,6 +54,9 @@ class Ours:
         self.codec = Snac(config.codec, rngs=nnx.Rngs(0))
         self.decode = make_decoder(self.codec)
         StreamDecoder(self.decode, config.codec).warm_up()
+        columns = pages_for(MAX_LEN)
+        # The pages of the batch slot and of its companion row; all are in use, as the prompt is longer than a page.
+        self.tables = np.arange(2 * columns).reshape(2, 1, columns)
         self.prompt = speech_prompt(Task.A1A2, PROMPT - 3, self.vocab)
         self.speech = jnp.asarray(
             np.random.default_rng(0).standard_normal((1, 1500, config.trunk.hidden_size), dtype=np.float32)
@@ -61,9 +65,10 @@ class Ours:
     def prefill(self) -> DecodeState:
         """A running batch of one A1A2 request with its companion row."""
         runner, zero, yes = self.runner, jnp.zeros(1, jnp.int32), jnp.ones(1, bool)
-        state = runner.init_state(1, MAX_LEN)
+        columns = pages_for(MAX_LEN)
+        state = runner.init_state(1, 2 * columns, PAGE_LEN)
         # Arrays of its own: the running batch is donated.
-        arrivals = runner.init_state(1, 1)
+        arrivals = runner.init_state(1, 1, 1)
         params = dataclasses.replace(
             arrivals.params, outputs_audio=yes, max_steps=jnp.full(1, STEPS, jnp.int32), enforce_delay=yes
         )
@@ -81,23 +86,24 @@ class Ours:
         tokens[0, :, : PROMPT - 1] = self.prompt.tokens[:, :-1]
         positions = jnp.full(1, PROMPT - 3, jnp.int32)
         caches = runner.prefill(jnp.asarray(tokens), self.speech, positions, audio=True)
-        state = dataclasses.replace(state, companions=runner.init_companions(1, MAX_LEN))
-        return runner.insert(state, caches, zero, zero, arrivals)
+        row, companion = (jnp.asarray(table) for table in self.tables)
+        return runner.insert(state, caches, zero, row, companion, arrivals)
 
     def answer(self) -> tuple[float, float]:
         """Seconds to the first audio and to the last."""
         start, first = time.perf_counter(), None
         state = self.prefill()
         slot, none = jnp.zeros(1, jnp.int32), jnp.zeros(0, jnp.int32)
-        routing = Routing(companion_slot=slot, text_slot=slot, text_row=jnp.ones(1, jnp.int32), audio_slot=slot)
+        pages = PageTable.of(list(self.tables), self.tables.size)
+        routing = Routing(slot, text_slot=slot, text_row=jnp.ones(1, jnp.int32), audio_slot=slot, pages=pages)
         stream = StreamDecoder(self.decode, self.config.codec)
         tokens, frames, done = np.zeros((NUM_STREAMS, 0), np.int32), 0, 0
         for steps in CHUNKS:
             text_pending = done <= TEXT_TOKENS
             if not text_pending:
                 # The text has ended: no text head, no companion row.
-                routing = Routing(none, none, none, audio_slot=slot)
-                state = dataclasses.replace(state, companions=None)
+                pages = PageTable.of([self.tables[0]], self.tables.size)
+                routing = Routing(none, none, none, audio_slot=slot, pages=pages)
             # Arrays of their own: the state is donated.
             state = dataclasses.replace(state, running=jnp.ones(1, bool), text_pending=jnp.full(1, text_pending))
             state, new, _ = self.runner.decode_chunk(state, routing, jnp.int32(steps))

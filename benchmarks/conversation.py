@@ -14,7 +14,7 @@ from flax import nnx
 
 from benchmarks.decode import ROUNDS, alternate
 from omni_jax.config.model import PRESETS
-from omni_jax.inference.engine import Engine, PreparedRequest
+from omni_jax.inference.engine import AHEAD_STEPS, Engine, PreparedRequest
 from omni_jax.inference.generation import GenerationConfig
 from omni_jax.inference.prefix_cache import PrefixCache
 from omni_jax.inference.runner import ModelRunner
@@ -59,7 +59,7 @@ def prefill(runner: ModelRunner, request: PreparedRequest, prefixes: PrefixCache
     """Admit a request to an engine of its own, and wait for its prefill."""
     engine = Engine(runner, 1, MAX_LEN, prefixes=prefixes)
     engine.submit(0, request)
-    engine._admit()
+    engine._admit(AHEAD_STEPS)
     jax.block_until_ready(engine.state)
     return engine
 

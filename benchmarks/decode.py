@@ -20,6 +20,7 @@ from omni_jax.config.model import PRESETS
 from omni_jax.inference.decode import DecodeState, Routing
 from omni_jax.inference.runner import ModelRunner
 from omni_jax.model.omni import OmniModel
+from omni_jax.model.pages import PAGE_LEN, PageTable, pages_for
 
 MAX_LEN = 512
 POSITION = 150
@@ -64,7 +65,8 @@ class Batch:
 
     def __init__(self, runner: ModelRunner, max_batch_size: int):
         self.runner, self.max_batch_size = runner, max_batch_size
-        state = runner.init_state(max_batch_size, MAX_LEN)
+        columns = pages_for(MAX_LEN)
+        state = runner.init_state(max_batch_size, max_batch_size * columns, PAGE_LEN)
         max_steps = jnp.full(max_batch_size, MAX_LEN, jnp.int32)
         self.state: DecodeState = dataclasses.replace(
             state,
@@ -72,7 +74,12 @@ class Batch:
             params=dataclasses.replace(state.params, outputs_audio=self._all(), max_steps=max_steps),
         )
         rows = jnp.arange(max_batch_size, dtype=jnp.int32)
-        self.routing = Routing(jnp.zeros(0, jnp.int32), text_slot=rows, text_row=rows, audio_slot=rows)
+        # Those that hold the positions of the benchmark, the first of the pool.
+        used = pages_for(POSITION + STEPS)
+        table = np.full((max_batch_size, columns), max_batch_size * columns)
+        table[:, :used] = np.arange(max_batch_size * used).reshape(max_batch_size, used)
+        pages = PageTable.of([table], max_batch_size * columns)
+        self.routing = Routing(jnp.zeros(0, jnp.int32), text_slot=rows, text_row=rows, audio_slot=rows, pages=pages)
 
     def _all(self) -> jax.Array:
         """True for every slot; a new array each time, as a state is donated."""

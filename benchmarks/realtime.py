@@ -4,8 +4,9 @@
 
 Sessions talk at the pace of a microphone, in packets of 20 ms, with turns found by the server after 300 ms of silence.
 Measured is the time from the last sample of speech, as it is sent, to the first sound of the answer, for one session
-and for sixteen at once. For the marks, clean recordings are placed between silence; speech is taken to be where one is
-louder than 30 dB below its loud parts. espeak-ng and flite speak most of them (`make synthesizers`).
+and for sixteen at once, with every program compiled. For the marks, clean recordings are placed between silence; speech
+is taken to be where one is louder than 30 dB below its loud parts. espeak-ng and flite speak most of them (`make
+synthesizers`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 import soxr
 from websockets.asyncio.client import connect
 
-from benchmarks.serve import serving
+from benchmarks.serve import metrics, serving
 from omni_jax.audio.io import SAMPLE_RATE, read_audio, to_pcm16
 from omni_jax.audio.vad import SpeechDetector
 
@@ -159,5 +160,7 @@ async def measure_sessions(port: int, sessions: int) -> None:
 def main() -> None:
     measure_marks()
     with serving("--max-batch-size", "16") as (port, _):
+        while metrics(port)["omni_compiled"] != 1:
+            time.sleep(1)
         for sessions in SESSIONS:
             asyncio.run(measure_sessions(port, sessions))

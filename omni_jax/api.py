@@ -31,6 +31,7 @@ from omni_jax.inference.prefix_cache import PrefixCache
 from omni_jax.inference.request import Audio, Request, Turn
 from omni_jax.inference.runner import ModelRunner
 from omni_jax.model.omni import OmniModel
+from omni_jax.model.pages import PAGE_LEN, pages_for
 from omni_jax.prompts import (
     History,
     after_history,
@@ -452,8 +453,8 @@ class Omni:
     def warm_up(self, max_batch_size: int = 1) -> None:
         """Compile every program that requests can need, so that none waits for the compiler.
 
-        Compiles for a running batch of `max_batch_size` whose caches are as long as the context, as `AsyncEngine` has
-        it, and for streaming.
+        Compiles for a running batch of `max_batch_size` with memory for requests that are as long as the context and
+        for their companion rows, as `AsyncEngine` has it without `cache_bytes`, and for streaming.
         """
         engine = Engine(self.runner, max_batch_size, self.config.trunk.max_position)
         engine.warm_up()
@@ -552,8 +553,14 @@ class Omni:
         return ids
 
     def _engine(self, requests: Sequence[PreparedRequest], max_batch_size: int) -> Engine:
+        """One that is never short of pages for these requests, with those of companion rows only if there are any."""
         max_len = max(request.cache_len(self.config.trunk.max_position) for request in requests)
-        return Engine(self.runner, max_batch_size, max_len, prefixes=self._prefixes)
+        companions, groups = sum(request.has_companion for request in requests), self.runner.row_groups(max_batch_size)
+        slots = max_batch_size // groups
+        # Rounded up, as each size is compiled; any group may have all of them.
+        rows = slots + min(slots, next_power_of_2(companions)) if companions else slots
+        pages = groups * max(2, rows) * pages_for(max_len, min(PAGE_LEN, max_len))
+        return Engine(self.runner, max_batch_size, max_len, prefixes=self._prefixes, num_pages=pages)
 
 
 def _check_codec(name: str) -> None:

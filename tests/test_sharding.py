@@ -293,6 +293,7 @@ def test_engine_on_mesh_gives_the_same_tokens(sizes: tuple[int, int, int], stack
         requests, expected = requests[:3], expected[:3]
     with quick_compile():
         engine = Engine(runner, 8 if sizes[0] == 8 else 4, CONTEXT)
+        engine.warm_up()
         answers = run(engine, requests, 5)
     for (tokens, finish), (expected_tokens, expected_finish) in zip(answers, expected, strict=True):
         assert tokens.dtype == np.int32
@@ -308,6 +309,17 @@ def test_engine_on_mesh_gives_the_same_tokens(sizes: tuple[int, int, int], stack
         assert num_distinct_shards(leaf) == rows * heads
         assert leaf.addressable_shards[0].data.size * rows * heads == leaf.size
     assert num_distinct_shards(state.tokens) == num_distinct_shards(state.positions) == rows
+
+
+def test_pages_are_divided_over_devices_as_the_batch_slots_are() -> None:
+    """Eight pages divide by four; three batch slots do not."""
+    model, *_ = case(stacked=True)
+    runner = ModelRunner(shard_model(model, sharding.make_mesh(1, 4, 2)))
+    for slots, groups in ((4, 4), (3, 1)):
+        assert runner.row_groups(slots) == groups
+        state = runner.init_state(slots, 8, CONTEXT)
+        assert {num_distinct_shards(leaf) for leaf in jax.tree.leaves(state.caches)} == {groups * 2}
+        assert num_distinct_shards(state.positions) == groups
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def compile_(
     int8: Int8 = False,
     positions: Annotated[
         int | None,
-        typer.Option(help="Positions that each row uses of its cache, for decode and batch. Default: all."),
+        typer.Option(help="Positions that each row has, for decode and batch. Default: those of the context."),
     ] = None,
     profile: Annotated[
         Path | None,

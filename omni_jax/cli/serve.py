@@ -36,6 +36,14 @@ def serve(
     max_queue_size: Annotated[
         int, typer.Option(min=0, help="Requests that may wait for a batch slot; more get status 429.")
     ] = 64,
+    cache_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="GB of memory for the keys and values of the requests that are answered, which take it as they grow. "
+            "Default: enough for --max-batch-size requests of full length.",
+        ),
+    ] = None,
     api_key_file: Annotated[
         Path | None,
         typer.Option(help="File with one API key per line; requests must send one of them. Default: no key needed."),
@@ -96,6 +104,7 @@ def serve(
     settings = Settings(
         max_batch_size=max_batch_size,
         max_queue_size=max_queue_size,
+        cache_bytes=None if cache_memory is None else cache_memory * 1e9,
         max_audio_seconds=max_audio_seconds,
         max_body_bytes=max_body_bytes,
         request_timeout=request_timeout,
@@ -112,7 +121,11 @@ def serve(
     log_to_stderr()
     with bind(host, port) as sockets:
         omni = load_model(model, codec, int8=int8, short_windows=short_windows, mesh=tensor_mesh(tensor))
-        make_server(Service(omni, name, settings)).run([*sockets])
+        try:
+            service = Service(omni, name, settings)
+        except ConfigError as error:
+            raise error.prefixed("--cache-memory") if error.field == "cache_bytes" else error from None
+        make_server(service).run([*sockets])
 
 
 def _aliases(options: list[str], name: str) -> tuple[str, ...]:

@@ -20,9 +20,9 @@ from omni_jax.codec.snac import Snac
 from omni_jax.config.model import ModelConfig
 from omni_jax.config.run import RunConfig
 from omni_jax.inference.decode import MAX_CHUNK_STEPS, Routing
-from omni_jax.inference.runner import CACHE_AXES, ModelRunner, quantize_weights
-from omni_jax.model.decoder import prefix_lengths
+from omni_jax.inference.runner import ModelRunner, cache_axes, quantize_weights
 from omni_jax.model.layers import Int8
+from omni_jax.model.pages import PAGE_LEN, PageTable, pages_for, read_sizes
 from omni_jax.prompts import max_speech_positions
 from omni_jax.training.batches import abstract_batch
 from omni_jax.training.setup import TrainingSetup, compile_step
@@ -48,7 +48,7 @@ class Program:
     steps: int = 1
     """Trip count of a loop of unknown length; results are reported per step."""
     branch: int = -1
-    """Which of `prefix_lengths` attention reads."""
+    """Which of `read_sizes` attention reads."""
 
     def compile(self) -> tuple[jax.stages.Traced, jax.stages.Compiled]:
         """Trace and compile it for its mesh."""
@@ -87,37 +87,57 @@ def decode_program(
         batch: requests over all chips.
         batch_parallel: whether each request has a companion row.
         int8: whether the weights are quantized.
-        positions: how many positions of its cache each row uses; None: all.
+        positions: how many positions each row has, which are half a page less than it has memory for; None: all of the
+            context.
     """
-    max_len = config.trunk.max_position
-    positions = positions or max_len
+    columns = pages_for(config.trunk.max_position)
+    num_pages = batch * (1 + batch_parallel) * columns
+    if positions is not None:
+        num_pages = math.ceil(batch * (1 + batch_parallel) * mean_pages(config, positions))
     with jax.set_mesh(mesh):
         runner = _abstract_runner(config, mesh, int8=int8)
         programs = runner.jitted
-        state = jax.eval_shape(lambda weights: programs.init_state(weights, batch, max_len), runner.weights)
-        if batch_parallel:
-            cache = jax.eval_shape(lambda weights: programs.init_companions(weights, batch, max_len), runner.weights)
-            state = dataclasses.replace(state, companions=cache)
+        groups = runner.row_groups(batch)
+        num_pages = -(-num_pages // groups) * groups
+        state = jax.eval_shape(lambda weights: programs.init_state(weights, batch, num_pages, PAGE_LEN), runner.weights)
+
+    of_cache = cache_axes(state, mesh)
 
     def shard(x: Any) -> jax.ShapeDtypeStruct:
         # The caches are stacked: their first axis is the layers.
-        axes = ("layers", *CACHE_AXES) if x.ndim == 5 else ("batch", *[None] * (x.ndim - 1))
+        axes = ("layers", *of_cache) if x.ndim == 5 else ("batch", *[None] * (x.ndim - 1))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, sharding.spec(x.shape, axes, mesh)))
 
     state = jax.tree.map(shard, state)
     replicated = sharding.replicated(mesh)
-    routing: list[Any] = [
-        jax.ShapeDtypeStruct((size,), jnp.int32, sharding=replicated)
-        for size in (batch * batch_parallel, batch, batch, batch)
-    ]
-    steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+
+    def ints(*shape: int, by_group: bool = False) -> Any:
+        placed = sharding.rows(mesh) if by_group and groups > 1 else replicated
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placed)
+
+    pages = PageTable(
+        tuple(ints(batch, columns, by_group=True) for _ in range(1 + batch_parallel)),
+        ints(num_pages, by_group=True),
+        ints(num_pages, by_group=True),
+        ints(),
+        ints(),
+    )
+    routing = Routing(ints(batch * batch_parallel), ints(batch), ints(batch), ints(batch), pages)
     # Of an embedding that is not the head as well, a step reads only one row per token.
     skipped = {"audio_encoder", "adapter"} | ({"embed"} if "head" in runner.weights else set())
     read = {name: value for name, value in runner.weights.items() if name not in skipped}
-    ideal = bytes_per_chip(read) + bytes_per_chip([state.caches, state.companions]) * positions / max_len
-    branch = sum(positions > length for length in prefix_lengths(state.caches["trunk"]))
-    arguments = (runner.weights, state, Routing(*routing), steps)
+    ideal = bytes_per_chip(read) + bytes_per_chip(state.caches)
+    # All pages are in use.
+    in_use, longest = num_pages // groups, columns if positions is None else pages_for(positions)
+    sizes = read_sizes(in_use, columns, stacked=True)
+    branch = next(index for index, (count, of_row) in enumerate(sizes) if count >= in_use and of_row >= longest)
+    arguments = (runner.weights, state, routing, ints())
     return Program(programs.decode_chunk, mesh, arguments, ideal, steps=MAX_CHUNK_STEPS, branch=branch)
+
+
+def mean_pages(config: ModelConfig, positions: float) -> float:
+    """Pages of a row of so many positions, the mean over rows whose last page is filled by any part."""
+    return min(positions / PAGE_LEN + 0.5, pages_for(config.trunk.max_position))
 
 
 def encode_program(

@@ -25,6 +25,7 @@ from omni_jax.compile_report.programs import (
     codec_program,
     decode_program,
     encode_program,
+    mean_pages,
     prefill_program,
 )
 from omni_jax.compile_report.report import CompileReport, check_groups, check_model, report_program
@@ -32,6 +33,7 @@ from omni_jax.compile_report.topology import Topology
 from omni_jax.config.model import ModelConfig
 from omni_jax.errors import ConfigError
 from omni_jax.inference.engine import MAX_PREFILL_ROWS, PROMPT_BUCKETS
+from omni_jax.model.pages import num_pages
 from omni_jax.vocab import NUM_CODEBOOKS, Vocab
 
 DELAY_STEPS = NUM_CODEBOOKS + 1
@@ -65,7 +67,7 @@ class ServingReport:
     int8: bool
     profile: ServingProfile
     rows: int
-    """Conversations whose caches each group of `tensor` chips holds."""
+    """Conversations whose caches each group of `tensor` chips holds, each of half an answer: page by page."""
     reports: dict[str, CompileReport]
     """By program: `encode`, `prefill`, `decode`, `codec`; and `encode_short`, if short windows change it."""
     seconds: dict[str, float]
@@ -158,8 +160,8 @@ def serving_report(
 
     length = next(size for size in PROMPT_BUCKETS if size >= profile.history_positions)
     prefilled = MAX_PREFILL_ROWS * groups
-    # Attention reads as many positions of every row as the row at the end of its answer has.
-    positions = profile.history_positions + steps
+    # Attention reads the pages of each row alone: the mean over an answer counts.
+    positions = profile.history_positions + steps // 2
     short = config.with_short_windows()
     programs = {
         "encode": (encode_program(config, mesh, prefilled, samples=samples, int8=int8), prefilled),
@@ -173,7 +175,8 @@ def serving_report(
         name: report_program(name, model, topology, batch, program, int8=int8 and name != "codec")
         for name, (program, batch) in programs.items()
     }
-    rows = _rows(config, decode_program(config, mesh, groups, int8=int8), topology, tensor)
+    one_row = decode_program(config, mesh, groups, int8=int8, positions=positions)
+    rows = _rows(config, one_row, topology, tensor, mean_pages(config, positions) * groups)
     while "decode" not in reports:
         decode = decode_program(config, mesh, rows * groups, int8=int8, positions=positions)
         try:
@@ -230,10 +233,17 @@ def _steps(config: ModelConfig, profile: ServingProfile) -> int:
     return math.ceil(profile.answer_seconds * config.codec.sample_rate / config.codec.frame_size) + DELAY_STEPS
 
 
-def _rows(config: ModelConfig, one_row: Program, topology: Topology, tensor: int) -> int:
-    """How many rows a group of chips holds, besides the weights; a multiple of 8 where there are so many.
+def _rows(config: ModelConfig, one_row: Program, topology: Topology, tensor: int, pages_of_row: float) -> int:
+    """How many rows of a group of chips fit besides the weights; a multiple of 8 where there are so many.
 
     To compile for more than there is room for takes the compiler several times as long.
+
+    Args:
+        config: the model.
+        one_row: the program of one row in each group.
+        topology: the slice.
+        tensor: chips that share each row.
+        pages_of_row: the mean number of pages of a row, times the groups.
 
     Raises:
         ConfigError: not one.
@@ -242,7 +252,8 @@ def _rows(config: ModelConfig, one_row: Program, topology: Topology, tensor: int
     room = topology.chip.hbm_bytes * (1 - FREE_MEMORY) - bytes_per_chip(weights)
     vocab = Vocab(config.vocab)
     logits = 4 * (vocab.text_rows + NUM_CODEBOOKS * vocab.audio_rows) / tensor
-    rows = int(room / (bytes_per_chip(state) + LOGITS_ARRAYS * logits))
+    cache = bytes_per_chip(state) / num_pages(state.caches["trunk"]) * pages_of_row
+    rows = int(room / (cache + LOGITS_ARRAYS * logits))
     if rows < 1:
         raise ConfigError(
             f"topology {topology.name}: expected room for the weights, {bytes_per_chip(weights) / 2**30:.1f} GiB a "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -24,6 +25,7 @@ from omni_jax.inference.answer import AnswerBuilder, Chunk, OutputDecoder
 from omni_jax.inference.engine import COARSE_PROMPT_BUCKETS, MAX_TO_REMEMBER, Engine, PreparedRequest
 from omni_jax.inference.prefix_cache import DEFAULT_MAX_BYTES, PrefixCache
 from omni_jax.inference.runner import ModelRunner
+from omni_jax.model.pages import PAGE_LEN, pages_for
 from omni_jax.prompts import History
 
 Outcome = Literal["done", "cancelled", "expired", "failed"]
@@ -123,6 +125,7 @@ class AsyncEngine:
         max_len: int | None = None,
         warm_up: bool = False,
         prefix_cache_bytes: int = DEFAULT_MAX_BYTES,
+        cache_bytes: float | None = None,
     ):
         """Start.
 
@@ -131,9 +134,14 @@ class AsyncEngine:
             max_batch_size: requests decoded at once.
             max_queue_size: how many more may be queued; further ones are refused.
             max_len: positions of each slot's cache; None: the trunk's context.
-            warm_up: compile what the first request needs before `ready` is set, and the rest whenever there is no
-                request. A request that needs a program which is not compiled yet waits for it.
+            warm_up: compile what the first request needs before `ready` is set, and the rest in the background.
+                Only a request for which nothing is compiled waits for the compiler.
             prefix_cache_bytes: memory for the keys and values of conversations that wait for their next turn.
+            cache_bytes: memory for the keys and values of the running batch, which requests take page by page; None, or
+                more than that: what all batch slots and companion rows at full length take.
+
+        Raises:
+            ConfigError: `cache_bytes` is no number, not enough for one request, or more than the devices have.
         """
         if max_batch_size < 1 or max_queue_size < 0:
             raise ValueError(
@@ -153,9 +161,30 @@ class AsyncEngine:
         self._answers: dict[int, tuple[RequestHandle, AnswerBuilder]] = {}
         max_len = max_len or self._outputs.config.trunk.max_position
         prefixes = PrefixCache(prefix_cache_bytes)
-        self._engine = Engine(model.runner, max_batch_size, max_len, COARSE_PROMPT_BUCKETS, prefixes)
+        page_len = min(PAGE_LEN, max_len)
+        num_pages = None
+        if cache_bytes is not None:
+            page_bytes, groups = model.runner.page_bytes(page_len), model.runner.row_groups(max_batch_size)
+            least = groups * 2 * pages_for(max_len, page_len) * page_bytes
+            if not least <= cache_bytes < math.inf:
+                raise ConfigError(
+                    f"cache_bytes: expected a finite number, at least {math.ceil(least / 1e6) / 1e3:g} GB: keys and "
+                    f"values of one request and its companion row, in each of {groups} groups of rows; found "
+                    f"{cache_bytes / 1e9:g} GB",
+                    field="cache_bytes",
+                )
+            num_pages = int(cache_bytes // page_bytes)
+        self._engine = Engine(
+            model.runner,
+            max_batch_size,
+            max_len,
+            COARSE_PROMPT_BUCKETS,
+            prefixes,
+            num_pages=num_pages,
+            page_len=page_len,
+        )
         self.ready, self.warmed_up = threading.Event(), threading.Event()
-        self._rest: Iterator[None] = iter(())
+        self._compiling = threading.Thread(target=self._compile_rest, name="omni_jax compiler", daemon=True)
         self.broken = False
         self._thread = threading.Thread(target=self._run, args=(warm_up,), name="omni_jax engine", daemon=True)
         self._thread.start()
@@ -178,6 +207,16 @@ class AsyncEngine:
     def num_active(self) -> int:
         """Batch slots in use."""
         return sum(active is not None for active in self._engine.active)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the cache."""
+        return self._engine.pages.total
+
+    @property
+    def num_used_pages(self) -> int:
+        """Pages of the cache that requests have."""
+        return self._engine.pages.used
 
     def submit(
         self, request: PreparedRequest, *, timeout: float | None = None, notify: Callable[[], object] | None = None
@@ -244,6 +283,9 @@ class AsyncEngine:
                 self._lock.notify()
             # A compilation cannot be interrupted; the thread ends after it, or with the process.
             self._thread.join(None if self.ready.is_set() else 0)
+        if self._compiling.is_alive():
+            # As above.
+            self._compiling.join(WARM_UP_JOIN_SECONDS)
         return in_time
 
     def _request_cancel(self, handle: RequestHandle) -> None:
@@ -279,18 +321,15 @@ class AsyncEngine:
                 codec.result()
             if self._closing != "cancel":
                 seconds = time.monotonic() - start
-                log.info("ready after %.1f s of compiling; the rest is compiled between requests", seconds)
-            self._rest = self._engine.warm_up_rest()
+                log.info("ready after %.1f s of compiling; the rest is compiled in the background", seconds)
+                self._compiling.start()
         else:
             self.warmed_up.set()
         if self._closing != "cancel":
             self.ready.set()
         while self._process_orders():
             try:
-                if self._engine.busy or self.warmed_up.is_set():
-                    self._advance()
-                else:
-                    self._compile_next()
+                self._advance()
             except Exception:
                 # A fault must not end the service: requests that it hits for the first time are answered again.
                 log.exception("the running batch failed and is reset")
@@ -300,9 +339,7 @@ class AsyncEngine:
     def _process_orders(self) -> bool:
         """Wait for something to do; submit, cancel and expire requests. False when all is done."""
         with self._lock:
-            while self.warmed_up.is_set() and not (
-                self._new or self._cancelled or self._answers or self._histories or self._closing
-            ):
+            while not (self._new or self._cancelled or self._answers or self._histories or self._closing):
                 self._lock.wait()
             # One at a time: a request that arrives meanwhile comes first.
             history = self._histories.popleft() if self._histories else None
@@ -332,7 +369,7 @@ class AsyncEngine:
             return
         active = {request.key for request in self._engine.active if request is not None}
         # Newcomers are admitted before the chunk begins, and their first audio should come soon.
-        newcomers = self.max_batch_size > len(active) and self._engine.queue
+        newcomers = self._engine.has_room
         steps = [answer.next_steps for key, (_, answer) in self._answers.items() if key in active or newcomers]
         for progress in self._engine.advance(min(steps, default=1)):
             if progress.key not in self._answers:
@@ -353,13 +390,17 @@ class AsyncEngine:
             if progress.done:
                 self._end(progress.key, "done")
 
-    def _compile_next(self) -> None:
-        """Compile one more of the programs that requests can need."""
+    def _compile_rest(self) -> None:
+        """Compile the other programs, until the engine is closed."""
         try:
-            next(self._rest)
-        except StopIteration:
+            for _ in self._engine.warm_up_rest():
+                if self._closing is not None:
+                    return
+        except Exception:
+            log.exception("compiling beforehand has failed: requests wait for what they need")
+        else:
             log.info("every program is compiled")
-            self.warmed_up.set()
+        self.warmed_up.set()
 
     def _end(self, key: int, outcome: Outcome) -> None:
         self._engine.cancel(key)

@@ -4,7 +4,8 @@ A batch has B slots, one request each. Its cache and everything else that change
 `DecodeState`. What a step has to compute is decided by the host between chunks and passed as a `Routing`: which rows
 still need the text head, which the audio heads, and which requests have a companion row (batch-parallel decoding
 takes the text from a row that answers in text only). The tokens do not depend on it; it only leaves out work whose
-result would not be read. Its sizes are part of the compiled shape.
+result would not be read. Its sizes are part of the compiled shape. It says as well which pages of the cache each row
+has.
 
 The prompt's last column is not prefilled: it is the input of step 0, so that prefill never needs a head and the two
 rows of a batch-parallel request share one prefill.
@@ -17,15 +18,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from omni_jax import sharding
 from omni_jax.inference.sampling import Sampling, sample
-from omni_jax.model.decoder import Cache, cache_length
 from omni_jax.model.omni import OmniModel
+from omni_jax.model.pages import Cache, PageTable, page_len
 from omni_jax.vocab import NUM_CODEBOOKS, NUM_STREAMS, TEXT_STREAM, Vocab
 
 Array = jax.Array
@@ -65,9 +65,7 @@ class DecodeState:
     """bool [B], whether the text has not ended yet."""
     params: SlotParams
     caches: dict[str, Cache]
-    """`trunk`, with a TTS adapter also `tts_adapter`: B rows each."""
-    companions: Cache | None
-    """Trunk cache of the companion rows, as many as the routing has; None when it has none."""
+    """`trunk`, with a TTS adapter also `tts_adapter`: pools of pages, which rows have by the same numbers in both."""
 
 
 @jax.tree_util.register_dataclass
@@ -83,6 +81,8 @@ class Routing:
     """int32 [n], the row their text comes from: the slot itself, or B + its companion row."""
     audio_slot: Array
     """int32 [m], the batch slots that need the audio heads."""
+    pages: PageTable
+    """Of the batch slots and, if there are any, the companion rows."""
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -99,27 +99,25 @@ def decode_step(model: OmniModel, state: DecodeState, routing: Routing) -> tuple
     vocab, params = Vocab(model.config.vocab), state.params
     companions, texts, _ = routing.sizes
 
-    rows, positions, caches = state.tokens, state.positions, [state.caches["trunk"]]
+    rows, positions = state.tokens, state.positions
     if companions:
-        assert state.companions is not None
         column = jnp.full((companions, NUM_STREAMS), vocab.pad_a, jnp.int32)
         column = column.at[:, TEXT_STREAM].set(state.tokens.at[routing.companion_slot, TEXT_STREAM].get(mode="clip"))
         rows = jnp.concatenate([rows, column])
         positions = jnp.concatenate([positions, positions.at[routing.companion_slot].get(mode="clip")])
-        caches.append(state.companions)
-    hidden, caches = model.trunk.decode(model.embed_tokens(rows), positions, caches, _live(state))
+    hidden, trunk_cache = model.trunk.decode(model.embed_tokens(rows), positions, state.caches["trunk"], routing.pages)
 
     text = jnp.full(state.running.shape, vocab.pad_t, jnp.int32)
     if texts:
         text = _sample_text(model, state, routing, hidden)
     audio, tts_cache = _sample_audio(model, state, routing, hidden)
-    new_caches = {"trunk": caches[0]} | ({} if tts_cache is None else {"tts_adapter": tts_cache})
+    new_caches = {"trunk": trunk_cache} | ({} if tts_cache is None else {"tts_adapter": tts_cache})
 
     tokens = jnp.concatenate([audio, text[:, None]], axis=1)
     tokens = jnp.where(state.running[:, None], tokens, vocab.padding)
     ended = jnp.where(params.outputs_audio, audio[:, -1] == vocab.eoa, text == vocab.eot)
     moved = state.running.astype(jnp.int32)
-    last_position = cache_length(state.caches["trunk"]) - 1
+    last_position = routing.pages.rows[0].shape[1] * page_len(trunk_cache) - 1
     return (
         dataclasses.replace(
             state,
@@ -129,15 +127,9 @@ def decode_step(model: OmniModel, state: DecodeState, routing: Routing) -> tuple
             running=state.running & ~ended & (state.step + 1 < params.max_steps),
             text_pending=state.text_pending & ~(state.running & (text == vocab.eot)),
             caches=new_caches,
-            companions=caches[1] if companions else None,
         ),
         tokens,
     )
-
-
-def _live(state: DecodeState) -> Array:
-    """How many positions of the caches the running requests use, int32 []; a companion row is as long as its slot's."""
-    return jnp.max(jnp.where(state.running, state.positions, 0)) + 1
 
 
 def _sample_text(model: OmniModel, state: DecodeState, routing: Routing, hidden: Array) -> Array:
@@ -165,9 +157,9 @@ def _sample_audio(model: OmniModel, state: DecodeState, routing: Routing, hidden
     if model.tts_adapter is None:
         hidden = model.norm(hidden)
     else:
-        hidden, (cache,) = model.tts_adapter.blocks.decode(
-            hidden, state.positions, [state.caches["tts_adapter"]], _live(state)
-        )
+        # Companion rows have pages here as well, which nothing uses.
+        pages = dataclasses.replace(routing.pages, rows=routing.pages.rows[:1])
+        hidden, cache = model.tts_adapter.blocks.decode(hidden, state.positions, state.caches["tts_adapter"], pages)
         hidden = model.tts_adapter.norm(hidden)
     logits = model.audio_logits(sharding.constrain_rows(hidden.at[routing.audio_slot].get(mode="clip")))
     sampling = state.params.sampling.take(jnp.repeat(routing.audio_slot, NUM_CODEBOOKS))
@@ -196,7 +188,8 @@ def decode_chunk(
         more = (done < steps) & jnp.any(state.running)
         if texts:
             pending = (state.running & state.text_pending).at[routing.text_slot].get(mode="fill", fill_value=False)
-            more = more & jnp.any(pending)
+            # Where no text is expected, there is none to wait for the end of.
+            more = more & (jnp.any(pending) | (routing.text_slot >= B).all())
         return more
 
     def body(carry: tuple[Array, DecodeState, Array]) -> tuple[Array, DecodeState, Array]:
@@ -256,7 +249,8 @@ def insert(
     state: DecodeState,
     prefilled: dict[str, Cache],
     batch_slots: Array,
-    companion_rows: Array,
+    pages: Array,
+    companion_pages: Array,
     arrivals: DecodeState,
 ) -> DecodeState:
     """Put prefilled requests into the running batch.
@@ -265,23 +259,29 @@ def insert(
         state: the running batch, donated.
         prefilled: caches of n rows from `prefill`.
         batch_slots: int32 [n]; B for a row that only pads the prefill's shape.
-        companion_rows: int32 [n], the companion row of each; any number out of range for none.
+        pages: int32 [n, M], the pages of each in the order of their positions, numbered over all groups; any number
+            out of range for none.
+        companion_pages: int32 [n, M], those of its companion row.
         arrivals: the new entries, n of each, without caches.
     """
 
-    def place(old: Any, new: Any, rows: Array) -> Any:
+    def place(old: Array, new: Array, pages: Array) -> Array:
+        S = old.shape[-2]
+        padding = [(0, 0)] * new.ndim
+        padding[-2] = (0, -new.shape[-2] % S)
+        new = jnp.pad(new, padding)
         # A stacked cache has its layers in front of the rows.
-        return old.at[..., rows, :, : new.shape[-2], :].set(new.astype(old.dtype), mode="drop")
+        *layers, n, K, length, H = new.shape
+        new = jnp.swapaxes(new.reshape(*layers, n, K, length // S, S, H), -4, -3)
+        return old.at[..., pages[:, : length // S], :, :, :].set(new.astype(old.dtype), mode="drop")
 
     caches = dict(state.caches)
     for name, prompt in prefilled.items():
-        caches[name] = jax.tree.map(partial(place, rows=batch_slots), caches[name], prompt)
-    companions = state.companions
-    if companions is not None:
-        companions = jax.tree.map(partial(place, rows=companion_rows), companions, prefilled["trunk"])
-    bare = dataclasses.replace(state, caches={}, companions=None)
+        caches[name] = jax.tree.map(partial(place, pages=pages), caches[name], prompt)
+    caches["trunk"] = jax.tree.map(partial(place, pages=companion_pages), caches["trunk"], prefilled["trunk"])
+    bare = dataclasses.replace(state, caches={})
     inserted = jax.tree.map(lambda old, new: old.at[batch_slots].set(new, mode="drop"), bare, arrivals)
-    return dataclasses.replace(inserted, caches=caches, companions=companions)
+    return dataclasses.replace(inserted, caches=caches)
 
 
 def stop(state: DecodeState, batch_slot: Array) -> DecodeState:
@@ -289,12 +289,12 @@ def stop(state: DecodeState, batch_slot: Array) -> DecodeState:
     return dataclasses.replace(state, running=state.running.at[batch_slot].set(False))
 
 
-def init_state(model: OmniModel, max_batch_size: int, max_len: int) -> DecodeState:
-    """A batch of idle slots whose caches hold `max_len` positions each."""
+def init_state(model: OmniModel, max_batch_size: int, num_pages: int, page_len: int) -> DecodeState:
+    """A batch of idle slots, and pools of so many pages of `page_len` positions."""
     vocab, B = Vocab(model.config.vocab), max_batch_size
-    caches = {"trunk": model.trunk.init_cache(B, max_len)}
+    caches = {"trunk": model.trunk.init_cache(num_pages, page_len)}
     if model.tts_adapter is not None:
-        caches["tts_adapter"] = model.tts_adapter.blocks.init_cache(B, max_len)
+        caches["tts_adapter"] = model.tts_adapter.blocks.init_cache(num_pages, page_len)
     zeros, false = partial(jnp.zeros, (B,), jnp.int32), partial(jnp.zeros, (B,), bool)
     return DecodeState(
         tokens=jnp.tile(vocab.padding, (B, 1)),
@@ -314,10 +314,4 @@ def init_state(model: OmniModel, max_batch_size: int, max_len: int) -> DecodeSta
             ),
         ),
         caches=caches,
-        companions=None,
     )
-
-
-def take_rows(cache: Cache, rows: Array) -> Cache:
-    """The cache of `rows` alone."""
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis=-4, mode="clip"), cache)

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,10 +23,11 @@ from omni_jax.audio.io import SAMPLE_RATE
 from omni_jax.errors import ConfigError
 from omni_jax.inference.decode import MAX_CHUNK_STEPS, DecodeState, Routing, SlotParams
 from omni_jax.inference.generation import GenerationConfig
+from omni_jax.inference.page_pool import PagePool
 from omni_jax.inference.prefix_cache import Prefix, PrefixCache
 from omni_jax.inference.runner import ModelRunner
 from omni_jax.inference.sampling import Sampling
-from omni_jax.model.decoder import Cache
+from omni_jax.model.pages import PAGE_LEN, Cache, PageTable, pages_for
 from omni_jax.prompts import (
     History,
     Prompt,
@@ -49,6 +50,8 @@ CACHE_LEN_STEP = 256
 MAX_PREFILL_ROWS = 8
 """Prompts prefilled at once; more are taken in turns."""
 
+AHEAD_STEPS = 16
+"""A request is admitted if there are pages for so many more steps of it and of all that run, or for a longer chunk."""
 MAX_TO_REMEMBER = 64
 """Histories that wait to be remembered; of more, the first are forgotten, and prefilled with their next turn."""
 
@@ -173,19 +176,38 @@ class ActiveRequest:
     step: int = 0
     running: bool = True
     text_pending: bool = True
-    companion: int | None = None
-    """Its companion row."""
     prefix: Prefix | None = None
     """The beginning of its history, if it was found in the prefix cache."""
+    number: int = 0
+    """Counts admissions: the youngest has the highest."""
+    started: int = 0
+    """Steps at most, with those of chunks that have not been read."""
+    pages: list[int] = field(default_factory=list)
+    """Of its batch slot, numbered within the group."""
+    companion_pages: list[int] = field(default_factory=list)
+    """Of its companion row."""
 
     @property
     def identity(self) -> tuple[int, bool]:
         """What no other request in a batch slot has: an answer and the transcription of its question share a key."""
         return self.key, self.request.of_question
 
+    @property
+    def has_companion_row(self) -> bool:
+        """Whether its text comes from a companion row, and goes on."""
+        return self.request.has_companion and self.text_pending
 
-_Program = tuple[Callable[..., None], tuple[Any, ...]]
-"""A method of `Engine` that compiles programs, and its arguments."""
+    def pages_needed(self, steps: int, page_len: int, context: int) -> int:
+        """Pages that a row of it needs when so many steps have been started."""
+        steps = min(steps, self.request.max_steps(context))
+        return pages_for(len(self.request.prompt) - 1 + steps, page_len)
+
+
+_Program = tuple[str, tuple[Any, ...]]
+"""What `Engine` compiles in one of its methods, and the method's arguments."""
+_Shape = tuple[Task, int, int, bool]
+"""How requests are prefilled: see `Engine._prefilled_as`; padded length, the audio encoder's window (0 without speech),
+whether after a prefix. Those that differ at most in the first are prefilled together."""
 
 
 class Engine:
@@ -193,9 +215,12 @@ class Engine:
 
     Attributes:
         max_batch_size: requests decoded at once.
-        max_len: positions of each slot's cache.
+        max_len: positions of each slot's cache at most.
+        page_len: positions of a page.
         queue: submitted requests that have no slot yet, with their keys.
         active: the request of each batch slot.
+        pages: the pages of the cache. If they run out, the youngest request gives its own back and returns to the
+            queue.
     """
 
     def __init__(
@@ -205,36 +230,62 @@ class Engine:
         max_len: int,
         buckets: Sequence[int] = PROMPT_BUCKETS,
         prefixes: PrefixCache | None = None,
+        *,
+        num_pages: int | None = None,
+        page_len: int = PAGE_LEN,
     ):
         """Allocate the batch.
 
         Args:
             runner: the model.
             max_batch_size: requests decoded at once.
-            max_len: positions of each slot's cache.
+            max_len: positions of each slot's cache at most.
             buckets: lengths that prompts are padded to.
             prefixes: histories whose keys and values are known; None: a new one.
+            num_pages: of the cache, at least those of one request with its companion row; None, or more than that:
+                those of all batch slots and companion rows at full length, which are never short of pages.
+            page_len: positions of a page.
+
+        Raises:
+            ConfigError: there are too few pages.
         """
         self.prefixes = PrefixCache() if prefixes is None else prefixes
         self.runner, self.max_batch_size, self.max_len, self.buckets = runner, max_batch_size, max_len, buckets
+        self.page_len = page_len = min(page_len, max_len)
+        self.groups, columns = runner.row_groups(max_batch_size), pages_for(max_len, page_len)
+        most = 2 * max_batch_size * columns
+        per_group = (most if num_pages is None else min(num_pages, most)) // self.groups
+        if per_group < 2 * columns:
+            raise ConfigError(
+                f"the cache has {per_group} pages of {page_len} positions for each of {self.groups} groups of rows; "
+                f"expected at least {2 * columns}, those of one request and its companion row"
+            )
+        self.columns, self._per_group = columns, per_group
         self.vocab = Vocab(runner.config.vocab)
         self.context = runner.config.trunk.max_position
         self.queue: deque[tuple[int, PreparedRequest]] = deque()
         self._nothing_to_do: list[int] = []
         self._failures: list[Progress] = []
-        # Steps reported of requests that are answered again after a fault, by key and whether they transcribe the
-        # question.
+        # Steps reported of requests that are answered again, after a fault or because the pages ran out, by key and
+        # whether they transcribe the question.
         self._reported: dict[tuple[int, bool], int] = {}
+        self._faulted: set[tuple[int, bool]] = set()
+        self._admitted = 0
         self._to_remember: deque[History] = deque(maxlen=MAX_TO_REMEMBER)
+        # Empty unless `warm_up_rest` is used, maybe by another thread: any program is compiled when it is needed.
+        self._compiled: set[_Program] = set()
         # Of requests with a transcription, how many of the two have not ended.
         self._unfinished: dict[int, int] = {}
         self._init_batch()
 
     def _init_batch(self) -> None:
-        self.state: DecodeState = self.runner.init_state(self.max_batch_size, self.max_len)
+        self.state: DecodeState = self.runner.init_state(
+            self.max_batch_size, self.groups * self._per_group, self.page_len
+        )
         self.active: list[ActiveRequest | None] = [None] * self.max_batch_size
-        self.companion_rows = 0
-        self.in_flight: tuple[list[ActiveRequest | None], jax.Array, jax.Array] | None = None
+        self.pages = PagePool(self.groups, self._per_group)
+        # With how many steps it was started.
+        self.in_flight: tuple[list[ActiveRequest | None], jax.Array, jax.Array, int] | None = None
         # Prefilled histories, each with its row of the caches, that are not in the prefix cache yet.
         self._to_keep: list[tuple[dict[str, Cache], list[tuple[int, History]]]] = []
         # The last recordings that were encoded, if they may be needed once more.
@@ -292,6 +343,16 @@ class Engine:
             or any(self.active)
         )
 
+    @property
+    def has_room(self) -> bool:
+        """Whether the first request of the queue is admitted before the next chunk, if that is a short one."""
+        if not self.queue:
+            return False
+        slots, room = self._room(AHEAD_STEPS)
+        first = self._to_admit(*self.queue[0])
+        needed = self._needed(first, first.reported + AHEAD_STEPS)
+        return any(free and needed <= pages for free, pages in zip(slots, room, strict=True))
+
     def advance(self, steps: int = MAX_CHUNK_STEPS) -> list[Progress]:
         """Admit queued requests, start a chunk of up to `steps` steps, and return the tokens of the chunk before.
 
@@ -300,16 +361,16 @@ class Engine:
         """
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, found {steps}")
-        self._admit()
+        steps = min(steps, MAX_CHUNK_STEPS)
+        self._admit(max(steps, AHEAD_STEPS))
         if self._to_remember and not self.queue:
             self._prefill_history(self._to_remember.popleft())
         previous, self.in_flight = self.in_flight, None
+        self._take_pages(steps)
         if any(active is not None and active.running for active in self.active):
             routing = self._route()
-            self.state, tokens, status = self.runner.decode_chunk(
-                self.state, routing, jnp.int32(min(steps, MAX_CHUNK_STEPS))
-            )
-            self.in_flight = (list(self.active), tokens, status)
+            self.state, tokens, status = self.runner.decode_chunk(self.state, routing, jnp.int32(steps))
+            self.in_flight = (list(self.active), tokens, status, steps)
         self._keep_histories()
         empty, self._nothing_to_do = self._nothing_to_do, []
         progress = [Progress(key, _no_tokens(), "stop") for key in empty]
@@ -327,6 +388,7 @@ class Engine:
         """
         for of_question in (False, True):
             self._reported.pop((key, of_question), None)
+            self._faulted.discard((key, of_question))
         if key in self._nothing_to_do:
             self._nothing_to_do.remove(key)
             return True
@@ -335,13 +397,29 @@ class Engine:
         self.queue = left
         for slot, active in enumerate(self.active):
             if active is not None and active.key == key:
-                # The chunk in flight may have tokens for it: `_read` skips requests that do not run.
-                active.running = False
-                self.active[slot] = None
-                self.state = self.runner.stop(self.state, jnp.int32(slot))
+                self._stop(slot, active)
                 found = True
         self._drop_unread_chunk()
         return found
+
+    def _stop(self, slot: int, active: ActiveRequest) -> None:
+        """Stop an active request; its slot and its pages are free."""
+        self._free(slot, active)
+        self.state = self.runner.stop(self.state, jnp.int32(slot))
+
+    def _free(self, slot: int, active: ActiveRequest) -> None:
+        """Free the slot and the pages of a request that has ended or is stopped.
+
+        The chunk in flight may have tokens for it, which `_read` skips, and still writes to its pages, before any other
+        request does.
+        """
+        active.running = False
+        self.active[slot] = None
+        self.pages.give_back(self._group_of(slot), [*active.pages, *active.companion_pages])
+        active.pages, active.companion_pages = [], []
+
+    def _group_of(self, slot: int) -> int:
+        return slot * self.groups // self.max_batch_size
 
     def _drop_unread_chunk(self) -> None:
         """Drop the chunk in flight if all its requests have ended: with it they and their recordings would stay."""
@@ -351,8 +429,8 @@ class Engine:
     def reset(self) -> list[int]:
         """Start over after a fault of the whole batch, when a program may have consumed the state.
 
-        Active requests are answered again, once: their tokens are the same, and those that were reported are not
-        reported again. Queued requests stay queued.
+        Active requests are answered again, once: their tokens are the same up to rounding, and those that were reported
+        are not reported again. Queued requests stay queued.
 
         Returns:
             Keys of requests that are dropped: this was their second fault. If none was active, it is the first in the
@@ -362,8 +440,9 @@ class Engine:
         # The old state is freed before the new one is allocated.
         del self.state, self.in_flight
         self._init_batch()
-        dropped = {entry.key for entry in active if entry.identity in self._reported}
-        for entry in reversed(active):
+        dropped = {entry.key for entry in active if entry.identity in self._faulted}
+        for entry in sorted(active, key=lambda entry: entry.number, reverse=True):
+            self._faulted.add(entry.identity)
             self._reported[entry.identity] = max(entry.step, entry.reported)
             self.queue.appendleft((entry.key, entry.request))
         if not active and self.queue:
@@ -384,29 +463,40 @@ class Engine:
         Raises:
             RuntimeError: something is queued or active.
         """
-        for compile_program, sizes in self._first_programs():
+        if self.busy:
+            raise RuntimeError("a busy engine cannot be warmed up")
+        for program in self._first_programs():
             if stop():
                 return
-            self._compile(compile_program, sizes)
+            self._compile(program)
 
     def warm_up_rest(self) -> Iterator[None]:
         """Compile every other program that any request can need here, one for each item.
 
-        The likeliest come first: those of one request alone. Between two items, requests may be answered.
-
-        Raises:
-            RuntimeError: something is queued or active.
+        Nothing is run, so that another thread can do it while this engine answers requests. From the first item on, a
+        request gets a larger program that is compiled rather than a smaller one that is not. Those that fit many
+        requests come first, then the likeliest: those of one request alone.
         """
-        first = self._first_programs()
-        for program in sorted(dict.fromkeys(self._other_programs()), key=lambda program: self._num_requests(*program)):
-            if program not in first:
-                self._compile(*program)
+        compiler = Engine(
+            self.runner.compiler(),
+            self.max_batch_size,
+            self.max_len,
+            self.buckets,
+            num_pages=self.pages.total,
+            page_len=self.page_len,
+        )
+        self._compiled.update(self._first_programs())
+        others = sorted(dict.fromkeys(self._other_programs()), key=self._num_requests)
+        for program in dict.fromkeys([*self._general_programs(), *others]):
+            if program not in self._compiled:
+                compiler._compile(program)
+                self._compiled.add(program)
                 yield
 
-    def _compile(self, compile_program: Callable[..., None], sizes: tuple[Any, ...]) -> None:
-        if self.busy:
-            raise RuntimeError("a busy engine cannot be warmed up")
-        compile_program(*sizes)
+    def _compile(self, program: _Program) -> None:
+        kind, sizes = program
+        compile_programs: Callable[..., None] = getattr(self, f"_compile_{kind}")
+        compile_programs(*sizes)
 
     def _first_programs(self) -> list[_Program]:
         encoder, few = self.runner.config.audio_encoder, self._bucket_rows(1)
@@ -414,67 +504,96 @@ class Engine:
         positions = speech_positions(samples, encoder.max_position, self.runner.config.adapter.stack)
         length = self._padded(len(speech_prompt(Task.A1A2, positions, self.vocab)) - 1)
         return [
-            (self._compile_prefill, (Task.A1A2, length, encoder.window(samples), False, 1, few)),
-            (self._compile_decode, (few, few, few)),
-            (self._compile_decode, (0, 0, few)),
-            (self._compile_stop, (0,)),
+            ("encode", (encoder.window(samples), 1)),
+            ("prefill", (Task.A1A2, length, False, 1)),
+            ("decode", (self._bucket_companions(1), few, few)),
+            ("decode", (0, 0, few)),
+            ("stop", ()),
         ]
+
+    def _general_programs(self) -> Iterator[_Program]:
+        """Those that fit any number of requests, one after another: without them many would wait for a compiler."""
+        per_group = self.max_batch_size // self.groups
+        yield "decode", (self._bucket_companions(per_group), self.max_batch_size, self.max_batch_size)
+        yield "encode", (self.runner.config.audio_encoder.max_position, 1)
+        for task, after_prefix in itertools.product(self._prefilled_tasks, self._with_prefix):
+            yield "prefill", (task, self._lengths(task)[-1], after_prefix, 1)
 
     def _other_programs(self) -> Iterator[_Program]:
-        config = self.runner.config
         sizes = sorted({self._bucket_rows(count) for count in range(self.max_batch_size + 1)})
-        for companions, texts, audios in itertools.product(sizes, sizes, sizes):
+        of_companions = sorted({self._bucket_companions(n) for n in range(self.max_batch_size // self.groups + 1)})
+        for companions, texts, audios in itertools.product(of_companions, sizes, sizes):
             # A request with a companion row outputs text and audio.
-            if min(texts, audios) >= companions and texts + audios:
-                yield self._compile_decode, (companions, texts, audios)
+            if (min(texts, audios) >= companions or self.groups > 1) and texts + audios:
+                yield "decode", (companions, texts, audios)
         max_rows = min(self.max_batch_size, MAX_PREFILL_ROWS)
         rows = sorted({next_power_of_2(count) for count in range(1, max_rows + 1)})
-        after = (False, True) if config.conversation else (False,)
-        # Without a TTS adapter prefill does not depend on what is output.
-        tasks = (Task.A1A2, Task.T1A1, Task.A1T1, Task.T1T2) if config.tts_adapter_layers else (Task.A1A2, Task.T1A1)
-        for task in tasks:
-            # Any prompt may follow a history.
-            speech_only = task.takes_audio and not config.conversation
-            max_prompt = min(max_speech_positions(config) + 2, self.max_len) if speech_only else self.max_len
-            lengths = sorted({self._padded(length) for length in range(1, max_prompt + 1)})
-            windows = config.audio_encoder.windows if task.takes_audio else (0,)
-            for companions, count in itertools.product(sizes, rows):
-                for length, after_prefix in itertools.product(lengths, after):
-                    yield self._compile_prefill, (task, length, windows[0], after_prefix, count, companions)
-                # The longer windows of the audio encoder, whatever the prompt is padded to.
-                for window in windows[1:]:
-                    yield self._compile_prefill, (task, lengths[0], window, False, count, companions)
-        for companions, other in itertools.product(sizes, sizes):
-            yield self._compile_stop, (companions,)
-            yield self._compile_resize, (companions, other)
+        for window, count in itertools.product(self.runner.config.audio_encoder.windows, rows):
+            yield "encode", (window, count)
+        for task, after_prefix, count in itertools.product(self._prefilled_tasks, self._with_prefix, rows):
+            for length in self._lengths(task):
+                yield "prefill", (task, length, after_prefix, count)
 
-    def _num_requests(self, compile_program: Callable[..., None], sizes: tuple[Any, ...]) -> int:
+    @property
+    def _with_prefix(self) -> tuple[bool, ...]:
+        return (False, True) if self.runner.config.conversation else (False,)
+
+    @property
+    def _prefilled_tasks(self) -> tuple[Task, ...]:
+        return tuple(dict.fromkeys(self._prefilled_as(task, task.outputs_audio) for task in Task))
+
+    def _prefilled_as(self, task: Task, outputs_audio: bool) -> Task:
+        """The task that stands for all whose prompts the same programs prefill.
+
+        Only the TTS adapter's cache depends on what is output; without one there is one program less per shape.
+        """
+        if outputs_audio or not self.runner.config.tts_adapter_layers:
+            return Task.A1A2 if task.takes_audio else Task.T1A2
+        return Task.A1T2 if task.takes_audio else Task.T1T2
+
+    def _lengths(self, task: Task) -> list[int]:
+        """What prompts of a task are padded to."""
+        config = self.runner.config
+        # Any prompt may follow a history.
+        speech_only = task.takes_audio and not config.conversation
+        most = min(max_speech_positions(config) + 2, self.max_len) if speech_only else self.max_len
+        return sorted({self._padded(length) for length in range(1, most + 1)})
+
+    def _num_requests(self, program: _Program) -> int:
         """How many requests there must be at once for a program to be needed."""
+        kind, sizes = program
+        if kind != "decode":
+            return int(sizes[-1]) // 2 + 1
         few = self._bucket_rows(1)
-        if compile_program == self._compile_prefill:
-            *_, rows, companions = sizes
-            return max(rows // 2 + 1, 1 if companions <= few else few + 1)
-        return max(1 if size <= few else few + 1 for size in sizes)
+        of_one = (self._bucket_companions(1), few, few)
+        return max(1 if size <= one else few + 1 for size, one in zip(sizes, of_one, strict=True))
 
-    def _compile_decode(self, companions: int, texts: int, audios: int) -> None:
-        self._set_companions(companions)
-        # From the host, as `_route` sends them: that is compiled, too.
-        unused = [
-            jnp.asarray(np.full(size, self.max_batch_size, np.int32)) for size in (companions, texts, texts, audios)
-        ]
-        self.state, *_ = self.runner.decode_chunk(self.state, Routing(*unused), jnp.int32(1))
+    def _compile_encode(self, window: int, rows: int) -> None:
+        self.runner.encode_audio(jnp.asarray(np.zeros((rows, 320 * window), np.float32)))
 
-    def _compile_prefill(
-        self, task: Task, length: int, window: int, after_prefix: bool, rows: int, companions: int
-    ) -> None:
-        self._set_companions(companions)
+    def _compile_prefill(self, task: Task, length: int, after_prefix: bool, rows: int) -> None:
+        window = 0
         if task.takes_audio:
+            window = self.runner.config.audio_encoder.windows[0]
             prompt, speech = speech_prompt(task, 1, self.vocab), np.zeros(320 * (window - 2), np.float32)
             request = PreparedRequest.of(prompt, speech)
         else:
             request = PreparedRequest.of(text_prompt(task, [0], self.vocab))
         prefix = self._empty_prefix() if after_prefix else None
-        self._prefill(length, [(self.max_batch_size, ActiveRequest(-1, request, prefix=prefix))] * rows)
+        group = [(self.max_batch_size, ActiveRequest(-1, request, prefix=prefix))]
+        self._prefill((task, length, window, after_prefix), rows, group)
+
+    def _compile_decode(self, companions: int, texts: int, audios: int) -> None:
+        def unused(size: int) -> jax.Array:
+            # From the host, as `_route` sends them: that is compiled, too.
+            return jnp.asarray(np.full(size, self.max_batch_size, np.int32))
+
+        pages = self._page_table({}, companions)
+        routing = Routing(unused(companions), unused(texts), unused(texts), unused(audios), pages)
+        self.state, *_ = self.runner.decode_chunk(self.state, routing, jnp.int32(1))
+
+    def _compile_stop(self) -> None:
+        self.state = self.runner.stop(self.state, jnp.int32(0))
 
     def _empty_prefix(self) -> Prefix:
         """A prefix of no positions."""
@@ -482,40 +601,65 @@ class Engine:
             0, jax.tree.map(lambda x: np.zeros((*x.shape[:-4], 1, x.shape[-3], 0, x.shape[-1])), self.state.caches)
         )
 
-    def _compile_stop(self, companions: int) -> None:
-        self._set_companions(companions)
-        self.state = self.runner.stop(self.state, jnp.int32(0))
+    def _decode_sizes(self, *needed: int) -> tuple[int, ...]:
+        """Companion, text and audio rows of the smallest compiled program that has so many; without one, these."""
+        fitting = [
+            sizes
+            for kind, sizes in self._compiled.copy()
+            if kind == "decode" and all(size >= least for size, least in zip(sizes, needed, strict=True))
+        ]
+        return min(fitting, key=sum, default=needed)
 
-    def _compile_resize(self, companions: int, other: int) -> None:
-        self._set_companions(companions)
-        self._resize_companions([], other)
+    def _prefill_sizes(self, shape: _Shape, count: int) -> tuple[_Shape, int]:
+        """Shape and rows of the programs that prefill so many requests of a shape, in turns if they are more.
 
-    def _set_companions(self, size: int) -> None:
-        """Empty companion rows, as many as `size`."""
-        if size != self.companion_rows:
-            self._resize_companions([], 0)
-            self._resize_companions([], size)
+        Of those that are compiled the cheapest; without any, those that fit best.
+        """
+        task, length, window, after_prefix = shape
+        compiled = self._compiled.copy()
+        fitting = [
+            (sizes[1], sizes[-1])
+            for kind, sizes in compiled
+            if kind == "prefill"
+            and (sizes[0], sizes[2]) == (task, after_prefix)
+            and sizes[1] >= length
+            and (not window or ("encode", (window, sizes[-1])) in compiled)
+        ]
+
+        def cost(fit: tuple[int, int]) -> int:
+            columns, rows = fit
+            return columns * rows * -(-count // rows)
+
+        length, rows = min(fitting, key=cost, default=(length, next_power_of_2(count)))
+        return (task, length, window, after_prefix), rows
 
     def run(self, steps: int = MAX_CHUNK_STEPS) -> Iterator[Progress]:
         """Advance until nothing is left."""
         while self.busy:
             yield from self.advance(steps)
 
-    def _read(self, slots: list[ActiveRequest | None], tokens: jax.Array, status: jax.Array) -> list[Progress]:
+    def _read(
+        self, slots: list[ActiveRequest | None], tokens: jax.Array, status: jax.Array, most_steps: int
+    ) -> list[Progress]:
         chunk, (steps, running, text_pending) = np.asarray(tokens), np.asarray(status)
         progress = []
         for slot, active in enumerate(slots):
             if active is None or not active.running:
                 continue
-            new = chunk[: steps[slot] - active.step, slot].T[:, max(0, active.reported - active.step) :]
+            tokens_of_slot = chunk[: steps[slot] - active.step, slot].T
+            new = tokens_of_slot[:, max(0, active.reported - active.step) :]
+            active.started += int(steps[slot]) - active.step - most_steps
             active.step, active.running = int(steps[slot]), bool(running[slot])
             active.text_pending = bool(text_pending[slot])
+            if not active.has_companion_row:
+                self.pages.give_back(self._group_of(slot), active.companion_pages)
+                active.companion_pages = []
             if active.running:
                 progress.append(Progress(active.key, new, None, of_question=active.request.of_question))
                 continue
-            self.active[slot] = None
+            self._free(slot, active)
             try:
-                progress.append(self._end_part(active, new))
+                progress.append(self._end_part(active, new, tokens_of_slot[:, -1]))
             except Exception as error:
                 self._fail(slot, active, error)
         return progress
@@ -523,14 +667,19 @@ class Engine:
     def _fail(self, slot: int, active: ActiveRequest, error: Exception) -> None:
         """End a request that has failed by itself, and the transcription of its question."""
         log.error("a request has failed; the others go on", exc_info=error)
-        active.running, self.active[slot] = False, None
+        self._free(slot, active)
         self.cancel(active.key)
         self._failures.append(Progress(active.key, _no_tokens(), None, error=error))
 
-    def _end_part(self, active: ActiveRequest, new: np.ndarray) -> Progress:
-        """The last tokens of a part; the next one, if any, is queued."""
-        finish = self._finish_reason(active, new)
+    def _end_part(self, active: ActiveRequest, new: np.ndarray, last: np.ndarray) -> Progress:
+        """The last tokens of a part that have not been reported, and its last step's; the next part is queued, if any.
+
+        A part that is answered again may end where it did not end before: what its programs compute depends on the
+        other requests, up to rounding. Then all of it has been reported.
+        """
+        finish = self._finish_reason(active, last)
         self._reported.pop(active.identity, None)
+        self._faulted.discard(active.identity)
         if len(active.request.parts) == 1:
             unfinished = self._unfinished.pop(active.key, 1) - 1
             if unfinished:
@@ -549,12 +698,9 @@ class Engine:
             self.queue.appendleft(rest)
         return Progress(active.key, new, None, finish)
 
-    def _finish_reason(self, active: ActiveRequest, new: np.ndarray) -> FinishReason:
-        if active.request.task.outputs_audio:
-            last, end = new[TEXT_STREAM - 1, -1], self.vocab.eoa
-        else:
-            last, end = new[TEXT_STREAM, -1], self.vocab.eot
-        if last == end:
+    def _finish_reason(self, active: ActiveRequest, last: np.ndarray) -> FinishReason:
+        audio, text = last[TEXT_STREAM - 1], last[TEXT_STREAM]
+        if audio == self.vocab.eoa if active.request.task.outputs_audio else text == self.vocab.eot:
             return "stop"
         return "length" if active.step == active.request.config.max_steps else "context"
 
@@ -565,81 +711,114 @@ class Engine:
         quarter = self.max_batch_size // 4
         return quarter if count <= quarter else self.max_batch_size
 
+    def _bucket_companions(self, per_group: int) -> int:
+        """The companion rows of all groups, if one group needs so many."""
+        return -(-self._bucket_rows(self.groups * per_group) // self.groups) * self.groups
+
     def _route(self) -> Routing:
         running = [(slot, active) for slot, active in enumerate(self.active) if active is not None and active.running]
         text = [(slot, active) for slot, active in running if active.text_pending]
         audio = [slot for slot, active in running if active.request.task.outputs_audio]
-        paired = [(slot, active) for slot, active in text if active.companion is not None]
-        self._resize_companions([active for _, active in paired], self._bucket_rows(len(paired)))
-
-        texts, audios = self._bucket_rows(len(text)), self._bucket_rows(len(audio))
-        companion_slot = np.full(self.companion_rows, self.max_batch_size, np.int32)
-        for slot, active in paired:
-            companion_slot[active.companion] = slot
-        rows = [slot if active.companion is None else self.max_batch_size + active.companion for slot, active in text]
+        # Companion rows in the group of their slot; the groups have equal numbers of rows.
+        paired: list[list[int]] = [[] for _ in range(self.groups)]
+        for slot, active in text:
+            if active.has_companion_row:
+                paired[self._group_of(slot)].append(slot)
+        companions, texts, audios = self._decode_sizes(
+            self._bucket_companions(max(map(len, paired))), self._bucket_rows(len(text)), self._bucket_rows(len(audio))
+        )
+        companion_of = {
+            slot: group * companions // self.groups + index
+            for group, slots in enumerate(paired)
+            for index, slot in enumerate(slots)
+        }
+        companion_slot = np.full(companions, self.max_batch_size, np.int32)
+        for slot, companion in companion_of.items():
+            companion_slot[companion] = slot
+        rows = [self.max_batch_size + companion_of[slot] if slot in companion_of else slot for slot, _ in text]
         return Routing(
             companion_slot=jnp.asarray(companion_slot),
             text_slot=_column([slot for slot, _ in text], texts, np.int32, self.max_batch_size),
             text_row=_column(rows, texts, np.int32, self.max_batch_size),
             audio_slot=_column(audio, audios, np.int32, self.max_batch_size),
+            pages=self._page_table(companion_of, companions),
         )
 
-    def _resize_companions(self, kept: Sequence[ActiveRequest], size: int) -> None:
-        """Keep the companion rows of these requests alone, in a cache of `size` rows."""
-        if size == self.companion_rows:
-            return
-        companions = self.state.companions
-        if not size:
-            companions = None
-        elif companions is None:
-            companions = self.runner.init_companions(size, self.max_len)
-        else:
-            rows = [active.companion for active in kept if active.companion is not None]
-            rows += [0] * (size - len(rows))
-            companions = self.runner.keep_companions(companions, jnp.asarray(np.array(rows, np.int32)))
-            for index, active in enumerate(kept):
-                active.companion = index
-        self.state = dataclasses.replace(self.state, companions=companions)
-        self.companion_rows = size
+    def _page_table(self, companion_of: Mapping[int, int], companions: int) -> PageTable:
+        """The pages of all rows.
 
-    def _admit(self) -> None:
-        """Give free slots to queued requests and prefill them."""
-        free = [slot for slot, active in enumerate(self.active) if active is None]
-        arrivals = []
-        for key, request in self._take_from_queue(len(free)):
-            reported = self._reported.get((key, request.of_question), 0)
-            prefix = self.prefixes.find(request.prompt.history)
-            active = ActiveRequest(key, request, reported, text_pending=request.task.outputs_text, prefix=prefix)
-            slot = free.pop(0)
+        Args:
+            companion_of: the companion row of batch slots.
+            companions: companion rows.
+        """
+        tables = [
+            np.full((size, self.columns), self._per_group, np.int32) for size in (self.max_batch_size, companions)
+        ]
+        for slot, active in enumerate(self.active):
+            if active is not None:
+                tables[0][slot, : len(active.pages)] = active.pages
+                if slot in companion_of:
+                    tables[1][companion_of[slot], : len(active.companion_pages)] = active.companion_pages
+        return PageTable.of(tables if companions else tables[:1], self.pages.total, self.groups)
+
+    def _needed(self, active: ActiveRequest, steps: int) -> int:
+        """Pages of both rows of a request that so many more steps need, next to those that it has."""
+        row = active.pages_needed(active.started + steps, self.page_len, self.context)
+        return row * (1 + active.has_companion_row) - len(active.pages) - len(active.companion_pages)
+
+    def _take_pages(self, steps: int) -> None:
+        """Give every running request the pages of a chunk, the oldest first; the youngest go back to the queue.
+
+        The oldest one always goes on: there are pages for one request alone.
+        """
+        running = [(slot, active) for slot, active in enumerate(self.active) if active is not None and active.running]
+        for slot, active in sorted(running, key=_age):
+            group = self._group_of(slot)
+            while active.running and self._needed(active, steps) > self.pages.free(group):
+                self._pause(*max((e for e in running if e[1].running and self._group_of(e[0]) == group), key=_age))
+            if active.running:
+                active.started += steps
+                self._take_row_pages(slot, active)
+
+    def _take_row_pages(self, slot: int, active: ActiveRequest) -> None:
+        """Take the pages that the steps need which were started."""
+        group = self._group_of(slot)
+        needed = active.pages_needed(active.started, self.page_len, self.context)
+        active.pages += self.pages.take(group, max(0, needed - len(active.pages)))
+        if active.has_companion_row:
+            active.companion_pages += self.pages.take(group, max(0, needed - len(active.companion_pages)))
+
+    def _pause(self, slot: int, active: ActiveRequest) -> None:
+        """Send a request back to the queue, the first in it: it is answered again, and reported from where it was."""
+        log.info("out of memory for the cache: a request waits, after %d steps", active.step)
+        self._stop(slot, active)
+        self._reported[active.identity] = max(active.step, active.reported)
+        self.queue.appendleft((active.key, active.request))
+
+    def _admit(self, steps: int) -> None:
+        """Give free slots to queued requests, while there are pages for so many steps of all, and prefill them."""
+        arrivals = self._take_from_queue(steps)
+        for slot, active in arrivals:
             self.active[slot] = active
-            arrivals.append((slot, active))
+            self._take_row_pages(slot, active)
         if not arrivals:
             return
-        # Companion rows for the newcomers, next to those in use.
-        newcomers = [active for _, active in arrivals if active.request.has_companion]
-        if newcomers:
-            kept = [
-                a for a in self.active if a is not None and a.running and a.text_pending and a.companion is not None
-            ]
-            self._resize_companions(kept, self._bucket_rows(len(kept) + len(newcomers)))
-            used = {active.companion for active in kept}
-            unused = (row for row in range(self.companion_rows) if row not in used)
-            for active in newcomers:
-                active.companion = next(unused)
         groups: dict[tuple[int, int, bool], list[tuple[int, ActiveRequest]]] = {}
         for slot, active in arrivals:
-            groups.setdefault(self._prefill_shape(active.request, active.prefix), []).append((slot, active))
-        for (length, _, _), group in groups.items():
-            for start in range(0, len(group), MAX_PREFILL_ROWS):
-                self._try_prefill(length, group[start : start + MAX_PREFILL_ROWS])
+            groups.setdefault(self._prefill_shape(active.request, active.prefix)[1:], []).append((slot, active))
+        for group in groups.values():
+            while group:
+                _, rows = self._prefill_sizes(self._shape_of(group), min(len(group), MAX_PREFILL_ROWS))
+                self._try_prefill(group[:rows])
+                group = group[rows:]
 
-    def _try_prefill(self, length: int, group: list[tuple[int, ActiveRequest]]) -> None:
+    def _try_prefill(self, group: list[tuple[int, ActiveRequest]]) -> None:
         """Prefill requests; where that fails, each by itself, so that only one that cannot be prefilled fails."""
         group = [(slot, active) for slot, active in group if active.running]
         if not group:
             return
         try:
-            self._prefill(length, group)
+            self._prefill(*self._prefill_sizes(self._shape_of(group), len(group)), group)
         except Exception as error:
             if any(array.is_deleted() for array in jax.tree.leaves(self.state)):
                 # The running batch went into the program that failed.
@@ -648,48 +827,85 @@ class Engine:
                 self._fail(*group[0], error)
                 return
             for entry in group:
-                self._try_prefill(length, [entry])
+                self._try_prefill([entry])
 
-    def _take_from_queue(self, free: int) -> list[tuple[int, PreparedRequest]]:
-        """Take from the queue the requests that are admitted now, at most `free`.
+    def _take_from_queue(self, steps: int) -> list[tuple[int, ActiveRequest]]:
+        """Take from the queue the requests that are admitted now, with a free slot for each.
 
-        While others run they wait for one prefill at most: only requests that share the first one's are admitted.
+        While others run they wait for one prefill at most: only requests that share the first one's are admitted. No
+        request overtakes one that waits for pages.
         """
-        if not any(self.active):
-            return [self.queue.popleft() for _ in range(min(free, len(self.queue)))]
-        if not free or not self.queue:
-            return []
-
-        def shape_of(request: PreparedRequest) -> tuple[int, int, bool]:
-            return self._prefill_shape(request, self.prefixes.find(request.prompt.history))
-
-        shape, rows = shape_of(self.queue[0][1]), min(free, MAX_PREFILL_ROWS)
-        chosen: list[tuple[int, PreparedRequest]] = []
-        left: deque[tuple[int, PreparedRequest]] = deque()
-        for entry in self.queue:
-            together = len(chosen) < rows and shape_of(entry[1]) == shape
-            (chosen if together else left).append(entry)
-        self.queue = left
+        slots, room = self._room(steps)
+        alone = not any(self.active)
+        most = self.max_batch_size if alone else MAX_PREFILL_ROWS
+        first_shape: _Shape | None = None
+        chosen: list[tuple[int, ActiveRequest]] = []
+        left: list[tuple[int, PreparedRequest]] = []
+        while self.queue and len(chosen) < most:
+            group = max((group for group in range(self.groups) if slots[group]), key=room.__getitem__, default=None)
+            if group is None:
+                break
+            key, request = self.queue[0]
+            active = self._to_admit(key, request)
+            active.prefix = self.prefixes.find(request.prompt.history)
+            shape = self._prefill_shape(request, active.prefix)
+            first_shape = first_shape or shape
+            if not alone and shape[1:] != first_shape[1:]:
+                left.append(self.queue.popleft())
+                continue
+            needed = self._needed(active, active.reported + steps)
+            if needed > room[group] and (chosen or not alone):
+                break
+            room[group] -= needed
+            active.number, self._admitted = self._admitted, self._admitted + 1
+            self.queue.popleft()
+            chosen.append((slots[group].pop(0), active))
+        self.queue.extendleft(reversed(left))
         return chosen
 
-    def _prefill_shape(self, request: PreparedRequest, prefix: Prefix | None) -> tuple[int, int, bool]:
-        """Padded length, the audio encoder's window, 0 without speech, and if there is a prefix.
+    def _room(self, steps: int) -> tuple[list[list[int]], list[int]]:
+        """Free slots of each group, and its free pages without those that so many steps of its requests need.
 
-        Prompts alike in this are prefilled together. Without `mask_padding` the features depend on the window, which
-        must not depend on the other requests.
+        A request that is answered again keeps those of the steps before, and each row may need one page more: or a
+        newcomer would soon take the place of those that run, or give its own up.
+        """
+        slots: list[list[int]] = [[] for _ in range(self.groups)]
+        room = [self.pages.free(group) for group in range(self.groups)]
+        for slot, active in enumerate(self.active):
+            if active is None:
+                slots[self._group_of(slot)].append(slot)
+            else:
+                ahead = max(steps, active.reported + steps - active.started)
+                room[self._group_of(slot)] -= max(0, self._needed(active, ahead + self.page_len))
+        return slots, room
+
+    def _to_admit(self, key: int, request: PreparedRequest) -> ActiveRequest:
+        reported = self._reported.get((key, request.of_question), 0)
+        return ActiveRequest(key, request, reported, text_pending=request.task.outputs_text)
+
+    def _prefill_shape(self, request: PreparedRequest, prefix: Prefix | None) -> _Shape:
+        """How a request is prefilled.
+
+        Without `mask_padding` the features depend on the window, which must not depend on the other requests.
         """
         known = 0 if prefix is None else prefix.length
         speech = request.parts[0].speech
         window = 0 if speech is None else self.runner.config.audio_encoder.window(len(speech))
-        return self._padded(len(request.prompt) - 1 - known), window, prefix is not None
+        # The cache of a history is made for any turn, whatever this one outputs.
+        task = self._prefilled_as(request.task, request.task.outputs_audio or len(request.prompt.history) > 0)
+        return task, self._padded(len(request.prompt) - 1 - known), window, prefix is not None
+
+    def _shape_of(self, group: Sequence[tuple[int, ActiveRequest]]) -> _Shape:
+        """How requests are prefilled together: with the TTS adapter's cache if any needs it."""
+        shapes = [self._prefill_shape(active.request, active.prefix) for _, active in group]
+        return max(shapes, key=lambda shape: shape[0].outputs_audio)
 
     def _padded(self, length: int) -> int:
         return min(next(size for size in self.buckets if size >= length), self.max_len)
 
-    def _prefill(self, length: int, group: list[tuple[int, ActiveRequest]]) -> None:
-        """Prefill requests of one shape and insert them into their slots."""
-        count = len(group)
-        rows = next_power_of_2(count)
+    def _prefill(self, shape: _Shape, rows: int, group: list[tuple[int, ActiveRequest]]) -> None:
+        """Prefill requests of one shape, at most `rows`, and insert them into their slots."""
+        task, length, _, after_prefix = shape
         requests = [active.request for _, active in group]
         known = [0 if active.prefix is None else active.prefix.length for _, active in group]
         tokens = np.tile(self.vocab.padding[:, None], (rows, 1, length))
@@ -697,17 +913,14 @@ class Engine:
             prompt = request.prompt.tokens[:, begin:-1]
             tokens[row, :, : prompt.shape[1]] = prompt
         speech = positions = starts = prefix = lengths = None
-        if requests[0].task.takes_audio:
+        if task.takes_audio:
             speech = self._encode(requests, rows)
             positions = _column([request.prompt.speech_positions for request in requests], rows, np.int32)
             starts = _column([request.prompt.speech_start for request in requests], rows, np.int32)
-        if group[0][1].prefix is not None:
+        if after_prefix:
             prefix = self._load_prefixes([a.prefix for _, a in group if a.prefix is not None], rows)
             lengths = _column(known, rows, np.int32)
-        # Only a TTS adapter's cache depends on what is output: without one there is one program less per shape. That of
-        # a history has both, whatever this turn outputs.
         histories = [(row, r.prompt.history) for row, r in enumerate(requests) if len(r.prompt.history) > known[row]]
-        outputs_audio = any(request.task.outputs_audio for request in requests) or prefix is not None or histories
         caches = self.runner.prefill(
             jnp.asarray(tokens),
             speech,
@@ -715,19 +928,27 @@ class Engine:
             starts,
             prefix,
             lengths,
-            audio=self.runner.config.tts_adapter_layers > 0 and bool(outputs_audio),
+            audio=self.runner.config.tts_adapter_layers > 0 and task.outputs_audio,
         )
         if histories:
             self._to_keep.append((caches, histories))
-        nowhere = self.max_batch_size
-        companions = [nowhere if active.companion is None else active.companion for _, active in group]
+        pages = [(slot, active.pages) for slot, active in group]
+        companion_pages = [(slot, active.companion_pages) for slot, active in group]
         self.state = self.runner.insert(
             self.state,
             caches,
-            _column([slot for slot, _ in group], rows, np.int32, nowhere),
-            _column(companions, rows, np.int32, nowhere),
+            _column([slot for slot, _ in group], rows, np.int32, self.max_batch_size),
+            self._pages_of_all(pages, rows),
+            self._pages_of_all(companion_pages, rows),
             self._arrivals(requests, rows),
         )
+
+    def _pages_of_all(self, pages: Sequence[tuple[int, Sequence[int]]], rows: int) -> jax.Array:
+        """Pages by slot, int32 [rows, M], as numbered over all groups."""
+        table = np.full((rows, self.columns), self.pages.total, np.int32)
+        for row, (slot, own) in enumerate(pages):
+            table[row, : len(own)] = np.array(own, np.int32) + self._group_of(slot) * self._per_group
+        return jnp.asarray(table)
 
     def _prefill_history(self, history: History) -> None:
         """Prefill a history for the prefix cache, in no batch slot."""
@@ -737,7 +958,8 @@ class Engine:
             # Of a prompt, all but the last column is prefilled.
             tokens = np.concatenate([history.tokens, self.vocab.padding[:, None]], axis=1)
             request = PreparedRequest.of(Prompt(Task.T1T2, tokens, 0, history))
-            self._prefill(self._padded(new), [(self.max_batch_size, ActiveRequest(-1, request, prefix=prefix))])
+            entry = (self.max_batch_size, ActiveRequest(-1, request, prefix=prefix))
+            self._prefill(*self._prefill_sizes(self._shape_of([entry]), 1), [entry])
 
     def _encode(self, requests: Sequence[PreparedRequest], rows: int) -> jax.Array:
         """The speech embeddings [rows, A, D] of the requests; a question and its transcription are encoded once."""
@@ -745,7 +967,8 @@ class Engine:
         assert len(recordings) == len(requests)
         if self._encoded is not None:
             known, speech = self._encoded
-            if len(known) == len(recordings) and all(a is b for a, b in zip(known, recordings, strict=True)):
+            same = len(known) == len(recordings) and all(a is b for a, b in zip(known, recordings, strict=True))
+            if same and speech.shape[0] == rows:
                 return speech
         encoder = self.runner.config.audio_encoder
         samples = 320 * max(encoder.window(len(recording)) for recording in recordings)
@@ -758,11 +981,11 @@ class Engine:
         return speech
 
     def _load_prefixes(self, prefixes: Sequence[Prefix], rows: int) -> dict[str, Cache]:
-        """Caches of `rows` rows, as long as the running batch's, that hold these prefixes."""
+        """Caches of `rows` rows of `max_len` positions that hold these prefixes."""
 
         def load(like: jax.Array, *kept: np.ndarray) -> jax.Array:
             # A stacked cache has its layers in front of the rows.
-            array = np.zeros((*like.shape[:-4], rows, *like.shape[-3:]), like.dtype)
+            array = np.zeros((*like.shape[:-4], rows, like.shape[-3], self.max_len, like.shape[-1]), like.dtype)
             for row, (prefix, known) in enumerate(zip(prefixes, kept, strict=True)):
                 array[..., row : row + 1, :, : prefix.length, :] = known[..., : prefix.length, :]
             return jnp.asarray(array)
@@ -800,8 +1023,11 @@ class Engine:
                 ),
             ),
             caches={},
-            companions=None,
         )
+
+
+def _age(entry: tuple[int, ActiveRequest]) -> int:
+    return entry[1].number
 
 
 def _no_tokens() -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Attention: of whole sequences, plain or by the TPU's splash kernel, and of one position to a cache."""
+"""Attention of whole sequences, plain or by the TPU's splash kernel; see `omni_jax.model.pages` for that to a cache."""
 
 from __future__ import annotations
 
@@ -89,52 +89,6 @@ def soft_cap(x: Array, softcap: float | None) -> Array:
     return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
 
-def attend_cache(
-    query: Array,
-    keys: Array,
-    values: Array,
-    positions: Array,
-    window: int | Array | None = None,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> Array:
-    """Attention of one position per row to positions 0..position of its cache.
-
-    Heads that stand side by side in the cache's last axis, P of them, are read as one: a query attends to its own part
-    of it because it is zero in the others. That is P times the work of products that wait for memory anyway.
-
-    Args:
-        query: [R, N, H].
-        keys: [R, K / P, S, P * H].
-        values: [R, K / P, S, P * H].
-        positions: int32 [R].
-        window: how many positions are attended to at most, the row's own and those before it; None: all.
-        scale: see `attend`.
-        softcap: see `attend`.
-
-    Returns:
-        [R, N, H].
-    """
-    R, N, H = query.shape
-    groups, S, W = keys.shape[1:]
-    P = W // H
-    own = jnp.eye(P, dtype=query.dtype)
-    query = query.reshape(R, groups, P, -1, 1, H)
-    if P > 1:
-        query = query * own[:, None, :, None]
-    products = jnp.einsum("rkgh,rksh->rkgs", query.reshape(R, groups, -1, W), keys, preferred_element_type=jnp.float32)
-    scores = soft_cap(products / math.sqrt(H) if scale is None else products * scale, softcap)
-    seen = jnp.arange(S) <= positions[:, None]
-    if window is not None:
-        seen &= jnp.arange(S) > positions[:, None] - window
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
-    mixed = jnp.einsum("rkgs,rksh->rkgh", weights.astype(values.dtype), values).reshape(R, groups, P, -1, P, H)
-    if P > 1:
-        mixed = (mixed * own[:, None, :, None].astype(mixed.dtype)).sum(axis=4)
-    return mixed.reshape(R, N, H)
-
-
 def can_use_splash(length: int) -> bool:
     """Whether `attend_splash` can be used: within the mesh of a TPU, for sequences that divide into its blocks."""
     return sharding.platform() == "tpu" and length % SPLASH_BLOCKS[-1] == 0
@@ -162,7 +116,7 @@ def attend_splash(
         key: [B, T, K, H].
         value: [B, T, K, H].
         segments: int32 [B, T]: a position attends to its own segment only; None if a row is one sequence.
-        window: see `attend_cache`.
+        window: how many positions are attended to at most, the own one and those before it; None: all.
         scale: see `attend`.
         softcap: see `attend`.
         interpret: run without a TPU, slowly.

@@ -14,20 +14,15 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from omni_jax import sharding
 from omni_jax.config.model import LayerKind, TrunkConfig
-from omni_jax.model.attention import attend, attend_cache, attend_splash, can_use_splash
+from omni_jax.model.attention import attend, attend_splash, can_use_splash
 from omni_jax.model.layers import Array, Attention, GatedMLP, Keys, RMSNorm, make_layers, rope, trunk_norm
+from omni_jax.model.pages import Cache, PageTable, attend_and_write, page_len
 
 Remat = Literal["none", "dots", "full"]
-Cache = dict[str, Any]
-"""`k` and `v`: stacked [L, R, K / P, S, P * H], or a tuple of L arrays [R, K, S, H]. R rows of S positions, P heads
-side by side."""
-FEWEST_ROWS = 16
-"""Of a stacked cache, of which attention reads the part that is in use."""
 LANES = 128
 """Numbers that a TPU handles at once: an array's last axis is padded to a multiple of it, in memory too."""
 
@@ -125,7 +120,7 @@ class Decoder(nnx.Module):
         return heads.reshape(*heads.shape[:-2], self.config.num_kv_heads // self.packed_heads, -1)
 
     def init_cache(self, rows: int, max_len: int) -> Cache:
-        """An empty cache for `rows` rows of up to `max_len` positions."""
+        """An empty cache for `rows` rows of up to `max_len` positions, or a pool of `rows` pages."""
         config, P = self.config, self.packed_heads
         shape = (rows, config.num_kv_heads // P, max_len, P * config.head_dim)
         if self.stacked:
@@ -159,7 +154,7 @@ class Decoder(nnx.Module):
         if prefix is None:
             attention = self._attention(T, segments)
         else:
-            attention = self._attention_to_prefix(positions, cache_length(prefix))
+            attention = self._attention_to_prefix(positions, page_len(prefix))
 
         def cached(new: Array, before: Array | None) -> Array:
             """Keys or values [B, T, K, H] as the cache has them, [B, K / P, S or T, P * H]."""
@@ -246,147 +241,47 @@ class Decoder(nnx.Module):
 
         return seen
 
-    def decode(self, x: Array, positions: Array, caches: Sequence[Cache], live: Array) -> tuple[Array, list[Cache]]:
-        """Run one position of many rows against their caches.
-
-        The rows may be in several caches (the batch, and the companion rows of batch-parallel decoding); every
-        weight is read once for all of them.
+    def decode(self, x: Array, positions: Array, cache: Cache, pages: PageTable) -> tuple[Array, Cache]:
+        """Run one position of many rows against their pages of a pool.
 
         Args:
-            x: [R, D] embeddings, rows in the order of the caches.
+            x: [R, D] embeddings, rows in the order of `pages.rows`.
             positions: int32 [R], the cache position each row writes; it attends to 0..position.
-            caches: together R rows.
-            live: int32 [], how many positions attention must read: results of rows at later positions are wrong.
+            cache: the pool.
+            pages: which pages each row has; one without a page for its position has results of no use.
 
         Returns:
-            [R, D] and the caches with this position in.
+            [R, D] and the pool with this position in.
         """
         angles = self._of_kind([rope(positions[:, None], self.config, kind) for kind in self.kinds])
-        windows = self._windows(max(map(cache_length, caches)))
+        windows = self._windows(pages.rows[0].shape[1] * page_len(cache))
         window_of = self._of_kind([None] if windows is None else windows)
-        ends = np.cumsum([cache_rows(cache) for cache in caches])
-        groups = [slice(end - cache_rows(cache), end) for end, cache in zip(ends, caches, strict=True)]
 
-        def block(
-            layer: DecoderBlock, index: Any, kind: Any, x: Array, caches: list[Cache]
-        ) -> tuple[Array, list[Cache]]:
+        def block(layer: DecoderBlock, index: Any, kind: Any, x: Array, cache: Cache) -> tuple[Array, Cache]:
             query, key, value = (y[:, 0] for y in layer.project(x[:, None], *angles(kind)))
-            heads, updated = [], []
-            for rows, cache in zip(groups, caches, strict=True):
-                new = self.pack(key[rows]), self.pack(value[rows])
-                cache = write_cache(cache, index, positions[rows], *new)
-                heads.append(
-                    attend_prefix(
-                        query[rows], cache, index, positions[rows], live, window_of(kind), **self._score_options
-                    )
-                )
-                updated.append(cache)
-            return layer.finish(x, jnp.concatenate(heads)), updated
+            heads, cache = attend_and_write(
+                query,
+                self.pack(key),
+                self.pack(value),
+                cache,
+                index,
+                positions,
+                pages,
+                window_of(kind),
+                **self._score_options,
+            )
+            return layer.finish(x, heads), cache
 
-        state = list(caches)
         if self.stacked:
             graph, weights = nnx.split(self.layers)
 
-            def body(carry: tuple[Array, list[Cache]], xs: tuple[Any, ...]) -> tuple[tuple[Array, list[Cache]], None]:
+            def body(carry: tuple[Array, Cache], xs: tuple[Any, ...]) -> tuple[tuple[Array, Cache], None]:
                 weights, index, kind = xs
                 return block(nnx.merge(graph, weights), index, kind, *carry), None
 
             layers = (weights, jnp.arange(self.num_layers), self._scanned_kinds())
-            (x, state), _ = jax.lax.scan(body, (x, state), layers)
-            return x, state
+            (x, cache), _ = jax.lax.scan(body, (x, cache), layers)
+            return x, cache
         for index, layer in enumerate(self.layers):
-            x, state = block(layer, index, self.kind_of_layer[index], x, state)
-        return x, state
-
-
-def cache_rows(cache: Cache) -> int:
-    """Rows of a cache (R)."""
-    return jax.tree.leaves(cache)[0].shape[-4]
-
-
-def cache_length(cache: Cache) -> int:
-    """Positions of a row of a cache (S)."""
-    return jax.tree.leaves(cache)[0].shape[-2]
-
-
-def prefix_lengths(cache: Cache) -> tuple[int, ...]:
-    """The numbers of positions that attention can read of a cache's rows, the last of them all.
-
-    From an eighth, the short ones close together. Layers that are not stacked are compiled one by one, each for all
-    lengths: there are three of them, from a quarter. A stacked cache of few rows is read whole: it is small next to the
-    weights, and the TPU compiler reads these more than once where it has to choose.
-    """
-    if not isinstance(cache["k"], tuple) and cache_rows(cache) < FEWEST_ROWS:
-        return (cache_length(cache),)
-    eighths = (2, 4, 8) if isinstance(cache["k"], tuple) else (1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8)
-    return tuple(sorted({math.ceil(cache_length(cache) * part / 8) for part in eighths}))
-
-
-def attend_prefix(
-    query: Array,
-    cache: Cache,
-    layer: Any,
-    positions: Array,
-    live: Array,
-    window: int | Array | None = None,
-    **score_options: float | None,
-) -> Array:
-    """`attend_cache` to a layer of a cache: of `prefix_lengths`, the shortest that has all live positions is read.
-
-    Args:
-        query: [R, N, H].
-        cache: the whole cache.
-        layer: which layer; a traced index if the cache is stacked.
-        positions: int32 [R].
-        live: int32 [], positions that are in use.
-        window: see `attend_cache`.
-        score_options: see `attend_cache`.
-
-    Returns:
-        [R, N, H].
-    """
-
-    def attend_to(length: int) -> Callable[[], Array]:
-        def attend() -> Array:
-            if isinstance(cache["k"], tuple):
-                keys, values = (cache[name][layer][:, :, :length] for name in "kv")
-            else:
-                start, size = (layer, 0, 0, 0, 0), (1, *cache["k"].shape[1:3], length, cache["k"].shape[4])
-                keys, values = (jax.lax.dynamic_slice(cache[name], start, size)[0] for name in "kv")
-            return attend_cache(query, keys, values, positions, window, **score_options)
-
-        return attend
-
-    lengths = prefix_lengths(cache)
-    index = (live > jnp.array(lengths[:-1])).sum()
-    return jax.lax.switch(index, [attend_to(length) for length in lengths])
-
-
-def write_cache(cache: Cache, layer: Any, positions: Array, key: Array, value: Array) -> Cache:
-    """Put one position of every row into a layer's cache, in place when the cache is donated.
-
-    Args:
-        cache: the whole cache.
-        layer: which layer; a traced index if the cache is stacked.
-        positions: int32 [R].
-        key: [R, K / P, P * H].
-        value: [R, K / P, P * H].
-
-    Returns:
-        The cache.
-    """
-    R, K, H = key.shape
-    if isinstance(cache["k"], tuple):
-        # Rows and heads are written as one axis: for a single row XLA:CPU would otherwise turn the scatter into
-        # an update that it fuses twice, and copy the whole cache at every layer.
-        at = (jnp.arange(R * K), jnp.repeat(positions, K))
-        new = {}
-        for name, item in (("k", key), ("v", value)):
-            old = cache[name][layer]
-            flat = old.reshape(R * K, -1, H).at[at].set(item.reshape(R * K, H), mode="promise_in_bounds")
-            new[name] = (*cache[name][:layer], flat.reshape(old.shape), *cache[name][layer + 1 :])
-        return new
-    where = (layer, jnp.arange(R)[:, None], jnp.arange(K), positions[:, None])
-    keys = cache["k"].at[where].set(key, mode="promise_in_bounds")
-    values = cache["v"].at[where].set(value, mode="promise_in_bounds")
-    return {"k": keys, "v": values}
+            x, cache = block(layer, index, self.kind_of_layer[index], x, cache)
+        return x, cache

@@ -23,8 +23,9 @@ from omni_jax import sharding
 from omni_jax.audio.features import log_mel
 from omni_jax.config.model import ModelConfig, TrunkConfig
 from omni_jax.model.attention import soft_cap
-from omni_jax.model.decoder import Cache, Decoder, Remat
+from omni_jax.model.decoder import Decoder, Remat
 from omni_jax.model.layers import Array, GatedMLP, Int8, Linear, linear, param, trunk_norm
+from omni_jax.model.pages import Cache
 from omni_jax.model.whisper_encoder import WhisperEncoder, recording_frames
 from omni_jax.prompts import max_speech_positions
 from omni_jax.vocab import NUM_CODEBOOKS, NUM_STREAMS, TEXT_STREAM, Vocab

@@ -83,7 +83,7 @@ async def healthz(request: Request, response: Response) -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(request: Request, response: Response) -> dict[str, str]:
-    """Whether every program is compiled; 503 until then."""
+    """Whether requests are answered; 503 until then."""
     state = service_of(request).state
     response.status_code = 200 if state == "ready" else 503
     return {"status": state}

@@ -61,6 +61,9 @@ class Settings:
     """Requests decoded at once."""
     max_queue_size: int = 64
     """Requests that may be queued; further ones get status 429."""
+    cache_bytes: float | None = None
+    """Memory for the keys and values of the running batch; None, or more than that: what all requests at full length
+    take."""
     max_audio_seconds: float = 3600.0
     """Longest recording, where the model takes so much; see `Omni.max_samples`."""
     max_body_bytes: int = 32 << 20
@@ -112,8 +115,11 @@ class Metrics:
         gauges = {
             "omni_batch_slots": ("Requests that can be decoded at once.", lambda: engine.max_batch_size),
             "omni_batch_slots_in_use": ("Requests being decoded.", lambda: engine.num_active),
+            "omni_cache_pages": ("Pages of the cache of keys and values.", lambda: engine.num_pages),
+            "omni_cache_pages_in_use": ("Pages that requests have.", lambda: engine.num_used_pages),
             "omni_queue_length": ("Requests queued.", lambda: max(0, engine.num_requests - engine.num_active)),
             "omni_ready": ("1 once requests are answered.", lambda: service.ready),
+            "omni_compiled": ("1 once every program is compiled.", engine.warmed_up.is_set),
         }
         for name, (meaning, value) in gauges.items():
             Gauge(name, meaning, registry=registry).set_function(value)
@@ -151,7 +157,11 @@ class Service:
     def __init__(self, omni: Omni, name: str, settings: Settings):
         self.omni, self.name, self.settings = omni, name, settings
         self.engine = AsyncEngine(
-            omni, max_batch_size=settings.max_batch_size, max_queue_size=settings.max_queue_size, warm_up=True
+            omni,
+            max_batch_size=settings.max_batch_size,
+            max_queue_size=settings.max_queue_size,
+            warm_up=True,
+            cache_bytes=settings.cache_bytes,
         )
         self.metrics = Metrics(self)
         most = settings.max_body_bytes

@@ -16,6 +16,7 @@ import pytest
 from omni_jax.api import Omni
 from omni_jax.audio.io import to_pcm16
 from omni_jax.cli import serve
+from omni_jax.errors import ConfigError
 from omni_jax.serve import app, binding, sessions
 from tests.cli.shell import ROOT, command, run
 
@@ -56,6 +57,7 @@ def test_serve_passes_every_option(served: list[Any], tmp_path: Path) -> None:
         "--allow-host": "Omni.lan",
         "--trusted-proxy": "127.0.0.1",
         "--max-connections": 50,
+        "--cache-memory": 1.5,
     }
     words = [word for option in options.items() for word in option]
     words += [
@@ -81,9 +83,22 @@ def test_serve_passes_every_option(served: list[Any], tmp_path: Path) -> None:
         allowed_hosts=("omni.lan", "omni.example"),
         trusted_proxies=("127.0.0.1",),
         max_connections=50,
+        cache_bytes=1_500_000_000,
     )
     assert served == [("tiny", settings, "0.0.0.0", 0)]
     assert "without a key" not in result.stderr
+
+
+def test_serve_names_the_option_of_too_little_memory(served: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(omni: Omni, name: str, settings: sessions.Settings) -> None:
+        raise ConfigError(f"cache_bytes: expected more, found {settings.cache_bytes}", field="cache_bytes")
+
+    monkeypatch.setattr(sessions, "Service", refuse)
+    for value in ("0.001", "inf"):
+        result = run("serve", "--model", "tiny", "--cache-memory", value)
+        assert result.exit_code == 2
+        assert "--cache-memory: cache_bytes: expected more" in result.stderr
+    assert "--cache-memory" in run("serve", "--model", "tiny", "--cache-memory", "nan").stderr
 
 
 def test_serve_shards_the_model(served: list[Any], loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

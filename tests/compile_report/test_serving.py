@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from omni_jax import sharding
 from omni_jax.cli.app import app
 from omni_jax.compile_report import serving
-from omni_jax.compile_report.serving import ServingProfile, ServingReport, serving_report
+from omni_jax.compile_report.programs import bytes_per_chip, decode_program, mean_pages
+from omni_jax.compile_report.serving import ServingProfile, ServingReport, _rows, serving_report
 from omni_jax.compile_report.topology import Topology
 from omni_jax.config.model import PRESETS
 from omni_jax.errors import ConfigError
+from omni_jax.model.pages import PAGE_LEN, num_pages
 from tests.compile_report.serving_table import CASES, MARK, PAGE, Case, figures, line, stated, table
 
 ONE = Topology.parse("v5e:1x1")
@@ -94,6 +97,17 @@ def test_compile_serve_command(batches: dict[str, int], tmp_path: Path, monkeypa
     assert "real-time conversations" in done.output
     done = CliRunner().invoke(app, [*command, "--profile", str(tmp_path / "mix.yaml"), "--json"])
     assert json.loads(done.output)["rows"] == batches["decode"]
+
+
+def test_rows_that_16_gb_hold() -> None:
+    """Of 300 positions in the mean three times as many as at full length, with what a step needs besides."""
+    config, mesh = PRESETS["mini_omni"], sharding.make_mesh(devices=ONE.devices())
+    program = decode_program(config, mesh, 1300, positions=300)
+    weights, state, *_ = program.arguments
+    assert num_pages(state.caches["trunk"]) * PAGE_LEN == pytest.approx(1300 * (300 + PAGE_LEN / 2), rel=1e-3)
+    assert bytes_per_chip(weights) + bytes_per_chip(state) < 0.5 * ONE.chip.hbm_bytes
+    assert 1300 < _rows(config, decode_program(config, mesh, 1, positions=300), ONE, 1, mean_pages(config, 300)) < 1500
+    assert 440 < _rows(config, decode_program(config, mesh, 1), ONE, 1, 16) < 480
 
 
 @pytest.mark.slow

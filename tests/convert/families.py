@@ -27,6 +27,7 @@ from omni_jax.convert.release import export_transformers, init_release
 from omni_jax.inference.runner import quantize_weights
 from omni_jax.model.layers import Int8
 from omni_jax.model.omni import OmniModel
+from omni_jax.model.pages import PageTable
 from omni_jax.training.optimizer import adamw
 from omni_jax.training.stages import partition
 from omni_jax.training.step import TrainState, train_step
@@ -154,8 +155,11 @@ def measure(case: Case, parts: Path, folder: Path, *, stacked: bool) -> dict[str
         # What follows the prompt must not be read before it is written.
         cache = jax.tree.map(lambda x: x.at[..., PROMPT:, :].set(100.0), cache)
 
+        # Each row is a page.
+        pages = PageTable.of([np.arange(2)[:, None]], 2)
+
         def step(cache: Any, position: jax.Array) -> tuple[Any, jax.Array]:
-            x, (cache,) = model.trunk.decode(embed(ids[:, position]), jnp.full(2, position), [cache], position + 1)
+            x, cache = model.trunk.decode(embed(ids[:, position]), jnp.full(2, position), cache, pages)
             return cache, logits(x)
 
         _, decoded = jax.lax.scan(step, cache, jnp.arange(PROMPT, LENGTH))

@@ -214,7 +214,7 @@ def test_exception_in_batch_is_survived_once_by_active_requests_and_always_by_qu
         assert engine.num_requests == engine.num_active == 0
 
 
-def test_requests_are_answered_between_programs_of_the_warm_up(
+def test_requests_are_answered_while_the_rest_is_compiled(
     omni: Omni, requests: list[PreparedRequest], replies: list[Reply], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = threading.Semaphore(0)
@@ -228,11 +228,9 @@ def test_requests_are_answered_between_programs_of_the_warm_up(
     monkeypatch.setattr(Engine, "warm_up_rest", compile_rest)
     with AsyncEngine(omni, max_batch_size=4, warm_up=True) as engine:
         assert engine.ready.wait(60)
-        handle = engine.submit(requests[1])
-        compiled.release()
-        assert_same_answer(list(handle), replies[1])
+        assert_same_answer(list(engine.submit(requests[1])), replies[1])
         assert not engine.warmed_up.is_set()
-        compiled.release(2)
+        compiled.release(3)
         assert engine.warmed_up.wait(60)
         assert_same_answer(list(engine.submit(requests[3])), replies[3])
 
@@ -328,6 +326,27 @@ def test_close_with_timeout_cancels_unfinished_requests(
     assert not engine.close(finish=True, timeout=0.05)
     list(handle)
     assert handle.outcome in ("cancelled", "done")
+
+
+def test_cache_bytes_bound_the_memory_of_all_requests(
+    omni: Omni, requests: list[PreparedRequest], replies: list[Reply]
+) -> None:
+    """Six slots share the memory of one request and its companion row."""
+    page = omni.runner.page_bytes(CONTEXT)
+    with AsyncEngine(omni, max_batch_size=6, cache_bytes=2 * page + 1) as engine:
+        assert sum(x.nbytes for x in jax.tree.leaves(engine._engine.state.caches)) == 2 * page
+        assert engine.num_pages == 2
+        handles = [engine.submit(request) for request in requests]
+        for handle, reply in zip(handles, replies, strict=True):
+            assert_same_answer(list(handle), reply)
+        assert engine.num_used_pages == 0
+
+
+@pytest.mark.parametrize("value", [0, -1e9, 1000, float("nan"), float("inf")])
+def test_cache_bytes_are_enough_for_a_request(omni: Omni, value: float) -> None:
+    with pytest.raises(ConfigError, match=r"cache_bytes: expected .* at least 0\.\d+ GB.*found .* GB") as caught:
+        AsyncEngine(omni, max_batch_size=6, cache_bytes=value)
+    assert caught.value.field == "cache_bytes"
 
 
 def test_submit_refuses_request_longer_than_cache(omni: Omni, engine: AsyncEngine) -> None:

@@ -14,11 +14,15 @@ import pytest
 from omni_jax.inference.decode import MAX_CHUNK_STEPS, DecodeState, Routing, SlotParams
 from omni_jax.inference.runner import ModelRunner
 from omni_jax.inference.sampling import Sampling
-from omni_jax.model.decoder import cache_length, cache_rows
+from omni_jax.model.pages import PageTable, num_pages, page_len
 from omni_jax.vocab import Vocab
 from tests.inference.reference_decoder import random_model, small_config
 
-B, S = 3, 24
+B, PAGE, COLUMNS = 3, 8, 3
+PAGES = 2 * B * COLUMNS
+S = PAGE * COLUMNS
+TABLES = np.random.default_rng(0).permutation(PAGES).reshape(2, B, COLUMNS)
+"""Pages of the batch slots and of as many companion rows."""
 CONFIG = small_config(tied=False, tts_adapter_layers=1)
 V = Vocab(CONFIG.vocab)
 BLANK = [V.pad_a] * 7 + [V.pad_t]
@@ -32,12 +36,13 @@ def runner(request: pytest.FixtureRequest) -> ModelRunner:
 def routing(companions: int = 0, texts: int = B, audios: int = B) -> Routing:
     """The first of the batch slots, as many of each kind."""
     every = jnp.arange(B, dtype=jnp.int32)
-    return Routing(every[:companions], every[:texts], every[:texts], every[:audios])
+    pages = PageTable.of([TABLES[0], TABLES[1, :companions]] if companions else TABLES[:1], PAGES)
+    return Routing(every[:companions], every[:texts], every[:texts], every[:audios], pages)
 
 
 def started(runner: ModelRunner, **changes: Any) -> DecodeState:
     """A batch in which every slot runs from an empty prompt."""
-    state = runner.init_state(B, S)
+    state = runner.init_state(B, PAGES, PAGE)
     params = dataclasses.replace(state.params, outputs_audio=jnp.ones(B, bool), max_steps=jnp.full(B, S))
     changes = {name: jnp.asarray(value) for name, value in changes.items()}
     return dataclasses.replace(
@@ -46,21 +51,18 @@ def started(runner: ModelRunner, **changes: Any) -> DecodeState:
 
 
 def test_init_state_is_idle(runner: ModelRunner) -> None:
-    state = runner.init_state(B, S)
+    state = runner.init_state(B, PAGES, PAGE)
     assert not state.running.any()
     assert not state.text_pending.any()
     assert state.tokens.tolist() == [BLANK] * B
     assert set(state.caches) == {"trunk", "tts_adapter"}
-    assert {cache_rows(cache) for cache in state.caches.values()} == {B}
-    assert {cache_length(cache) for cache in state.caches.values()} == {S}
-    assert state.companions is None
+    assert {num_pages(cache) for cache in state.caches.values()} == {PAGES}
+    assert {page_len(cache) for cache in state.caches.values()} == {PAGE}
 
 
 def tables_in_products(runner: ModelRunner, routes: Routing) -> set[str]:
     """Which of the heads' tables a chunk multiplies anything with, from the program before it is compiled."""
     state = started(runner)
-    if len(routes.companion_slot):
-        state = dataclasses.replace(state, companions=runner.init_companions(len(routes.companion_slot), S))
     text = runner.jitted.decode_chunk.lower(runner.weights, state, routes, jnp.int32(1)).as_text()
     D = CONFIG.trunk.hidden_size
     tables = {f"{V.text_rows}x{D}": "text", f"7x{V.audio_rows}x{D}": "audio"}
@@ -123,8 +125,8 @@ def test_decode_chunk_donates_the_state(runner: ModelRunner) -> None:
 
 
 def test_insert_donates_the_state_and_changes_only_its_slots(runner: ModelRunner) -> None:
-    """Two arrivals and a filler row, whose batch slot and companion row are out of range."""
-    state = dataclasses.replace(started(runner), companions=runner.init_companions(2, S))
+    """Two arrivals, of which the second has a companion row, and filler rows without slots and pages."""
+    state = started(runner)
     tokens = np.random.default_rng(0).integers(0, 12, (4, 8, 16)).astype(np.int32)
     prompts = runner.prefill(jnp.asarray(tokens), None, None, audio=True)
     arrivals = DecodeState(
@@ -140,11 +142,14 @@ def test_insert_donates_the_state_and_changes_only_its_slots(runner: ModelRunner
             sampling=Sampling(jnp.ones(4), jnp.full(4, 2), jnp.full(4, 0.5), jnp.arange(4, dtype=jnp.uint32)),
         ),
         caches={},
-        companions=None,
     )
     old = jax.tree.leaves(state.caches)
-    batch_slots, companion_rows = jnp.array([2, 0, B, B]), jnp.array([B, 1, B, B])
-    state = runner.insert(state, prompts, batch_slots, companion_rows, arrivals)
+    batch_slots = jnp.array([2, 0, B, B])
+    pages, companion_pages = np.full((2, 4, COLUMNS), PAGES)
+    pages[:2], companion_pages[1] = TABLES[0, [2, 0]], TABLES[1, 0]
+    # Pages that are behind the prompt's.
+    pages[0, 2] = PAGES
+    state = runner.insert(state, prompts, batch_slots, jnp.asarray(pages), jnp.asarray(companion_pages), arrivals)
     assert all(leaf.is_deleted() for leaf in old)
     assert state.positions.tolist() == [8, 0, 9]
     assert state.params.max_steps.tolist() == [5, S, 5]
@@ -154,20 +159,12 @@ def test_insert_donates_the_state_and_changes_only_its_slots(runner: ModelRunner
         return [np.asarray(layer) for name in "kv" for layer in cache[name]]
 
     for name in ("trunk", "tts_adapter"):
-        for ours, prompt in zip(layers(state.caches[name]), layers(prompts[name]), strict=True):
-            np.testing.assert_array_equal(ours[2, :, :16], prompt[0])
-            np.testing.assert_array_equal(ours[0, :, :16], prompt[1])
-            assert (ours[1] == 0).all()
-            assert (ours[:, :, 16:] == 0).all()
-    for ours, prompt in zip(layers(state.companions), layers(prompts["trunk"]), strict=True):
-        assert (ours[0] == 0).all()
-        np.testing.assert_array_equal(ours[1, :, :16], prompt[1])
-
-
-def test_keep_companions(runner: ModelRunner) -> None:
-    cache = jax.tree.map(lambda x: x + jnp.arange(3.0).reshape((3, 1, 1, 1)), runner.init_companions(3, 8))
-    kept = runner.keep_companions(cache, jnp.array([2, 0]))
-    assert cache_rows(kept) == 2
-    for name in "kv":
-        for layer in kept[name]:
-            assert layer[:, 0, 0, 0].tolist() == [2.0, 0.0]
+        for pool, prompt in zip(layers(state.caches[name]), layers(prompts[name]), strict=True):
+            expected = np.zeros_like(pool)
+            for column in (0, 1):
+                span = slice(PAGE * column, PAGE * (column + 1))
+                expected[TABLES[0, 2, column]] = prompt[0, :, span]
+                expected[TABLES[0, 0, column]] = prompt[1, :, span]
+                if name == "trunk":
+                    expected[TABLES[1, 0, column]] = prompt[1, :, span]
+            np.testing.assert_array_equal(pool, expected)

@@ -317,7 +317,7 @@ def test_active_requests_wait_for_at_most_one_prefill(tied: Family, monkeypatch:
     engine = Engine(tied.runner, tied.slots, CONTEXT)
     prefills: list[int] = []
     prefill = engine._prefill
-    monkeypatch.setattr(engine, "_prefill", lambda *args: (prefills.append(len(args[1])), prefill(*args)))
+    monkeypatch.setattr(engine, "_prefill", lambda *args: (prefills.append(len(args[-1])), prefill(*args)))
     engine.submit(0, tied.requests[0])
     engine.advance(1)
     assert prefills == [1]
@@ -436,7 +436,7 @@ def test_finished_requests_take_no_further_steps(tied: Family) -> None:
 
 
 def test_programs_are_compiled_once_per_shape(tied: Family) -> None:
-    names = ("encode_audio", "prefill", "decode_chunk", "insert", "init_state", "init_companions", "keep_companions")
+    names = ("encode_audio", "prefill", "decode_chunk", "insert", "init_state")
     run(tied.runner, tied.requests, tied.slots, 3)
     before = {name: getattr(tied.runner.jitted, name)._cache_size() for name in names}
     for steps in (3, 64, 7):
@@ -444,7 +444,7 @@ def test_programs_are_compiled_once_per_shape(tied: Family) -> None:
     after = {name: getattr(tied.runner.jitted, name)._cache_size() for name in names}
     # Other chunk sizes admit requests at other times, in groups of other sizes; chunks themselves have four shapes.
     assert after["decode_chunk"] == before["decode_chunk"] == 4
-    assert after["init_state"] == after["init_companions"] == 1
+    assert after["init_state"] == 1
     run(tied.runner, tied.requests, tied.slots, 7)
     assert {name: getattr(tied.runner.jitted, name)._cache_size() for name in names} == after
 
@@ -456,13 +456,13 @@ def test_running_batch_is_donated(tied: Family) -> None:
     first = jax.tree.leaves(engine.state.caches)
     engine.advance(2)
     assert all(leaf.is_deleted() for leaf in first)
-    second = jax.tree.leaves((engine.state.caches, engine.state.companions))
+    second = jax.tree.leaves(engine.state.caches)
     engine.advance(2)
     assert all(leaf.is_deleted() for leaf in second)
 
 
-def test_companion_rows_grow_shrink_and_move(tied: Family) -> None:
-    """Four slots have no, one or four companion rows: compacted when others end, moved when some arrive."""
+def test_number_of_companion_rows_follows_the_requests(tied: Family) -> None:
+    """Four slots have no, one or four companion rows."""
     config = tied.runner.config
     # Two whose text lasts to their end, so that the number of companion rows follows the requests in the batch.
     lasting = [random_request(config, Task.A1A2, content, temperature=1.0) for content in (21, 10)]
@@ -498,6 +498,136 @@ def test_companion_rows_grow_shrink_and_move(tied: Family) -> None:
     assert_same(found, [answer for _, answer in first + then])
     pairs = [size[0] for size in recorder.sizes]
     assert {(4, 1), (1, 4)} <= set(pairwise(pairs))
+
+
+PAGE = 8
+FEWEST_PAGES = 2 * CONTEXT // PAGE
+"""Of one request with its companion row."""
+
+
+class FewPages(Engine):
+    """An engine with pages of 8 positions, as few as there may be, that counts requests which go back to the queue."""
+
+    pauses = 0
+
+    def __init__(self, family: Family, num_pages: int = FEWEST_PAGES):
+        super().__init__(family.runner, family.slots, CONTEXT, num_pages=num_pages, page_len=PAGE)
+
+    def _pause(self, *args: Any) -> None:
+        self.pauses += 1
+        super()._pause(*args)
+
+
+@pytest.mark.parametrize("name", ["tied", "stacked_with_tts_adapter"])
+def test_same_tokens_when_pages_run_out(name: str, request: pytest.FixtureRequest) -> None:
+    """Rows that all grow share the pages of one; every task, companion rows and sampling."""
+    family: Family = request.getfixturevalue(name)
+    with quick_compile():
+        engine = FewPages(family)
+        collected, most_active = Collected(), 0
+        for key, each in enumerate(family.requests):
+            engine.submit(key, each)
+        while engine.busy:
+            collected.add(engine.advance(5))
+            most_active = max(most_active, family.slots - engine.active.count(None))
+            held = [page for a in engine.active if a for page in (*a.pages, *a.companion_pages)]
+            assert len(held) == len(set(held)) == engine.pages.used <= FEWEST_PAGES
+        assert_same(collected.answers(range(len(family.requests))), family.expected)
+    assert most_active > 1
+    assert engine.pages.used == 0
+    assert engine.pauses > 0
+
+
+def test_requests_are_admitted_by_free_pages_in_order(tied: Family) -> None:
+    """Slots are free, but the pages are those of two of these prompts, or of one with its companion row."""
+    config = tied.runner.config
+    requests = [random_request(config, Task.T1T2, content, length=CONTEXT - 9) for content in range(40, 45)]
+    short = random_request(config, Task.T1T2, 45, length=4)
+    with quick_compile():
+        engine = FewPages(tied)
+        for key, each in enumerate([*requests, short]):
+            engine.submit(key, each)
+        order: list[int] = []
+        while engine.busy:
+            engine.advance(4)
+            order += [active.key for active in engine.active if active and active.key not in order]
+            running = [active for active in engine.active if active]
+            if not engine.queue:
+                assert not engine.has_room
+            elif engine.has_room:
+                # It came after the requests of this chunk were admitted, or waits for another prefill.
+                assert None in engine.active
+            assert sum(active.key < len(requests) for active in running) <= 2
+    assert order == sorted(order)
+    assert engine.pauses == 0
+
+
+def test_cancel_frees_pages(tied: Family) -> None:
+    with quick_compile():
+        engine = FewPages(tied)
+        for key, each in enumerate(tied.requests):
+            engine.submit(key, each)
+        for _ in range(4):
+            engine.advance(3)
+        assert engine.pages.used > 0
+        for key in range(1, len(tied.requests)):
+            engine.cancel(key)
+        assert [active for active in engine.active if active is not None and active.key] == []
+        engine.cancel(0)
+        assert engine.pages.used == 0
+        # The freed pages hold another request.
+        engine.submit(99, tied.requests[0])
+        collected = Collected()
+        for progress in engine.run():
+            collected.add([progress])
+    assert_same(collected.answers([99]), tied.expected[:1])
+
+
+def test_memory_follows_what_is_used(tied: Family) -> None:
+    """A request holds the pages of its positions and of one chunk, its companion row as many until its text ends."""
+    with quick_compile():
+        engine = FewPages(tied)
+        index = next(i for i, r in enumerate(tied.requests) if r.has_companion and r.config.max_steps is None)
+        request, (tokens, _) = tied.requests[index], tied.expected[index]
+        text_steps = int(np.flatnonzero(tokens[TEXT_STREAM] == tied.slow.vocab.eot)[0]) + 1
+        engine.submit(0, request)
+        seen = []
+        while engine.busy:
+            engine.advance(2)
+            active = engine.active[0]
+            if active is not None:
+                most = len(request.prompt) - 1 + min(active.step + 4, request.max_steps(CONTEXT))
+                assert len(active.pages) <= -(-most // PAGE)
+                assert len(active.companion_pages) in (0, len(active.pages))
+                assert bool(active.companion_pages) == (active.step < text_steps)
+                seen.append(bool(active.companion_pages))
+    assert {True, False} <= set(seen)
+
+
+def test_pages_are_kept_for_steps_that_are_repeated(tied: Family) -> None:
+    """No newcomer gets what a request that is answered again had, nor the next page of a row."""
+    with quick_compile():
+        engine = FewPages(tied, 2 * FEWEST_PAGES)
+        request = next(r for r in tied.requests if r.has_companion and r.config.max_steps is None)
+        engine._reported[0, False] = 24
+        engine.submit(0, request)
+        engine.advance(2)
+        active = engine.active[0]
+        assert active is not None
+        kept = 2 * active.pages_needed(24 + 16 + PAGE, PAGE, CONTEXT)
+        assert len(active.pages) + len(active.companion_pages) < kept
+        assert engine._room(16)[1] == [2 * FEWEST_PAGES - kept]
+
+
+def test_no_more_pages_are_allocated_than_all_rows_can_take(tied: Family) -> None:
+    most = tied.slots * FEWEST_PAGES
+    assert FewPages(tied, most - 1).pages.total == most - 1
+    assert FewPages(tied, 10 * most).pages.total == most
+
+
+def test_too_few_pages_for_one_request_are_refused(tied: Family) -> None:
+    with pytest.raises(ConfigError, match=f"has {FEWEST_PAGES - 1} pages.*at least {FEWEST_PAGES}"):
+        FewPages(tied, FEWEST_PAGES - 1)
 
 
 class FailingRunner(ModelRunner):
@@ -585,6 +715,18 @@ def test_reset_answers_again_without_reporting_twice(tied: Family) -> None:
     assert sorted(progress.key for progress in engine.run() if progress.finish) == [
         key for key in range(len(tied.requests)) if key not in active
     ]
+
+
+def test_request_that_ends_sooner_when_it_is_answered_again(tied: Family) -> None:
+    """As rounding may have it: it ends as its last tokens say, which are not reported."""
+    engine = Engine(tied.runner, tied.slots, CONTEXT)
+    engine.submit(0, tied.requests[0])
+    tokens, finish = tied.expected[0]
+    engine._reported[0, False] = tokens.shape[1] + 1
+    progress = list(engine.run(64))
+    assert {each.tokens.shape for each in progress} == {(8, 0)}
+    assert [each.finish for each in progress if each.finish] == [finish]
+    assert not engine._reported
 
 
 def test_reset_drops_a_queued_request_that_causes_faults(tied: Family) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -96,6 +98,17 @@ def test_prefixes_of_one_batch_have_different_lengths(runner: ModelRunner) -> No
     assert answers(engine, first, second, third, other) == alone
 
 
+def test_turns_give_the_same_tokens_when_pages_run_out(runner: ModelRunner) -> None:
+    """Conversations with histories in pages of 4 positions, of which there are those of one request alone."""
+    tasks = (Task.A1A2, Task.T1A2, Task.A1T2, Task.T1T2)
+    first, second = ([turn(runner, task, number) for task in tasks] for number in (1, 2))
+    expected = [[answers(Engine(runner, 1, CONTEXT), each)[0] for each in turns] for turns in (first, second)]
+    engine = Engine(runner, 4, CONTEXT, num_pages=2 * CONTEXT // 4, page_len=4)
+    assert [answers(engine, *turns) for turns in (first, second)] == expected
+    assert engine.pages.used == 0
+    assert engine.prefixes.find(second[0].prompt.history) is not None
+
+
 def test_conversations_share_the_system_text(runner: ModelRunner) -> None:
     counting = Counting(runner)
     engine = Engine(counting, 1, CONTEXT)
@@ -184,17 +197,32 @@ def test_prefix_programs_are_compiled_once_per_shape(runner: ModelRunner) -> Non
     assert runner.jitted.prefill._cache_size() == before
 
 
-def test_warm_up_compiles_turns_of_conversations() -> None:
+def test_warm_up_compiles_turns_of_conversations(caplog: pytest.LogCaptureFixture) -> None:
     config = small_config(text_specials=7, conversation=True, max_position=32)
     runner = ModelRunner(random_model(config, seed=1))
     engine = Engine(runner, 1, 32)
     engine.warm_up()
     list(engine.warm_up_rest())
-    before = (runner.jitted.prefill._cache_size(), runner.jitted.insert._cache_size())
-    for number in range(3):
-        for task in (Task.A1A2, Task.T1T2):
-            answers(engine, turn(runner, task, number, length=2))
-    assert (runner.jitted.prefill._cache_size(), runner.jitted.insert._cache_size()) == before
+    with jax.log_compiles():
+        for number in range(3):
+            for task in (Task.A1A2, Task.T1T2):
+                answers(engine, turn(runner, task, number, length=2))
+    assert not [record for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
+
+
+def test_turns_give_the_same_tokens_by_programs_that_fit_any(
+    runner: ModelRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that are compiled before all others: for the longest prompt, one request after another."""
+    tasks = (Task.A1A2, Task.T1A2, Task.A1T2, Task.T1T2)
+    turns = [[turn(runner, task, number) for task in tasks] for number in (0, 1, 2)]
+    expected = [[answers(Engine(runner, 1, CONTEXT), each)[0] for each in requests] for requests in turns]
+    engine = Engine(runner, 4, CONTEXT)
+    engine.warm_up()
+    list(itertools.islice(engine.warm_up_rest(), len(list(engine._general_programs()))))
+    with jax.log_compiles():
+        assert [answers(engine, *requests) for requests in turns] == expected
+    assert not [record for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
 
 
 def kept(tokens: list[int], cache: PrefixCache, turns: list[tuple[list[int], list[int]]]) -> History:

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from omni_jax import sharding
-from omni_jax.model.attention import attend, attend_cache, attend_splash, can_use_splash
-from omni_jax.model.decoder import Cache, attend_prefix, prefix_lengths
+from omni_jax.model.attention import attend, attend_splash, can_use_splash
 
 B, T, N, K, H = 4, 256, 4, 2, 64
 
@@ -64,71 +63,12 @@ def test_attend_with_scale_and_softcap() -> None:
     options = {"scale": 1.7, "softcap": 2.0}
     expected = reference_attention(query, key, value, mask, **options)
     close(attend(query, key, value, mask, **options), expected)
-    cached = attend_cache(query[:, 3], key.swapaxes(1, 2), value.swapaxes(1, 2), np.array([3, 3]), **options)
-    close(cached, expected[:, 3])
-
-
-@pytest.mark.parametrize("traced", [False, True])
-def test_attend_cache_reads_no_further_back_than_its_window(traced: bool) -> None:
-    query, keys, values = normal(3, 6, 4), normal(3, 2, 5, 4), normal(3, 2, 5, 4)
-    positions = np.array([0, 2, 4])
-    mask = (np.arange(5) <= positions[:, None]) & (np.arange(5) > positions[:, None] - 2)
-    assert mask.sum(axis=1).tolist() == [1, 2, 2]
-    expected = reference_attention(query[:, None], keys.swapaxes(1, 2), values.swapaxes(1, 2), mask[:, None])
-    window = jnp.int32(2) if traced else 2
-    close(attend_cache(query, keys, values, positions, window), expected[:, 0])
 
 
 def test_attend_to_one_position_copies_its_value() -> None:
     value = jnp.arange(6.0).reshape(1, 3, 1, 2)
     mask = jnp.eye(3, dtype=bool)[None]
     close(attend(jnp.ones((1, 3, 2, 2)), jnp.ones((1, 3, 1, 2)), value, mask), jnp.repeat(value, 2, axis=2))
-
-
-def test_attend_cache_reads_its_own_position_and_those_before() -> None:
-    query, keys, values = normal(3, 6, 4), normal(3, 2, 5, 4), normal(3, 2, 5, 4)
-    positions = np.array([0, 2, 4])
-    mask = np.arange(5) <= positions[:, None]
-    expected = reference_attention(query[:, None], keys.swapaxes(1, 2), values.swapaxes(1, 2), mask[:, None])
-    close(attend_cache(query, keys, values, positions), expected[:, 0])
-
-
-@pytest.mark.parametrize("side_by_side", [2, 4])
-def test_attend_cache_of_packed_heads_equals_separate_heads(side_by_side: int) -> None:
-    R, K, S, H = 3, 4, 5, 4
-    query, keys, values, positions = normal(R, 8, H), normal(R, K, S, H), normal(R, K, S, H), np.array([0, 2, 4])
-
-    def pack(apart: np.ndarray) -> np.ndarray:
-        grouped = apart.reshape(R, K // side_by_side, side_by_side, S, H).swapaxes(2, 3)
-        return grouped.reshape(R, K // side_by_side, S, side_by_side * H)
-
-    packed = attend_cache(query, pack(keys), pack(values), positions)
-    close(packed, attend_cache(query, keys, values, positions))
-
-
-@pytest.mark.parametrize("stacked", [False, True])
-def test_attend_prefix_reads_live_positions_only(stacked: bool) -> None:
-    """The same as attention to the whole cache, whatever is in the rest: also at the lengths' borders."""
-    R, K, S, H, L = 16, 2, 32, 4, 2
-    query, keys, values = normal(R, 6, H), normal(L, R, K, S, H), normal(L, R, K, S, H)
-    lengths = (4, 5, 6, 8, 10, 12, 16, 24, 32) if stacked else (8, 16, 32)
-
-    @jax.jit
-    def attend(cache: Cache, positions: jax.Array, live: jax.Array) -> jax.Array:
-        return attend_prefix(query, cache, jnp.int32(1) if stacked else 1, positions, live)
-
-    def as_cache(keys: np.ndarray, values: np.ndarray) -> Cache:
-        return {"k": keys, "v": values} if stacked else {"k": tuple(keys), "v": tuple(values)}
-
-    assert prefix_lengths(as_cache(keys, values)) == lengths
-    for live in (1, *lengths, *(length + 1 for length in lengths[:-1])):
-        positions = np.resize([0, live - 1, live // 2], R)
-        read = next(length for length in lengths if length >= live)
-        spoiled = [np.where(np.arange(S)[:, None] < read, x, np.nan) for x in (keys, values)]
-        found = attend(as_cache(*spoiled), positions, jnp.int32(live))
-        close(found, attend_cache(query, keys[1], values[1], positions))
-    few = as_cache(keys[:, :15], values[:, :15])
-    assert prefix_lengths(few) == ((S,) if stacked else lengths)
 
 
 @pytest.mark.parametrize("positions", [1, 7, 512, 513, 600])

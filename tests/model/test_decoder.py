@@ -17,8 +17,9 @@ from flax import nnx
 from omni_jax import sharding
 from omni_jax.config.model import RopeScaling, TrunkConfig
 from omni_jax.model import decoder
-from omni_jax.model.decoder import Cache, Decoder, DecoderBlock, cache_length, cache_rows
+from omni_jax.model.decoder import Decoder, DecoderBlock
 from omni_jax.model.layers import RMSNorm
+from omni_jax.model.pages import Cache, PageTable
 from tests.model.randomized import randomized
 
 VOCAB = 50
@@ -167,9 +168,9 @@ class Ours:
             return norm(y) @ head.T, cache
 
         @jax.jit
-        def step(weights: Any, x: Any, positions: Any, caches: Any) -> tuple[jax.Array, Any]:
-            y, caches = nnx.merge(graph, weights).decode(x, positions, caches, positions.max() + 1)
-            return norm(y) @ head.T, caches
+        def step(weights: Any, x: Any, positions: Any, cache: Any, pages: Any) -> tuple[jax.Array, Any]:
+            y, cache = nnx.merge(graph, weights).decode(x, positions, cache, pages)
+            return norm(y) @ head.T, cache
 
         self._whole, self._step = whole, step
 
@@ -178,8 +179,8 @@ class Ours:
             positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
         return self._whole(self.weights, self.table[tokens], positions, segments)
 
-    def step(self, tokens: np.ndarray, positions: np.ndarray, caches: list[Cache]) -> Any:
-        return self._step(self.weights, self.table[tokens], positions, caches)
+    def step(self, tokens: np.ndarray, positions: np.ndarray, cache: Cache, pages: PageTable) -> Any:
+        return self._step(self.weights, self.table[tokens], positions, cache, pages)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -207,39 +208,37 @@ def test_logits_equal_transformers(theirs: tuple[Any, TrunkConfig], ours: Ours, 
 
 
 def test_prefill_and_decode_equal_the_whole_sequence(ours: Ours, tokens: np.ndarray) -> None:
-    """Two rows of different length, garbage beyond them in the cache, a third row in a cache of its own."""
+    """Three rows of different length in pages of 8 positions anywhere in the pool, with garbage beyond them."""
     expected, _ = ours.whole(tokens)
-    lengths = np.array([12, 5])
-    _, prefilled = ours.whole(tokens[:, :12])
-    caches = [ours.blocks.init_cache(2, 24), ours.blocks.init_cache(1, 24)]
-    assert [cache_rows(cache) for cache in caches] == [2, 1]
-    assert [cache_length(cache) for cache in caches] == [24, 24]
-    dirty = [jax.tree.map(lambda x: x + 100.0, cache) for cache in caches]
+    _, prefilled = ours.whole(tokens[:, :16])
+    tables = [np.array([[7, 2, 4], [9, 0, 5]]), np.array([[1, 8, 3]])]
+    pages = PageTable.of(tables, 10)
+    rows, at = np.array([0, 1, 1]), np.array([12, 5, 5])
 
-    def place(old: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
+    def placed(pool: jax.Array, prompt: jax.Array) -> jax.Array:
+        for row, table in zip(rows, np.concatenate(tables), strict=True):
+            for index, page in enumerate(table[:2]):
+                pool = pool.at[..., page, :, :, :].set(prompt[..., row, :, 8 * index : 8 * index + 8, :])
+        return pool
 
-    caches = [
-        jax.tree.map(place, dirty[0], prefilled),
-        jax.tree.map(lambda old, new: place(old, new[..., 1:2, :, :, :]), dirty[1], prefilled),
-    ]
-    rows = np.array([0, 1, 1])
-    at = np.array([12, 5, 5])
-    assert (at[:2] == lengths).all()
+    cache = jax.tree.map(lambda x: x + 100.0, ours.blocks.init_cache(10, 8))
+    cache = jax.tree.map(placed, cache, prefilled)
     for _ in range(9):
-        logits, caches = ours.step(tokens[rows, at], at, caches)
+        logits, cache = ours.step(tokens[rows, at], at, cache, pages)
         np.testing.assert_allclose(np.asarray(logits), np.asarray(expected)[rows, at], atol=1e-4, rtol=0)
         at = at + 1
 
 
 def test_decode_writes_only_its_cache_position(ours: Ours, tokens: np.ndarray) -> None:
-    cache = jax.tree.map(lambda x: x + 7.0, ours.blocks.init_cache(2, 8))
-    _, (after,) = ours.step(tokens[:, 0], np.array([3, 6]), [cache])
+    """The third row has no page for its position."""
+    cache = jax.tree.map(lambda x: x + 7.0, ours.blocks.init_cache(3, 4))
+    pages = PageTable.of([np.array([[2, 3], [3, 0], [1, 3]])], 3)
+    _, after = ours.step(tokens[0, :3], np.array([3, 6, 5]), cache, pages)
     for name in "kv":
         leaves = after[name] if isinstance(after[name], tuple) else tuple(after[name])
         for layer in leaves:
             changed = (np.asarray(layer) != 7.0).any(axis=(1, 3))
-            np.testing.assert_array_equal(changed, [np.arange(8) == 3, np.arange(8) == 6])
+            np.testing.assert_array_equal(changed, [np.arange(4) == 2, np.zeros(4, bool), np.arange(4) == 3])
 
 
 def test_packed_sequences_do_not_attend_to_each_other(ours: Ours, tokens: np.ndarray) -> None:

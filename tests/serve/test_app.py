@@ -85,6 +85,8 @@ def test_healthz_readyz_and_metrics(server: RunningServer) -> None:
     lines = content.decode().splitlines()
     for line in ("omni_batch_slots 2.0", "omni_batch_slots_in_use 0.0", "omni_queue_length 0.0", "omni_ready 1.0"):
         assert line in lines
+    # Those of two requests and their companion rows.
+    assert {"omni_cache_pages 4.0", "omni_cache_pages_in_use 0.0"} <= set(lines)
 
 
 def test_warm_up_compiles_everything(
@@ -404,7 +406,7 @@ def test_log_says_when_the_server_is_ready(omni: Omni, caplog: pytest.LogCapture
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("omni_jax")]
     assert messages[0].startswith("compiling what the first request needs")
     assert re.fullmatch(r"listening at http://127\.0\.0\.1:\d+", messages[1])
-    assert re.fullmatch(r"ready after \d+\.\d s of compiling; the rest is compiled between requests", messages[2])
+    assert re.fullmatch(r"ready after \d+\.\d s of compiling; the rest is compiled in the background", messages[2])
     assert messages[3] == "every program is compiled"
 
 
