@@ -1,8 +1,8 @@
 """Conversations: questions that only the turns before them, or a system text, make clear.
 
 The phrasings are in `facts/conversations.yaml` and, for training only, `facts/further_conversations.yaml`; everything
-else is taken from `questions`. Held out are a fifth of the phrasings in the former, never the first, a fifth of its
-names, and what `questions` holds out about numbers.
+else is taken from `questions`. Held out are a fifth of the phrasings in the former, never the first, and what
+`questions` holds out about numbers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ SYLLABLES = tuple(
     for coda in ("", "", "n", "l", "r", "s", "m")
 )
 UNKNOWN = KINDS["unknown"].facts[0].answer
-HELD_OUT_NAMES = lowest_hashes(NAMES[1:], HELD_OUT_PHRASINGS, "name")
+ASKED_NAMES = lowest_hashes(NAMES[1:], HELD_OUT_PHRASINGS, "name")
+"""Of held-out conversations. Training has them too, as it has the facts; what is held out is how one asks."""
 PHRASINGS = {
     (split, form): [text for text in texts if (text in held_out_phrasings(form, texts)) == (split == "held_out")]
     for split in SPLITS
@@ -98,10 +99,10 @@ class _Maker:
     def name(self) -> str:
         """Of a person."""
         if self.split == "held_out":
-            return self.rng.choice(sorted(HELD_OUT_NAMES))
+            return self.rng.choice(sorted(ASKED_NAMES))
         if self.rng.random() < MADE_UP:
             return "".join(self.rng.choices(SYLLABLES, k=self.rng.randint(1, 3))).capitalize()
-        return self.rng.choice([name for name in NAMES + FURTHER_NAMES if name not in HELD_OUT_NAMES])
+        return self.rng.choice(NAMES + FURTHER_NAMES)
 
     def phrasing(self, form: str) -> str:
         """Of a form; half of those in training are further ones."""
@@ -146,7 +147,7 @@ def conversations(split: Split, count: int, seed: int) -> list[Conversation]:
     """Distinct conversations, all forms in turn.
 
     Args:
-        split: `train` or `held_out`: of the last question's phrasing, of names, and of the numbers asked for last.
+        split: `train` or `held_out`: of the last question's phrasing, and of the numbers asked for last.
         count: of the conversations. One in three ends with a question that needs nothing of what came before it.
         seed: of the choice.
     """
