@@ -41,7 +41,7 @@ def serve(
         typer.Option(
             min=0,
             help="GB of memory for the keys and values of the requests that are answered, which take it as they grow. "
-            "Default: enough for --max-batch-size requests of full length.",
+            "Default: enough for --max-batch-size requests of full length, each with a companion row.",
         ),
     ] = None,
     api_key_file: Annotated[

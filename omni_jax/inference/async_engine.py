@@ -184,7 +184,7 @@ class AsyncEngine:
             page_len=page_len,
         )
         self.ready, self.warmed_up = threading.Event(), threading.Event()
-        self._compiling = threading.Thread(target=self._compile_rest, name="omni_jax compiler", daemon=True)
+        self._compiling: threading.Thread | None = None
         self.broken = False
         self._thread = threading.Thread(target=self._run, args=(warm_up,), name="omni_jax engine", daemon=True)
         self._thread.start()
@@ -283,9 +283,9 @@ class AsyncEngine:
                 self._lock.notify()
             # A compilation cannot be interrupted; the thread ends after it, or with the process.
             self._thread.join(None if self.ready.is_set() else 0)
-        if self._compiling.is_alive():
-            # As above.
-            self._compiling.join(WARM_UP_JOIN_SECONDS)
+        if self._compiling is not None:
+            # A process that ends while a thread compiles may abort.
+            self._compiling.join()
         return in_time
 
     def _request_cancel(self, handle: RequestHandle) -> None:
@@ -322,6 +322,7 @@ class AsyncEngine:
             if self._closing != "cancel":
                 seconds = time.monotonic() - start
                 log.info("ready after %.1f s of compiling; the rest is compiled in the background", seconds)
+                self._compiling = threading.Thread(target=self._compile_rest, name="omni_jax compiler", daemon=True)
                 self._compiling.start()
         else:
             self.warmed_up.set()
@@ -392,14 +393,10 @@ class AsyncEngine:
 
     def _compile_rest(self) -> None:
         """Compile the other programs, until the engine is closed."""
-        try:
-            for _ in self._engine.warm_up_rest():
-                if self._closing is not None:
-                    return
-        except Exception:
-            log.exception("compiling beforehand has failed: requests wait for what they need")
-        else:
-            log.info("every program is compiled")
+        for _ in self._engine.warm_up_rest():
+            if self._closing is not None:
+                return
+        log.info("every program is compiled")
         self.warmed_up.set()
 
     def _end(self, key: int, outcome: Outcome) -> None:

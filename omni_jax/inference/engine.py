@@ -50,6 +50,8 @@ CACHE_LEN_STEP = 256
 MAX_PREFILL_ROWS = 8
 """Prompts prefilled at once; more are taken in turns."""
 
+WEIGHTS_COST = 256
+"""Reading the weights takes as long as prefilling so many positions: about a TPU's operations per byte it reads."""
 AHEAD_STEPS = 16
 """A request is admitted if there are pages for so many more steps of it and of all that run, or for a longer chunk."""
 MAX_TO_REMEMBER = 64
@@ -386,6 +388,7 @@ class Engine:
         Returns:
             Whether it was still there.
         """
+        self._unfinished.pop(key, None)
         for of_question in (False, True):
             self._reported.pop((key, of_question), None)
             self._faulted.discard((key, of_question))
@@ -488,10 +491,15 @@ class Engine:
         self._compiled.update(self._first_programs())
         others = sorted(dict.fromkeys(self._other_programs()), key=self._num_requests)
         for program in dict.fromkeys([*self._general_programs(), *others]):
-            if program not in self._compiled:
+            if program in self._compiled:
+                continue
+            try:
                 compiler._compile(program)
+            except Exception:
+                log.exception("a program could not be compiled beforehand: %s", program)
+            else:
                 self._compiled.add(program)
-                yield
+            yield
 
     def _compile(self, program: _Program) -> None:
         kind, sizes = program
@@ -512,10 +520,11 @@ class Engine:
         ]
 
     def _general_programs(self) -> Iterator[_Program]:
-        """Those that fit any number of requests, one after another: without them many would wait for a compiler."""
+        """Those that fit any requests, one after another: without them many would wait for a compiler."""
         per_group = self.max_batch_size // self.groups
         yield "decode", (self._bucket_companions(per_group), self.max_batch_size, self.max_batch_size)
-        yield "encode", (self.runner.config.audio_encoder.max_position, 1)
+        for window in self.runner.config.audio_encoder.windows:
+            yield "encode", (window, 1)
         for task, after_prefix in itertools.product(self._prefilled_tasks, self._with_prefix):
             yield "prefill", (task, self._lengths(task)[-1], after_prefix, 1)
 
@@ -613,22 +622,20 @@ class Engine:
     def _prefill_sizes(self, shape: _Shape, count: int) -> tuple[_Shape, int]:
         """Shape and rows of the programs that prefill so many requests of a shape, in turns if they are more.
 
-        Of those that are compiled the cheapest; without any, those that fit best.
+        Of those that are compiled the cheapest, if possible with the audio encoder; without any, those that fit best.
         """
         task, length, window, after_prefix = shape
         compiled = self._compiled.copy()
         fitting = [
             (sizes[1], sizes[-1])
             for kind, sizes in compiled
-            if kind == "prefill"
-            and (sizes[0], sizes[2]) == (task, after_prefix)
-            and sizes[1] >= length
-            and (not window or ("encode", (window, sizes[-1])) in compiled)
+            if kind == "prefill" and (sizes[0], sizes[2]) == (task, after_prefix) and sizes[1] >= length
         ]
 
-        def cost(fit: tuple[int, int]) -> int:
+        def cost(fit: tuple[int, int]) -> tuple[bool, int, int]:
             columns, rows = fit
-            return columns * rows * -(-count // rows)
+            waits = window > 0 and ("encode", (window, rows)) not in compiled
+            return waits, (columns * rows + WEIGHTS_COST) * -(-count // rows), columns
 
         length, rows = min(fitting, key=cost, default=(length, next_power_of_2(count)))
         return (task, length, window, after_prefix), rows
@@ -808,17 +815,17 @@ class Engine:
             groups.setdefault(self._prefill_shape(active.request, active.prefix)[1:], []).append((slot, active))
         for group in groups.values():
             while group:
-                _, rows = self._prefill_sizes(self._shape_of(group), min(len(group), MAX_PREFILL_ROWS))
-                self._try_prefill(group[:rows])
+                shape, rows = self._prefill_sizes(self._shape_of(group), min(len(group), MAX_PREFILL_ROWS))
+                self._try_prefill(shape, rows, group[:rows])
                 group = group[rows:]
 
-    def _try_prefill(self, group: list[tuple[int, ActiveRequest]]) -> None:
+    def _try_prefill(self, shape: _Shape, rows: int, group: list[tuple[int, ActiveRequest]]) -> None:
         """Prefill requests; where that fails, each by itself, so that only one that cannot be prefilled fails."""
         group = [(slot, active) for slot, active in group if active.running]
         if not group:
             return
         try:
-            self._prefill(*self._prefill_sizes(self._shape_of(group), len(group)), group)
+            self._prefill(shape, rows, group)
         except Exception as error:
             if any(array.is_deleted() for array in jax.tree.leaves(self.state)):
                 # The running batch went into the program that failed.
@@ -827,7 +834,7 @@ class Engine:
                 self._fail(*group[0], error)
                 return
             for entry in group:
-                self._try_prefill([entry])
+                self._try_prefill(*self._prefill_sizes(self._shape_of([entry]), 1), [entry])
 
     def _take_from_queue(self, steps: int) -> list[tuple[int, ActiveRequest]]:
         """Take from the queue the requests that are admitted now, with a free slot for each.
@@ -849,7 +856,9 @@ class Engine:
             active = self._to_admit(key, request)
             active.prefix = self.prefixes.find(request.prompt.history)
             shape = self._prefill_shape(request, active.prefix)
-            first_shape = first_shape or shape
+            if first_shape is None:
+                first_shape = shape
+                most = most if alone else self._prefill_sizes(shape, most)[1]
             if not alone and shape[1:] != first_shape[1:]:
                 left.append(self.queue.popleft())
                 continue
@@ -983,9 +992,13 @@ class Engine:
     def _load_prefixes(self, prefixes: Sequence[Prefix], rows: int) -> dict[str, Cache]:
         """Caches of `rows` rows of `max_len` positions that hold these prefixes."""
 
-        def load(like: jax.Array, *kept: np.ndarray) -> jax.Array:
+        def load(like: jax.Array | jax.ShapeDtypeStruct, *kept: np.ndarray) -> jax.Array | jax.ShapeDtypeStruct:
             # A stacked cache has its layers in front of the rows.
-            array = np.zeros((*like.shape[:-4], rows, like.shape[-3], self.max_len, like.shape[-1]), like.dtype)
+            shape = (*like.shape[:-4], rows, like.shape[-3], self.max_len, like.shape[-1])
+            if isinstance(like, jax.ShapeDtypeStruct):
+                # Nothing is run.
+                return jax.ShapeDtypeStruct(shape, like.dtype)
+            array = np.zeros(shape, like.dtype)
             for row, (prefix, known) in enumerate(zip(prefixes, kept, strict=True)):
                 array[..., row : row + 1, :, : prefix.length, :] = known[..., : prefix.length, :]
             return jnp.asarray(array)

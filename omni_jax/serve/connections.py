@@ -7,7 +7,6 @@ lets a client of tiny frames keep all others waiting.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from typing import Any, cast
 
@@ -243,8 +242,13 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
                 await asyncio.shield(frames)
             except asyncio.CancelledError:
                 # A message that has begun cannot be taken back: what was cancelled ends after it.
-                with contextlib.suppress(ClientDisconnected):
+                try:
                     await frames
+                except ClientDisconnected:
+                    pass
+                except asyncio.CancelledError:
+                    # Once more: half a message is no use.
+                    self.transport.abort()
                 raise
 
     async def _send_frames(self, text: str) -> None:

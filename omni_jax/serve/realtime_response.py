@@ -79,6 +79,7 @@ class Response:
         self._usage: dict[str, Any] | None = None
         self._task: asyncio.Task[None] | None = None
         self._ending = False
+        self._answering: AnswerStream | None = None
 
     async def start(self, done: Callable[[Response], object]) -> None:
         """Begin to answer.
@@ -101,6 +102,9 @@ class Response:
             return
         if not self._ending:
             task.cancel()
+            if self._answering is not None:
+                # At once: the task may have to send the rest of a message to a client that reads slowly.
+                self._answering.close()
         await asyncio.wait([task])
         if task.cancelled():
             await self._end("cancelled", {"type": "cancelled", "reason": reason})
@@ -140,7 +144,7 @@ class Response:
     async def _answer(self) -> Reply:
         prepared = self._prepared = await self._prepare()
         await self._service.wait_until_ready()
-        answer = self._service.submit(prepared, ENDPOINT)
+        answer = self._answering = self._service.submit(prepared, ENDPOINT)
         try:
             await self._begin_item()
             encoder = _AudioStream(self._service.omni.sample_rate, self._params)

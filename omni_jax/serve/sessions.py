@@ -119,7 +119,7 @@ class Metrics:
             "omni_cache_pages_in_use": ("Pages that requests have.", lambda: engine.num_used_pages),
             "omni_queue_length": ("Requests queued.", lambda: max(0, engine.num_requests - engine.num_active)),
             "omni_ready": ("1 once requests are answered.", lambda: service.ready),
-            "omni_compiled": ("1 once every program is compiled.", engine.warmed_up.is_set),
+            "omni_compiled": ("1 once nothing is left to compile.", engine.warmed_up.is_set),
         }
         for name, (meaning, value) in gauges.items():
             Gauge(name, meaning, registry=registry).set_function(value)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -233,6 +235,19 @@ def test_requests_are_answered_while_the_rest_is_compiled(
         compiled.release(3)
         assert engine.warmed_up.wait(60)
         assert_same_answer(list(engine.submit(requests[3])), replies[3])
+
+
+@pytest.mark.parametrize("warm_up", [False, True])
+def test_closed_engine_frees_its_memory_at_once(omni: Omni, warm_up: bool) -> None:
+    with AsyncEngine(omni, max_batch_size=1, warm_up=warm_up) as engine:
+        assert engine.ready.wait(60)
+    inner = weakref.ref(engine._engine)
+    gc.disable()
+    try:
+        del engine
+        assert inner() is None
+    finally:
+        gc.enable()
 
 
 def test_failing_reset_breaks_engine_and_fails_all_requests(

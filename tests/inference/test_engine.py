@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import reprlib
 from collections import defaultdict
@@ -157,6 +158,10 @@ def run(runner: ModelRunner, requests: Sequence[PreparedRequest], slots: int, st
     engine = Engine(runner, slots, CONTEXT)
     if isinstance(runner, Recorder):
         runner.engine = engine
+    return run_on(engine, requests, steps)
+
+
+def run_on(engine: Engine, requests: Sequence[PreparedRequest], steps: int) -> list[Answer]:
     for key, request in enumerate(requests):
         engine.submit(key, request)
     collected = Collected()
@@ -734,6 +739,59 @@ def test_reset_drops_a_queued_request_that_causes_faults(tied: Family) -> None:
     engine.submit(7, tied.requests[0])
     assert engine.reset() == [7]
     assert not engine.busy
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tied",
+        pytest.param("masked", marks=pytest.mark.slow),
+        pytest.param("stacked_with_tts_adapter", marks=pytest.mark.slow),
+    ],
+)
+def test_few_programs_answer_any_requests(
+    name: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same tokens by programs for the longest prompt and all rows, one request after another, in every window."""
+    family: Family = request.getfixturevalue(name)
+    # Without what tests before have compiled.
+    jitted_functions.cache_clear()
+    engine = Engine(ModelRunner(family.runner.module()), family.slots, CONTEXT)
+    with quick_compile():
+        engine.warm_up()
+        list(itertools.islice(engine.warm_up_rest(), len({*engine._general_programs()} - {*engine._first_programs()})))
+        with jax.log_compiles():
+            answers = run_on(engine, family.requests, 5)
+    assert not [record for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
+    assert_same(answers, family.expected)
+
+
+def test_one_prefill_for_several_requests_if_it_is_compiled(tied: Family) -> None:
+    engine = Engine(tied.runner, 8, CONTEXT)
+    shape, longest = (Task.A1A2, 16, 0, False), engine._lengths(Task.A1A2)[-1]
+    counts = range(1, 9)
+    assert [engine._prefill_sizes(shape, count)[1] for count in counts] == [1, 2, 4, 4, 8, 8, 8, 8]
+    engine._compiled.update(engine._general_programs())
+    assert {engine._prefill_sizes(shape, count) for count in counts} == {((Task.A1A2, longest, 0, False), 1)}
+    engine._compiled.update(engine._other_programs())
+    assert [engine._prefill_sizes(shape, count) for count in counts] == [
+        (shape, rows) for rows in (1, 2, 4, 4, 8, 8, 8, 8)
+    ]
+
+
+def test_program_that_cannot_be_compiled_is_left_out(tied: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tied.runner, 1, CONTEXT)
+
+    def fail(*_: object) -> None:
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(Engine, "_compile_decode", fail)
+    programs = len(list(engine.warm_up_rest()))
+    # The first are compiled by `warm_up`.
+    assert programs == len({*engine._other_programs()} - {*engine._first_programs()})
+    left = {*engine._other_programs()} - engine._compiled
+    assert left
+    assert {kind for kind, _ in left} == {"decode"}
 
 
 def test_warm_up_stops_when_asked(tied: Family) -> None:

@@ -341,6 +341,26 @@ def test_cancellation_while_sending_is_not_lost(turns: int) -> None:
     assert asyncio.run(cancel())
 
 
+async def eventually_written(sender: Sender) -> None:
+    while not sender.transport.write.called:
+        await asyncio.sleep(0)
+
+
+def test_connection_ends_if_a_message_is_cancelled_twice() -> None:
+    async def send() -> Sender:
+        sender = Sender()
+        task = asyncio.create_task(sender.send({"type": "websocket.send", "text": "a" * (2 * FRAME_CHARACTERS)}))
+        await eventually_written(sender)
+        sender.writable.clear()
+        for _ in range(2):
+            task.cancel()
+            await asyncio.wait([task], timeout=0.1)
+        assert task.cancelled()
+        return sender
+
+    assert asyncio.run(send()).transport.abort.called
+
+
 def test_message_that_has_begun_is_sent_whole_if_cancelled() -> None:
     """The client read slowly, and the connection goes on."""
     text = "a" * (2 * FRAME_CHARACTERS + 1)
@@ -356,10 +376,6 @@ def test_message_that_has_begun_is_sent_whole_if_cancelled() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         return sender
-
-    async def eventually_written(sender: Sender) -> None:
-        while not sender.transport.write.called:
-            await asyncio.sleep(0)
 
     sender = asyncio.run(send())
     client = ClientProtocol(parse_uri("ws://localhost"), state=State.OPEN)
