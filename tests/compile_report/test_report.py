@@ -107,8 +107,8 @@ def test_decode_reads_live_positions_only() -> None:
     """Rows of 300 positions have pages of 364 in the mean, of 2048; caches of the whole context would be 6.4 GB."""
     report = compile_report("decode", Topology.parse(ONE), model="mini_omni", batch=256, positions=300)
     assert ", 300 positions on" in report.table()
-    assert report.bytes < 2.45e9
-    assert report.roofline_seconds < 3e-3
+    assert report.bytes < 2.6e9
+    assert report.roofline_seconds < 3.2e-3
     assert report.bytes_ratio < 1.25
     # Nothing is copied to choose how many pages are read: the same as with full caches.
     assert report.temporary_bytes < 1.3e9
