@@ -507,8 +507,7 @@ class Engine:
         compile_programs(*sizes)
 
     def _first_programs(self) -> list[_Program]:
-        encoder, few = self.runner.config.audio_encoder, self._bucket_rows(1)
-        samples = min(3 * SAMPLE_RATE, encoder.max_samples)
+        encoder, few, samples = self.runner.config.audio_encoder, self._bucket_rows(1), self._usual_samples
         positions = speech_positions(samples, encoder.max_position, self.runner.config.adapter.stack)
         length = self._padded(len(speech_prompt(Task.A1A2, positions, self.vocab)) - 1)
         return [
@@ -518,6 +517,11 @@ class Engine:
             ("decode", (0, 0, few)),
             ("stop", ()),
         ]
+
+    @property
+    def _usual_samples(self) -> int:
+        """Of a spoken question of 3 s, or as long as the audio encoder takes."""
+        return min(3 * SAMPLE_RATE, self.runner.config.audio_encoder.max_samples)
 
     def _general_programs(self) -> Iterator[_Program]:
         """Those that fit any requests, one after another: without them many would wait for a compiler."""
@@ -581,14 +585,14 @@ class Engine:
         self.runner.encode_audio(jnp.asarray(np.zeros((rows, 320 * window), np.float32)))
 
     def _compile_prefill(self, task: Task, length: int, after_prefix: bool, rows: int) -> None:
-        window = 0
         if task.takes_audio:
-            window = self.runner.config.audio_encoder.windows[0]
-            prompt, speech = speech_prompt(task, 1, self.vocab), np.zeros(320 * (window - 2), np.float32)
-            request = PreparedRequest.of(prompt, speech)
+            # In the window that is compiled first: prefill is the same for all.
+            speech = np.zeros(self._usual_samples, np.float32)
+            request = PreparedRequest.of(speech_prompt(task, 1, self.vocab), speech)
         else:
             request = PreparedRequest.of(text_prompt(task, [0], self.vocab))
         prefix = self._empty_prefix() if after_prefix else None
+        _, _, window, _ = self._prefill_shape(request, prefix)
         group = [(self.max_batch_size, ActiveRequest(-1, request, prefix=prefix))]
         self._prefill((task, length, window, after_prefix), rows, group)
 

@@ -95,10 +95,11 @@ class ModelRunner:
         self.config: ModelConfig = model.config
         self.weights: Any = nnx.to_pure_dict(state)
         # Before they are quantized: a scale has fewer axes.
-        self._mesh = mesh = sharding.mesh_of(jax.tree.leaves(self.weights)[0])
-        if mesh.size == 1 and isinstance(jax.tree.leaves(self.weights)[0], jax.Array):
+        first = jax.tree.leaves(self.weights)[0]
+        self._mesh = mesh = sharding.mesh_of(first)
+        if mesh.size == 1 and isinstance(first, jax.Array):
             # On the mesh as what the programs return is: else each is compiled for both.
-            self.weights = jax.device_put(self.weights, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+            self.weights = jax.device_put(self.weights, sharding.replicated(mesh))
         if int8:
             self.weights = quantize_weights(self.weights)
 
