@@ -7,6 +7,7 @@ lets a client of tiny frames keep all others waiting.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from typing import Any, cast
 
@@ -242,16 +243,19 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
                 await asyncio.shield(frames)
             except asyncio.CancelledError:
                 # A message that has begun cannot be taken back: what was cancelled ends after it.
-                try:
+                with contextlib.suppress(ClientDisconnected):
                     await frames
-                except ClientDisconnected:
-                    pass
-                except asyncio.CancelledError:
-                    # Once more: half a message is no use.
-                    self.transport.abort()
                 raise
 
     async def _send_frames(self, text: str) -> None:
+        try:
+            await self._try_send_frames(text)
+        except BaseException:
+            # Half a message is no use.
+            self.transport.abort()
+            raise
+
+    async def _try_send_frames(self, text: str) -> None:
         for start in range(0, len(text), FRAME_CHARACTERS):
             await self._until_writable()
             send = self.conn.send_continuation if start else self.conn.send_text

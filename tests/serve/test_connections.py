@@ -312,6 +312,7 @@ class Sender:
 
     send: Any = WebSocketProtocol.send
     _send_frames: Any = WebSocketProtocol._send_frames
+    _try_send_frames: Any = WebSocketProtocol._try_send_frames
     _until_writable: Any = WebSocketProtocol._until_writable
 
     def __init__(self) -> None:
