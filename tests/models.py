@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -25,6 +26,14 @@ def quick_compile() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@contextmanager
+def compiles_nothing(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Checks that nothing is compiled: neither a program of ours nor an operation by itself."""
+    with jax.log_compiles():
+        yield
+    assert not [record for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
 
 
 def tiny_config(**changes) -> ModelConfig:

@@ -36,6 +36,7 @@ from omni_jax.tokenizer import byte_tokenizer
 from omni_jax.vocab import Vocab
 from tests.inference.reference_decoder import ReferenceDecoder, random_model, small_config
 from tests.model.randomized import randomized
+from tests.models import compiles_nothing
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -676,13 +677,9 @@ def assert_first_question_compiles_nothing(omni: Omni, caplog: pytest.LogCapture
     engine.warm_up()
     before = omni.runner.jitted.prefill._cache_size(), omni.runner.jitted.decode_chunk._cache_size()
     assert before == (1, 2)
-    jax.config.update("jax_log_compiles", True)
-    try:
+    with compiles_nothing(caplog):
         engine.submit(0, omni.prepare({"audio": recording(0, MAX_SAMPLES), "sample_rate": 16000}))
         assert list(engine.run())[-1].finish
-    finally:
-        jax.config.update("jax_log_compiles", False)
-    assert not [r for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
     assert len(list(engine.warm_up_rest())) == 7
 
 
@@ -696,15 +693,11 @@ def test_warm_up_compiles_everything_for_streams(
     if not mask_padding:
         assert_first_question_compiles_nothing(omni, caplog)
     omni.warm_up()
-    jax.config.update("jax_log_compiles", True)
-    try:
+    with compiles_nothing(caplog):
         for length in (1, 9, 20):
             assert list(omni.stream(text="a" * length, temperature=0.5))
         for samples in (400, 2000, 3000, MAX_SAMPLES):
             assert list(omni.stream(recording(0, samples), sample_rate=16000))
-    finally:
-        jax.config.update("jax_log_compiles", False)
-    assert not [r for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
 
 
 def test_short_windows_encode_short_recordings_in_a_part_of_the_window(
