@@ -1,12 +1,15 @@
-"""Attention of whole sequences, plain or by the TPU's splash kernel; see `omni_jax.model.pages` for that to a cache."""
+"""Attention of whole sequences, plain or by a TPU's or GPU's kernel; see `omni_jax.model.pages` for that to a cache."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from omni_jax import sharding
 
@@ -18,6 +21,8 @@ QUERY_BLOCK = 150
 """Query positions per step of longer ones. Whisper's 1500 positions are ten blocks without a remainder."""
 SPLASH_BLOCKS = (512, 256, 128)
 """Positions that the splash kernel takes at a time: the largest of these that divides the length."""
+CUDNN_MAX_HEAD_DIM, CUDNN_HEAD_DIM_STEP = 128, 8
+"""Head dimensions that cuDNN's kernel takes on every GPU since Ampere."""
 
 
 def attend(
@@ -128,7 +133,7 @@ def attend_splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    B, T, K, H = key.shape
+    T, H = key.shape[1], key.shape[3]
     block = next(size for size in SPLASH_BLOCKS if T % size == 0)
     sizes = kernel.BlockSizes(
         block_q=block,
@@ -140,10 +145,6 @@ def attend_splash(
         block_q_dq=block,
         block_kv_dq=block,
     )
-    mesh = jax.sharding.get_abstract_mesh()
-    # Query heads stay with the keys of their group, so both are split as keys can be.
-    heads = sharding.spec((B, T, K, H), ("batch", None, "kv_heads", None), mesh)
-    rows = sharding.spec((B, T), ("batch", None), mesh)
 
     def local(query: Array, key: Array, value: Array, *segments: Array) -> Array:
         N = query.shape[2]
@@ -166,6 +167,74 @@ def attend_splash(
         mixed = jax.vmap(row)(by_heads(scaled), by_heads(key), by_heads(value), *segments)
         return by_heads(mixed).astype(query.dtype)
 
-    given = () if segments is None else (segments,)
+    return _on_each_device(local, query, key, value, segments)
+
+
+def can_use_cudnn(length: int, dtype: DTypeLike, head_dim: int, softcap: float | None) -> bool:
+    """Whether `attend_cudnn` can be used: within the mesh of a GPU, for what cuDNN's kernel takes."""
+    return (
+        sharding.platform() == "gpu"
+        and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+        and head_dim <= CUDNN_MAX_HEAD_DIM
+        and head_dim % CUDNN_HEAD_DIM_STEP == 0
+        # With a mask, as packed rows need one.
+        and length % 2 == 0
+        and softcap is None
+    )
+
+
+def attend_cudnn(
+    query: Array,
+    key: Array,
+    value: Array,
+    segments: Array | None,
+    window: int | None = None,
+    *,
+    scale: float | None = None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Array:
+    """Causal grouped-query attention of whole sequences on an NVIDIA GPU, by cuDNN's flash attention.
+
+    Scores stay on the chip, as in `attend_splash`. Packed rows need a mask of 2 bytes for each pair of positions, which
+    all heads share. Each row is on its own devices, heads are split as the weights are.
+
+    Args:
+        query: [B, T, N, H].
+        key: [B, T, K, H].
+        value: [B, T, K, H].
+        segments: int32 [B, T]: a position attends to its own segment only; None if a row is one sequence.
+        window: how many positions are attended to at most, the own one and those before it; None: all.
+        scale: see `attend`.
+        implementation: `xla` computes the same on any device, without the kernel.
+
+    Returns:
+        [B, T, N, H], in query's dtype.
+    """
+
+    def local(query: Array, key: Array, value: Array, *segments: Array) -> Array:
+        same = (segments[0][:, None, :, None] == segments[0][:, None, None, :]) if segments else None
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=same,
+            scale=scale,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation=implementation,
+        )
+
+    return _on_each_device(local, query, key, value, segments)
+
+
+def _on_each_device(
+    attend: Callable[..., Array], query: Array, key: Array, value: Array, segments: Array | None
+) -> Array:
+    """Attention by a kernel that knows no mesh: each device has whole rows, or whole groups of heads of them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # Query heads stay with the keys of their group, so both are split as keys can be.
+    heads = sharding.spec(key.shape, ("batch", None, "kv_heads", None), mesh)
+    rows = sharding.spec(key.shape[:2], ("batch", None), mesh)
+    given: tuple[Any, ...] = () if segments is None else (segments,)
     specs = (heads, heads, heads, *[rows for _ in given])
-    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(query, key, value, *given)
+    return jax.shard_map(attend, in_specs=specs, out_specs=heads, check_vma=False)(query, key, value, *given)

@@ -18,7 +18,7 @@ from flax import nnx
 
 from omni_jax import sharding
 from omni_jax.config.model import LayerKind, TrunkConfig
-from omni_jax.model.attention import attend, attend_splash, can_use_splash
+from omni_jax.model.attention import attend, attend_cudnn, attend_splash, can_use_cudnn, can_use_splash
 from omni_jax.model.layers import Array, Attention, GatedMLP, Keys, RMSNorm, make_layers, rope, trunk_norm
 from omni_jax.model.pages import Cache, PageTable, attend_and_write, page_len
 
@@ -205,9 +205,13 @@ class Decoder(nnx.Module):
 
     def _attention(self, T: int, segments: Array | None) -> Callable[[Any, Array, Array, Array], Array]:
         """Causal attention of whole sequences in a layer of a kind: (kind, query, key, value) -> heads [B, T, N, H]."""
-        windows = self._windows(T)
+        windows, config = self._windows(T), self.config
+        kernel: Callable[..., Array] | None = None
         if can_use_splash(T):
             kernel = partial(attend_splash, segments=segments, **self._score_options)
+        elif can_use_cudnn(T, self.dtype, config.head_dim, config.attention_softcap):
+            kernel = partial(attend_cudnn, segments=segments, scale=config.attention_scale)
+        if kernel is not None:
             if windows is None:
                 return lambda kind, *qkv: kernel(*qkv)
             kernels = [partial(kernel, window=None if window == T else window) for window in windows]

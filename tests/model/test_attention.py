@@ -1,9 +1,10 @@
-"""Attention against plain numpy, to a cache, in blocks, and the TPU's splash kernel, interpreted."""
+"""Attention against plain numpy, to a cache, in blocks, and by the kernels of TPUs and GPUs, without these."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from omni_jax import sharding
-from omni_jax.model.attention import attend, attend_splash, can_use_splash
+from omni_jax.model.attention import attend, attend_cudnn, attend_splash, can_use_cudnn, can_use_splash
 
 B, T, N, K, H = 4, 256, 4, 2, 64
 
@@ -97,7 +98,10 @@ def plain(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Arra
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("packed", [False, True])
-def test_attend_splash_equals_attend(sizes: tuple[int, int, int], packed: bool) -> None:
+@pytest.mark.parametrize(
+    "kernel", [partial(attend_splash, interpret=True), partial(attend_cudnn, implementation="xla")], ids=["tpu", "gpu"]
+)
+def test_kernel_equals_attend(kernel: Callable[..., jax.Array], sizes: tuple[int, int, int], packed: bool) -> None:
     """Values and gradients; rows and heads split over a mesh or not; sequences packed into rows or not."""
     mesh = sharding.make_mesh(*sizes)
     arrays = inputs()
@@ -115,7 +119,7 @@ def test_attend_splash_equals_attend(sizes: tuple[int, int, int], packed: bool) 
 
     expected = run(lambda q, k, v: plain(q, k, v, segments))
     with jax.set_mesh(mesh):
-        found = run(lambda q, k, v: attend_splash(q, k, v, segments, interpret=True))
+        found = run(lambda q, k, v: kernel(q, k, v, segments))
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
 
@@ -129,6 +133,31 @@ def test_attend_splash_with_window_scale_and_softcap() -> None:
         splash = partial(attend_splash, segments=None, window=70, **options, interpret=True)
         found = jax.jit(splash)(query, key, value)
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [1, 70])
+def test_attend_cudnn_with_window_and_scale(window: int) -> None:
+    query, key, value = inputs()
+    distance = jnp.arange(T)[:, None] - jnp.arange(T)
+    expected = attend(query, key, value, ((distance >= 0) & (distance < window))[None], scale=0.3)
+    with jax.set_mesh(sharding.make_mesh()):
+        windowed = partial(attend_cudnn, segments=None, window=window, scale=0.3, implementation="xla")
+        found = jax.jit(windowed)(query, key, value)
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_can_use_cudnn_for_what_its_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not can_use_cudnn(256, jnp.bfloat16, 64, None), "not on a CPU"
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    assert can_use_cudnn(256, jnp.bfloat16, 64, None)
+    for length, dtype, head_dim, softcap in (
+        (256, jnp.float32, 64, None),
+        (256, jnp.bfloat16, 256, None),
+        (256, jnp.bfloat16, 12, None),
+        (255, jnp.bfloat16, 64, None),
+        (256, jnp.bfloat16, 64, 50.0),
+    ):
+        assert not can_use_cudnn(length, dtype, head_dim, softcap)
 
 
 def test_can_use_splash_only_on_a_tpu() -> None:

@@ -254,18 +254,26 @@ def test_packed_sequences_do_not_attend_to_each_other(ours: Ours, tokens: np.nda
         np.testing.assert_allclose(packed[0, part], alone[0, : part.stop - part.start], atol=1e-4, rtol=0)
 
 
-def test_layers_of_several_kinds_use_splash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scanned layers, some with a window and some without rope, by the TPU's kernel and without it."""
+@pytest.mark.parametrize(("kernel", "options"), [("splash", {"interpret": True}), ("cudnn", {"implementation": "xla"})])
+def test_layers_of_several_kinds_use_a_kernel(
+    kernel: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scanned layers, some with a window and some without rope, by a TPU's or a GPU's kernel and without it."""
     sizes = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "intermediate_size": 24}
     config = TrunkConfig(**sizes, num_layers=4, sliding_window=40, sliding_layers=(0, 3), no_rope_layers=(1,))
     blocks = randomized(lambda: Decoder(config, 4, stacked=True, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     assert blocks.kind_of_layer == [0, 1, 2, 0]
     x = np.random.default_rng(1).standard_normal((1, 128, 16)).astype(np.float32)
     plain, _ = blocks(x, jnp.arange(128)[None])
-    monkeypatch.setattr(decoder, "can_use_splash", lambda length: True)
-    monkeypatch.setattr(decoder, "attend_splash", partial(decoder.attend_splash, interpret=True))
+    attend = partial(getattr(decoder, f"attend_{kernel}"), **options)
+    used = []
+    monkeypatch.setattr(decoder, f"can_use_{kernel}", lambda *_: True)
+    monkeypatch.setattr(
+        decoder, f"attend_{kernel}", lambda *qkv, **given: used.append(given["window"]) or attend(*qkv, **given)
+    )
     with jax.set_mesh(sharding.make_mesh()):
         found, _ = jax.jit(lambda x: blocks(x, jnp.arange(128)[None], remat="full"))(x)
+    assert set(used) == {None, 40}
     np.testing.assert_allclose(found, plain, atol=1e-4, rtol=1e-4)
 
 
