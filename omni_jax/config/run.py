@@ -208,6 +208,8 @@ class OptimizerConfig:
     """Gradients are clipped to this global norm."""
     gradient_accumulation_steps: int = Field(default=1, gt=0, le=MAX_BATCH_SIZE)
     """Micro-batches a batch is computed in, one after the other, to save memory."""
+    gradient_accumulation_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the sum of the gradients of several micro-batches."""
 
 
 @dataclass(frozen=True, config=STRICT)

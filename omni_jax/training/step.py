@@ -104,8 +104,8 @@ def loss_and_gradient(
 ) -> tuple[tuple[Array, Sums], Params]:
     """Loss and sums of `omni_jax.training.loss.batch_loss`, and the gradient in the trainable parameters.
 
-    The batch is computed in `gradient_accumulation_steps` micro-batches, one after the other. Augmentation and dropout
-    draw from the seed of the run and the step.
+    The batch is computed in `gradient_accumulation_steps` micro-batches, one after the other, whose gradients are added
+    up in `gradient_accumulation_dtype`. Augmentation and dropout draw from the seed of the run and the step.
     """
     micro_batches = config.optimizer.gradient_accumulation_steps
     keys = None
@@ -124,12 +124,16 @@ def loss_and_gradient(
         return jnp.moveaxis(x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]), 1, 0)
 
     def add(total: Any, micro_batch: tuple[Batch, Array | None]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, compute(*micro_batch)), None
+        return jax.tree.map(lambda sum, x: (sum + x).astype(sum.dtype), total, compute(*micro_batch)), None
 
     inputs = (jax.tree.map(split, batch), keys)
-    shapes = jax.eval_shape(compute, *jax.tree.map(lambda x: x[0], inputs))
-    total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), inputs)
-    return total
+    losses, gradient = jax.eval_shape(compute, *jax.tree.map(lambda x: x[0], inputs))
+    nothing = (
+        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), losses),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, config.optimizer.gradient_accumulation_dtype), gradient),
+    )
+    (summed, gradient), _ = jax.lax.scan(add, nothing, inputs)
+    return summed, jax.tree.map(lambda x: x.astype(jnp.float32), gradient)
 
 
 def apply_gradient(

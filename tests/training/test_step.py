@@ -284,6 +284,16 @@ def test_gradient_accumulation_equals_whole_batch(one_device):
         np.testing.assert_allclose(flat(state.trainable)[name], value, atol=1e-5, err_msg=name)
 
 
+def test_gradients_are_added_up_in_bfloat16(one_device):
+    """Four micro-batches: each sum is rounded to eight bits; losses are not."""
+    optimizer = {**OPTIMIZER, "gradient_accumulation_steps": 4, "gradient_accumulation_dtype": "bfloat16"}
+    state, metrics = Trainer(run_config(optimizer=optimizer)).run(STEPS)
+    np.testing.assert_allclose(metrics[0]["loss"], one_device[1][0]["loss"], rtol=1e-5)
+    expected = one_device[0].opt_state.mu
+    error = optax.tree.norm(optax.tree.sub(state.opt_state.mu, expected)) / optax.tree.norm(expected)
+    assert 1e-4 < error < 4 * 2**-9
+
+
 def test_frozen_parameters_have_no_opt_state_and_trainable_ones_change():
     trainer = Trainer(run_config(trainable=("adapter", "tts_adapter")))
     state, _ = trainer.run(2)
