@@ -190,6 +190,8 @@ class AnswerBuilder:
     def __init__(self, outputs: OutputDecoder, request: PreparedRequest, *, streaming: bool):
         self._outputs, self._request = outputs, request
         self.next_steps = 2
+        # Frames that the next piece of audio after the first should have.
+        self._wanted_frames = 1
         self._clock = _Clock()
         self._streaming = streaming
         self._text = ""
@@ -218,7 +220,7 @@ class AnswerBuilder:
             self._ended_texts.append(self._part_text())
             self._ended.append(self.part_tokens)
             self._begin_part()
-        if self._stream is None or self._clock.first_audio is not None:
+        if self._stream is None:
             self.next_steps = min(self.next_steps * 2, MAX_STREAM_CHUNK_STEPS)
         self._clock.mark_tokens(progress.tokens)
         self.part_tokens = np.concatenate([self.part_tokens, progress.tokens], axis=1)
@@ -287,10 +289,18 @@ class AnswerBuilder:
 
     def _push_frames(self) -> np.ndarray:
         assert self._stream is not None
-        codes = fill_invalid_codes(self._outputs.frames(self.part_tokens), self._outputs.vocab)
-        audio = self._stream.push(codes[self._num_frames :], last=self._part_ended)
+        frames = self._outputs.frames(self.part_tokens)
+        missing = self._wanted_frames - (len(frames) - self._num_frames)
+        if self._clock.first_audio is not None and missing > 0 and not self._part_ended:
+            # Other answers may have chunks of few steps, while the codec takes as long for two frames as for four.
+            self.next_steps = missing
+            return np.zeros(0, np.float32)
+        codes = fill_invalid_codes(frames, self._outputs.vocab)
+        audio = self.add_audio(self._stream.push(codes[self._num_frames :], last=self._part_ended))
         self._num_frames = len(codes)
-        return self.add_audio(audio)
+        if self._clock.first_audio is not None:
+            self._wanted_frames = self.next_steps = min(self._wanted_frames * 2, MAX_STREAM_CHUNK_STEPS)
+        return audio
 
     def reply(self) -> Reply:
         """The whole answer, once it has finished."""
