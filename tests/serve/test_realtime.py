@@ -921,3 +921,41 @@ def test_realtime_refuses_what_would_be_kept_and_repeated(client: Client, type: 
     assert len(client.error(type, **fields)["message"]) < 500
     client.send(type, event_id="e" * 100_000, **fields)
     assert client.receive()["error"]["event_id"] is None
+
+
+def test_realtime_recordings_of_responses_in_progress_are_counted(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording is in memory until it is answered, however many wait for their turn to be decoded."""
+
+    async def wait(*_: object, **__: object) -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(Service, "prepare", wait)
+    recording = message("user", {"type": "input_audio", "audio": "A" * 70_000})
+    with run_server(omni, ready=False, max_body_bytes=100_000) as server, contextlib.ExitStack() as closing:
+        first, second, third = (closing.enter_context(Client(server.url)) for _ in range(3))
+
+        def left() -> int:
+            return server.service.bodies.left("127.0.0.1")
+
+        for client in (first, second):
+            client.send("response.create", response={"conversation": "none", "input": [recording["item"]]})
+            client.last("response.created")
+        # It stays so, as they wait.
+        time.sleep(0.2)
+        assert left() < 100_000
+        third.send("response.create", response={"conversation": "none", "input": [recording["item"]]})
+        assert third.last("error")["error"]["code"] == "busy"
+        for client in (first, second):
+            client.socket.close()
+        eventually(lambda: left() == 200_000)
+        # One that was deleted from the conversation is held until it is answered, too.
+        third.send("conversation.item.create", **recording)
+        item_id = third.last("conversation.item.done")["item"]["id"]
+        third.send("response.create")
+        third.send("conversation.item.delete", item_id=item_id)
+        third.last("conversation.item.deleted")
+        time.sleep(0.2)
+        assert left() < 150_000
+        third.send("response.cancel")
+        third.last("response.done")
+        eventually(lambda: left() > 190_000)
