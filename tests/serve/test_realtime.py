@@ -26,6 +26,7 @@ from omni_jax.api import Omni
 from omni_jax.audio.raw import RawFormat
 from omni_jax.config.model import AudioConfig
 from omni_jax.errors import NoSpeechError
+from omni_jax.inference.engine import Engine
 from omni_jax.inference.request import Request, Turn
 from omni_jax.serve.client_secrets import ClientSecrets
 from omni_jax.serve.sessions import Service
@@ -485,6 +486,8 @@ def test_realtime_out_of_band_response(client: Client, server: RunningServer) ->
 
 
 def test_realtime_cancel(client: Client, server: RunningServer) -> None:
+    cancelled = {"endpoint": "/v1/realtime", "outcome": "cancelled"}
+    before = server.metric("omni_requests_total", **cancelled)
     assert client.error("response.cancel")["code"] == "response_cancel_not_active"
     gate = HeldBatch(server)
     with gate:
@@ -497,6 +500,7 @@ def test_realtime_cancel(client: Client, server: RunningServer) -> None:
         client.send("response.cancel")
         done = client.last("response.done")["response"]
         assert done["status_details"] == {"type": "cancelled", "reason": "client_cancelled"}
+    assert server.metric("omni_requests_total", **cancelled) == before + 1
     # The next one answers as if there had been none.
     client.send("response.create")
     expected = server.omni.reply(text="hello")
@@ -513,12 +517,31 @@ def test_realtime_cancel_before_it_begins(client: Client, server: RunningServer)
     assert (events[0]["type"], events[-1]["response"]["status"]) == ("response.created", "cancelled")
 
 
-def test_realtime_failed_response(client: Client) -> None:
+def test_realtime_failed_response(client: Client, server: RunningServer) -> None:
     """A question that cannot be answered fails alone."""
+    refused = {"endpoint": "/v1/realtime", "outcome": "refused"}
+    before = server.metric("omni_requests_total", **refused)
     client.send("response.create")
     done = client.last("response.done")["response"]
     assert done["status"] == "failed"
     assert "expected a message of the user" in done["status_details"]["error"]["message"]
+    assert server.metric("omni_requests_total", **refused) == before + 1
+
+
+def test_realtime_waits_until_the_programs_are_compiled(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = threading.Event()
+    monkeypatch.setattr(Engine, "warm_up", lambda self, stop: compiled.wait(60))
+    with run_server(omni, ready=False) as server, Client(server.url) as client:
+        try:
+            client.update(output_modalities=["text"])
+            client.add_text("hello")
+            client.send("response.create")
+            assert client.last("response.created")["response"]["status"] == "in_progress"
+            with pytest.raises(TimeoutError):
+                client.socket.recv(timeout=0.5)
+        finally:
+            compiled.set()
+        assert joined(client.until("response.done"), "response.output_text") == omni.answer(text="hello").text
 
 
 def test_realtime_speed(client: Client, server: RunningServer) -> None:
@@ -752,6 +775,15 @@ def test_realtime_refuses_other_origins(server: RunningServer) -> None:
         Client(server.url, origin="http://elsewhere.example")
     with Client(server.url, origin=server.url) as client:
         assert client.receive()["type"] == "session.created"
+
+
+def test_realtime_allowed_origins(omni: Omni) -> None:
+    with run_server(omni, ready=False, allowed_origins=("https://app.example",)) as server:
+        for origin in ("https://app.example", server.url):
+            with Client(server.url, origin=origin) as client:
+                assert client.receive()["type"] == "session.created"
+        with pytest.raises(InvalidStatus, match="403"):
+            Client(server.url, origin="https://app.example.org")
 
 
 @openai_client_warns
