@@ -19,6 +19,7 @@ from omni_jax.serve.realtime_conversation import Context, Conversation, Item, Pa
 from omni_jax.serve.realtime_input import InputBuffer, TurnEdge
 from omni_jax.serve.realtime_response import Response, Send, describe_error, transcribe
 from omni_jax.serve.realtime_schema import (
+    SMALL_MESSAGE,
     AudioAppend,
     Event,
     ItemCreate,
@@ -36,7 +37,6 @@ from omni_jax.serve.realtime_schema import (
 )
 from omni_jax.serve.sessions import Base64, Service
 from omni_jax.serve.streaming import check_language
-from omni_jax.serve.websocket import SMALL_MESSAGE
 from omni_jax.tasks import Task
 
 MIN_COMMIT_MS = 100
