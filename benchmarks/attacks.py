@@ -84,16 +84,29 @@ def frame(data: bytes, opcode: int = 1, *, last: bool = True) -> bytes:
     return begin + bytes(4) + data
 
 
-def websocket(port: int, *, start: bool = True, read_little: bool = False) -> socket.socket:
+def event(type: str, **fields: object) -> bytes:
+    """The frame of an event of the Realtime API."""
+    return frame(json.dumps({"type": type, **fields}).encode())
+
+
+def message(**content: object) -> bytes:
+    """The frame of a message of the user."""
+    return event("conversation.item.create", item={"type": "message", "role": "user", "content": [content]})
+
+
+def upgrade(key: str = "") -> bytes:
+    """The request that opens a session of the Realtime API."""
+    return (
+        f"GET /v1/realtime HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n"
+        "Upgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    ).encode()
+
+
+def websocket(port: int, *, keyed: bool = True, read_little: bool = False) -> socket.socket:
     client = connect(port, read_little=read_little)
-    client.sendall(
-        b"GET /live HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-    )
+    client.sendall(upgrade(KEY if keyed else ""))
     client.recv(4096)
-    if start:
-        client.sendall(frame(json.dumps({"type": "start", "api_key": KEY}).encode()))
-        client.recv(4096)
     return client
 
 
@@ -120,12 +133,12 @@ def form(recording: bytes) -> bytes:
 
 
 def huge_options(port: int, until: float) -> None:
-    options = {"top_k": 10**12, "temperature": 1e308, "max_steps": 10**18, "seed": 2**40}
+    options = {"top_k": 10**12, "temperature": 1e308, "max_steps": 10**18, "seed": 2**40, "max_output_tokens": 10**18}
     while time.monotonic() < until:
         for name, value in options.items():
             with websocket(port) as client:
-                client.sendall(frame(json.dumps({"type": "start", "api_key": KEY, "options": {name: value}}).encode()))
-                client.sendall(frame(json.dumps({"type": "text", "text": "hello"}).encode()))
+                client.sendall(event("session.update", session={"type": "realtime", name: value}))
+                client.sendall(message(type="input_text", text="hello") + event("response.create"))
                 client.recv(1 << 16)
             post(port, "/v1/chat/completions", chat(**{name: value}))
 
@@ -137,11 +150,11 @@ def keyless_bodies(port: int, until: float) -> None:
 
 
 def keyless_first_message(port: int, until: float) -> None:
-    data = b'{"type": "start", "options": {"a": [' + b"0," * (15 << 20) + b"0]}}"
+    data = b'{"type": "session.update", "session": {"a": [' + b"0," * (15 << 20) + b"0]}}"
     while time.monotonic() < until:
-        with websocket(port, start=False) as client:
+        with connect(port) as client:
             client.settimeout(60)
-            client.sendall(frame(data))
+            client.sendall(upgrade() + frame(data))
             client.recv(4096)
 
 
@@ -197,7 +210,8 @@ def send_forever(client: socket.socket, data: bytes, until: float) -> None:
 
 def tiny_frames(port: int, until: float) -> None:
     with websocket(port) as client:
-        send_forever(client, frame(b"\0", 2) * 4000, until)
+        # Nothing answers them: the attacker need not read.
+        send_forever(client, (frame(b"", 10) * 10 + event("input_audio_buffer.append", audio="")) * 400, until)
 
 
 def tiny_fragments(port: int, until: float) -> None:
@@ -233,13 +247,13 @@ def long_recordings(port: int, until: float) -> None:
                 client.recv(4096)
 
 
-def canceled_files(port: int, until: float) -> None:
-    start = frame(json.dumps({"type": "start", "api_key": KEY, "task": "A1T1"}).encode())
-    file = frame(json.dumps({"type": "file", "data": base64.b64encode(long_recording()).decode()}).encode())
-    with websocket(port, start=False) as client:
-        client.sendall(start)
+def canceled_recordings(port: int, until: float) -> None:
+    """The largest that a message may have: 50 minutes in G.711."""
+    recording = message(type="input_audio", audio=base64.b64encode(bytes(24_000_000)).decode())
+    with websocket(port) as client:
+        client.sendall(event("session.update", session={"input_audio_format": "g711_ulaw"}))
         while time.monotonic() < until:
-            client.sendall(file + frame(b'{"type": "cancel"}'))
+            client.sendall(recording + event("response.create") + event("response.cancel"))
             client.settimeout(30)
             client.recv(1 << 16)
 
@@ -257,7 +271,7 @@ def idle_websockets(port: int, until: float) -> None:
     clients: list[socket.socket] = []
     while time.monotonic() < until:
         with contextlib.suppress(OSError):
-            clients.append(websocket(port, start=False))
+            clients.append(websocket(port))
 
 
 ATTACKS: dict[str, Callable[[int, float], None]] = {
@@ -276,7 +290,7 @@ ATTACKS: dict[str, Callable[[int, float], None]] = {
     "tiny chunks": tiny_chunks,
     "multipart of many parts": many_parts,
     "recordings of an hour": long_recordings,
-    "canceled files of an hour": canceled_files,
+    "canceled recordings": canceled_recordings,
     "wav that claims 48 GB": false_headers,
 }
 

@@ -31,9 +31,7 @@ COMMANDS = {
     "ask": LazyCommand("omni_jax.cli.ask", "ask", "Answer one recording or text."),
     "demo": LazyCommand("omni_jax.cli.demo", "demo", "Answer the recorded questions that come with the package."),
     "batch": LazyCommand("omni_jax.cli.batch", "batch", "Answer a manifest or a folder of recordings; resumable."),
-    "serve": LazyCommand(
-        "omni_jax.cli.serve", "serve", "Serve a web page, OpenAI's endpoints and a WebSocket.", "serve"
-    ),
+    "serve": LazyCommand("omni_jax.cli.serve", "serve", "Serve a web page and OpenAI's endpoints.", "serve"),
     "train": LazyCommand("omni_jax.training.command", "train_command", "Train a model; resumable.", "train"),
     "convert": LazyCommand("omni_jax.convert.commands", "app", "Import, export and inspect weights."),
     "prepare": LazyCommand(

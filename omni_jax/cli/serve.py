@@ -87,7 +87,7 @@ def serve(
         float, typer.Option(min=1, help="Seconds after which a client that sends or reads nothing is disconnected.")
     ] = 30.0,
 ) -> None:
-    """Serve a web page, OpenAI's endpoints and a WebSocket.
+    """Serve a web page and OpenAI's endpoints.
 
     Requests are decoded in one running batch (continuous batching). /metrics has metrics for Prometheus.
     """

@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from omni_jax.errors import OmniError
-from omni_jax.serve import mini_omni, openai, openai_audio, openai_responses, realtime, websocket
+from omni_jax.serve import mini_omni, openai, openai_audio, openai_responses, realtime
 from omni_jax.serve.binding import AdmittingSocket
 from omni_jax.serve.chat_history import TextCache
 from omni_jax.serve.client_secrets import ClientSecrets
@@ -135,7 +135,6 @@ def make_app(service: Service) -> ASGIApp:
         openai_audio.router,
         openai_responses.router,
         mini_omni.router,
-        websocket.router,
         realtime.router,
     ):
         app.include_router(routes)

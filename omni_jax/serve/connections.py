@@ -172,10 +172,10 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.counted.give_back()
 
     def handle_connect(self, event: Any) -> None:
-        """Give the application the means to trust the client, and to keep what it has sent."""
+        """Give the application the means to trust the client."""
         super().handle_connect(event)
         if self.response.status_code == 101:
-            self.scope["state"] |= {"trust": self._trust, "keep": self._keep}
+            self.scope["state"]["trust"] = self._trust
 
     def _trust(self, client: str | None) -> None:
         """Take large messages of a client whose key was valid, and count what it has for that client."""
@@ -188,11 +188,6 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.counted = Share(self.config.open_connections, client)
             if not self.counted.take(1):
                 self._end(TRY_AGAIN_LATER, "too many connections at once; try again later")
-
-    def _keep(self) -> Share:
-        """The share of the message that was received last, for an application that is not done with it soon."""
-        share, self._in_work = self._in_work or self._new_share(), None
-        return share
 
     def data_received(self, data: bytes) -> None:
         """Take data, if there is room for it until a message is complete."""

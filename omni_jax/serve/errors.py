@@ -50,7 +50,7 @@ class ErrorKind(NamedTuple):
     code: str | None
     """What clients can decide by."""
     outcome: str
-    """Label of the request in the metrics, and outcome of its turn over a WebSocket."""
+    """Label of the request in the metrics."""
 
 
 ERROR_KINDS: Mapping[type[OmniError], ErrorKind] = {

@@ -24,17 +24,28 @@ from omni_jax.serve.limits import POLICY_VIOLATION, is_known_key
 from omni_jax.serve.realtime_beta import from_beta, is_beta, session_to_beta, to_beta
 from omni_jax.serve.realtime_conversation import new_id
 from omni_jax.serve.realtime_response import ENDPOINT
-from omni_jax.serve.realtime_schema import Model, Session, invalid, parse_event, parse_json, repeatable, validate
+from omni_jax.serve.realtime_schema import (
+    SMALL_MESSAGE,
+    Model,
+    Session,
+    invalid,
+    parse_event,
+    parse_json,
+    repeatable,
+    validate,
+)
 from omni_jax.serve.realtime_session import RealtimeSession, update_session
 from omni_jax.serve.sessions import Service
 from omni_jax.serve.streaming import client_of, service_of
-from omni_jax.serve.websocket import DISCONNECTED, SMALL_MESSAGE
 
 router = APIRouter(prefix="/v1/realtime", route_class=JsonRoute)
 
 KEY_PROTOCOL = "openai-insecure-api-key."
 """Subprotocol of clients in browsers, which cannot send headers: the key follows."""
 BETA_PROTOCOL = "openai-beta.realtime-v1"
+
+DISCONNECTED = (WebSocketDisconnect, RuntimeError)
+"""What sending and receiving raise once a client has left or reads nothing; Starlette's own is a RuntimeError."""
 
 
 class ExpiresAfter(Model):

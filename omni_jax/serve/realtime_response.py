@@ -81,6 +81,11 @@ class Response:
         self._ending = False
         self._answering: AnswerStream | None = None
 
+    @property
+    def items(self) -> list[Item]:
+        """The question, while it is held, and what was said before."""
+        return [*self._context.before, *filter(None, [self._context.asked])]
+
     async def start(self, done: Callable[[Response], object]) -> None:
         """Begin to answer.
 

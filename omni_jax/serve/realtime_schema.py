@@ -33,6 +33,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 """Fields of sessions and responses that this model cannot honor, and their values that change nothing."""
 
+SMALL_MESSAGE = 1 << 16
+"""Characters of JSON that are parsed at once; more are parsed in a thread."""
+
 MAX_INSTRUCTIONS = 65_536
 """Most characters of instructions, and of a text in an item."""
 

@@ -19,6 +19,7 @@ from omni_jax.serve.realtime_conversation import Context, Conversation, Item, Pa
 from omni_jax.serve.realtime_input import InputBuffer, TurnEdge
 from omni_jax.serve.realtime_response import Response, Send, describe_error, transcribe
 from omni_jax.serve.realtime_schema import (
+    SMALL_MESSAGE,
     AudioAppend,
     Event,
     ItemCreate,
@@ -36,7 +37,6 @@ from omni_jax.serve.realtime_schema import (
 )
 from omni_jax.serve.sessions import Base64, Service
 from omni_jax.serve.streaming import check_language
-from omni_jax.serve.websocket import SMALL_MESSAGE
 from omni_jax.tasks import Task
 
 MIN_COMMIT_MS = 100
@@ -126,13 +126,18 @@ class RealtimeSession:
         Raises:
             RequestRefusedError: all that the client holds is too much, and the input was discarded.
         """
-        self._held.give_back()
-        if self._held.take(self._input.num_bytes + self.conversation.num_bytes):
+        if self._hold():
             return
         self.conversation.drop_audio()
-        if not self._held.take(self._input.num_bytes + self.conversation.num_bytes):
+        if not self._hold():
             await self._clear_input()
             raise RequestRefusedError(429, "too much audio at once; it was discarded, speak again", code="busy")
+
+    def _hold(self) -> bool:
+        """Count what the session holds now, items of responses in progress included; False if it is too much."""
+        self._held.give_back()
+        items = {*self.conversation}.union(*(response.items for response in self._responses.values()))
+        return self._held.take(self._input.num_bytes + sum(item.num_bytes for item in items))
 
     async def send_error(self, error: OmniError, event_id: str | None = None) -> None:
         """Tell the client what is wrong."""
@@ -369,7 +374,7 @@ class RealtimeSession:
         """Begin a response; for `asked_for` see `Response`.
 
         Raises:
-            RequestRefusedError: another one of the conversation goes on, or too many go on.
+            RequestRefusedError: another one of the conversation goes on, too many go on, or it brings too much.
         """
         in_conversation = params.conversation == "auto"
         active = next((response for response in self._responses.values() if response.conversation is not None), None)
@@ -380,6 +385,8 @@ class RealtimeSession:
             )
         if len(self._responses) >= MAX_PENDING:
             raise RequestRefusedError(429, f"expected at most {MAX_PENDING} responses in progress", code="busy")
+        if not self._held.take(sum(item.num_bytes for item in {*context} - {*self.conversation})):
+            raise RequestRefusedError(429, "too much audio at once; try again later", code="busy")
         self._stop_idle()
         conversation = self.conversation if in_conversation else None
         response = Response(
@@ -399,6 +406,8 @@ class RealtimeSession:
 
     def _response_done(self, response: Response) -> None:
         self._responses.pop(response.id, None)
+        if not self._closed:
+            self._hold()
         if response.conversation is not None:
             self._remember()
         if response is self._spoken and response.item is not None:

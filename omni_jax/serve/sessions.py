@@ -356,11 +356,6 @@ class AnswerStream:
         """How it ended; None while it goes on."""
         return self._handle.outcome
 
-    @property
-    def first_audio(self) -> float | None:
-        """Seconds from submission to the first audio, queueing included."""
-        return self._handle.first_audio
-
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         """Chunks as they are decoded; ends with a complete answer or without one: see `outcome`."""
         while True:
@@ -404,8 +399,8 @@ class AnswerStream:
         self._handle.cancel()
         metrics = self._service.metrics
         metrics.count(self._endpoint, self.outcome or "cancelled")
-        if self.first_audio is not None:
-            metrics.time_to_first_audio.observe(self.first_audio)
+        if self._handle.first_audio is not None:
+            metrics.time_to_first_audio.observe(self._handle.first_audio)
         if self.reply is not None:
             metrics.observe(self.reply)
 

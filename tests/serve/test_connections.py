@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -22,7 +20,7 @@ from websockets.protocol import State
 from websockets.server import ServerProtocol
 from websockets.uri import parse_uri
 
-from benchmarks.attacks import frame
+from benchmarks.attacks import event, frame, message, upgrade
 from omni_jax.api import Omni
 from omni_jax.serve.connections import (
     FRAME_CHARACTERS,
@@ -36,27 +34,24 @@ from tests.serve.test_app import connect, post, still_answers
 
 MAX_DELAY = 2.0
 """Seconds that /healthz may take while a client attacks, on a machine that has other things to do; it was 7 to 26."""
-START = b'{"type": "start"}'
 
 
-def upgrade(server: RunningServer) -> socket.socket:
-    """A WebSocket of which the handshake is done."""
+def started(server: RunningServer, key: str = "") -> socket.socket:
+    """A WebSocket with a session of the Realtime API, which has begun."""
     client = connect(server)
-    client.sendall(
-        b"GET /live HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-    )
-    assert client.recv(1000).startswith(b"HTTP/1.1 101")
+    client.sendall(upgrade(key))
+    receive_until(client, b'"realtime.conversation"}}')
     return client
 
 
-def started(server: RunningServer) -> socket.socket:
-    client = upgrade(server)
-    client.sendall(frame(START))
+def receive_until(client: socket.socket, end: bytes) -> bytes:
+    """What the server sends up to some bytes."""
     received = b""
-    while b'"state"' not in received:
-        received += client.recv(1000)
-    return client
+    while end not in received:
+        data = client.recv(1 << 16)
+        assert data, received
+        received += data
+    return received
 
 
 def is_closed(client: socket.socket, seconds: float = 10) -> bool:
@@ -117,7 +112,7 @@ def test_connections_of_a_client_are_bounded(omni: Omni) -> None:
             client.close()
         eventually(lambda: not server.server.server_state.connections)
         # A WebSocket is one, until it is closed.
-        sockets = [upgrade(server) for _ in range(9)]
+        sockets = [started(server) for _ in range(9)]
         assert server.call("/healthz")[0] == 200
         for client in sockets:
             client.close()
@@ -205,106 +200,86 @@ def test_what_a_refused_client_still_sends_is_bounded(omni: Omni) -> None:
             assert send_until_closed(client, b"10000\r\n" + b" " * 0x10000 + b"\r\n", 1000)
 
 
-def test_live_first_message_is_small(omni: Omni) -> None:
+def test_messages_need_a_key(omni: Omni) -> None:
+    """A client without one is refused before it can send any; with one they may be large."""
     with run_server(omni, api_keys=("right",)) as server, measured(server) as worst:
-        for data in (b"[" + b"0," * (15 << 20) + b"0]", b'{"type": "start", "api_key": "' + b"a" * (30 << 20) + b'"}'):
-            client = upgrade(server)
-            with contextlib.suppress(ConnectionError):
-                client.sendall(frame(data))
-            assert is_closed(client)
-            client.close()
+        for data in (b"[" + b"0," * (15 << 20) + b"0]", b" " * (30 << 20)):
+            with connect(server) as client:
+                with contextlib.suppress(ConnectionError):
+                    client.sendall(upgrade("wrong"))
+                    assert client.recv(1000).startswith(b"HTTP/1.1 401")
+                    client.sendall(frame(data))
+                assert is_closed(client)
         assert server.service.bodies.left("127.0.0.1") == server.service.bodies.per_client
-        with upgrade(server) as client:
-            key = json.dumps({"type": "start", "api_key": "right"}).encode()
-            client.sendall(frame(key + b" " * (START_BYTES - len(key))))
-            assert b"ready" in client.recv(1000)
-            # From now on they may be large.
-            client.sendall(frame(json.dumps({"type": "file", "data": "A" * 300_000}).encode()))
-            received = b""
-            while b'"type": "end", "turn": 1' not in received:
-                received += client.recv(1000)
-            assert b'"code": "bad_audio"' in received
+        with started(server, "right") as client:
+            client.sendall(message(type="input_audio", audio="A" * (4 * START_BYTES)))
+            receive_until(client, b"conversation.item.done")
         assert worst() < MAX_DELAY
 
 
-def test_live_refuses_json_of_many_values(server: RunningServer) -> None:
+def test_json_of_many_values_is_refused(server: RunningServer) -> None:
     with measured(server) as worst, started(server) as client:
         client.sendall(frame(b"[" + b"0," * (10 << 20) + b"0]"))
-        assert b"commas, colons and brackets" in client.recv(1000)
+        receive_until(client, b"commas, colons and brackets")
         assert worst() < MAX_DELAY
     server.wait_until_idle()
 
 
-def test_live_tiny_frames_block_no_one(server: RunningServer) -> None:
+@pytest.mark.parametrize(
+    "tiny", [frame(b"", 10), event("input_audio_buffer.append", audio="")], ids=["pongs", "messages"]
+)
+def test_tiny_frames_block_no_one(server: RunningServer, tiny: bytes) -> None:
     with measured(server) as worst, started(server) as client:
         until = time.monotonic() + 3
         while time.monotonic() < until:
-            client.sendall(frame(b"\0\0", 2) * 2000)
-        client.sendall(frame(b'{"type": "cancel"}'))
+            client.sendall(tiny * 2000)
+        client.sendall(event("input_audio_buffer.clear"))
+        receive_until(client, b"input_audio_buffer.cleared")
     assert worst() < MAX_DELAY
 
 
-def test_live_fragments_are_counted(server: RunningServer) -> None:
+def test_fragments_are_counted(server: RunningServer) -> None:
     with started(server) as client:
         client.sendall(frame(b"", 2, last=False))
         assert send_until_closed(client, frame(b"", 0, last=False) * 1000, MAX_FRAGMENTS // 50)
     with started(server) as client:
-        client.sendall(frame(b'{"type": ', 1, last=False) + frame(b'"start"}', 0))
-        client.sendall(frame(b'{"type": "nothing"}'))
-        assert b"type" in client.recv(1000)
+        client.sendall(frame(b'{"type": ', 1, last=False) + frame(b'"input_audio_buffer.clear"}', 0))
+        receive_until(client, b"input_audio_buffer.cleared")
 
 
-def test_live_pings_that_are_not_drained_close_the_socket(server: RunningServer) -> None:
+def test_pings_that_are_not_drained_close_the_socket(server: RunningServer) -> None:
     with started(server) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         assert send_until_closed(client, frame(os.urandom(125), 9) * 1000, 500)
 
 
-def test_live_unfinished_messages_are_bounded(omni: Omni) -> None:
+def test_unfinished_messages_are_bounded(omni: Omni) -> None:
     with run_server(omni, max_body_bytes=100_000) as server:
         held = [started(server) for _ in range(4)]
         for client in held[:2]:
-            client.sendall(frame(b" " * 99_000, 2)[:-1])
+            client.sendall(frame(b" " * 99_000)[:-1])
         eventually(lambda: server.service.bodies.left("127.0.0.1") < 5000)
-        held[2].sendall(frame(b" " * 99_000, 2)[:-1])
+        held[2].sendall(frame(b" " * 99_000)[:-1])
         assert is_closed(held[2])
         for client in held:
             client.close()
         eventually(lambda: server.service.bodies.left("127.0.0.1") == 200_000)
 
 
-def test_live_recordings_are_bounded(omni: Omni) -> None:
+def test_recordings_are_bounded(omni: Omni) -> None:
     with run_server(omni, max_body_bytes=20_000) as server:
         held = [started(server) for _ in range(5)]
+        refused = []
         for client in held:
-            client.sendall(frame(b" " * 10_000, 2))
-        assert b"try again later" in held[-1].recv(1000)
+            for _ in range(4):
+                client.sendall(event("input_audio_buffer.append", audio="A" * 2800))
+                client.sendall(event("conversation.item.retrieve", item_id="none"))
+                refused.append(b"speak again" in receive_until(client, b"item_retrieve_invalid_item_id"))
+        # The second piece of the last client is too much.
+        assert refused.index(True) == 17
         for client in held:
             client.close()
         eventually(lambda: server.service.bodies.left("127.0.0.1") == 40_000)
-
-
-def test_live_requests_in_progress_are_counted(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request is in memory until it is answered, however many wait for a turn to be decoded."""
-
-    async def wait(**_: Any) -> None:
-        await asyncio.sleep(60)
-
-    with run_server(omni, max_body_bytes=100_000) as server, contextlib.ExitStack() as closing:
-        monkeypatch.setattr(server.service, "prepare", wait)
-        held = [closing.enter_context(started(server)) for _ in range(3)]
-        message = frame(json.dumps({"type": "file", "data": "A" * 70_000}).encode())
-        for client, most in ((held[0], 130_000), (held[1], 60_000)):
-            client.sendall(message)
-            eventually(partial(lambda most: server.service.bodies.left("127.0.0.1") <= most, most))
-        # It stays so, as the requests wait.
-        time.sleep(0.2)
-        assert server.service.bodies.left("127.0.0.1") <= 60_000
-        held[2].sendall(message)
-        assert b"try again later" in held[2].recv(1000)
-        for client in held:
-            client.close()
-        eventually(lambda: server.service.bodies.left("127.0.0.1") == 200_000)
 
 
 class Sender:

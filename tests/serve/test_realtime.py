@@ -26,6 +26,7 @@ from omni_jax.api import Omni
 from omni_jax.audio.raw import RawFormat
 from omni_jax.config.model import AudioConfig
 from omni_jax.errors import NoSpeechError
+from omni_jax.inference.engine import Engine
 from omni_jax.inference.request import Request, Turn
 from omni_jax.serve.client_secrets import ClientSecrets
 from omni_jax.serve.sessions import Service
@@ -485,6 +486,8 @@ def test_realtime_out_of_band_response(client: Client, server: RunningServer) ->
 
 
 def test_realtime_cancel(client: Client, server: RunningServer) -> None:
+    cancelled = {"endpoint": "/v1/realtime", "outcome": "cancelled"}
+    before = server.metric("omni_requests_total", **cancelled)
     assert client.error("response.cancel")["code"] == "response_cancel_not_active"
     gate = HeldBatch(server)
     with gate:
@@ -497,6 +500,7 @@ def test_realtime_cancel(client: Client, server: RunningServer) -> None:
         client.send("response.cancel")
         done = client.last("response.done")["response"]
         assert done["status_details"] == {"type": "cancelled", "reason": "client_cancelled"}
+    assert server.metric("omni_requests_total", **cancelled) == before + 1
     # The next one answers as if there had been none.
     client.send("response.create")
     expected = server.omni.reply(text="hello")
@@ -513,12 +517,31 @@ def test_realtime_cancel_before_it_begins(client: Client, server: RunningServer)
     assert (events[0]["type"], events[-1]["response"]["status"]) == ("response.created", "cancelled")
 
 
-def test_realtime_failed_response(client: Client) -> None:
+def test_realtime_failed_response(client: Client, server: RunningServer) -> None:
     """A question that cannot be answered fails alone."""
+    refused = {"endpoint": "/v1/realtime", "outcome": "refused"}
+    before = server.metric("omni_requests_total", **refused)
     client.send("response.create")
     done = client.last("response.done")["response"]
     assert done["status"] == "failed"
     assert "expected a message of the user" in done["status_details"]["error"]["message"]
+    assert server.metric("omni_requests_total", **refused) == before + 1
+
+
+def test_realtime_waits_until_the_programs_are_compiled(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = threading.Event()
+    monkeypatch.setattr(Engine, "warm_up", lambda self, stop: compiled.wait(60))
+    with run_server(omni, ready=False) as server, Client(server.url) as client:
+        try:
+            client.update(output_modalities=["text"])
+            client.add_text("hello")
+            client.send("response.create")
+            assert client.last("response.created")["response"]["status"] == "in_progress"
+            with pytest.raises(TimeoutError):
+                client.socket.recv(timeout=0.5)
+        finally:
+            compiled.set()
+        assert joined(client.until("response.done"), "response.output_text") == omni.answer(text="hello").text
 
 
 def test_realtime_speed(client: Client, server: RunningServer) -> None:
@@ -754,6 +777,15 @@ def test_realtime_refuses_other_origins(server: RunningServer) -> None:
         assert client.receive()["type"] == "session.created"
 
 
+def test_realtime_allowed_origins(omni: Omni) -> None:
+    with run_server(omni, ready=False, allowed_origins=("https://app.example",)) as server:
+        for origin in ("https://app.example", server.url):
+            with Client(server.url, origin=origin) as client:
+                assert client.receive()["type"] == "session.created"
+        with pytest.raises(InvalidStatus, match="403"):
+            Client(server.url, origin="https://app.example.org")
+
+
 @openai_client_warns
 def test_realtime_keys_and_client_secrets(omni: Omni) -> None:
     with run_server(omni, api_keys=("right",), max_batch_size=1) as server:
@@ -921,3 +953,41 @@ def test_realtime_refuses_what_would_be_kept_and_repeated(client: Client, type: 
     assert len(client.error(type, **fields)["message"]) < 500
     client.send(type, event_id="e" * 100_000, **fields)
     assert client.receive()["error"]["event_id"] is None
+
+
+def test_realtime_recordings_of_responses_in_progress_are_counted(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording is in memory until it is answered, however many wait for their turn to be decoded."""
+
+    async def wait(*_: object, **__: object) -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(Service, "prepare", wait)
+    recording = message("user", {"type": "input_audio", "audio": "A" * 70_000})
+    with run_server(omni, ready=False, max_body_bytes=100_000) as server, contextlib.ExitStack() as closing:
+        first, second, third = (closing.enter_context(Client(server.url)) for _ in range(3))
+
+        def left() -> int:
+            return server.service.bodies.left("127.0.0.1")
+
+        for client in (first, second):
+            client.send("response.create", response={"conversation": "none", "input": [recording["item"]]})
+            client.last("response.created")
+        # It stays so, as they wait.
+        time.sleep(0.2)
+        assert left() < 100_000
+        third.send("response.create", response={"conversation": "none", "input": [recording["item"]]})
+        assert third.last("error")["error"]["code"] == "busy"
+        for client in (first, second):
+            client.socket.close()
+        eventually(lambda: left() == 200_000)
+        # One that was deleted from the conversation is held until it is answered, too.
+        third.send("conversation.item.create", **recording)
+        item_id = third.last("conversation.item.done")["item"]["id"]
+        third.send("response.create")
+        third.send("conversation.item.delete", item_id=item_id)
+        third.last("conversation.item.deleted")
+        time.sleep(0.2)
+        assert left() < 150_000
+        third.send("response.cancel")
+        third.last("response.done")
+        eventually(lambda: left() > 190_000)

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.attacks import frame
 from omni_jax.api import Omni
 from omni_jax.serve import sessions
 from tests.serve.conftest import HeldBatch, eventually, run_server
+from tests.serve.realtime_client import Client
 from tests.serve.test_app import post
-from tests.serve.test_connections import started
 
 
 def test_recordings_of_a_client_are_decoded_one_at_a_time(
@@ -32,12 +31,17 @@ def test_recordings_of_a_client_are_decoded_one_at_a_time(
         return prepare(*args, **options)
 
     body = json.dumps({"audio": recording_base64, "max_tokens": 2}).encode()
-    with run_server(omni) as server, started(server) as client:
+    part = {"type": "input_audio", "audio": recording_base64}
+    item = {"type": "message", "role": "user", "content": [part]}
+    with run_server(omni) as server, Client(server.url) as client:
         monkeypatch.setattr(omni, "prepare", slow_prepare)
-        file = frame(json.dumps({"type": "file", "data": recording_base64}).encode())
+        client.send("conversation.item.create", item=item)
         for _ in range(3):
-            client.sendall(file + frame(b'{"type": "cancel"}'))
-        eventually(lambda: len(begun) == 1)
+            client.send("response.create")
+            client.last("response.created")
+            eventually(lambda: len(begun) == 1)
+            client.send("response.cancel")
+            assert client.last("response.done")["response"]["status"] == "cancelled"
         time.sleep(0.3)
         assert len(begun) == 1
         with socket.create_connection(("127.0.0.1", server.port), timeout=60, source_address=("127.0.0.2", 0)) as other:
