@@ -20,7 +20,7 @@ from omni_jax.errors import OmniError
 from omni_jax.serve.bodies import JsonRoute
 from omni_jax.serve.client_secrets import ClientSecrets
 from omni_jax.serve.errors import RequestRefusedError, error_body
-from omni_jax.serve.limits import POLICY_VIOLATION, is_known_key
+from omni_jax.serve.limits import POLICY_VIOLATION, bearer_key, is_known_key
 from omni_jax.serve.realtime_beta import from_beta, is_beta, session_to_beta, to_beta
 from omni_jax.serve.realtime_conversation import new_id
 from omni_jax.serve.realtime_response import ENDPOINT
@@ -103,8 +103,9 @@ async def realtime(socket: WebSocket) -> None:
     """Talk until the client disconnects."""
     service = cast(Service, socket.app.state.service)
     protocols = [name.strip() for name in socket.headers.get("sec-websocket-protocol", "").split(",")]
-    key = socket.headers.get("authorization", "").partition(" ")[2].strip()
-    key = key or next((name.removeprefix(KEY_PROTOCOL) for name in protocols if name.startswith(KEY_PROTOCOL)), "")
+    key = bearer_key(socket.headers) or next(
+        (name.removeprefix(KEY_PROTOCOL) for name in protocols if name.startswith(KEY_PROTOCOL)), ""
+    )
     secret = _secrets(socket).find(key)
     keys = service.settings.api_keys
     if secret is None and keys and not is_known_key(key, keys):

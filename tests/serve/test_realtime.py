@@ -789,7 +789,7 @@ def test_realtime_allowed_origins(omni: Omni) -> None:
 @openai_client_warns
 def test_realtime_keys_and_client_secrets(omni: Omni) -> None:
     with run_server(omni, api_keys=("right",), max_batch_size=1) as server:
-        for headers in ({}, {"Authorization": "Bearer wrong"}):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic right"}):
             with pytest.raises(InvalidStatus, match="401"):
                 Client(server.url, additional_headers=headers)
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="right", max_retries=0) as openai_client:
