@@ -290,7 +290,7 @@ ATTACKS: dict[str, Callable[[int, float], None]] = {
     "tiny chunks": tiny_chunks,
     "multipart of many parts": many_parts,
     "recordings of an hour": long_recordings,
-    "canceled recordings": canceled_recordings,
+    "canceled recordings of 24 MB": canceled_recordings,
     "wav that claims 48 GB": false_headers,
 }
 
@@ -380,8 +380,8 @@ class AttackedServer:
         """Whether every program is compiled."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
         try:
-            connection.request("GET", "/readyz")
-            return connection.getresponse().status == 200
+            connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {KEY}"})
+            return b"omni_compiled 1.0" in connection.getresponse().read()
         except (OSError, http.client.HTTPException):
             return False
         finally:
