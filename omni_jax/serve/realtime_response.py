@@ -112,6 +112,9 @@ class Response:
                 self._answering.close()
         await asyncio.wait([task])
         if task.cancelled():
+            if self._answering is None:
+                # An answer that has been submitted counts itself.
+                self._service.metrics.count(ENDPOINT, "cancelled")
             await self._end("cancelled", {"type": "cancelled", "reason": reason})
             await self._transcribe_question()
 

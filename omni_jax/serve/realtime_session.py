@@ -131,13 +131,14 @@ class RealtimeSession:
         self.conversation.drop_audio()
         if not self._hold():
             await self._clear_input()
+            # What responses in progress hold stays.
+            self._hold()
             raise RequestRefusedError(429, "too much audio at once; it was discarded, speak again", code="busy")
 
     def _hold(self) -> bool:
         """Count what the session holds now, items of responses in progress included; False if it is too much."""
-        self._held.give_back()
         items = {*self.conversation}.union(*(response.items for response in self._responses.values()))
-        return self._held.take(self._input.num_bytes + sum(item.num_bytes for item in items))
+        return self._held.change(self._input.num_bytes + sum(item.num_bytes for item in items))
 
     async def send_error(self, error: OmniError, event_id: str | None = None) -> None:
         """Tell the client what is wrong."""

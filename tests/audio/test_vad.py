@@ -146,11 +146,14 @@ def test_speech_is_detected_in_the_thread_of_the_caller() -> None:
     """In a process of its own: OpenMP starts its threads once."""
     program = """
 import os
+from concurrent.futures import ThreadPoolExecutor
 import numpy as np, psutil
 from omni_jax.audio import vad
-detector = vad.SpeechDetector()
+with ThreadPoolExecutor(4) as pool:
+    # At once: each is the first to need the library.
+    detectors = list(pool.map(lambda _: vad._silero(), range(4)))
 before = psutil.Process().num_threads()
-detector.push(np.zeros(16_000, np.float32))
+vad.SpeechDetector().push(np.zeros(16_000, np.float32))
 print(psutil.Process().num_threads() - before, vad.OPENMP_LIMIT in os.environ)
 """
     environment = {name: value for name, value in os.environ.items() if name != vad.OPENMP_LIMIT}

@@ -135,13 +135,18 @@ def test_attend_splash_with_window_scale_and_softcap() -> None:
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("window", [1, 70])
-def test_attend_cudnn_with_window_and_scale(window: int) -> None:
+def test_attend_cudnn_with_window_and_scale(window: int, packed: bool) -> None:
     query, key, value = inputs()
     distance = jnp.arange(T)[:, None] - jnp.arange(T)
-    expected = attend(query, key, value, ((distance >= 0) & (distance < window))[None], scale=0.3)
+    segments = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 4, (B, T))), jnp.int32) if packed else None
+    mask = ((distance >= 0) & (distance < window))[None]
+    if segments is not None:
+        mask = mask & (segments[:, :, None] == segments[:, None, :])
+    expected = attend(query, key, value, mask, scale=0.3)
     with jax.set_mesh(sharding.make_mesh()):
-        windowed = partial(attend_cudnn, segments=None, window=window, scale=0.3, implementation="xla")
+        windowed = partial(attend_cudnn, segments=segments, window=window, scale=0.3, implementation="xla")
         found = jax.jit(windowed)(query, key, value)
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
 

@@ -34,3 +34,15 @@ def test_budget_is_shared_and_each_client_has_a_part() -> None:
 )
 def test_client_name(address: str, name: str) -> None:
     assert client_name(address) == name
+
+
+def test_change_keeps_what_was_taken_if_more_does_not_fit() -> None:
+    budget = Budget(10, 6)
+    share, other = Share(budget, "a"), Share(budget, "b")
+    assert share.change(4)
+    assert other.take(5)
+    assert not share.change(6)
+    assert budget.left("c") == 1
+    assert share.change(5)
+    assert share.change(0)
+    assert budget.left("a") == 5

@@ -508,6 +508,8 @@ def test_realtime_cancel(client: Client, server: RunningServer) -> None:
 
 
 def test_realtime_cancel_before_it_begins(client: Client, server: RunningServer) -> None:
+    cancelled = {"endpoint": "/v1/realtime", "outcome": "cancelled"}
+    before = server.metric("omni_requests_total", **cancelled)
     client.add_text("hello")
     # Held, so that the whole answer does not come before the second event is read.
     with HeldBatch(server):
@@ -515,6 +517,7 @@ def test_realtime_cancel_before_it_begins(client: Client, server: RunningServer)
         client.send("response.cancel")
         events = client.until("response.done")
     assert (events[0]["type"], events[-1]["response"]["status"]) == ("response.created", "cancelled")
+    assert server.metric("omni_requests_total", **cancelled) == before + 1
 
 
 def test_realtime_failed_response(client: Client, server: RunningServer) -> None:
