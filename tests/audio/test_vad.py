@@ -159,7 +159,10 @@ print(psutil.Process().num_threads() - before, vad.OPENMP_LIMIT in os.environ)
     environment = {name: value for name, value in os.environ.items() if name != vad.OPENMP_LIMIT}
     run = [sys.executable, "-c", program]
     found = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["0", "False"]
+    threads, limited = found.stdout.split()
+    # Those of the pool may be about to end.
+    assert int(threads) <= 0
+    assert limited == "False"
 
 
 def marks(question: np.ndarray) -> tuple[int, int]:
