@@ -49,6 +49,7 @@ LEVEL_SECONDS = 10.0
 ONSET_FRAMES, OFFSET_FRAMES = 1, 2
 """Frames by which Silero notices the beginning of speech too late, and its end: measured on clean speech."""
 OPENMP_LIMIT = "OMP_THREAD_LIMIT"
+"""The environment variable that says how many threads OpenMP may have."""
 
 _LOADING = threading.Lock()
 """Threads that load the library at once would see each other's change of the environment."""

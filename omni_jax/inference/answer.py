@@ -190,8 +190,6 @@ class AnswerBuilder:
     def __init__(self, outputs: OutputDecoder, request: PreparedRequest, *, streaming: bool):
         self._outputs, self._request = outputs, request
         self.next_steps = 2
-        # Frames that the next piece of audio after the first should have.
-        self._wanted_frames = 1
         self._clock = _Clock()
         self._streaming = streaming
         self._text = ""
@@ -221,7 +219,7 @@ class AnswerBuilder:
             self._ended.append(self.part_tokens)
             self._begin_part()
         if self._stream is None:
-            self.next_steps = min(self.next_steps * 2, MAX_STREAM_CHUNK_STEPS)
+            self._grow_chunks()
         self._clock.mark_tokens(progress.tokens)
         self.part_tokens = np.concatenate([self.part_tokens, progress.tokens], axis=1)
         end = progress.finish or progress.part_finish
@@ -290,17 +288,20 @@ class AnswerBuilder:
     def _push_frames(self) -> np.ndarray:
         assert self._stream is not None
         frames = self._outputs.frames(self.part_tokens)
-        few = len(frames) - self._num_frames < self._wanted_frames / 2
-        if self._clock.first_audio is not None and few and not self._part_ended:
+        begun = self._clock.first_audio is not None
+        if begun and len(frames) - self._num_frames < self.next_steps / 2 and not self._part_ended:
             # Other answers may have chunks of few steps, while the codec takes as long for two frames as for four.
             # Half of what is wanted will do: the chunk before this one was half as long.
             return np.zeros(0, np.float32)
         codes = fill_invalid_codes(frames, self._outputs.vocab)
         audio = self.add_audio(self._stream.push(codes[self._num_frames :], last=self._part_ended))
         self._num_frames = len(codes)
-        if self._clock.first_audio is not None:
-            self._wanted_frames = self.next_steps = min(self._wanted_frames * 2, MAX_STREAM_CHUNK_STEPS)
+        if begun:
+            self._grow_chunks()
         return audio
+
+    def _grow_chunks(self) -> None:
+        self.next_steps = min(self.next_steps * 2, MAX_STREAM_CHUNK_STEPS)
 
     def reply(self) -> Reply:
         """The whole answer, once it has finished."""

@@ -196,19 +196,8 @@ def attend_cudnn(
     """Causal grouped-query attention of whole sequences on an NVIDIA GPU, by cuDNN's flash attention.
 
     Scores stay on the chip, as in `attend_splash`. Packed rows need a mask of 2 bytes for each pair of positions, which
-    all heads share. Each row is on its own devices, heads are split as the weights are.
-
-    Args:
-        query: [B, T, N, H].
-        key: [B, T, K, H].
-        value: [B, T, K, H].
-        segments: int32 [B, T]: a position attends to its own segment only; None if a row is one sequence.
-        window: how many positions are attended to at most, the own one and those before it; None: all.
-        scale: see `attend`.
-        implementation: `xla` computes the same on any device, without the kernel.
-
-    Returns:
-        [B, T, N, H], in query's dtype.
+    all heads share. Arguments and result are those of `attend_splash`, but for `implementation`: `xla` computes the
+    same on any device, without the kernel.
     """
 
     def local(query: Array, key: Array, value: Array, *segments: Array) -> Array:

@@ -124,7 +124,7 @@ def loss_and_gradient(
         return jnp.moveaxis(x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]), 1, 0)
 
     def add(total: Any, micro_batch: tuple[Batch, Array | None]) -> tuple[Any, None]:
-        return jax.tree.map(lambda sum, x: (sum + x).astype(sum.dtype), total, compute(*micro_batch)), None
+        return jax.tree.map(lambda before, x: (before + x).astype(before.dtype), total, compute(*micro_batch)), None
 
     inputs = (jax.tree.map(split, batch), keys)
     losses, gradient = jax.eval_shape(compute, *jax.tree.map(lambda x: x[0], inputs))
